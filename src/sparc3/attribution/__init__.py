@@ -1,0 +1,5 @@
+"""Attribution: one number per unit, for how much it contributed to the target on the reference samples."""
+
+from .engine import attribute
+
+__all__ = ["attribute"]

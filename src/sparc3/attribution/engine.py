@@ -1,0 +1,158 @@
+"""`attribute`: samples in, scores out. Batching, sharing the work among ranks and reducing belong here and to no method."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import distributed
+from ..errors import NonFinite, Sparc3Error, UserError, unknown
+from ..models import context_length, describe, sites_of
+from ..samples import ReferenceSet, Sample
+from ..scores import Scores
+from ..version import __version__
+from .batches import Batch, encode, make_batches, parse_target
+from .methods import Method, settings_for
+from .sums import Settings, Sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REDUCTIONS = ("mean", "mean_abs", "abs_mean")
+UNITS = ("neuron", "head")
+
+
+def attribute(
+    model: "PreTrainedModel",
+    samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    method: str = "lrp",
+    unit: str = "neuron",
+    sites: Sequence[str] = ("mlp.up",),
+    target: str = "predicted",
+    neuron: str = "abs",
+    reduce: str = "mean",
+    batch_tokens: int | str = "auto",
+    truncate: bool = False,
+    non_finite: str = "error",
+    progress: bool = False,
+) -> Scores:
+    """Score every unit of the sites on the samples.
+
+    Args:
+        samples: a ReferenceSet, texts, or token-id lists. Methods magnitude and random look at none, an empty list will do.
+        tokenizer: the model's own; not needed for token ids.
+        method: lrp, cp-lrp, gradient, wanda, activation, magnitude, random (random:SEED).
+        unit: "neuron" or "head" (sites must be attn.o).
+        sites: canonical roles.
+        target: predicted, label, contrast, completion (completion:N), next; see design section 2.2.
+        neuron: "abs", Σ_j |R_W,ij| of each sample, or "signed", Σ_t ĝ_ti z_ti.
+        reduce: "mean" over samples (Eq. 1), "mean_abs" (mean of absolute values), "abs_mean" (absolute value of the mean).
+        batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch that does not fit
+            into memory is halved.
+        truncate: cut samples that are longer than the model's context instead of refusing them.
+        non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance.
+        progress: show a progress bar.
+
+    Returns:
+        Scores, one float32 tensor a site: [out] for neurons, [heads] for heads.
+
+    Raises:
+        UserError: a name nobody knows, samples that do not fit the model or the target, no sample left.
+        UnsupportedModel: a module without a rule.
+        NonFinite: a NaN or Inf, named by sample and site.
+    """
+    for kind, value, known in (
+        ("unit", unit, UNITS), ("neuron", neuron, ("abs", "signed")), ("reduce", reduce, REDUCTIONS), ("non_finite", non_finite, ("error", "skip")),
+    ):
+        if value not in known:
+            raise unknown(kind, value, known)
+    parse_target(target)
+    roles = (sites,) if isinstance(sites, str) else tuple(sites)
+    chosen, settings = settings_for(Settings(method, unit, target, neuron, reduce, non_finite=non_finite), roles)
+    where = sites_of(model, roles)
+    sums = Sums(settings)
+    references = None
+    if chosen.run:
+        references = ReferenceSet.of(samples)
+        # A method that looks at activations alone has no target, and asks the samples for none.
+        asked = target if chosen.targeted else "predicted"
+        encoded = encode(
+            references, tokenizer, asked, context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0], truncate=truncate
+        )
+        _add_all(model, chosen, where, sums, make_batches(distributed.stride(encoded), _budget(batch_tokens, model.device), model.device), progress)
+        sums = sums.over_ranks([site.name for site in where])
+        if sums.samples == 0:
+            raise Sparc3Error(f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32")
+    empty = torch.zeros(0, dtype=torch.float64)
+    values = {site.name: chosen.finish(site, sums.totals.get(site.name, empty), sums).float() for site in where}
+    for name, value in values.items():
+        if not value.isfinite().all():
+            raise NonFinite(f"the {method} scores of {name} are not finite; look at that weight, or load the model in float32")
+    return Scores(values, _provenance(model, settings, roles, sums, references))
+
+
+def _add_all(model: "PreTrainedModel", method: Method, sites: list[Any], sums: Sums, batches: list[Batch], progress: bool) -> None:
+    """Run the method over all batches; one that does not fit into memory is halved, and so are those to come of its size."""
+    from tqdm import tqdm
+
+    assert method.run
+    waiting = list(reversed(batches))
+    with tqdm(total=sum(len(b.samples) for b in batches), desc=method.name, unit="sample", disable=not progress or not distributed.is_main()) as bar:
+        while waiting:
+            try:
+                for done in method.run(model, _taken_from(waiting), sites, sums.settings, sums):
+                    waiting.pop()
+                    bar.update(len(done.samples))
+            except RuntimeError as error:
+                if not out_of_memory(error) or len(waiting[-1].samples) == 1:
+                    raise
+                too_large = waiting[-1].ids.numel()
+                waiting = [half for batch in waiting for half in (reversed(batch.halves()) if _at_least(batch, too_large) else [batch])]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _at_least(batch: Batch, tokens: int) -> bool:
+    return len(batch.samples) > 1 and batch.ids.numel() >= tokens
+
+
+def _taken_from(waiting: list[Batch]) -> Iterator[Batch]:
+    """The last batch of the list, again and again, while whoever iterates takes what is done off its end."""
+    while waiting:
+        yield waiting[-1]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _budget(batch_tokens: int | str, device: torch.device) -> int:
+    """auto: what keeps a CPU's caches warm, or a GPU busy; a single sample may always be longer."""
+    if batch_tokens == "auto":
+        return 1024 if device.type == "cpu" else 2048
+    if not isinstance(batch_tokens, int) or batch_tokens < 1:
+        raise UserError(f"batch_tokens is {batch_tokens!r}; give a positive number of tokens, or auto")
+    return batch_tokens
+
+
+def _provenance(
+    model: "PreTrainedModel", settings: Settings, roles: tuple[str, ...], sums: Sums, references: ReferenceSet | None
+) -> dict[str, Any]:
+    return {
+        "method": settings.method,
+        "unit": settings.unit,
+        "sites_roles": list(roles),
+        "target": settings.target,
+        "neuron": settings.neuron,
+        "reduce": settings.reduce,
+        "samples": sums.samples,
+        "tokens": sums.tokens,
+        "targets": sums.targets,
+        "skipped": sums.skipped,
+        "model": describe(model),
+        "samples_fingerprint": references.fingerprint if references else None,
+        "version": __version__,
+    }

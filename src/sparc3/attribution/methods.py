@@ -1,0 +1,114 @@
+"""The methods, by name. A method is a function (model, batches, sites, settings, sums) that adds to sums, batch by batch."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, unknown
+from ..models import Site
+from .activations import activation, wanda
+from .batches import Batch
+from .relevance import cp_lrp, gradient, lrp
+from .sums import Settings, Sums
+
+Run = Callable[..., Iterator[Batch]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to score units.
+
+    Attributes:
+        name: as recipes and the command line say it.
+        run: goes through the batches and adds to the sums; None for a method that looks at no sample.
+        finish: (site, total, sums) → the site's scores; the one place where anything is divided.
+        units: the units it can score.
+        roles: the sites it can score; None for all.
+        why: what to say of a unit or site it cannot score.
+        targeted: whether it explains a target logit, which the samples must then provide.
+    """
+
+    name: str
+    run: Run | None
+    finish: Callable[[Site, Tensor, Sums], Tensor]
+    units: tuple[str, ...]
+    roles: tuple[str, ...] | None = None
+    why: str = ""
+    targeted: bool = False
+
+
+def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
+    """Mean over samples, or over target tokens where a sample has many (design, 2.2 and 2.5)."""
+    many = sums.settings.target.partition(":")[0] in ("completion", "next")
+    mean = total / (sums.targets if many else sums.samples)
+    return mean.abs() if sums.settings.reduce == "abs_mean" else mean
+
+
+def _wanda(site: Site, total: Tensor, sums: Sums) -> Tensor:
+    """|W_ij| · ‖a_j‖₂; a neuron's is the sum over its row."""
+    return site.weight.detach().to("cpu", torch.float64).abs() @ total.sqrt()
+
+
+def _per_token(site: Site, total: Tensor, sums: Sums) -> Tensor:
+    return total / sums.tokens
+
+
+def _magnitude(site: Site, total: Tensor, sums: Sums) -> Tensor:
+    """Σ_j |W_ij| of a neuron; Σ |W| over the columns of attn.o that read a head."""
+    weight = site.weight.detach().to("cpu", torch.float64).abs()
+    return weight.sum(1) if sums.settings.unit == "neuron" else weight.sum(0).view(site.heads, -1).sum(1)
+
+
+def _random(site: Site, total: Tensor, sums: Sums) -> Tensor:
+    seed = torch.Generator().manual_seed(zlib.crc32(f"{sums.settings.seed}/{site.name}".encode()))
+    return torch.rand(site.out if sums.settings.unit == "neuron" else site.heads, generator=seed, dtype=torch.float64)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Add a method under its name. Raises UserError where the name is taken."""
+    if method.name in _METHODS:
+        raise UserError(f"there is a method '{method.name}' already; choose another name")
+    _METHODS[method.name] = method
+
+
+for _method in (
+    Method("lrp", lrp, _mean, ("neuron", "head"), targeted=True),
+    Method("cp-lrp", cp_lrp, _mean, ("neuron", "head"), targeted=True),
+    Method("gradient", gradient, _mean, ("neuron", "head"), targeted=True),
+    Method("wanda", wanda, _wanda, ("neuron",), why="Wanda weighs a weight by its input, and a head has no weight of its own"),
+    Method("activation", activation, _per_token, ("neuron",), ("mlp.up",), why="an activation belongs to a neuron of mlp.up"),
+    Method("magnitude", None, _magnitude, ("neuron", "head")),
+    Method("random", None, _random, ("neuron", "head")),
+):
+    register(_method)
+
+
+def methods() -> list[str]:
+    return sorted(_METHODS)
+
+
+def require_method(name: str) -> Method:
+    """The method called `name`; "random:3" is random with seed 3. Raises UserError for an unknown one."""
+    base = name.partition(":")[0]
+    if base not in _METHODS or (base != name and (base != "random" or not name.partition(":")[2].isdigit())):
+        raise unknown("method", name, _METHODS)
+    return _METHODS[base]
+
+
+def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Settings]:
+    """The method, and the settings it will see, after checking that they go together. Raises UserError where they do not."""
+    method = require_method(settings.method)
+    if settings.unit not in method.units:
+        raise UserError(f"method {method.name} cannot score unit '{settings.unit}'{': ' + method.why if method.why else ''}; it scores {', '.join(method.units)}")
+    for role in roles:
+        if settings.unit == "head" and role != "attn.o":
+            raise UserError(f"heads are scored at attn.o, not at '{role}'; use --sites attn.o")
+        if method.roles and role not in method.roles:
+            raise UserError(f"method {method.name} cannot score site '{role}': {method.why}; use {', '.join(method.roles)}")
+    return method, replace(settings, seed=int(settings.method.partition(":")[2] or 0))

@@ -1,0 +1,157 @@
+"""Relevance by (modified) gradients: `lrp`, `cp-lrp` and `gradient`. One forward, one backward with respect to inputs.
+
+No weight ever has a gradient: what a site needs is gathered in a hook on its output while the backward pass goes by.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..models import Site
+from .batches import Batch
+from .patching import frozen, lrp_rules
+from .sums import Settings, Sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS = 256
+"""Rows of W ⊙ G handled at once, so that the piece stays in cache."""
+
+
+def lrp(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
+    """AttnLRP (Achtibat et al. 2024)."""
+    return _relevance(model, batches, sites, settings, sums, lrp_rules(model))
+
+
+def cp_lrp(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
+    """CP-LRP (Ali et al. 2022): queries, keys and gates are constants."""
+    return _relevance(model, batches, sites, settings, sums, lrp_rules(model, cp=True))
+
+
+def gradient(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
+    """Weight × gradient, no rules."""
+    return _relevance(model, batches, sites, settings, sums, nullcontext())
+
+
+def _relevance(
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums, rules: AbstractContextManager[None]
+) -> Iterator[Batch]:
+    """Add each batch's relevance to `sums`, and yield the batch when it is in."""
+    with frozen(model), rules:
+        for batch in batches:
+            gathered: dict[str, Tensor] = {}
+            with _watched(sites, batch, settings, gathered):
+                target_of(model, batch).backward()
+            sums.add(batch, gathered)
+            yield batch
+
+
+def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """Σ over the batch of y, the target scalar of each sample (design, 2.2). The head is computed at target positions only."""
+    rows = [row for row, sample in enumerate(batch.samples) for _ in sample.positions]
+    columns = [position for sample in batch.samples for position in sample.positions]
+    logits = logits_at(model, batch.ids, rows, columns)
+    ranks = torch.arange(len(rows), device=logits.device)
+    if batch.samples[0].tokens is None:
+        return logits[ranks, logits.detach().argmax(-1)].sum()
+    tokens = [token for sample in batch.samples for token in sample.tokens or ()]
+    y = logits[ranks, torch.tensor(tokens, device=logits.device)].sum()
+    against = [token for sample in batch.samples for token in sample.against or ()]
+    return y - logits[ranks, torch.tensor(against, device=logits.device)].sum() if against else y
+
+
+def logits_at(model: "PreTrainedModel", ids: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+    """Logits [N, V] at the given (row, column) positions of ids [B, T], without a logit anywhere else.
+
+    No attention mask is given: with padding on the right and causal attention no real position sees a padded one.
+    """
+    head = model.get_output_embeddings()
+    assert head is not None
+
+    def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0].view(*ids.shape, -1)
+        return (hidden[torch.tensor(rows, device=hidden.device), torch.tensor(columns, device=hidden.device)].unsqueeze(0), *args[1:])
+
+    hook = head.register_forward_pre_hook(pick)
+    try:
+        return model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor]) -> Iterator[None]:
+    """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a sample."""
+    with ExitStack() as stack:
+        for site in sites:
+            if settings.unit == "head":
+                hook = site.module.register_forward_pre_hook(_head_hook(site, batch, gathered))
+            else:
+                hook = site.module.register_forward_hook(_output_hook(site, batch, settings, gathered))
+            stack.callback(hook.remove)
+        yield
+
+
+def _head_hook(site: Site, batch: Batch, gathered: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (design, 2.4)."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        a = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        value = a.detach()
+
+        def arrived(grad: Tensor) -> None:
+            relevance = (_wide(grad) * _wide(value)).view(*batch.ids.shape, site.heads, -1)
+            gathered[site.name] = relevance.sum((1, 3))
+
+        a.register_hook(arrived)
+        return (a, *args[1:])
+
+    return hook
+
+
+def _output_hook(
+    site: Site, batch: Batch, settings: Settings, gathered: dict[str, Tensor]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Neuron relevance at the site's output z = W a + b (design, 2.4)."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
+        z = output if output.requires_grad else output.detach().requires_grad_()
+        kept = args[0].detach() if settings.neuron == "abs" else z.detach()
+
+        def arrived(grad: Tensor) -> None:
+            shape = batch.ids.shape
+            if settings.neuron == "abs":
+                gathered[site.name] = absolute_rows(site.weight, grad.view(*shape, -1), kept.view(*shape, -1), batch.lengths)
+            else:
+                gathered[site.name] = (_wide(grad) * _wide(kept)).view(*shape, -1).sum(1)
+
+        z.register_hook(arrived)
+        return z
+
+    return hook
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, in which everything is summed."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def absolute_rows(weight: Tensor, grad: Tensor, a: Tensor, lengths: Iterable[int]) -> Tensor:
+    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in], grad [B, T, out], a [B, T, in]."""
+    sums = []
+    for sample, length in enumerate(lengths):
+        g, x = grad[sample, :length], a[sample, :length]
+        if g.dtype in (torch.float16, torch.bfloat16) and g.device.type == "cpu":
+            g, x = g.float(), x.float()
+        pieces = []
+        for start in range(0, weight.shape[0], ROWS):
+            piece = g[:, start : start + ROWS].T @ x
+            piece = piece.mul_(weight[start : start + ROWS])
+            pieces.append(torch.linalg.vector_norm(piece, 1, dim=1, dtype=_wide(piece[:0]).dtype))
+        sums.append(torch.cat(pieces))
+    return torch.stack(sums)

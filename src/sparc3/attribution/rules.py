@@ -1,0 +1,150 @@
+"""The LRP rules as modified gradients. Tensors and autograd only: forward values are never changed, only what flows back.
+
+Relevance of an activation is activation × (modified gradient), so a rule is a choice of backward factor. Sources: AttnLRP
+(Achtibat et al. 2024, arXiv 2402.05602), the modified-gradient view (Arras et al. 2025), CP-LRP (Ali et al. 2022).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Factor = Callable[[Tensor], Tensor]
+
+
+def sigmoid_factor(x: Tensor) -> Tensor:
+    """silu(x) / x = σ(x)."""
+    return torch.sigmoid(x)
+
+
+def normal_cdf_factor(x: Tensor) -> Tensor:
+    """gelu(x) / x = Φ(x), the distribution function of the standard normal."""
+    return 0.5 * (1.0 + torch.erf(x * math.sqrt(0.5)))
+
+
+def tanh_gelu_factor(x: Tensor) -> Tensor:
+    """gelu_tanh(x) / x = ½ (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
+
+
+def quick_gelu_factor(x: Tensor) -> Tensor:
+    """quick_gelu(x) / x = σ(1.702 x)."""
+    return torch.sigmoid(1.702 * x)
+
+
+def relu_factor(x: Tensor) -> Tensor:
+    """relu(x) / x = 1[x > 0]."""
+    return (x > 0).to(x.dtype)
+
+
+def relu_squared_factor(x: Tensor) -> Tensor:
+    """relu(x)² / x = relu(x)."""
+    return torch.relu(x)
+
+
+class _Identity(torch.autograd.Function):
+    """Identity rule: forward f(x), backward g · f(x)/x with f(x)/x in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], factor: Factor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.factor = factor
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0] * ctx.factor(x), None, None
+
+
+def identity_rule(x: Tensor, function: Callable[[Tensor], Tensor], factor: Factor) -> Tensor:
+    """function(x), whose relevance passes unchanged: R_x = R_y (AttnLRP, Eq. 9)."""
+    return _Identity.apply(x, function, factor)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _GatedProduct(torch.autograd.Function):
+    """Identity rule on the gate's non-linearity and uniform rule on the product, in one step that keeps only its two inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor], factor: Factor, share: float) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.function, ctx.factor, ctx.share = function, factor, share
+        return function(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        gate, up = ctx.saved_tensors
+        to_gate = to_up = None
+        if ctx.needs_input_grad[1]:
+            to_up = grad * ctx.function(gate)
+            if ctx.share:
+                to_up = to_up.mul_(1.0 - ctx.share)
+        if ctx.needs_input_grad[0] and ctx.share:
+            to_gate = (grad * up).mul_(ctx.factor(gate)).mul_(ctx.share)
+        return to_gate, to_up, None, None, None
+
+
+def gated_product(gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor], factor: Factor, share: float) -> Tensor:
+    """function(gate) · up, of whose relevance the gate gets `share` and up the rest.
+
+    share ½ is the uniform rule of AttnLRP (Eq. 12); share 0 is CP-LRP, where the gate is a constant.
+    """
+    return _GatedProduct.apply(gate, up, function, factor, share)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def scale_relevance(x: Tensor, factor: float) -> Tensor:
+    """x itself; what flows back through it is multiplied by `factor`. Factor 0 makes it a constant."""
+    return x.detach() if factor == 0.0 else _Scale.apply(x, factor)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # transformers' RMSNorms compute it in float32
+        ctx.save_for_backward(scale, gain)
+        return norm(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        scale, gain = ctx.saved_tensors
+        return (grads[0] * gain * scale).to(grads[0].dtype), None, None, None
+
+
+def rms_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor, eps: float) -> Tensor:
+    """norm(x) = gain · x / rms(x), whose statistic rms(x) is a constant on the way back (AttnLRP, Eq. 18)."""
+    return _RMSNorm.apply(x, norm, gain, eps)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(wide.var(-1, keepdim=True, correction=0) + eps)
+        ctx.save_for_backward(scale, *([] if gain is None else [gain]))
+        return norm(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        scale, *gain = ctx.saved_tensors
+        flow = grads[0] * gain[0] * scale if gain else grads[0] * scale
+        return (flow - flow.mean(-1, keepdim=True)).to(grads[0].dtype), None, None, None
+
+
+def layer_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
+    """norm(x) = gain · (x − mean(x)) / std(x) + bias; std(x) is a constant, the mean is the linear map that it is."""
+    return _LayerNorm.apply(x, norm, gain, eps)  # type: ignore[no-untyped-call, no-any-return]
+

@@ -1,0 +1,87 @@
+"""Running sums: what a method adds to, what shards add up, what is divided once at the end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..errors import NonFinite
+from .batches import Batch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked of a method; see `attribute`."""
+
+    method: str
+    unit: str
+    target: str
+    neuron: str
+    reduce: str
+    seed: int = 0
+    non_finite: str = "error"
+
+
+@dataclass
+class Sums:
+    """Sums over samples, on the CPU in float64, with the counts that divide them.
+
+    Attributes:
+        totals: site name → sum over the samples so far.
+        samples, tokens, targets: numbers of samples, of their tokens, of their target tokens.
+        skipped: places, in the reference set, of samples left out because their relevance was not finite.
+    """
+
+    settings: Settings
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    skipped: list[int] = field(default_factory=list)
+
+    def add(self, batch: Batch, gathered: Mapping[str, Tensor]) -> None:
+        """Add one row a sample from each site, leaving out samples that are not finite where the settings say so.
+
+        Raises:
+            NonFinite: a NaN or Inf, named by sample and site, where the settings say error.
+        """
+        rows = {name: value.detach().to("cpu", torch.float64) for name, value in gathered.items()}
+        good = torch.ones(len(batch.samples), dtype=torch.bool)
+        for name, value in rows.items():
+            finite = value.isfinite().flatten(1).all(1)
+            if not finite.all() and self.settings.non_finite == "error":
+                bad = batch.samples[int((~finite).nonzero()[0])].index
+                raise NonFinite(
+                    f"the relevance of sample {bad} is not finite at {name}; look at that sample, load the model in bfloat16 or float32, "
+                    "or leave such samples out with --non-finite skip"
+                )
+            good &= finite
+        for name, value in rows.items():
+            kept = value[good].abs() if self.settings.reduce == "mean_abs" else value[good]
+            self.totals[name] = self.totals.get(name, 0) + kept.sum(0)  # type: ignore[assignment]
+        for row, sample in enumerate(batch.samples):
+            if good[row]:
+                self.count(len(sample.ids), len(sample.positions))
+            else:
+                self.skipped.append(sample.index)
+
+    def count(self, tokens: int, targets: int) -> None:
+        self.samples += 1
+        self.tokens += tokens
+        self.targets += targets
+
+
+    def over_ranks(self, names: list[str]) -> "Sums":
+        """The sums of all ranks together; each rank gets the same. `names` are the sites, which a rank without a sample lacks."""
+        if distributed.world() == 1:
+            return self
+        known = distributed.gather({name: tuple(total.shape) for name, total in self.totals.items()})
+        shapes = {name: shape for part in known for name, shape in part.items()}
+        totals = {name: self.totals.get(name, torch.zeros(shapes[name], dtype=torch.float64)) for name in names if name in shapes}
+        counts = torch.tensor([self.samples, self.tokens, self.targets])
+        distributed.sum_([*totals.values(), counts])
+        skipped = sorted(index for part in distributed.gather(self.skipped) for index in part)
+        samples, tokens, targets = (int(count) for count in counts)
+        return Sums(self.settings, totals, samples, tokens, targets, skipped)

@@ -1,0 +1,78 @@
+"""Rank and world. Without torchrun this is rank 0 of 1, and every function below is the plain thing."""
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks."""
+    return rank() == 0
+
+
+def start() -> None:
+    """Join the group that torchrun announced; does nothing in a single process, or when already joined."""
+    if world() == 1:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        # gloo moves the sums, a few megabytes, over the CPU: it is there on every machine, and needs no device of its own.
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))
+
+
+def stop() -> None:
+    if world() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def stride(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share: every world-th item, from its rank on."""
+    return items[rank() :: world()]
+
+
+def sum_(tensors: Iterable[Any]) -> None:
+    """Add each tensor over all ranks, in place (tensors on the CPU)."""
+    if world() == 1:
+        return
+    import torch.distributed as dist
+
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank; for small plain objects."""
+    if world() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait() -> None:
+    """Go on when every rank is here."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
