@@ -1,11 +1,12 @@
 """Rank and world. Without torchrun this is rank 0 of 1, and every function below is the plain thing."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 def rank() -> int:
@@ -68,6 +69,15 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def in_parallel(items: Sequence[T], work: Callable[[Sequence[T]], list[Made]]) -> list[Made]:
+    """work() over all items, each rank on its share; every rank gets all results, in the items' order."""
+    parts = gather(work(stride(items)) if items else [])
+    made: list[Any] = [None] * len(items)
+    for first, part in enumerate(parts):
+        made[first :: world()] = part
+    return made
 
 
 def wait() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Site, family_of
-from .batches import Batch
+from ..batches import Batch
 from .patching import frozen
 from .sums import Settings, Sums
 

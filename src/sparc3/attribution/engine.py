@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
+from ..memory import out_of_memory
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
 from ..models import context_length, describe, sites_of
 from ..samples import ReferenceSet, Sample
 from ..scores import Scores
 from ..version import __version__
-from .batches import Batch, encode, make_batches, parse_target
+from ..batches import Batch, encode, make_batches, parse_target
 from .methods import Method, settings_for
 from .sums import Settings, Sums
 
@@ -122,11 +123,6 @@ def _taken_from(waiting: list[Batch]) -> Iterator[Batch]:
     """The last batch of the list, again and again, while whoever iterates takes what is done off its end."""
     while waiting:
         yield waiting[-1]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _budget(batch_tokens: int | str, device: torch.device) -> int:

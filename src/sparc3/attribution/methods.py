@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError, unknown
 from ..models import Site
 from .activations import activation, wanda
-from .batches import Batch
+from ..batches import Batch
 from .relevance import cp_lrp, gradient, lrp
 from .sums import Settings, Sums
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..errors import NonFinite
-from .batches import Batch
+from ..batches import Batch
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import UserError, unknown
-from ..samples import ReferenceSet, Sample
+from .errors import UserError, unknown
+from .samples import ReferenceSet, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,36 @@
+"""What to do when an allocation fails: halve the batch and go on."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def in_batches(items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], list[Made]], done: Callable[[int], object] = int) -> list[Made]:
+    """work() over the items in batches of `size`, halved whenever one does not fit into memory; results in the items' order.
+
+    Args:
+        done: told the number of items after each batch, for a progress bar.
+    """
+    made: list[Made] = []
+    while len(made) < len(items):
+        batch = items[len(made) : len(made) + size]
+        try:
+            made += work(batch)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not (out_of_memory(error) or isinstance(error, MemoryError)):
+                raise
+            size = max(1, len(batch) // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            done(len(batch))
+    return made
