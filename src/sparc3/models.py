@@ -31,6 +31,7 @@ class Family:
         roles: role → path inside a layer.
         activation: path, inside a layer, of the MLP's non-linearity.
         gated: path, inside a layer, of an MLP that computes down(act(gate(x)) · up(x)); None where it is down(act(up(x))).
+        positions: path of the learned position embedding; None where positions are not learned.
     """
 
     classes: str
@@ -38,6 +39,7 @@ class Family:
     roles: Mapping[str, str]
     activation: str
     gated: str | None = None
+    positions: str | None = None
 
 
 def _llama_like(classes: str) -> Family:
@@ -60,6 +62,7 @@ FAMILIES: dict[str, Family] = {
             "mlp.down": "fc2",
         },
         "activation_fn",
+        positions="model.decoder.embed_positions",
     ),
 }
 """model_type of the configuration → Family. A new plain decoder is a new row."""

@@ -41,6 +41,9 @@ TRANSPARENT = {"ModuleList", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"
 CONTAINERS = ("ForCausalLM", "LMHeadModel", "Model", "Decoder", "DecoderLayer", "Attention", "MLP", "RotaryEmbedding", "LearnedPositionalEmbedding")
 """What a family's own classes may be called after its prefix; their forward is composed of modules and functions met elsewhere."""
 
+OURS = "sparc3_"
+"""What the names that we register with transformers begin with."""
+
 
 @contextmanager
 def lrp_rules(model: "PreTrainedModel", *, cp: bool = False) -> Iterator[None]:
@@ -87,7 +90,7 @@ def _plan(model: "PreTrainedModel", family: Family, cp: bool) -> list[tuple[nn.M
         if id(module) in gated:
             forwards.append((module, _gated_mlp(module, family, share=0.0 if cp else 0.5, name=name)))
         elif kind == family.classes + "RMSNorm":
-            eps = getattr(module, "variance_epsilon", None) or module.eps
+            eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
             forwards.append((module, partial(rules.rms_norm, norm=module.forward, gain=module.weight, eps=eps)))
         elif kind == "LayerNorm":
             forwards.append((module, partial(rules.layer_norm, norm=module.forward, gain=module.weight, eps=module.eps)))
@@ -138,7 +141,9 @@ def _registered(implementation: str, cp: bool) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = f"sparc3_{'cp' if cp else 'attn'}lrp_{implementation}"
+    if implementation.startswith(OURS):  # rules within rules: the inner ones replace the outer ones' shares
+        implementation = implementation.removeprefix(OURS).split("_", 1)[1]
+    name = f"{OURS}{'cp' if cp else 'attn'}lrp_{implementation}"
     to_query_key, to_value = (0.0, 1.0) if cp else (0.25, 0.5)
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -84,8 +84,11 @@ def _head_hook(site: Site, batch: Batch, gathered: dict[str, Tensor]) -> Callabl
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         a = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
         value = a.detach()
+        gathered[site.name] = torch.zeros(len(batch.samples), site.heads, device=a.device)
 
-        def arrived(grad: Tensor) -> None:
+        def arrived(grad: Tensor | None) -> None:
+            if grad is None:
+                return
             relevance = (_wide(grad) * _wide(value)).view(*batch.ids.shape, site.heads, -1)
             gathered[site.name] = relevance.sum((1, 3))
 
@@ -104,8 +107,11 @@ def _output_hook(
         # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
         z = output if output.requires_grad else output.detach().requires_grad_()
         kept = args[0].detach() if settings.neuron == "abs" else z.detach()
+        gathered[site.name] = torch.zeros(len(batch.samples), site.out, device=z.device)  # stays where CP-LRP holds z constant
 
-        def arrived(grad: Tensor) -> None:
+        def arrived(grad: Tensor | None) -> None:
+            if grad is None:
+                return
             shape = batch.ids.shape
             if settings.neuron == "abs":
                 gathered[site.name] = absolute_rows(site.weight, grad.view(*shape, -1), kept.view(*shape, -1), batch.lengths)

@@ -111,10 +111,15 @@ def scale_relevance(x: Tensor, factor: float) -> Tensor:
     return x.detach() if factor == 0.0 else _Scale.apply(x, factor)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, in which norms compute their statistic."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # transformers' RMSNorms compute it in float32
+        scale = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(scale, gain)
         return norm(x)
 
@@ -132,8 +137,7 @@ def rms_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor, eps: flo
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.var(-1, keepdim=True, correction=0) + eps)
+        scale = torch.rsqrt(_wide(x).var(-1, keepdim=True, correction=0) + eps)
         ctx.save_for_backward(scale, *([] if gain is None else [gain]))
         return norm(x)
 
@@ -147,4 +151,3 @@ class _LayerNorm(torch.autograd.Function):
 def layer_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
     """norm(x) = gain · (x − mean(x)) / std(x) + bias; std(x) is a constant, the mean is the linear map that it is."""
     return _LayerNorm.apply(x, norm, gain, eps)  # type: ignore[no-untyped-call, no-any-return]
-

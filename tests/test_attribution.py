@@ -1,0 +1,376 @@
+"""Attribution against mathematics: second opinions, numbers on paper, laws, and what must not change."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from tiny import Words, paper_model, samples, tiny
+from torch import Tensor
+from unchanged import fingerprint, require_same
+
+from sparc3.attribution import attribute
+from sparc3.attribution.ledger import ledger
+from sparc3.attribution.methods import settings_for
+from sparc3.attribution.patching import frozen, lrp_rules
+from sparc3.attribution.relevance import target_of
+from sparc3.attribution.sums import Settings, Sums
+from sparc3.batches import encode, make_batches
+from sparc3.errors import NonFinite
+from sparc3.models import ROLES, family_of, sites_of
+from sparc3.samples import ReferenceSet, Sample
+
+SHARED = Path(__file__).parents[2] / "shared"
+MODELS = ("llama", "llama-bias", "opt")
+METHODS = {"lrp": False, "cp-lrp": True}
+
+
+def roles_of(model: Any) -> tuple[str, ...]:
+    return tuple(role for role in ROLES if role in family_of(model).roles)
+
+
+def exact_scores(model: Any, ids: list[list[int]], *, method: str = "lrp", unit: str = "neuron", neuron: str = "abs", tokens: int = 1) -> dict[str, Tensor]:
+    """What `attribute` computes, before it rounds to float32."""
+    roles = ("attn.o",) if unit == "head" else roles_of(model) if method != "activation" else ("mlp.up",)
+    chosen, settings = settings_for(Settings(method, unit, "predicted", neuron, "mean"), roles)
+    sums, where = Sums(settings), sites_of(model, roles)
+    encoded = encode(ReferenceSet.of(ids), None, "predicted", context=32, vocabulary=40)
+    assert chosen.run
+    for _ in chosen.run(model, make_batches(encoded, tokens, torch.device("cpu")), where, settings, sums):
+        pass
+    return {site.name: chosen.finish(site, sums.totals[site.name], sums) for site in where}
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """‖one − other‖ / ‖other‖, and 0 for two zeros."""
+    return float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-300))
+
+
+def explicit(model: Any, ids: list[int], *, cp: bool) -> reference.Relevance:
+    return {"llama": reference.llama, "opt": reference.opt}[model.config.model_type](model, ids, cp=cp)
+
+
+# A second opinion -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_keeps_its_own_ledger(name: str) -> None:
+    model = tiny(name)
+    found = explicit(model, samples()[0], cp=True)
+    assert found.embeddings is not None
+    total = found.embeddings.sum() + found.biases + (0 if found.positions is None else found.positions.sum())
+    assert float(total) == pytest.approx(found.logit, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_agrees_with_explicit_propagation(name: str, method: str) -> None:
+    model, ids = tiny(name), samples()[0]
+    found = explicit(model, ids, cp=METHODS[method])
+    sites = sites_of(model, roles_of(model))
+    with lrp_rules(model, cp=METHODS[method]):
+        logit = model(torch.tensor([ids])).logits[0, -1].max()
+        grads = torch.autograd.grad(logit, [site.module.weight for site in sites], allow_unused=True)
+    assert float(logit.detach()) == pytest.approx(found.logit, rel=1e-12)
+    for site, grad in zip(sites, grads, strict=True):
+        relevance = torch.zeros_like(site.weight) if grad is None else site.weight.detach() * grad
+        assert distance(relevance, found.weights[site.name]) < 1e-8, site.name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_neuron_and_head_agrees_with_explicit_propagation(name: str, method: str) -> None:
+    model, ids = tiny(name), samples()
+    found = [explicit(model, one, cp=METHODS[method]) for one in ids]
+
+    def mean(part: str, site: str) -> Tensor:
+        return torch.stack([getattr(one, part)[site] for one in found]).mean(0)
+
+    for neuron in ("signed", "abs"):
+        for site, value in exact_scores(model, ids, method=method, neuron=neuron, tokens=20).items():
+            rows = mean("outputs", site) if neuron == "signed" else torch.stack([one.weights[site].abs().sum(1) for one in found]).mean(0)
+            assert distance(value, rows) < 1e-8, (site, neuron)
+    for site, value in exact_scores(model, ids, method=method, unit="head", tokens=20).items():
+        assert distance(value, mean("heads", site)) < 1e-8, site
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_input_tokens_positions_and_biases_agree_with_explicit_propagation(name: str, method: str) -> None:
+    model, ids = tiny(name), samples()[0]
+    found, mine = explicit(model, ids, cp=METHODS[method]), ledger(model, ids, cp=METHODS[method])
+    assert found.embeddings is not None
+    assert distance(mine.tokens, found.embeddings) < 1e-8
+    assert mine.biases == pytest.approx(found.biases, rel=1e-8)
+    assert mine.positions == pytest.approx(0.0 if found.positions is None else float(found.positions.sum()), rel=1e-8)
+
+
+def test_the_front_door_gives_the_same_in_float32() -> None:
+    model, ids = tiny("llama"), samples()
+    scores = attribute(model, ids, sites=roles_of(model), neuron="signed", batch_tokens=20)
+    exact = exact_scores(model, ids, neuron="signed", tokens=20)
+    assert list(scores) == list(exact)
+    assert all(torch.equal(scores[site], exact[site].float()) for site in scores)
+
+
+# On paper -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_on_paper() -> None:
+    """The numbers of `paper_model`. y = 8, so ∂̂y/∂(1, 7) = (1, 1), the final RMS being a constant.
+
+    At the product (3, 4): ĝ = W_dᵀ (1, 1) = (6, −3).  Half to up: ĝ = ½ · gate · ĝ = (3, −3), Σ ĝ z = (3·3, −3·2) = (9, −6),
+    R_W = [[1, 2], [3, −1]] ⊙ [[3, 3], [−3, −3]] = [[3, 6], [−9, 3]], absolute rows (9, 12).  Half to the gate: ĝ = ½ · up · ĝ = (9, −3).
+    At h = (1, 1): ĝ = (1, 1) + W_uᵀ (3, −3) + W_gᵀ (9, −3) = (1, 1) + (−6, 9) + (6, −3) = (1, 7).  Head: (0, 2) · W_oᵀ (1, 7) = 14.
+    With the gate constant, up gets all: ĝ = (6, −6), (18, −12), rows (18, 24); at h (1, 1) + (−12, 18) = (−11, 19); head 2 · 19 = 38.
+    """
+    model = paper_model()
+    up, o = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.o_proj"
+    expected = {
+        "lrp": {"signed": [9, -6], "abs": [9, 12], "head": [14]},
+        "cp-lrp": {"signed": [18, -12], "abs": [18, 24], "head": [38]},
+    }
+    for method, values in expected.items():
+        for neuron in ("signed", "abs"):
+            assert attribute(model, [[3]], method=method, neuron=neuron)[up].tolist() == pytest.approx(values[neuron], abs=1e-5)
+        assert attribute(model, [[3]], method=method, unit="head", sites=("attn.o",))[o].tolist() == pytest.approx(values["head"], abs=1e-5)
+    assert attribute(model, [[3]], method="lrp", sites=("mlp.gate",), neuron="signed")["model.layers.0.mlp.gate_proj"].tolist() == pytest.approx([9, -6])
+    assert attribute(model, [[3]], method="cp-lrp", sites=("mlp.gate",))["model.layers.0.mlp.gate_proj"].tolist() == [0, 0]
+
+
+def test_the_other_methods_on_paper() -> None:
+    """Plain gradient at (1, 7): y = 5 (h₁ + h₂) / rms, so ∂y/∂h = 1 − 8 h · 5 / 250 = (0.84, −0.12); W_dᵀ of it (3.12, −2.52), times
+    the gate (3.12, −5.04), times up (9.36, −10.08).  Wanda: rows of |W_u| at an input of norms (1, 1)."""
+    model, up = paper_model(), "model.layers.0.mlp.up_proj"
+    for method, neuron, values in (
+        ("gradient", "signed", [9.36, -10.08]), ("wanda", "abs", [3, 4]), ("magnitude", "abs", [3, 4]), ("activation", "abs", [3, 4]),
+    ):
+        assert attribute(model, [[3]], method=method, neuron=neuron)[up].tolist() == pytest.approx(values, abs=1e-5), method
+
+
+def test_the_ledger_on_paper() -> None:
+    """CP: x · ((−11, 19) + W_vᵀ W_oᵀ (−11, 19)) with x = (1, −1), or −30 past the attention and 38 through it: 8."""
+    assert ledger(paper_model(), [3]).embeddings == pytest.approx(8, rel=1e-12)
+    assert ledger(paper_model(), [3], cp=False).embeddings == pytest.approx(1 - 7 + 14 / 2, rel=1e-12)
+
+
+# Laws -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cp_relevance_adds_up_to_the_logit(name: str) -> None:
+    model = tiny(name)
+    for ids in samples():
+        book = ledger(model, ids)
+        assert book.target == pytest.approx(float(model(torch.tensor([ids])).logits[0, -1].max().detach()), rel=1e-12)
+        assert book.embeddings + book.positions + book.biases == pytest.approx(book.target, rel=1e-6)
+        assert (book.biases != 0) == (name != "llama") and (book.positions != 0) == (name == "opt")
+        assert book.gap < 1e-12 and ledger(model, ids, cp=False).gap > 1e-6  # AttnLRP loses some in the softmax: the ledger is no tautology
+
+
+@pytest.mark.parametrize("method", ["lrp", "cp-lrp", "gradient", "wanda", "activation"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_padding_and_batches_change_nothing(name: str, method: str) -> None:
+    model, ids = tiny(name), samples(4)
+    for unit, neuron in (("neuron", "signed"), ("neuron", "abs"), ("head", "abs")):
+        if unit == "head" and method in ("wanda", "activation"):
+            continue
+        alone = exact_scores(model, ids, method=method, unit=unit, neuron=neuron, tokens=1)
+        for tokens in (12, 1000):
+            batched = exact_scores(model, ids, method=method, unit=unit, neuron=neuron, tokens=tokens)
+            assert max(distance(batched[site], alone[site]) for site in alone) < 1e-12, (unit, neuron, tokens)
+        parts = [exact_scores(model, [one], method=method, unit=unit, neuron=neuron) for one in ids]
+        if method in METHODS:
+            assert all(distance(alone[site], torch.stack([part[site] for part in parts]).mean(0)) < 1e-12 for site in alone)
+
+
+def test_wanda_of_the_same_samples_twice_is_root_two_times_as_large() -> None:
+    model, ids = tiny("opt"), samples()
+    once, twice = (exact_scores(model, some, method="wanda", tokens=20) for some in (ids, ids + ids))
+    assert all(distance(twice[site], once[site] * 2**0.5) < 1e-12 for site in once)
+
+
+def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
+    model, ids = tiny("llama"), samples()
+    up, seen = model.model.layers[1].mlp.up_proj, []
+    hook = up.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()[0]))
+    for one in ids:
+        model(torch.tensor([one]))
+    hook.remove()
+    expected = (up.weight.detach().abs() * torch.cat(seen).norm(dim=0)).sum(1)
+    assert distance(exact_scores(model, ids, method="wanda", tokens=1000)["model.layers.1.mlp.up_proj"], expected) < 1e-12
+
+
+@pytest.mark.parametrize("reduce", ["mean", "mean_abs", "abs_mean"])
+def test_reductions(reduce: str) -> None:
+    model, ids, up = tiny("llama"), samples(), "model.layers.0.mlp.up_proj"
+    rows = torch.stack([exact_scores(model, [one], neuron="signed")[up] for one in ids])
+    expected = {"mean": rows.mean(0), "mean_abs": rows.abs().mean(0), "abs_mean": rows.mean(0).abs()}[reduce]
+    assert distance(attribute(model, ids, neuron="signed", reduce=reduce)[up], expected) < 1e-6
+    assert distance(expected, rows.mean(0)) > 1e-3 or reduce == "mean"
+
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+TEXT = Sample(text="w5 w7 w9", target="w11", contrast="w13", completion="w21 w22 w23")
+
+
+@pytest.mark.parametrize(
+    ("target", "ids", "terms", "count"),
+    [
+        ("predicted", [5, 7, 9], [(2, None, 1)], 1),
+        ("label", [5, 7, 9], [(2, 11, 1)], 1),
+        ("contrast", [5, 7, 9], [(2, 11, 1), (2, 13, -1)], 1),
+        ("completion", [5, 7, 9, 21, 22], [(2, 21, 1), (3, 22, 1), (4, 23, 1)], 3),
+        ("completion:2", [5, 7, 9, 21], [(2, 21, 1), (3, 22, 1)], 2),
+        ("next", [5, 7, 9], [(0, 7, 1), (1, 9, 1)], 2),
+    ],
+)
+def test_targets_are_these_sums_of_logits(target: str, ids: list[int], terms: list[tuple[int, int | None, int]], count: int) -> None:
+    model = tiny("llama")
+    logits = model(torch.tensor([ids])).logits[0]
+    expected = sum(sign * (logits[at].max() if token is None else logits[at, token]) for at, token, sign in terms)
+    other = Sample(text="w30 w31 w32 w33 w34", target="w3", contrast="w4", completion="w8 w9")
+    encoded = encode(ReferenceSet((TEXT, other)), Words(), target, context=32, vocabulary=40)  # type: ignore[arg-type]
+    (alone,) = make_batches(encoded[:1], 1, torch.device("cpu"))
+    assert float(target_of(model, alone)) == pytest.approx(float(expected), rel=1e-12)
+    assert alone.samples[0].ids == tuple(ids)
+    (both,) = make_batches(encoded, 1000, torch.device("cpu"))
+    (second,) = make_batches(encoded[1:], 1, torch.device("cpu"))
+    assert float(target_of(model, both)) == pytest.approx(float(expected + target_of(model, second)), rel=1e-12)
+    # Relevance is Σ over target tokens divided by their number, so it is the mean over these terms of the label's relevance.
+    signed: dict[str, Any] = {"method": "gradient", "neuron": "signed", "tokenizer": Words()}
+    scores = attribute(model, [TEXT], target=target, **signed)
+    assert scores.provenance["targets"] == count
+    up = "model.layers.1.mlp.up_proj"
+    parts = [
+        sign * attribute(model, [Sample(input_ids=tuple(ids[: at + 1]), target=f"w{token}")], target="label", **signed)[up]
+        for at, token, sign in terms if token is not None
+    ]
+    if parts:
+        assert distance(scores[up], torch.stack(parts).sum(0) / count) < 1e-6
+
+
+# What must not change -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cp", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_rules_leave_nothing_behind(name: str, cp: bool) -> None:
+    model, ids = tiny(name), torch.tensor([samples()[0]])
+    model.train()
+    model.get_submodule(family_of(model).layers)[0].eval()
+    next(model.parameters()).requires_grad_(False)
+    before, other = fingerprint(model), tiny(name, seed=1)
+    untouched, values, theirs = fingerprint(other), model.eval()(ids).logits, other(ids).logits
+    model.train()
+    model.get_submodule(family_of(model).layers)[0].eval()
+    with frozen(model), lrp_rules(model, cp=cp):
+        require_same(fingerprint(other), untouched)
+        assert torch.equal(other(ids).logits, theirs)
+        assert torch.equal(model(ids).logits, values)
+        with frozen(model), lrp_rules(model, cp=not cp):
+            assert torch.equal(model(ids).logits, values)
+    require_same(fingerprint(model), before)
+    with pytest.raises(ZeroDivisionError), frozen(model), lrp_rules(model, cp=cp):
+        raise ZeroDivisionError
+    require_same(fingerprint(model), before)
+    require_same(fingerprint(other), untouched)
+
+
+def test_rules_within_rules_are_the_inner_rules() -> None:
+    model, ids = tiny("llama"), samples()
+    alone = exact_scores(model, ids, method="lrp")
+    with lrp_rules(model, cp=True):
+        nested = exact_scores(model, ids, method="lrp")
+    assert all(distance(nested[site], alone[site]) < 1e-12 for site in alone)
+
+
+@pytest.mark.parametrize("method", ["lrp", "cp-lrp", "gradient", "wanda", "activation", "magnitude", "random"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_attribute_leaves_no_gradient_and_nothing_else(name: str, method: str) -> None:
+    model = tiny(name)
+    before = fingerprint(model)
+    attribute(model, samples(), method=method, neuron="signed")
+    require_same(fingerprint(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_attribute_cleans_up_after_a_failure() -> None:
+    model = tiny("llama")
+    hook = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    before = fingerprint(model)
+    with pytest.raises(ZeroDivisionError):
+        attribute(model, samples())
+    require_same(fingerprint(model), before)
+    hook.remove()
+
+
+def test_attribution_works_where_gradients_are_off_and_weights_are_frozen() -> None:
+    model, ids = tiny("llama"), samples()
+    expected = attribute(model, ids)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        found = attribute(model, ids)
+    assert all(torch.equal(found[site], expected[site]) for site in expected)
+
+
+# Not a number ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("neuron", ["abs", "signed"])
+def test_a_nan_names_its_sample_and_site_or_is_skipped_and_counted(neuron: str) -> None:
+    model, ids = tiny("llama"), samples(4, vocabulary=39)
+    ids[2][0] = 39
+    with torch.no_grad():
+        model.model.embed_tokens.weight[39] = float("nan")
+    with pytest.raises(NonFinite, match=r"sample 2 .*model\.layers\.0\.mlp\.up_proj"):
+        attribute(model, ids, neuron=neuron)
+    skipped = attribute(model, ids, neuron=neuron, non_finite="skip", batch_tokens=1000)
+    kept = attribute(model, [one for one in ids if 39 not in one], neuron=neuron)
+    assert skipped.provenance["skipped"] == [2] and skipped.provenance["samples"] == 3
+    assert skipped.provenance["tokens"] == kept.provenance["tokens"]
+    assert all(distance(skipped[site], kept[site]) < 1e-6 for site in kept)
+
+
+# Another implementation -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lxt() -> tuple[Any, list[list[int]], dict[str, Tensor]]:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    if not (SHARED / "oracles").is_dir():
+        pytest.skip("no folder ../shared/oracles here: the relevance that LXT computed")
+    model = AutoModelForCausalLM.from_pretrained(SHARED / "models/stories260k").eval()
+    ids = json.loads((SHARED / "oracles/lxt_stories260k.json").read_text())["input_ids"]
+    return model, ids, load_file(SHARED / "oracles/lxt_stories260k.safetensors")
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 1000])
+def test_neurons_agree_with_lxt(lxt: tuple[Any, list[list[int]], dict[str, Tensor]], batch_tokens: int) -> None:
+    model, ids, oracle = lxt
+    for neuron, key in (("abs", "mean_abs"), ("signed", "mean_signed")):
+        scores = attribute(model, ids, neuron=neuron, sites=roles_of(model), batch_tokens=batch_tokens)
+        assert len(scores) == 7 * 5
+        for site, value in scores.items():
+            assert distance(value, oracle[f"{site}.{key}"].double().sum(1)) < 1e-5, (site, neuron)
+
+
+def test_weights_and_tokens_agree_with_lxt(lxt: tuple[Any, list[list[int]], dict[str, Tensor]]) -> None:
+    model, ids, oracle = lxt
+    sites = sites_of(model, roles_of(model))
+    totals = [torch.zeros(2, *site.weight.shape) for site in sites]
+    for index, one in enumerate(ids):
+        with lrp_rules(model):
+            grads = torch.autograd.grad(model(torch.tensor([one])).logits[0, -1].max(), [site.module.weight for site in sites])
+        for total, site, grad in zip(totals, sites, grads, strict=True):
+            relevance = site.weight.detach() * grad
+            total += torch.stack([relevance, relevance.abs()]) / len(ids)
+        assert distance(ledger(model, one, cp=False).tokens, oracle[f"token_relevance.{index}"]) < 1e-5
+    for total, site in zip(totals, sites, strict=True):
+        assert distance(total[0], oracle[f"{site.name}.mean_signed"]) < 1e-5, site.name
+        assert distance(total[1], oracle[f"{site.name}.mean_abs"]) < 1e-5, site.name

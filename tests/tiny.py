@@ -1,0 +1,99 @@
+"""Tiny random models, one of each family, whose every parameter matters: biases, gains and positions are not what they start as."""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)  # on matrices this small, threads wait for each other far longer than they work
+
+COMMON: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+SWIGLU: dict[str, Any] = {**COMMON, "intermediate_size": 24, "num_key_value_heads": 2}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", SWIGLU),
+    "llama-bias": ("llama", {**SWIGLU, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "opt": ("opt", {**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 16}),
+}
+"""Name of a tiny model → (model_type, what its configuration is told)."""
+
+
+def tiny(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
+    """A random model in eval mode; float64 ones compute their norms in float64 too (see `exact_norms_`)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, settings = CONFIGS[name]
+    config = AutoConfig.for_model(kind, **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **settings, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    randomise_(model, seed)
+    if dtype == torch.float64:
+        exact_norms_(model)
+    return model
+
+
+@torch.no_grad()
+def randomise_(model: nn.Module, seed: int) -> None:
+    """Matrices of spectral size about one, biases and gains away from 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.dim() == 1:
+            parameter.add_(0.3 * noise)
+        else:
+            parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+
+
+def exact_norms_(model: nn.Module) -> None:
+    """Let RMS norms compute in float64: transformers rounds to float32 in them, which would hide what the tests look for."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(_rms_norm, module)
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    gain = 1.0 + module.weight if type(module).__name__.startswith("Gemma") else module.weight
+    return gain * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)  # type: ignore[no-any-return]
+
+
+def samples(count: int = 4, vocabulary: int = 40, seed: int = 0) -> list[list[int]]:
+    """Token-id lists of unequal length, the first the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocabulary, (9 - 2 * (index % 4),), generator=generator).tolist() for index in range(count)]
+
+
+def paper_model() -> Any:
+    """A Llama of one layer and width 2 whose every number is checked on paper in test_attribution.py.
+
+    Token 3 only:  x = (1, −1), already of RMS 1.  Attention of one token: v = W_v x = (0, 2), o = W_o v = (0, 2), h = x + o = (1, 1).
+    MLP: gate = W_g h = (1, 2), up = W_u h = (3, 2), ReLU(gate) · up = (3, 4), down = (0, 6), h + down = (1, 7), of RMS 5.
+    Logits: token 0: (5, 5) · (1, 7) / 5 = 8; token 1: 7/5; others 0.
+    """
+    model = tiny(
+        "llama", vocab_size=4, hidden_size=2, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=2,
+        hidden_act="relu", rms_norm_eps=0.0,
+    )
+    layer = model.model.layers[0]
+    matrices = {
+        layer.self_attn.v_proj: [[1, 1], [1, -1]],
+        layer.self_attn.o_proj: [[0, 0], [0, 1]],
+        layer.mlp.gate_proj: [[1, 0], [1, 1]],
+        layer.mlp.up_proj: [[1, 2], [3, -1]],
+        layer.mlp.down_proj: [[4, -3], [2, 0]],
+        model.model.embed_tokens: [[1, 0], [0, 1], [1, 1], [1, -1]],
+        model.lm_head: [[5, 5], [0, 1], [0, 0], [0, 0]],
+    }
+    with torch.no_grad():
+        for module, values in matrices.items():
+            module.weight.copy_(torch.tensor(values))
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, model.model.norm):
+            norm.weight.fill_(1)
+    return model
+
+
+class Words:
+    """A tokenizer that reads "w5 w7" as tokens 5 and 7."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word[1:]) for word in text.split()]}
