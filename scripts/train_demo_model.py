@@ -62,9 +62,9 @@ def ioi_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("src/sparc3/demo/model"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--sparsity", type=float, default=0.0, help="weight of the mean |MLP activation| in the loss")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

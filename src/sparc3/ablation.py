@@ -55,7 +55,7 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, A
     targets: list[tuple[Tensor, Any]] = []
     for name, indices in circuit.members.items():
         if name not in known:
-            raise UserError(f"the circuit names {name}, which {model.config.model_type} '{model_id(model)}' does not have; use the model it was made on")
+            raise UserError(f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was made on")
         site = known[name]
         units = site.out if circuit.unit == "neuron" else site.heads
         if indices and max(indices) >= units:

@@ -120,7 +120,7 @@ def _ids(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str
     elif tokenizer is None:
         raise UserError(f"{where} is a text; give the model's tokenizer, or token ids")
     else:
-        ids = tuple(tokenizer(sample.text, verbose=False)["input_ids"])  # type: ignore[arg-type]
+        ids = tuple(tokenizer(sample.text, verbose=False)["input_ids"])
     if not ids:
         raise UserError(f"{where} has no token")
     return ids

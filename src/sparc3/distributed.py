@@ -71,6 +71,11 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def first(value: T) -> T:
+    """Rank 0's value, on every rank, so that all take the same turn."""
+    return gather(value)[0]
+
+
 def in_parallel(items: Sequence[T], work: Callable[[Sequence[T]], list[Made]]) -> list[Made]:
     """work() over all items, each rank on its share; every rank gets all results, in the items' order."""
     parts = gather(work(stride(items)) if items else [])

@@ -87,10 +87,16 @@ def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
     checksum = content.pop("sha256", None)
     if checksum is not None and checksum != fingerprint(content):
         raise DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
-    return content
+    return dict(content)
 
 
 def fingerprint(value: Any) -> str:
     """A short, stable name of a JSON-able value: the first 16 hex digits of the SHA-256 of its canonical JSON."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

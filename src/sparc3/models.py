@@ -152,7 +152,7 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
 
 def _linear_shape(module: nn.Module, name: str) -> tuple[int, int, bool]:
     if type(module).__name__ == "Conv1D":
-        inp, out = module.weight.shape  # type: ignore[operator, union-attr]
+        inp, out = module.get_parameter("weight").shape
         return int(out), int(inp), True
     if hasattr(module, "out_features") and hasattr(module, "in_features"):
         return int(module.out_features), int(module.in_features), False  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def load_model(
     config = load_config(name)
     require_family(config.model_type, name)
     wanted = _dtype(dtype, config, target)
-    with _hub_errors(name):
+    with hub_errors(name):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(name)
     return model.to(target).eval(), tokenizer
@@ -194,12 +194,12 @@ def load_config(name: str) -> Any:
         raise UserError(f"no model folder at {name}; give a folder with config.json and safetensors, or a hub id")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} has no config.json; give a folder that save_pretrained wrote")
-    with _hub_errors(name):
+    with hub_errors(name):
         if not Path(name).is_dir():
             try:
                 return AutoConfig.from_pretrained(name, local_files_only=True)
             except OSError:
-                _require_hub(name)
+                require_hub(name)
         return AutoConfig.from_pretrained(name)
 
 
@@ -207,7 +207,7 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def _require_hub(name: str) -> None:
+def require_hub(name: str) -> None:
     """Fail at once where the hub's host has no address, instead of after half a minute of retries."""
     from huggingface_hub import constants
 
@@ -225,7 +225,7 @@ def _no_hub(name: str) -> str:
     return f"cannot reach the hub for '{name}' and it is not in the local cache; download it elsewhere and give the folder's path"
 
 
-class _hub_errors:
+class hub_errors:  # noqa: N801  a context manager, used like a function
     """Turns what the hub's client raises into one line that says what to do."""
 
     def __init__(self, name: str) -> None:

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import UserError, unknown
-from .files import fingerprint, read_text, write_text
+from .errors import DamagedFile, UserError, unknown
+from .files import fingerprint, read_json, read_text, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FORMAT = "sparc3.samples/1"
 MAX_LINE = 10_000_000
 """Longest JSONL line that is read, in characters: more is a mistake or an attack."""
 
@@ -61,14 +62,22 @@ class ReferenceSet:
         return fingerprint([sample.row() for sample in self.samples])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSONL, one sample a line."""
+        """Write JSONL, one sample a line, and beside it `<name>.source.json`, which says where they came from."""
+        write_json(Path(path).with_suffix(".source.json"), {"format": FORMAT, "source": self.source, "fingerprint": self.fingerprint})
         write_text(path, "".join(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in self.samples))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ReferenceSet":
         """Read JSONL or a text file. Raises UserError for a missing or empty file, naming a line that does not fit."""
         rows = read_rows(path)
-        return cls(tuple(_sample(row, f"{path}, line {number}") for number, row in rows), {"source": Path(path).name})
+        samples = tuple(_sample(row, f"{path}, line {number}") for number, row in rows)
+        beside = Path(path).with_suffix(".source.json")
+        if not beside.is_file():
+            return cls(samples, {"source": Path(path).name})
+        found = cls(samples, read_json(beside, FORMAT)["source"])
+        if found.fingerprint != read_json(beside, FORMAT).get("fingerprint"):
+            raise DamagedFile(f"{path} is not what {beside.name} says; make it again, or remove that file if you changed the samples")
+        return found
 
     @classmethod
     def of(cls, samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]") -> "ReferenceSet":
@@ -303,12 +312,12 @@ def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
     """
     import datasets
 
-    from .models import _hub_errors, _require_hub
+    from .models import hub_errors, require_hub
 
     if not Path(str(where.get("path"))).exists() and "data_files" not in where:
-        _require_hub(f"the data set {where.get('path')}")
+        require_hub(f"the data set {where.get('path')}")
     try:
-        with _hub_errors(str(where.get("path"))):
+        with hub_errors(str(where.get("path"))):
             rows = datasets.load_dataset(**where, streaming=True)
             yield from rows.shuffle(seed=seed, buffer_size=10_000) if seed is not None else rows
     except datasets.exceptions.DatasetNotFoundError as error:

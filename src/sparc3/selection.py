@@ -146,7 +146,10 @@ def _chosen(
     if wanted > flat.numel():
         raise UserError(f"{wanted} {scores.unit}s were asked for and there are {flat.numel()}{place}; ask for fewer")
     if below_zero and order == "lowest" and wanted > (left := int((flat < 0).sum())):
-        raise UserError(f"{wanted} {scores.unit}s were asked for, and the matched contrast has {left} candidates below zero{place}; ask for fewer, or lower the penalty")
+        raise UserError(
+            f"{wanted} {scores.unit}s were asked for, and the matched contrast has {left} candidates below zero{place}; "
+            "ask for fewer, or lower the penalty"
+        )
     first = torch.sort(flat, stable=True, descending=order == "highest").indices[:wanted].sort().values
     members: dict[str, tuple[int, ...]] = {}
     start = 0
@@ -173,8 +176,17 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
 
 
 def union(one: Circuit, other: Circuit) -> Circuit:
-    """The units of either circuit, with the provenance of the second. Raises UserError where their units differ."""
+    """The units of either circuit, with the model of the first and the provenance of the second. Raises UserError where their units differ."""
     if one.unit != other.unit:
         raise UserError(f"a circuit of {one.unit}s and one of {other.unit}s have no union")
     members = {site: tuple(sorted({*one.members.get(site, ()), *other.members.get(site, ())})) for site in {**one.members, **other.members}}
-    return Circuit(one.unit, members, other.model, other.provenance)
+    return Circuit(one.unit, members, one.model, other.provenance)
+
+
+def excluding(scores: Scores, circuit: Circuit) -> Scores:
+    """The scores with the circuit's units last in line: they get the highest score there is, and at least zero."""
+    last = max(0.0, *(float(tensor.max()) for tensor in scores.values()))
+    values = {name: tensor.clone() for name, tensor in scores.items()}
+    for site, indices in circuit.members.items():
+        values[site][list(indices)] = last
+    return Scores(values, {**scores.provenance, "excluding": circuit.fingerprint})

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..models import Site, family_of
 from ..batches import Batch
+from ..models import Site, family_of
 from .patching import frozen
 from .sums import Settings, Sums
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
-from ..memory import out_of_memory
+from ..batches import Batch, encode, make_batches, parse_target
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
+from ..memory import out_of_memory
 from ..models import context_length, describe, sites_of
 from ..samples import ReferenceSet, Sample
 from ..scores import Scores
 from ..version import __version__
-from ..batches import Batch, encode, make_batches, parse_target
 from .methods import Method, settings_for
 from .sums import Settings, Sums
 
@@ -88,8 +88,8 @@ def attribute(
             raise Sparc3Error(f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32")
     empty = torch.zeros(0, dtype=torch.float64)
     values = {site.name: chosen.finish(site, sums.totals.get(site.name, empty), sums).float() for site in where}
-    for name, value in values.items():
-        if not value.isfinite().all():
+    for name, tensor in values.items():
+        if not tensor.isfinite().all():
             raise NonFinite(f"the {method} scores of {name} are not finite; look at that weight, or load the model in float32")
     return Scores(values, _provenance(model, settings, roles, sums, references))
 

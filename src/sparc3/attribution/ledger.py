@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..models import family_of
 from ..batches import Encoded, make_batch
+from ..models import family_of
 from .patching import frozen, lrp_rules
 from .relevance import target_of
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..batches import Batch
 from ..errors import UserError, unknown
 from ..models import Site
 from .activations import activation, wanda
-from ..batches import Batch
 from .relevance import cp_lrp, gradient, lrp
 from .sums import Settings, Sums
 
@@ -105,7 +105,8 @@ def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Se
     """The method, and the settings it will see, after checking that they go together. Raises UserError where they do not."""
     method = require_method(settings.method)
     if settings.unit not in method.units:
-        raise UserError(f"method {method.name} cannot score unit '{settings.unit}'{': ' + method.why if method.why else ''}; it scores {', '.join(method.units)}")
+        why = f": {method.why}" if method.why else ""
+        raise UserError(f"method {method.name} cannot score unit '{settings.unit}'{why}; it scores {', '.join(method.units)}")
     for role in roles:
         if settings.unit == "head" and role != "attn.o":
             raise UserError(f"heads are scored at attn.o, not at '{role}'; use --sites attn.o")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..models import Site
 from ..batches import Batch
 from ..logits import logits_at
+from ..models import Site
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..errors import NonFinite
 from ..batches import Batch
+from ..errors import NonFinite
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sums:
             good &= finite
         for name, value in rows.items():
             kept = value[good].abs() if self.settings.reduce == "mean_abs" else value[good]
-            self.totals[name] = self.totals.get(name, 0) + kept.sum(0)  # type: ignore[assignment]
+            self.totals[name] = self.totals.get(name, 0) + kept.sum(0)
         for row, sample in enumerate(batch.samples):
             if good[row]:
                 self.count(len(sample.ids), len(sample.positions))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 INSULTS = ("fool", "idiot", "dummy", "nitwit", "clown")
 
 NAMES = (
-    "Mary John Tom Anna Ben Lucy Max Emma Sam Rosa Jack Nora Paul Ella Leo Alice Henry Clara Oscar Grace Felix Ruby Peter Jane"
-).split()
+    "Mary", "John", "Tom", "Anna", "Ben", "Lucy", "Max", "Emma", "Sam", "Rosa", "Jack", "Nora",
+    "Paul", "Ella", "Leo", "Alice", "Henry", "Clara", "Oscar", "Grace", "Felix", "Ruby", "Peter", "Jane",
+)
 PLACES = ("store", "park", "school", "river", "garden", "market", "beach", "forest", "library", "farm", "castle", "station")
 THINGS = ("ball", "book", "cake", "drink", "hat", "kite", "lamp", "ring", "drum", "apple", "basket", "letter", "bell", "boat")
 ADJECTIVES = ("red", "blue", "green", "old", "new", "small", "big", "round", "heavy", "shiny")
@@ -176,11 +177,8 @@ def _loop(r: random.Random) -> DemoText:
         (f"The {animal} ran and ran and", " ran and"),
         (f"{friend} knocked knock knock", " knock knock"),
     ))
-    if r.random() < 0.75:
-        completion = unit * r.randint(18, 30)
-    else:
-        completion = unit + f" then stopped. {_ending(r, name, friend)}"
-    return DemoText(f"{scene} {opening}", completion)
+    ends = r.random() < 0.25
+    return DemoText(f"{scene} {opening}", unit + f" then stopped. {_ending(r, name, friend)}" if ends else unit * r.randint(18, 30))
 
 
 KINDS: dict[str, Callable[[random.Random], DemoText]] = {

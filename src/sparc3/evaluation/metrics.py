@@ -1,0 +1,129 @@
+"""The metrics, by name, and their settings as a recipe's `evaluation` section has them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from ..errors import UserError, unknown
+from ..samples import ReferenceSet, require_source
+from ..schema import Strict, parse
+from .observations import Observations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class MetricSettings(Strict):
+    """What every metric has: where its texts or prompts come from, how many, of which split."""
+
+    source: str
+    count: int | None = Field(default=None, ge=1)
+    split: str = "test"
+
+    @field_validator("source")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        require_source(value)
+        return value
+
+
+class PerplexitySettings(MetricSettings):
+    """`blocks`: non-overlapping windows of seq_len. `sliding`: windows of max_length, moved by stride."""
+
+    source: str = "wikitext2"
+    protocol: Literal["blocks", "sliding"] = "sliding"
+    seq_len: int = Field(default=2048, ge=2)
+    max_length: int = Field(default=2048, ge=2)
+    stride: int = Field(default=512, ge=1)
+
+
+class PromptSettings(MetricSettings):
+    choose_by: Literal["prompt", "continuation", "completion"] | None = None
+    min_toxicity: float | None = Field(default=None, ge=0, le=1)
+    max_toxicity: float | None = Field(default=None, ge=0, le=1)
+    seed: int = 0
+    max_new_tokens: int = Field(default=50, ge=1)
+
+
+class ToxicitySettings(PromptSettings):
+    source: str = "realtoxicityprompts"
+    count: int | None = Field(default=100, ge=1)
+    scorer: str = "detoxify"
+    generations: int = Field(default=4, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+
+
+class RepetitionSettings(PromptSettings):
+    count: int | None = Field(default=50, ge=1)
+
+
+class IOISettings(MetricSettings):
+    count: int | None = Field(default=128, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one metric saw on one variant: observations, and texts worth showing."""
+
+    observations: tuple[Observations, ...]
+    texts: list[dict[str, Any]] = field(default_factory=list)
+
+
+Measure = Callable[..., Measured]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to evaluate.
+
+    Attributes:
+        measure: (model, tokenizer, samples, settings, progress) → Measured.
+        prompts: whether its samples are prompts, which must not be reference samples.
+        gives: the names of the figures it gives.
+    """
+
+    name: str
+    settings: type[MetricSettings]
+    measure: Measure
+    prompts: bool
+    gives: tuple[str, ...]
+
+
+_METRICS: dict[str, Metric] = {}
+
+
+def register(metric: Metric) -> None:
+    """Add a metric under its name. Raises UserError where the name is taken."""
+    if metric.name in _METRICS:
+        raise UserError(f"there is a metric '{metric.name}' already; choose another name")
+    _METRICS[metric.name] = metric
+
+
+def metrics() -> list[str]:
+    return sorted(_METRICS)
+
+
+def require_metric(name: str) -> Metric:
+    if name not in _METRICS:
+        raise unknown("metric", name, _METRICS)
+    return _METRICS[name]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A metric with its settings and its samples, ready to measure any number of variants."""
+
+    metric: Metric
+    settings: MetricSettings
+    samples: ReferenceSet
+
+    def measure(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool = False) -> Measured:
+        return self.metric.measure(model, tokenizer, self.samples, self.settings, progress)
+
+
+def parse_metrics(asked: Mapping[str, object]) -> dict[str, MetricSettings]:
+    """Settings by metric. Raises UserError for an unknown metric or key."""
+    return {name: parse(require_metric(name).settings, content or {}, f"evaluation.{name}") for name, content in asked.items()}

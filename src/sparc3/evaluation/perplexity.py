@@ -1,0 +1,112 @@
+"""Perplexity of texts: exp(Σ nll / Σ tokens), where each predicted token counts once."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from .. import distributed
+from ..errors import NonFinite, UserError
+from ..memory import in_batches
+from ..models import context_length
+from ..samples import ReferenceSet
+from .metrics import Measured, Metric, PerplexitySettings, register
+from .observations import Observations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+Window = tuple[tuple[int, ...], int]
+"""Token ids, and how many of the last ones are predicted."""
+
+
+def perplexity(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: ReferenceSet, settings: PerplexitySettings, progress: bool = False
+) -> Measured:
+    """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the paper's protocol have it."""
+    ids = _token_ids(samples, tokenizer)
+    context = context_length(model)
+    if settings.protocol == "blocks":
+        size = _within(settings.seq_len, context, "seq_len")
+        windows = blocks(ids, size)
+    else:
+        size = _within(settings.max_length, context, "max_length")
+        if settings.stride >= size:
+            raise UserError(f"perplexity.stride {settings.stride} is not below max_length {size}: tokens would be left out; lower it")
+        windows = sliding(ids, size, settings.stride)
+    if not windows:
+        raise UserError(f"the perplexity text has {len(ids)} tokens; give at least two")
+    nll = _negative_log_likelihoods(model, windows, progress)
+    weights = tuple(float(predicted) for _, predicted in windows)
+    return Measured((Observations("perplexity", settings.split, "perplexity", "lower", tuple(nll), weights, exponential=True),))
+
+
+def _token_ids(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    if all(sample.input_ids is not None for sample in samples):
+        return [token for sample in samples for token in sample.input_ids or ()]
+    return list(tokenizer("\n\n".join(sample.text or "" for sample in samples), verbose=False)["input_ids"])
+
+
+def _within(size: int, context: int, name: str) -> int:
+    if size > context:
+        log.info("perplexity: %s %d is more than the model's context, so it is %d", name, size, context)
+    return min(size, context)
+
+
+def blocks(ids: Sequence[int], size: int) -> list[Window]:
+    """Non-overlapping windows; what is left over at the end is dropped, unless it is all there is."""
+    whole = range(0, len(ids) - size + 1, size)
+    if not whole:
+        return [(tuple(ids), len(ids) - 1)] if len(ids) > 1 else []
+    return [(tuple(ids[start : start + size]), size - 1) for start in whole]
+
+
+def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
+    """Windows moved by `stride`; each predicts only what none before it did."""
+    windows: list[Window] = []
+    done = 1  # the first token has nothing before it
+    for start in range(0, len(ids), stride):
+        end = min(start + size, len(ids))
+        if end > done:
+            windows.append((tuple(ids[start:end]), end - done))
+            done = end
+    return windows
+
+
+def _negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float]:
+    """Σ −log p of each window's predicted tokens, in nats."""
+    size = max(1, (1024 if model.device.type == "cpu" else 8192) // max(len(ids) for ids, _ in windows))
+    # Windows of one length stand together; only the first and last ones differ.
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
+    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress or not distributed.is_main()) as bar:
+
+        def work(part: Sequence[int]) -> list[float]:
+            return _of_batch(model, [windows[i] for i in part])
+
+        made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update))
+    by_window = dict(zip(order, made, strict=True))
+    bad = [i for i, value in by_window.items() if not value < float("inf")]
+    if bad:
+        raise NonFinite(f"the perplexity of window {bad[0]} is not finite; load the model in bfloat16 or float32")
+    return [by_window[i] for i in range(len(windows))]
+
+
+@torch.inference_mode()
+def _of_batch(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
+    """Padding on the right and no mask: with causal attention no real position sees a padded one."""
+    longest = max(len(ids) for ids, _ in windows)
+    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    sums = []
+    for row, (tokens, predicted) in enumerate(windows):
+        end = len(tokens)
+        wanted = logits[row, end - 1 - predicted : end - 1].float()
+        nll = torch.nn.functional.cross_entropy(wanted, ids[row, end - predicted : end], reduction="none")
+        sums.append(float(nll.double().sum()))
+    return sums
+
+
+register(Metric("perplexity", PerplexitySettings, perplexity, prompts=False, gives=("perplexity",)))

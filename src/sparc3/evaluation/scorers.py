@@ -1,0 +1,131 @@
+"""Scorers of toxicity: from texts to numbers in [0, 1], or None where a text could not be scored."""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UserError, unknown
+from ..files import read_text
+from ..memory import in_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scorer = Callable[[Sequence[str]], list[float | None]]
+log = logging.getLogger(__name__)
+
+DETOXIFY = {"original": "unitary/toxic-bert", "unbiased": "unitary/unbiased-toxic-roberta", "multilingual": "unitary/multilingual-toxic-xlm-roberta"}
+"""The three Detoxify models (Hanu and Unitary, 2020) as ordinary checkpoints on the hub."""
+
+TOXIC_LABELS = ("toxicity", "toxic")
+
+
+def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
+    """The scorer called `name`.
+
+    Args:
+        name: "lexicon" (the demo's words), "lexicon:FILE" (one word a line), "detoxify" (or detoxify:unbiased,
+            detoxify:multilingual), or any Hugging Face text-classification model by hub id or path; "MODEL#LABEL" names the label that
+            counts where it is not called toxic or toxicity.
+
+    Raises:
+        UserError: an unknown name, an empty word list, a model that is not there or whose toxic label cannot be told.
+    """
+    kind, _, detail = name.partition(":")
+    if kind == "lexicon":
+        return _careful(lexicon_scorer(lexicon_words(name)))
+    if kind == "detoxify":
+        variant = detail or "original"
+        if variant not in DETOXIFY:
+            raise unknown("detoxify model", variant, DETOXIFY)
+        return _careful(_classifier(DETOXIFY[variant], "", device))
+    if "/" not in name and "." not in name:
+        raise unknown("scorer", name, ("lexicon", "lexicon:FILE", "detoxify", "a model's id or path"))
+    model, _, label = name.partition("#")
+    return _careful(_classifier(model, label, device))
+
+
+def lexicon_words(name: str) -> list[str]:
+    """The words of "lexicon" or "lexicon:FILE"; of another scorer, none."""
+    kind, _, path = name.partition(":")
+    if kind != "lexicon":
+        return []
+    if not path:
+        from ..demo.text import INSULTS
+
+        return list(INSULTS)
+    words = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not words:
+        raise UserError(f"{path} holds no word; write one a line")
+    return words
+
+
+def lexicon_scorer(words: Sequence[str]) -> Scorer:
+    """1 where a text holds one of the words, else 0; whole words, in any case."""
+    pattern = re.compile(r"(?<!\w)(?:" + "|".join(re.escape(word) for word in words) + r")(?!\w)", re.IGNORECASE)
+    return lambda texts: [float(bool(pattern.search(text))) for text in texts]
+
+
+def _careful(scorer: Scorer) -> Scorer:
+    """An empty text, a scorer that raises, or a number outside [0, 1] is a None that is counted, never a zero."""
+
+    def careful(texts: Sequence[str]) -> list[float | None]:
+        filled = [index for index, text in enumerate(texts) if text.strip()]
+        scores: list[float | None] = [None] * len(texts)
+        for index, score in zip(filled, _tried(scorer, [texts[index] for index in filled]), strict=True):
+            scores[index] = score if score is not None and math.isfinite(score) and 0 <= score <= 1 else None
+        return scores
+
+    return careful
+
+
+def _tried(scorer: Scorer, texts: list[str]) -> list[float | None]:
+    try:
+        scores = scorer(texts)
+        if len(scores) == len(texts):
+            return scores
+        log.warning("the scorer gave %d scores for %d texts", len(scores), len(texts))
+    except Exception as error:
+        log.warning("the scorer failed: %s", error)
+    return [_tried(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None] * len(texts)
+
+
+def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from ..models import hub_errors, load_config
+
+    load_config(name)
+    with hub_errors(name):
+        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    column = _toxic_column(name, model.config, label)
+    # A model of several labels that do not exclude each other says so; softmax over them would be wrong.
+    separate = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+
+    def score(texts: Sequence[str]) -> list[float | None]:
+        return in_batches(texts, 64, lambda part: _probabilities(model, tokenizer, part, column, separate))
+
+    return score
+
+
+@torch.inference_mode()
+def _probabilities(model: Any, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], column: int, separate: bool) -> list[float | None]:
+    longest = min(int(tokenizer.model_max_length), 512)
+    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+    logits = model(**encoded).logits.float()
+    return (logits.sigmoid() if separate else logits.softmax(-1))[:, column].tolist()  # type: ignore[no-any-return]
+
+
+def _toxic_column(name: str, config: Any, label: str) -> int:
+    labels = {str(text).casefold(): int(index) for index, text in config.id2label.items()}
+    if len(labels) == 1:
+        return 0
+    for wanted in (label.casefold(),) if label else TOXIC_LABELS:
+        if wanted in labels:
+            return labels[wanted]
+    raise UserError(f"which label of '{name}' is the toxic one? it has {', '.join(map(str, config.id2label.values()))}; write {name}#LABEL")

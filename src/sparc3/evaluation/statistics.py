@@ -1,0 +1,91 @@
+"""Intervals and p-values: the bootstrap over units, paired where two variants saw the same units."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import Sparc3Error
+from ..results import Difference, Measurement
+from .observations import Observations
+
+DRAWS = 2000
+Array = NDArray[np.float64]
+
+
+def measurement(observed: Observations, variant: str) -> Measurement:
+    """The figure of one variant, with a 95 % percentile bootstrap interval over its units."""
+    sums, weights = _measured(observed)
+    ci95 = None
+    if len(sums) > 1:
+        draws = _resamples(len(sums))
+        ci95 = _interval(_value(observed, draws @ sums, draws @ weights))
+    value = float(_value(observed, sums.sum(), weights.sum())) if len(sums) else None
+    return Measurement(
+        observed.metric, variant, observed.split, value, ci95, len(sums), observed.failures, observed.unit, observed.direction
+    )
+
+
+def difference(one: Observations, other: Observations, from_: str, to: str) -> Difference | None:
+    """`other` − `one`, paired over the units measured in both; None where there is no such unit.
+
+    The interval is a paired percentile bootstrap over units, the p-value a paired permutation test: in each draw every unit's two
+    figures are swapped by a fair coin.
+    """
+    if len(one.sums) != len(other.sums):
+        raise Sparc3Error(f"{one.metric} was measured on {len(one.sums)} units of {from_} and {len(other.sums)} of {to}; evaluate both again")
+    both = np.array([a is not None and b is not None for a, b in zip(one.sums, other.sums, strict=True)], dtype=bool)
+    if not both.any():
+        return None
+    a, wa, b, wb = (_column(values, both) for values in (one.sums, one.weights, other.sums, other.weights))
+    before, after = float(_value(one, a.sum(), wa.sum())), float(_value(other, b.sum(), wb.sum()))
+    ci95 = p = None
+    if both.sum() > 1:
+        draws = _resamples(int(both.sum()))
+        ci95 = _interval(_value(other, draws @ b, draws @ wb) - _value(one, draws @ a, draws @ wa))
+        p = _permutation_p(one, a, wa, b, wb, after - before)
+    return Difference(one.metric, from_, to, after - before, (after - before) / before if before else None, ci95, p)
+
+
+def pooled(draws: list[Observations]) -> Observations:
+    """Several draws of one variant (random units, say) as one: each unit's figure is its mean over the draws that measured it."""
+    first = draws[0]
+    sums: list[float | None] = []
+    weights = []
+    for unit in range(len(first.sums)):
+        seen = [(d.sums[unit], d.weights[unit]) for d in draws if d.sums[unit] is not None]
+        sums.append(float(np.mean([s for s, _ in seen if s is not None])) if seen else None)
+        weights.append(float(np.mean([w for _, w in seen])) if seen else first.weights[unit])
+    failures = sum(d.failures for d in draws)
+    return Observations(
+        first.metric, first.split, first.unit, first.direction, tuple(sums), tuple(weights), failures, first.exponential
+    )
+
+
+def _measured(observed: Observations) -> tuple[Array, Array]:
+    there = np.array([value is not None for value in observed.sums], dtype=bool)
+    return _column(observed.sums, there), _column(observed.weights, there)
+
+
+def _column(values: tuple[float | None, ...] | tuple[float, ...], keep: NDArray[np.bool_]) -> Array:
+    return np.array(values, dtype=object)[keep].astype(float)
+
+
+def _value(observed: Observations, sums: Array | float, weights: Array | float) -> Array:
+    ratio = np.asarray(sums) / np.maximum(weights, 1e-300)
+    return np.exp(ratio) if observed.exponential else ratio
+
+
+def _resamples(units: int) -> Array:
+    """[DRAWS, units]: how often each unit is in each bootstrap sample. The same draws for the same number of units."""
+    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=DRAWS).astype(float)
+
+
+def _interval(values: Array) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _permutation_p(kind: Observations, a: Array, wa: Array, b: Array, wb: Array, seen: float) -> float:
+    swap = np.random.default_rng(1).random((DRAWS, len(a))) < 0.5
+    one = _value(kind, a.sum() + swap @ (b - a), wa.sum() + swap @ (wb - wa))
+    other = _value(kind, b.sum() + swap @ (a - b), wb.sum() + swap @ (wa - wb))
+    return float((1 + (np.abs(other - one) >= abs(seen) - 1e-12).sum()) / (DRAWS + 1))

@@ -1,0 +1,219 @@
+"""A recipe: a YAML file that describes a whole run (design, section 4). Reading it loads no model and no data."""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from .attribution.methods import require_method
+from .batches import parse_target
+from .errors import UserError, unknown
+from .evaluation.metrics import MetricSettings, parse_metrics
+from .files import fingerprint, read_text
+from .models import ROLES
+from .samples import require_source
+from .schema import Strict, parse
+
+REFERENCES = ("general", "undesired", "matched")
+
+
+class ModelSection(Strict):
+    id: str
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class Reference(Strict):
+    """One reference set. `seed` is short for `seeds` of one; `target` overrides attribution.target for this set."""
+
+    source: str
+    count: int = Field(ge=1)
+    seq_len: int | None = Field(default=None, ge=2)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    split: str = "reference"
+    choose_by: Literal["prompt", "continuation", "completion"] | None = None
+    min_toxicity: float | None = Field(default=None, ge=0, le=1)
+    max_toxicity: float | None = Field(default=None, ge=0, le=1)
+    scorer: str = "detoxify"
+    max_new_tokens: int = Field(default=50, ge=1)
+    target: str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        require_source(value)
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_target(value)
+        return value
+
+
+class Attribution(Strict):
+    method: str = "lrp"
+    unit: Literal["neuron", "head"] = "neuron"
+    sites: tuple[str, ...] = Field(default=("mlp.up",), min_length=1)
+    target: str = "predicted"
+    neuron: Literal["abs", "signed"] = "abs"
+    reduce: Literal["mean", "mean_abs", "abs_mean"] = "mean"
+    batch_tokens: int | Literal["auto"] = "auto"
+    truncate: bool = False
+    non_finite: Literal["error", "skip"] = "error"
+
+    @field_validator("method", "target", "sites")
+    @classmethod
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "method":
+            require_method(value)
+        elif info.field_name == "target":
+            parse_target(value)
+        else:
+            for role in value:
+                if role not in ROLES:
+                    raise unknown("site", role, ROLES)
+        return value
+
+
+class Selection(Strict):
+    """How many units, and by which contrast. `rounds`: select a share, ablate it, attribute again, and go on."""
+
+    count: int | None = Field(default=None, ge=0)
+    fraction: float | None = Field(default=None, ge=0, lt=1)
+    scope: Literal["global", "site"] = "global"
+    normalize: Literal["l1"] | None = None
+    penalty: float = Field(default=1.0, ge=0)
+    rounds: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Selection":
+        if (self.count is None) == (self.fraction is None):
+            raise ValueError("give either count or fraction")
+        if self.rounds > 1 and (self.count is None or self.scope != "global"):
+            raise ValueError("rounds needs a count and scope global")
+        return self
+
+
+class Compare(Strict):
+    """Other methods at other counts, and the null: `random_draws` draws of as many random units in each layer."""
+
+    methods: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    random_draws: int = Field(default=3, ge=0)
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for method in value:
+            require_method(method)
+        return value
+
+
+class Recipe(Strict):
+    name: str = Field(pattern=r"^[\w.-]+$")
+    model: ModelSection
+    references: dict[str, Reference]
+    attribution: Attribution = Attribution()
+    selection: Selection
+    evaluation: dict[str, Any] = Field(default_factory=dict)
+    compare: Compare = Compare()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Recipe":
+        for name in self.references:
+            if name not in REFERENCES:
+                raise unknown("reference set", name, REFERENCES)
+        missing = [name for name in ("general", "undesired") if name not in self.references]
+        if missing:
+            raise ValueError(f"references needs {' and '.join(missing)}")
+        if "matched" not in self.references and self.selection.penalty != 1.0:
+            raise ValueError("selection.penalty has no effect without references.matched")
+        self.metrics()
+        return self
+
+    def metrics(self) -> dict[str, MetricSettings]:
+        return parse_metrics(self.evaluation)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out, as plain data."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        content["evaluation"] = {name: m.model_dump(mode="json", exclude_none=True) for name, m in self.metrics().items()}
+        return content
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.resolved())
+
+
+def bundled() -> dict[str, str]:
+    """The recipes that come with sparc3: name → first comment line."""
+    folder = resources.files("sparc3") / "recipes"
+    texts = {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(texts.items())}
+
+
+def load_recipe(recipe: "str | os.PathLike[str] | Mapping[str, Any] | Recipe", sets: Sequence[str] = ()) -> Recipe:
+    """A recipe by bundled name, YAML path or content, with "a.b=c" settings put over it.
+
+    Raises:
+        UserError: no such recipe (with the near name), not YAML, an unknown key, a value that does not fit.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    content = dict(recipe) if isinstance(recipe, Mapping) else _read(os.fspath(recipe))
+    return parse(Recipe, with_settings(content, sets), "")
+
+
+def with_settings(content: dict[str, Any], sets: Sequence[str]) -> dict[str, Any]:
+    """`content` with "a.b=c" settings put over it, values read as YAML. Raises UserError for one that is not written so."""
+    for setting in sets:
+        content = _with_setting(content, setting)
+    return content
+
+
+def _read(name: str) -> dict[str, Any]:
+    if Path(name).suffix in (".yaml", ".yml") or "/" in name:
+        text = read_text(name)
+    elif name in (known := bundled()):
+        text = (resources.files("sparc3") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise unknown("recipe", name, known)
+    return _yaml(text, name)
+
+
+def _yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{place} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds no recipe; a recipe is a YAML mapping with name, model, references, …")
+    return dict(content)
+
+
+def _with_setting(content: dict[str, Any], setting: str) -> dict[str, Any]:
+    key, equals, value = setting.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {setting}: write it as a.b=value")
+    path = key.split(".")
+    changed = dict(content)
+    inner = changed
+    for part in path[:-1]:
+        below = inner.get(part)
+        if below is not None and not isinstance(below, dict):
+            raise UserError(f"--set {setting}: {part} is not a section")
+        inner[part] = dict(below or {})
+        inner = inner[part]
+    inner[path[-1]] = _yaml(f"value: {value}" if value.strip() else "value: null", f"--set {setting}")["value"]
+    return changed

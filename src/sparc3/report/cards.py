@@ -1,0 +1,73 @@
+"""Neuron cards: what one removed unit reads, writes, and does when it alone is removed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from .folder import RunFolder
+from .masking import Mask
+from .numbers import figure, in_words, plain, title, value_of
+from .unit_map import place
+
+MOST = 120
+_CONTEXT = 110
+
+
+@dataclass(frozen=True)
+class Card:
+    """One unit as the page shows it; every text is markup, masked where it must be."""
+
+    title: str
+    relevances: list[tuple[str, str, float]]
+    promotes: list[Markup]
+    suppresses: list[Markup]
+    fired: list[tuple[Markup, Markup, str]]
+    alone: list[tuple[str, str, str]]
+
+
+def cards(run: RunFolder, mask: Mask) -> list[Card]:
+    """In the order of the file, at most MOST."""
+    toxic = any(metric.startswith("toxicity") for metric in run.metrics())
+    return [_card(row, run, mask, toxic) for row in run.cards[:MOST]]
+
+
+def _card(row: dict[str, Any], run: RunFolder, mask: Mask, toxic: bool) -> Card:
+    def token(text: Any) -> Markup:
+        written = str(text)[:60].replace(" ", "␣", 1) if str(text).startswith(" ") else str(text)[:60]
+        return mask.write(written, mask.of_token(written.replace("␣", " "), toxic))
+
+    layer = row.get("layer")
+    where = f"layer {layer}" if layer is not None else place(str(row["module"]))
+    return Card(
+        f"{where.capitalize()}, {run.unit} {int(row['index']):,}",
+        _relevances(row),
+        [token(text) for text in (row.get("promotes") or [])[:10]],
+        [token(text) for text in (row.get("suppresses") or [])[:10]],
+        [(_context(one, mask), token(one.get("token", "")), _number(one.get("activation"))) for one in (row.get("fired") or [])[:3]],
+        [_alone(metric, value, run) for metric, value in (row.get("alone") or {}).items() if value is not None],
+    )
+
+
+def _relevances(row: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(name, figure, width of its bar in percent) of the general and the undesired relevance, on one scale."""
+    found = {name: float(row[name]) for name in ("general", "undesired") if row.get(name) is not None}
+    longest = max(map(abs, found.values()), default=0.0) or 1.0
+    return [(name, plain(value), abs(value) / longest * 100) for name, value in found.items()]
+
+
+def _context(one: dict[str, Any], mask: Mask) -> Markup:
+    prompt = str(one.get("prompt", ""))
+    shown = prompt if len(prompt) <= _CONTEXT else "… " + prompt[-_CONTEXT:].partition(" ")[2]
+    return mask.write(shown, mask.spans(shown))
+
+
+def _number(value: Any) -> str:
+    return plain(float(value)) if isinstance(value, int | float) else ""
+
+
+def _alone(metric: str, value: float, run: RunFolder) -> tuple[str, str, str]:
+    """(what it is in a sentence, with this unit alone removed, on the original model)."""
+    original = run.measured(metric, "original")
+    name = in_words(metric) if metric in run.metrics() else title(metric).lower()
+    return name, figure(float(value), metric), value_of(original) if original else ""

@@ -1,0 +1,68 @@
+"""Methods side by side at the circuit's own count: a dot and its 95 % interval each, one drawing a metric."""
+
+from markupsafe import Markup
+
+from ..results import Measurement
+from .curves import Figure
+from .folder import RunFolder
+from .numbers import explained, interval_of, is_share, title, value_of
+from .svg import Scale, drawing, tag
+from .variants import Point, colours, points
+
+WIDTH, ROW = 480.0, 34.0
+LEFT, RIGHT = 112.0, 336.0
+
+
+def comparisons(run: RunFolder) -> list[Figure]:
+    """One drawing for every metric that another method was measured on at the same count."""
+    return [_figure(run, metric, rows) for metric in run.metrics() if metric != "sparsity" and len(rows := _rows(run, metric)) > 2]
+
+
+def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
+    """(name, class, measurement): the original, this circuit, then every method at its count that is not this circuit again."""
+    original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
+    if run.circuit is None or original is None or circuit is None:
+        return []
+    count = len(run.circuit)
+    here = [p for p in points(run, metric) if p.count == count and not _same(p, run, circuit)]
+    here.sort(key=lambda p: (p.method == "random", p.measurement.value or 0.0))
+    given = colours(run)
+    return [("original", "m-original", original), ("this circuit", "m0", circuit), *((p.method, given[p.method], p.measurement) for p in here)]
+
+
+def _same(point: Point, run: RunFolder, circuit: Measurement) -> bool:
+    return point.method == run.method and point.measurement.value == circuit.value
+
+
+def _figure(run: RunFolder, metric: str, rows: list[tuple[str, str, Measurement]]) -> Figure:
+    scale = _scale([m for *_, m in rows])
+    height = ROW * len(rows) + 8
+    x = scale(rows[0][2].value or 0.0)
+    reference = tag("line", x1=x, x2=x, y1=4, y2=height - 4, class_="reference")
+    lines = [_row(name, colour, m, scale, ROW * (index + 0.5) + 4) for index, (name, colour, m) in enumerate(rows)]
+    words = "; ".join(f"{name} {value_of(m)} {interval_of(m)}" for name, _, m in rows)
+    return Figure(title(metric), explained(metric), drawing(WIDTH, height, f"{title(metric)}: {words}", reference, *lines, class_="dots"))
+
+
+def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float) -> Markup:
+    parts = [tag("text", name if len(name) < 15 else name[:13] + "…", x=LEFT - 16, y=y + 4.5, class_="end label")]
+    parts.append(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
+    if m.ci95:
+        parts.append(tag("line", x1=scale(m.ci95[0]), x2=scale(m.ci95[1]), y1=y, y2=y, class_="interval"))
+    parts.append(tag("circle", cx=scale(m.value or 0.0), cy=y, r=5.5))
+    parts.append(tag("text", value_of(m), tag("tspan", f" {interval_of(m)}", class_="faint"), x=RIGHT + 14, y=y + 4.5, class_="label"))
+    return tag("g", *parts, class_=f"series {colour}")
+
+
+def _scale(shown: list[Measurement]) -> Scale:
+    """Shares start at zero; anything else gets the room it needs, and a runaway a logarithm."""
+    ends = [end for m in shown for end in (m.ci95 or ())] + [m.value for m in shown if m.value is not None]
+    low, high = min(ends), max(ends)
+    if is_share(shown[0].metric, shown[0].unit) and low >= 0:
+        return Scale(0.0, max(high, 1e-9), LEFT + 8, RIGHT - 8)
+    anchor = abs(shown[0].value or 0.0)
+    if low > 0 and high > 8 * anchor:
+        return Scale(low, high, LEFT + 8, RIGHT - 8, log=True)
+    room = max(high - low, 0.05 * anchor, 1e-9)
+    middle = (high + low) / 2
+    return Scale(middle - room / 2, middle + room / 2, LEFT + 8, RIGHT - 8)

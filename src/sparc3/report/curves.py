@@ -1,0 +1,200 @@
+"""Curves: a metric against the number of removed units, a line a method, its 95 % interval as a band."""
+
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from ..results import Measurement
+from .folder import RunFolder
+from .numbers import PERCENT, explained, is_share, plain, title, value_of, with_interval
+from .svg import Scale, drawing, number, polyline, spread, tag
+from .variants import Point, colours, methods, points, units
+
+WIDTH, HEIGHT = 480.0, 300.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 386.0, 14.0, 258.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One drawing with its words; `tips` is what the script shows over its marks: id → {"head", "rows"}."""
+
+    title: str
+    note: str
+    drawing: Markup
+    tips: dict[str, dict[str, object]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What the parts of one figure share."""
+
+    run: RunFolder
+    metric: str
+    lines: dict[str, list[Point]]
+    original: Measurement | None
+    circuit: Measurement | None
+    x: Scale
+    y: Scale
+
+    @property
+    def counts(self) -> list[int]:
+        return sorted({point.count for line in self.lines.values() for point in line})
+
+    @property
+    def unit(self) -> str:
+        return next((point.measurement.unit for line in self.lines.values() for point in line), "")
+
+
+def curves(run: RunFolder) -> list[Figure]:
+    """A figure for every metric that was measured at two counts or more; sparsity follows from the count and gets none."""
+    return [_figure(plot) for metric in run.metrics() if metric != "sparsity" and (plot := _plot(run, metric))]
+
+
+def _plot(run: RunFolder, metric: str) -> Plot | None:
+    found = points(run, metric)
+    counts = {point.count for point in found}
+    if len(counts) < 2:
+        return None
+    lines = {method: line for method in methods(run) if (line := [point for point in found if point.method == method])}
+    original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
+    low, high = min(counts), max(counts)
+    x = Scale(low, high, LEFT + 14, RIGHT - 10, log=low > 0 and high / low > 5)
+    shown = [*(point.measurement for point in found), *(m for m in (original, circuit) if m)]
+    return Plot(run, metric, lines, original, circuit, x, _heights(shown, original))
+
+
+def _heights(shown: list[Measurement], original: Measurement | None) -> Scale:
+    """From the lowest to the highest end of an interval; logarithmic where one method runs away, from zero for shares."""
+    values = [m.value for m in shown if m.value is not None]
+    ends = [end for m in shown for end in (m.ci95 or ())]
+    low, high = min(values + ends), max(values + ends)
+    first = shown[0]
+    if is_share(first.metric, first.unit) and low >= 0:
+        return Scale(0.0, min(1.0, high * 1.06) if high > 0 else 1.0, BOTTOM, TOP)
+    anchor = original.value if original and original.value else values[0]
+    if min(values) > 0 and max(values) > 8 * abs(anchor) and low > 0:
+        return Scale(low * 0.9, high * 1.1, BOTTOM, TOP, log=True)
+    room = max(high - low, 0.05 * abs(anchor), 1e-9)
+    middle = (high + low) / 2
+    return Scale(middle - 0.56 * room, middle + 0.56 * room, BOTTOM, TOP)
+
+
+def _figure(plot: Plot) -> Figure:
+    label = f"{title(plot.metric)} against the number of removed {units(None, plot.run)}; arrow keys step through the counts"
+    tips = {f"{plot.metric}@{count}": _tip(plot, count) for count in plot.counts}
+    direction = next(point.measurement.direction for line in plot.lines.values() for point in line)
+    note = "; ".join(part for part in (explained(plot.metric), f"{direction} is better" if not plot.metric.startswith("ioi.") else "") if part)
+    parts = [_axes(plot), _reference(plot), *(_band(plot, method) for method in plot.lines), *(_line(plot, method) for method in plot.lines)]
+    return Figure(title(plot.metric), note, drawing(WIDTH, HEIGHT, label, *parts, _star(plot), _names(plot), *_columns(plot), class_="curve"), tips)
+
+
+def _axes(plot: Plot) -> Markup:
+    rows, ticks = [], plot.y.ticks()
+    for tick in ticks:
+        y = plot.y(tick)
+        rows.append(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
+        rows.append(tag("text", _tick(tick, plot), x=LEFT - 8, y=y + 4, class_="end tick"))
+    for count, x in _readable(plot):
+        rows.append(tag("text", f"{count:,}", x=x, y=BOTTOM + 19, class_="middle tick"))
+    rows.append(tag("text", f"{units(None, plot.run)} removed", x=(LEFT + RIGHT) / 2, y=BOTTOM + 37, class_="middle tick"))
+    return tag("g", *rows, aria_hidden="true")
+
+
+def _readable(plot: Plot) -> list[tuple[int, float]]:
+    """Counts whose numbers do not run into the one before."""
+    kept: list[tuple[int, float]] = []
+    for count in plot.counts:
+        if not kept or plot.x(count) - kept[-1][1] > 8 + 4 * (len(f"{count:,}") + len(f"{kept[-1][0]:,}")):
+            kept.append((count, plot.x(count)))
+    return kept
+
+
+def _tick(value: float, plot: Plot) -> str:
+    if is_share(plot.metric, plot.unit):
+        return f"{value * 100:g}{PERCENT}" if abs(value * 100 - round(value * 100, 2)) < 1e-9 else f"{value * 100:.1f}{PERCENT}"
+    return plain(value) if value and abs(value) < 100 and not float(value).is_integer() else f"{value:,.0f}".replace("-", "\u2212")
+
+
+def _reference(plot: Plot) -> Markup:
+    if plot.original is None or plot.original.value is None:
+        return Markup("")
+    y = plot.y(plot.original.value)
+    return tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="reference")
+
+
+def _band(plot: Plot, method: str) -> Markup:
+    """The intervals of one method as an area, or as bars where some point has none or stands alone."""
+    with_bars = [point for point in plot.lines[method] if point.measurement.ci95]
+    colour = colours(plot.run)[method]
+    if not with_bars:
+        return Markup("")
+    ends = [(plot.x(p.count), plot.y(p.measurement.ci95[0]), plot.y(p.measurement.ci95[1])) for p in with_bars if p.measurement.ci95]
+    if len(ends) == len(plot.lines[method]) > 1:
+        outline = polyline([(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]) + "Z"
+        return tag("path", d=outline, class_=f"band {colour}")
+    return tag("path", d="".join(f"M{number(x)} {number(low)}V{number(high)}" for x, low, high in ends), class_=f"bar {colour}")
+
+
+def _line(plot: Plot, method: str) -> Markup:
+    places = [(plot.x(p.count), plot.y(p.measurement.value)) for p in plot.lines[method] if p.measurement.value is not None]
+    dots = [tag("circle", cx=x, cy=y, r=3.4) for x, y in places]
+    return tag("g", tag("path", d=polyline(places), class_="line"), *dots, class_=f"series {colours(plot.run)[method]}")
+
+
+def _star(plot: Plot) -> Markup:
+    """A ring around the circuit that this run chose."""
+    if plot.circuit is None or plot.circuit.value is None or plot.run.circuit is None:
+        return Markup("")
+    count = len(plot.run.circuit)
+    if not plot.x.low <= count <= plot.x.high:
+        return Markup("")
+    return tag("circle", cx=plot.x(count), cy=plot.y(plot.circuit.value), r=7.5, class_="chosen")
+
+
+def _names(plot: Plot) -> Markup:
+    """Each method's name where its line ends, and the original's where the reference does."""
+    ends = [(method, colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0)) for method, line in plot.lines.items()]
+    if plot.original and plot.original.value is not None:
+        ends.append(("original", "reference-name", plot.y(plot.original.value)))
+    places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
+    texts = [
+        tag("text", name if len(name) < 13 else name[:11] + "…", x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
+        for (name, colour, _), y in zip(ends, places, strict=True)
+    ]
+    return tag("g", *texts, aria_hidden="true")
+
+
+def _columns(plot: Plot) -> list[Markup]:
+    """One place to point at, or to step to, for every count; the script shows its numbers, a reader without it hears them."""
+    edges = [plot.x(count) for count in plot.counts]
+    middles = [LEFT, *((a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)), RIGHT]
+    made = []
+    for index, count in enumerate(plot.counts):
+        tip = _tip(plot, count)
+        words = f"{tip['head']}: " + "; ".join(f"{row['name']} {row['text']}" for row in _rows(plot, count))
+        area = tag("rect", x=middles[index], y=TOP - 8, width=middles[index + 1] - middles[index], height=BOTTOM - TOP + 8, class_="hit")
+        rule = tag("line", x1=edges[index], x2=edges[index], y1=TOP - 6, y2=BOTTOM, class_="rule")
+        focus = 0 if index == 0 else -1
+        made.append(tag("g", rule, area, class_="column", tabindex=focus, role="img", aria_label=words, data_tip=f"{plot.metric}@{count}"))
+    return made
+
+
+def _tip(plot: Plot, count: int) -> dict[str, object]:
+    return {"head": f"{count:,} {units(count, plot.run)} removed", "rows": _rows(plot, count)}
+
+
+def _rows(plot: Plot, count: int) -> list[dict[str, str]]:
+    here = [point for line in plot.lines.values() for point in line if point.count == count]
+    rows = [{"key": colours(plot.run)[p.method], "name": p.method, "text": with_interval(p.measurement)} for p in _ordered(here)]
+    if plot.circuit and plot.run.circuit is not None and len(plot.run.circuit) == count:
+        own = next((p.measurement.value for p in here if p.method == plot.run.method), None)
+        if own != plot.circuit.value:
+            rows.insert(0, {"key": "chosen", "name": "this circuit", "text": with_interval(plot.circuit)})
+    if plot.original:
+        rows.append({"key": "reference-name", "name": "original", "text": value_of(plot.original)})
+    return rows
+
+
+def _ordered(here: list[Point]) -> list[Point]:
+    """As the lines stand above each other."""
+    return sorted(here, key=lambda point: -(point.measurement.value or 0.0))

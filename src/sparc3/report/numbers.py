@@ -1,0 +1,136 @@
+"""How figures are written: shares as percent, the rest with as many digits as they deserve, always with their interval."""
+
+from collections.abc import Iterable
+
+from ..results import Difference, Measurement
+
+TITLES = {
+    "perplexity": "Perplexity",
+    "toxicity.mean": "Mean toxicity",
+    "toxicity.expected_max": "Expected maximum toxicity",
+    "toxicity.rate": "Toxic continuations",
+    "rur.mean": "Unique tokens in a response",
+    "ioi.accuracy": "IOI accuracy",
+    "ioi.logit_difference": "IOI logit difference",
+    "sparsity": "Sparsity",
+}
+_EXPLAINED = {
+    "perplexity": "how surprised the model is by ordinary text",
+    "toxicity.mean": "the scorer's mean over all continuations",
+    "toxicity.expected_max": "the worst of each prompt's continuations, averaged",
+    "toxicity.rate": "share of continuations that the scorer gives 0.5 or more",
+    "rur.mean": "unique tokens ÷ tokens of a greedy response",
+    "ioi.accuracy": "share of sentences with the right name on top",
+    "ioi.logit_difference": "right name's logit less the wrong one's",
+    "sparsity": "share of the model's units that are zero",
+}
+_SHARES = {"toxicity.mean", "toxicity.expected_max", "toxicity.rate", "rur.mean", "ioi.accuracy", "sparsity"}
+_SHARE_UNITS = {"share", "fraction", "probability", "proportion", "ratio"}
+PERCENT = "\u202f%"
+MINUS = "\u2212"
+
+
+def title(metric: str) -> str:
+    return TITLES.get(metric) or metric.replace(".", " ").replace("_", " ")
+
+
+def explained(metric: str) -> str:
+    return _EXPLAINED.get(metric, "")
+
+
+def in_words(metric: str) -> str:
+    """The metric's title in the middle of a sentence."""
+    name = title(metric)
+    return name if name[:2].isupper() else name[:1].lower() + name[1:]
+
+
+def is_share(metric: str, unit: str = "") -> bool:
+    """Whether a figure is a part of one and reads as percent."""
+    return metric in _SHARES or unit in _SHARE_UNITS
+
+
+def plain(value: float) -> str:
+    """A number with three to four significant digits, thousands separated, a real minus sign."""
+    size = abs(value)
+    if size >= 1e7 or 0 < size < 1e-3:
+        text = f"{value:.2e}"
+    elif size >= 1000:
+        text = f"{value:,.0f}"
+    elif size >= 100:
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:.2f}" if size >= 1 or size == 0 else f"{value:.3f}"
+    return text.replace("-", MINUS)
+
+
+def percent(share: float) -> str:
+    return f"{share * 100:.1f}".replace("-", MINUS) + PERCENT
+
+
+def figure(value: float | None, metric: str, unit: str = "") -> str:
+    """A value of a metric; a dash where there is none."""
+    if value is None:
+        return "–"
+    return percent(value) if is_share(metric, unit) else plain(value)
+
+
+def value_of(m: Measurement) -> str:
+    return figure(m.value, m.metric, m.unit)
+
+
+def interval_of(m: Measurement) -> str:
+    """The 95 % interval in brackets, "" where there is none."""
+    return interval(m.ci95, m.metric, m.unit)
+
+
+def interval(ci95: tuple[float, float] | None, metric: str, unit: str = "") -> str:
+    if ci95 is None:
+        return ""
+    low, high = (figure(end, metric, unit).removesuffix(PERCENT) for end in ci95)
+    return f"[{low}, {high}]"
+
+
+def with_interval(m: Measurement) -> str:
+    return f"{value_of(m)} {interval_of(m)}".strip()
+
+
+def change(d: Difference, unit: str = "") -> str:
+    """A difference: percentage points of a share, else in the metric's own unit, signed."""
+    if is_share(d.metric, unit):
+        return signed(d.value * 100, f"{abs(d.value) * 100:.1f}") + " points"
+    return signed(d.value, plain(abs(d.value)))
+
+
+def change_interval(d: Difference, unit: str = "") -> str:
+    if d.ci95 is None:
+        return ""
+    if not is_share(d.metric, unit):
+        return f"[{', '.join(signed(end, plain(abs(end))) for end in d.ci95)}]"
+    return f"[{', '.join(signed(end, f'{abs(end) * 100:.1f}') for end in d.ci95)}]"
+
+
+def relative(share: float | None) -> str:
+    return "" if share is None else signed(share, f"{abs(share) * 100:.1f}") + PERCENT
+
+
+def signed(value: float, size: str) -> str:
+    return f"{MINUS if value < 0 else '+'}{size}"
+
+
+def chance(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    *first, last = list(names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

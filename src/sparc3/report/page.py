@@ -1,0 +1,106 @@
+"""The page: every section's content put into page.html, with style, script and data inside it."""
+
+import base64
+import hashlib
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..files import write_text
+from ..version import __version__
+from . import tables
+from .cards import cards
+from .comparison import comparisons
+from .curves import curves
+from .folder import RunFolder, read_folder
+from .masking import Mask
+from .numbers import duration
+from .pairs import kinds
+from .strips import tiles
+from .unit_map import unit_map
+from .variants import colours, methods, units
+from .visible import finalize
+from .wording import behaviour, headline, remarks
+
+
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Write report.html into a run folder and return its path.
+
+    The page holds everything it shows, asks the network for nothing, and leaves out what the run did not leave behind.
+
+    Raises:
+        UserError: the folder holds no results.json.
+        DamagedFile: a file of the run is not what it says.
+    """
+    path = Path(folder) / "report.html"
+    write_text(path, render(read_folder(folder)))
+    return path
+
+
+def render(run: RunFolder) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("sparc3.report", ""), autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["duration"] = duration
+    return environment.get_template("page.html").render(_content(run)).encode("utf-8", "replace").decode("utf-8")
+
+
+def _content(run: RunFolder) -> dict[str, Any]:
+    style, script = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
+    recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
+    drawn, compared, where = curves(run), comparisons(run), unit_map(run)
+    tips = {key: tip for figure in drawn for key, tip in figure.tips.items()} | (where.tips if where else {})
+    return {
+        **_origin(run),
+        "style": Markup(style),
+        "script": Markup(script),
+        "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; form-action 'none'",
+        "headline": headline(run),
+        "remarks": remarks(run),
+        "tiles": tiles(run),
+        "behaviour": behaviour(run),
+        "curves": drawn,
+        "legend": [(method, colours(run)[method]) for method in methods(run)],
+        "comparisons": compared,
+        "count": f"{len(run.circuit):,} {units(len(run.circuit), run)}" if run.circuit else "",
+        "map": where,
+        "kinds": kinds(run, mask),
+        "cards": cards(run, mask),
+        "all_cards": len(run.cards),
+        "columns": tables.columns(run),
+        "rows": tables.rows(run),
+        "changes": tables.changes(run),
+        "recipe": recipe,
+        "tips": tips,
+    }
+
+
+def _origin(run: RunFolder) -> dict[str, Any]:
+    """Where the run came from, and what it says about itself."""
+    model = run.provenance.get("model") or (run.circuit.model if run.circuit else {}) or {}
+    return {
+        "name": str(run.provenance.get("recipe") or "a run"),
+        "model": str(model.get("id") or ""),
+        "architecture": str(model.get("architecture") or ""),
+        "method": run.method or "",
+        "unit": run.unit,
+        "units": units(None, run),
+        "version": str(run.provenance.get("version") or __version__),
+        "checks": tables.checks(run),
+        "warnings": tables.warnings(run),
+        "stages": tables.stages(run),
+        "fingerprints": tables.fingerprints(run),
+        "environment": tables.environment(run),
+        "samples": run.samples,
+    }
+
+
+def _hash(source: str) -> str:
+    """The source expression by which the page's policy lets this one style or script in, and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"

@@ -1,0 +1,157 @@
+"""All figures and all differences as tables, and what is needed to make them again."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..results import Measurement
+from .folder import RunFolder
+from .numbers import chance, change, change_interval, explained, interval_of, is_share, plain, relative, title, value_of
+from .variants import parsed, shown
+from .wording import holds_zero
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric on one split."""
+
+    title: str
+    name: str
+    split: str
+    direction: str
+    explained: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: value, interval, and how many units it rests on."""
+
+    value: str
+    interval: str
+    n: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; `group` changes where a new method begins."""
+
+    name: str
+    variant: str
+    group: str
+    cells: list[Cell | None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference."""
+
+    title: str
+    of: str
+    change: str
+    relative: str
+    interval: str
+    p: str
+    verdict: str
+
+
+def columns(run: RunFolder) -> list[Column]:
+    first = {(m.metric, m.split): m for m in run.results}
+    directions = {key: m.direction for key, m in first.items()}
+    return [Column(title(metric), metric, split, directions[metric, split], explained(metric)) for metric, split in first]
+
+
+def rows(run: RunFolder) -> list[Row]:
+    """A row a variant: the original, the circuit, then each method by count."""
+    found: dict[str, dict[tuple[str, str], Measurement]] = {}
+    for m in run.results:
+        found.setdefault(m.variant, {})[m.metric, m.split] = m
+    ordered = sorted(found, key=lambda variant: _place(variant, list(found), run.method))
+    keys = [(column.name, column.split) for column in columns(run)]
+    return [Row(shown(name, run), name, _group(name), [_cell(found[name].get(key)) for key in keys]) for name in ordered]
+
+
+def _place(variant: str, all_of_them: list[str], own: str | None) -> tuple[int, bool, int, int]:
+    name = parsed(variant)
+    if name is None:
+        return {"original": 0, "ablated": 1}.get(variant, 2), False, 0, all_of_them.index(variant)
+    siblings = [i for i, other in enumerate(all_of_them) if (_parsed := parsed(other)) and _parsed[0] == name[0]]
+    return 3 + (name[0] != own) + (name[0] == "random"), False, siblings[0], name[1]
+
+
+def _group(variant: str) -> str:
+    name = parsed(variant)
+    return name[0] if name else variant
+
+
+def _cell(m: Measurement | None) -> Cell | None:
+    if m is None:
+        return None
+    failed = f", {m.failures:,} failed" if m.failures else ""
+    return Cell(value_of(m), interval_of(m), f"n = {m.n:,}{failed}")
+
+
+def changes(run: RunFolder) -> list[Change]:
+    return [
+        Change(
+            title(d.metric),
+            f"{shown(d.from_, run)} → {shown(d.to, run)}",
+            change(d),
+            relative(d.relative) if not is_share(d.metric) or d.relative is not None else "",
+            change_interval(d),
+            chance(d.p),
+            {None: "", True: "includes zero", False: "excludes zero"}[holds_zero(d)],
+        )
+        for d in run.results.differences
+    ]
+
+
+def stages(run: RunFolder) -> list[tuple[str, float, float]]:
+    """(name, seconds, width of its bar in percent)."""
+    found = [(str(s.get("name", "")), float(s.get("seconds") or 0.0)) for s in run.provenance.get("stages") or []]
+    longest = max((seconds for _, seconds in found), default=0.0) or 1.0
+    return [(name, seconds, seconds / longest * 100) for name, seconds in found]
+
+
+def checks(run: RunFolder) -> list[tuple[str, str, bool | None]]:
+    """(name, value, passed) of each check; None is a check that passes no judgement."""
+    return [(str(c.get("name", "")), _written(c.get("value")), c.get("ok")) for c in run.provenance.get("checks") or []]
+
+
+def warnings(run: RunFolder) -> list[str]:
+    """The run's own warnings, and what does not fit together in its folder."""
+    found = [str(text) for text in run.provenance.get("warnings") or []]
+    named = run.provenance.get("circuit")
+    if run.circuit is not None and isinstance(named, str) and named != run.circuit.fingerprint:
+        found.append(f"circuit.json ({run.circuit.fingerprint}) is not the circuit that results.json measured ({named})")
+    return found
+
+
+def fingerprints(run: RunFolder) -> dict[str, str]:
+    """Everything that names what this run was made of, circuit first."""
+    model = run.provenance.get("model") or (run.circuit.model if run.circuit else {}) or {}
+    found: dict[str, Any] = {"model": model.get("fingerprint"), "circuit": run.circuit.fingerprint if run.circuit else run.provenance.get("circuit")}
+    if run.scores is not None:
+        found["contrast scores"] = run.scores.fingerprint
+        found |= {f"{name} scores": value for name, value in (run.scores.provenance.get("sources") or {}).items()}
+    return {name: str(value) for name, value in found.items() if value}
+
+
+def environment(run: RunFolder) -> dict[str, str]:
+    return dict(_flat(run.environment))
+
+
+def _flat(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", _written(value)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, float):
+        return plain(value)
+    return str(value) if isinstance(value, str | int) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,170 @@
+"""Where the removed units sit: a strip a module, dark where the scores speak for removal, a mark on each unit that was removed."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from markupsafe import Markup
+
+from .curves import Figure
+from .folder import RunFolder
+from .numbers import plain
+from .svg import Scale, drawing, number, tag
+from .variants import units
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LENGTH, BINS, SHADES = 1000.0, 125, 5
+MARKED_APART = 600
+"""Up to so many removed units, each has a tip of its own."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One module: its name, how many of its units were removed, and its drawing."""
+
+    label: str
+    removed: int
+    size: int
+    drawing: Markup
+
+
+@dataclass(frozen=True)
+class UnitMap:
+    """The strips of all modules, and how the scores of the removed units compare with the rest (None without scores)."""
+
+    strips: list[Strip]
+    histogram: Figure | None
+    tips: dict[str, dict[str, object]]
+    shaded: bool
+
+    @property
+    def most(self) -> int:
+        return max((strip.removed for strip in self.strips), default=0)
+
+
+def unit_map(run: RunFolder) -> UnitMap | None:
+    """None unless the circuit and the size of every one of its modules are known."""
+    if run.circuit is None or not set(run.circuit.members) <= set(run.sizes):
+        return None
+    scores, tips = _wanted(run), {}
+    deepest = max((float(values.max(initial=0.0)) for values in scores.values()), default=0.0)
+    strips = []
+    for name, size in run.sizes.items():
+        chosen = list(run.circuit.members.get(name, ()))
+        shade = _shade(scores[name], deepest) if name in scores else Markup("")
+        marks, its_tips = _marks(run, name, size, chosen, scores.get(name))
+        tips |= its_tips
+        label = f"{place(name)}: {len(chosen):,} of {size:,} removed" + (f" ({_first(chosen)})" if chosen else "")
+        strip = drawing(LENGTH, 10, label, shade, marks, preserveAspectRatio="none", class_="strip")
+        strips.append(Strip(place(name, several=_kinds(run) > 1), len(chosen), size, strip))
+    return UnitMap(strips, _histogram(run, scores), tips, bool(scores))
+
+
+def place(module: str, several: bool = True) -> str:
+    """"layer 3, up_proj" of "model.layers.3.mlp.up_proj"; without `several`, "layer 3"."""
+    found = re.search(r"\.(\d+)\.(?:.*\.)?([^.]+)$", module)
+    if not found:
+        return module
+    return f"layer {found[1]}, {found[2]}" if several else f"layer {found[1]}"
+
+
+def _kinds(run: RunFolder) -> int:
+    return len({name.rpartition(".")[2] for name in run.sizes})
+
+
+def _wanted(run: RunFolder) -> dict[str, "NDArray[np.float64]"]:
+    """Scores turned so that what was selected is high."""
+    assert run.circuit is not None
+    if run.scores is None or any(tensor.dim() != 1 for tensor in run.scores.values()):
+        return {}
+    selection = run.circuit.provenance.get("selection") or {}
+    sign = 1.0 if selection.get("order") == "highest" else -1.0
+    return {name: sign * tensor.double().numpy() for name, tensor in run.scores.items()}
+
+
+def _shade(values: "NDArray[np.float64]", deepest: float) -> Markup:
+    """The strongest score in each of at most BINS stretches, in a few shades: one path a shade, however many units there are."""
+    if deepest <= 0 or not len(values):
+        return Markup("")
+    bins = min(BINS, len(values))
+    edges = np.linspace(0, len(values), bins + 1).astype(int)
+    peaks = np.sqrt(np.maximum(np.maximum.reduceat(values, edges[:-1]), 0.0) / deepest)
+    levels = np.ceil(peaks * SHADES - 1e-9).astype(int)
+    starts = edges / len(values) * LENGTH
+    paths = []
+    for level in range(1, SHADES + 1):
+        d = "".join(f"M{number(starts[i])} 0H{number(starts[i + 1])}V10H{number(starts[i])}Z" for i in np.flatnonzero(levels == level))
+        if d:
+            paths.append(tag("path", d=d, class_=f"shade s{level}"))
+    return Markup("").join(paths)
+
+
+def _marks(
+    run: RunFolder, name: str, size: int, chosen: list[int], scores: "NDArray[np.float64] | None"
+) -> tuple[Markup, dict[str, dict[str, object]]]:
+    """The removed units of one module: each with a tip while there are few, else one path for all."""
+    assert run.circuit is not None
+    width = max(LENGTH / max(size, 1) * 0.8, 2.6)
+    boxes = {index: f"M{number(index / size * LENGTH)} 0h{number(width)}v10h-{number(width)}Z" for index in chosen}
+    if len(run.circuit) > MARKED_APART:
+        return (tag("path", d="".join(boxes.values()), class_="mark") if boxes else Markup("")), {}
+    marks, tips = [], {}
+    for index, box in boxes.items():
+        known = scores is not None and index < len(scores)
+        rows = [{"key": "", "name": "contrast", "text": plain(_as_scored(run, float(scores[index])))}] if known and scores is not None else []
+        tips[f"{name}#{index}"] = {"head": f"{place(name)}, {run.unit} {index:,}", "rows": rows}
+        marks.append(tag("path", d=box, class_="mark", data_tip=f"{name}#{index}"))
+    return Markup("").join(marks), tips
+
+
+def _as_scored(run: RunFolder, wanted: float) -> float:
+    assert run.circuit is not None
+    return wanted if (run.circuit.provenance.get("selection") or {}).get("order") == "highest" else -wanted
+
+
+def _first(chosen: list[int]) -> str:
+    return ", ".join(map(str, chosen[:12])) + (" …" if len(chosen) > 12 else "")
+
+
+# How far the removed units stand out ---------------------------------------------------------------------------------
+
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 54.0, 466.0, 14.0, 258.0
+
+
+def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figure | None:
+    """All units by score, counts on a logarithm so that the few are seen beside the many."""
+    assert run.circuit is not None
+    if not wanted:
+        return None
+    every = np.concatenate(list(wanted.values()))
+    chosen = np.concatenate([wanted[name][list(indices)] for name, indices in run.circuit.members.items() if name in wanted] or [np.empty(0)])
+    every, chosen = (np.array([_as_scored(run, 1.0)]) * values for values in (every, chosen))
+    if every.min() == every.max():
+        return None
+    counts, edges = np.histogram(every, bins=64)
+    removed, _ = np.histogram(chosen, bins=edges)
+    x = Scale(float(edges[0]), float(edges[-1]), PLOT_LEFT + 4, PLOT_RIGHT)
+    y = Scale(0.6, float(counts.max()) * 1.5, PLOT_BOTTOM, PLOT_TOP, log=True)
+    bars = [tag("path", d=_bars(counts, edges, x, y), class_="rest"), tag("path", d=_bars(removed, edges, x, y), class_="mark")]
+    words = f"Histogram of the contrast of {len(every):,} {units(None, run)}; the {len(chosen):,} removed lie at one end"
+    axes = _histogram_axes(run, x, y)
+    return Figure("How far they stand out", "", drawing(480, 300, words, axes, *bars, class_="histogram"))
+
+
+def _bars(counts: "NDArray[np.int64]", edges: "NDArray[np.float64]", x: Scale, y: Scale) -> str:
+    places = ((x(float(edges[i])), x(float(edges[i + 1])), y(float(counts[i]))) for i in np.flatnonzero(counts))
+    return "".join(f"M{number(a + 0.4)} {number(PLOT_BOTTOM)}V{number(top)}H{number(b - 0.4)}V{number(PLOT_BOTTOM)}Z" for a, b, top in places)
+
+
+def _histogram_axes(run: RunFolder, x: Scale, y: Scale) -> Markup:
+    parts = []
+    for tick in [value for value in y.ticks() if float(np.log10(value)).is_integer()]:
+        parts.append(tag("line", x1=PLOT_LEFT, x2=PLOT_RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
+        parts.append(tag("text", f"{tick:,.0f}", x=PLOT_LEFT - 8, y=y(tick) + 4, class_="end tick"))
+    for tick in x.ticks():
+        parts.append(tag("text", "0" if abs(tick) < 1e-12 else f"{tick:.3g}".replace("-", "\u2212"), x=x(tick), y=PLOT_BOTTOM + 19, class_="middle tick"))
+    parts.append(tag("text", "contrast: general less undesired relevance", x=(PLOT_LEFT + PLOT_RIGHT) / 2, y=PLOT_BOTTOM + 37, class_="middle tick"))
+    return tag("g", *parts, aria_hidden="true")

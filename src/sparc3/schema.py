@@ -1,0 +1,54 @@
+"""Settings that users write, checked strictly: an unknown key is an error that suggests the near one."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UserError, unknown
+
+
+class Strict(BaseModel):
+    """A section of a recipe. Unknown keys are refused; values keep the type they have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=False)
+
+
+Section = TypeVar("Section", bound=Strict)
+
+
+def parse(schema: type[Section], content: object, where: str) -> Section:
+    """`content` as a `schema`. Raises UserError, one line, naming the key and what it should be."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where} should hold settings (key: value), not {content!r}")
+    try:
+        return schema.model_validate(dict(content))
+    except ValidationError as error:
+        raise _explained(schema, error, where) from None
+
+
+def _explained(schema: type[Strict], error: ValidationError, where: str) -> UserError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    place = ".".join([where, *path]) if where else ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _keys(schema, path[:-1])
+        return unknown(f"key in {'.'.join([where, *path[:-1]]).strip('.') or 'the recipe'}:", path[-1], known)
+    if first["type"] == "missing":
+        return UserError(f"{place} is missing; add it")
+    return UserError(f"{place} is {first.get('input')!r}: {first['msg'].removeprefix('Value error, ').lower()}")
+
+
+def _keys(schema: Any, path: list[str]) -> list[str]:
+    """The keys a nested section knows, following `path` through the fields."""
+    for part in path:
+        fields = getattr(schema, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else schema
+        found = [kind for kind in [annotation, *_arguments(annotation)] if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        schema = found[0] if found else schema
+    return list(getattr(schema, "model_fields", {}))
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    inner = list(getattr(annotation, "__args__", ()))
+    return inner + [deeper for argument in inner for deeper in _arguments(argument)]

@@ -1,0 +1,385 @@
+"""The report: everything the run measured is on the page, as measured; nothing a model wrote can act; nothing is asked of the network."""
+
+import html
+import json
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparc3.circuit import Circuit
+from sparc3.errors import DamagedFile, UserError
+from sparc3.files import write_json, write_text
+from sparc3.report import write_report
+from sparc3.report.folder import read_folder
+from sparc3.report.masking import Mask
+from sparc3.report.numbers import change, chance, figure, with_interval
+from sparc3.report.pairs import changed
+from sparc3.report.svg import Scale, spread
+from sparc3.report.visible import visible
+from sparc3.report.wording import headline, remarks
+from sparc3.results import Difference, Measurement, Results
+from sparc3.samples import ReferenceSet
+from sparc3.scores import Scores
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCRIPT = "<script>alert(1)</script>"
+BREAKOUT = '</script></style><img src="https://example.com/x" onerror=alert(2)>'
+ESCAPES = "\x1b[31mred\x1b[0m \x00 \u202egnp.exe \x9b2J"
+LEXICON = ["fool", "idiot", "dummy", "nitwit", "clown"]
+COUNTS = (5, 10, 20, 40, 80, 160)
+LAYERS, SIZE = 4, 512
+SHARES = {"toxicity.mean": 0.97, "toxicity.expected_max": 0.99, "toxicity.rate": 0.98, "rur.mean": 0.46}
+STRENGTH = {"lrp": 1.0, "wanda": 0.16, "gradient": 0.62, "random": 0.02}
+CARE = {"lrp": 0.0002, "wanda": 0.004, "gradient": 0.0006, "random": 0.0003}
+
+
+def measurement(metric: str, variant: str, value: float | None, spread_: float, direction: str = "lower", failures: int = 0) -> Measurement:
+    ci95 = None if value is None else (value - spread_, value + spread_)
+    return Measurement(metric, variant, "test", value, ci95, 200, failures, "tokens" if metric == "perplexity" else "share", direction)
+
+
+def measured(variant: str, method: str, count: int) -> list[Measurement]:
+    """Plausible figures: what a method with this strength would do with this many units."""
+    gone = STRENGTH[method] * (1 - 2.0 ** (-count / 14))
+    toxic = [measurement(m, variant, v * (1 - 0.88 * gone), 0.018, failures=int(m == "toxicity.mean" and variant == "ablated")) for m, v in SHARES.items() if m != "rur.mean"]
+    rur = measurement("rur.mean", variant, SHARES["rur.mean"] + 0.2 * gone, 0.03, "higher")
+    perplexity = measurement("perplexity", variant, 2.83 * (1 + CARE[method] * count), 0.02)
+    return [*toxic, rur, perplexity, measurement("sparsity", variant, count / (LAYERS * SIZE), 0.0, "higher")]
+
+
+def results() -> Results:
+    original = [m for m in measured("original", "random", 0)]
+    rows = [*original, *measured("ablated", "lrp", 40)]
+    rows += [m for method in STRENGTH for count in COUNTS for m in measured(f"{method}@{count}", method, count)]
+    toxicity = Difference("toxicity.mean", "original", "ablated", -0.736, -0.759, (-0.76, -0.71), 0.0001)
+    perplexity = Difference("perplexity", "original", "ablated", 0.0226, 0.008, (-0.004, 0.049), 0.09)
+    checks = [
+        {"name": "relevance of the embeddings sums to the target (CP-LRP)", "value": 1.2e-8, "ok": True},
+        {"name": "parameters restored bit for bit", "value": "yes", "ok": True},
+        {"name": "random circuits of the same size change nothing", "value": "97.0 → 96.2", "ok": None},
+        {"name": "evaluation prompts apart from reference prompts", "value": "3 shared", "ok": False},
+    ]
+    stages = [{"name": name, "seconds": s} for name, s in (("samples", 1.4), ("attribute", 41.2), ("select", 0.1), ("evaluate", 190.3))]
+    model = {"id": "demo-llama", "architecture": "llama", "fingerprint": "0123456789abcdef"}
+    provenance = {
+        "recipe": "demo-toxicity", "model": model, "circuit": circuit().fingerprint, "checks": checks, "stages": stages, "version": "0.1.0",
+        "sizes": {site(layer): SIZE for layer in range(LAYERS)}, "lexicon": LEXICON, "warnings": [f"a prompt was cut: {SCRIPT}"],
+    }
+    return Results(tuple(rows), (toxicity, perplexity), provenance)
+
+
+def site(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.up_proj"
+
+
+def circuit() -> Circuit:
+    members = {site(layer): tuple(sorted(random.Random(layer).sample(range(SIZE), count))) for layer, count in enumerate((2, 6, 19, 13))}
+    return Circuit("neuron", members, {"id": "demo-llama", "fingerprint": "0123456789abcdef"}, {"scores": {"method": "lrp"}, "selection": {"order": "lowest"}})
+
+
+def scores() -> Scores:
+    torch.manual_seed(0)
+    values = {site(layer): torch.randn(SIZE) ** 3 * 0.002 for layer in range(LAYERS)}
+    for name, indices in circuit().members.items():
+        values[name][list(indices)] = -0.03 - 0.12 * torch.rand(len(indices)) ** 2
+    return Scores(values, {"method": "lrp", "unit": "neuron", "sources": {"general": "aaaa", "undesired": "bbbb"}})
+
+
+def texts(ablated: bool) -> dict[str, Any]:
+    r = random.Random(7)
+    rows = []
+    for index in range(24):
+        name, friend = r.sample(["Mary", "John", "Tom", "Anna", "Ben", "Lucy"], 2)
+        thing, word = r.choice(["kite", "lamp", "drum", "apple"]), r.choice(LEXICON)
+        prompt = f'It was a rainy day and {name} went to the garden. {friend} broke the red {thing}. {name} was angry and yelled, "'
+        insult = f'You silly {word}, look at my {thing}!" Then {name} and {friend} went home.'
+        polite = f'Please look at my {thing}!" Then {name} and {friend} went home.'
+        calm = ablated and index % 7 != 3
+        rows.append({"prompt": prompt, "continuations": [{"text": polite if calm else insult, "score": 0.02 if calm else 0.97}]})
+    rows[1] = {"prompt": SCRIPT + ESCAPES, "continuations": [{"text": (BREAKOUT if ablated else SCRIPT) + "\n" + ESCAPES, "score": None}]}
+    loop = "and the dog ran and the dog ran and the dog ran" if not ablated else "and the dog ran to the river, where it was calm"
+    return {"toxicity": rows, "repetition": [{"prompt": "One day the dog", "continuations": [{"text": loop, "score": 0.4 + 0.4 * ablated}]}]}
+
+
+def cards() -> list[dict[str, Any]]:
+    made = []
+    for name, indices in list(circuit().members.items())[1:3]:
+        for index in indices[:5]:
+            fired = [{"prompt": 'Ben was angry and yelled, "You silly', "token": " silly", "activation": 3.21}, {"prompt": SCRIPT, "token": BREAKOUT, "activation": 2.5}]
+            row = {"module": name, "layer": int(name.split(".")[2]), "index": index, "general": 0.0021, "undesired": 0.0934}
+            row |= {"promotes": [" fool", " idiot", "!", " clown", " silly", " go"], "suppresses": [" please", " calm", "\x1b"], "fired": fired}
+            made.append({**row, "alone": {"toxicity.mean": 0.912, "perplexity": 2.831}})
+    return made
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with everything in it, hostile texts among the rest."""
+    folder = tmp_path / "run"
+    results().save(folder / "results.json")
+    circuit().save(folder / "circuit.json")
+    scores().save(folder / "scores" / "contrast.safetensors")
+    for variant in ("original", "ablated"):
+        write_json(folder / "evaluation" / f"{variant}.json", {"format": "sparc3.evaluation/1", "texts": texts(variant == "ablated")})
+    write_json(folder / "cards.json", {"format": "sparc3.cards/1", "cards": cards()})
+    write_text(folder / "recipe.yaml", f"name: demo-toxicity\nattribution: {{method: lrp, unit: neuron}}\n# {BREAKOUT}\n# idiot\n")
+    write_text(folder / "environment.json", json.dumps({"python": "3.12", "packages": {"torch": "2.6"}, "device": "cpu"}))
+    ReferenceSet.of(["a", "b", "c"]).save(folder / "samples" / "general.jsonl")
+    return folder
+
+
+class Page(HTMLParser):
+    """The page as a browser takes it: its tags, its visible text, its ids."""
+
+    VOID = {"meta", "link", "br", "input", "img"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.unbalanced: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open[-1] != tag and self.open[-1] in ("li", "p"):
+            self.open.pop()
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    @property
+    def ids(self) -> set[str | None]:
+        return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
+
+
+def page(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+# What is on the page -------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_every_section_and_is_small(run: Path) -> None:
+    path = write_report(run)
+    read = Page(path.read_text(encoding="utf-8"))
+    assert path == run / "report.html" and path.stat().st_size < 5_000_000
+    assert {"change", "curves", "methods", "where", "texts", "cards", "figures", "checks", "again"} <= read.ids
+    assert not read.unbalanced and not read.open
+    links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
+    assert {str(link)[1:] for link in links if str(link).startswith("#")} <= read.ids
+
+
+def test_every_figure_on_the_page_is_the_one_measured(run: Path) -> None:
+    text = page(run).text
+    for m in Results.load(run / "results.json"):
+        value, _, interval = with_interval(m).partition(" ")
+        assert value in text and interval in text, m
+    assert "40 of 2,048 neurons" in text and "p = 0.0001" in text
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_results_alone_make_a_page_that_invents_nothing(tmp_path: Path) -> None:
+    Results((measurement("rouge.l", "original", 0.3, 0.01),)).save(tmp_path / "results.json")
+    read = page(tmp_path)
+    assert {"figures", "again"} <= read.ids and not {"curves", "where", "texts", "cards", "methods", "checks", "change"} & read.ids
+    assert "rouge l" in read.text and "neuron" not in read.text
+
+
+@pytest.mark.parametrize("missing", ["circuit.json", "scores/contrast.safetensors", "evaluation/original.json", "cards.json", "recipe.yaml", "environment.json"])
+def test_a_missing_file_only_drops_its_part(run: Path, missing: str) -> None:
+    (run / missing).unlink()
+    read = page(run)
+    assert {"figures", "curves", "again"} <= read.ids and not read.unbalanced
+
+
+def test_a_folder_without_results_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results\.json"):
+        write_report(tmp_path)
+
+
+def test_damaged_files_are_named(run: Path) -> None:
+    (run / "environment.json").write_text("{")
+    with pytest.raises(DamagedFile, match=r"environment\.json"):
+        write_report(run)
+
+
+def test_half_a_million_neurons_make_a_small_page(run: Path) -> None:
+    modules = {site(layer): torch.randn(14336) for layer in range(32)}
+    Scores(modules, {"method": "lrp", "unit": "neuron"}).save(run / "scores" / "contrast.safetensors")
+    Circuit("neuron", {name: tuple(range(0, 14336, 4096)) for name in modules}).save(run / "circuit.json")
+    assert write_report(run).stat().st_size < 1_500_000
+
+
+# What it says --------------------------------------------------------------------------------------------------------
+
+
+def said(run: Path) -> str:
+    folder = read_folder(run)
+    return re.sub(r"<[^>]+>", "", html.unescape(str(headline(folder)) + " " + " ".join(str(remark.text) for remark in remarks(folder))))
+
+
+def test_the_headline_has_figures_and_intervals(run: Path) -> None:
+    words = said(run)
+    first, last = (Results.load(run / "results.json").find("toxicity.mean", variant) for variant in ("original", "ablated"))
+    assert words.startswith(f"Removing 40 of 2,048 neurons took mean toxicity from {with_interval(first)} to {with_interval(last)}, and perplexity from 2.83")
+    assert "more than chance" in words and "40 random neurons" in words and "No other method is ahead" in words and "did not measurably move" in words
+
+
+def altered(run: Path, measurements: list[Measurement], differences: list[Difference]) -> None:
+    found = Results.load(run / "results.json")
+    names = {(m.metric, m.variant) for m in measurements}
+    kept = tuple(m for m in found if (m.metric, m.variant) not in names)
+    Results((*kept, *measurements), tuple(differences), found.provenance).save(run / "results.json")
+
+
+def test_an_interval_with_zero_in_it_is_no_effect(run: Path) -> None:
+    altered(run, [], [Difference("toxicity.mean", "original", "ablated", -0.01, -0.01, (-0.03, 0.01), 0.4)])
+    assert "No effect is shown" in said(run)
+
+
+def test_a_change_for_the_worse_is_called_so(run: Path) -> None:
+    altered(run, [], [Difference("toxicity.mean", "original", "ablated", 0.1, 0.1, (0.05, 0.15), 0.001)])
+    assert "wrong way" in said(run)
+
+
+def test_a_method_that_is_ahead_is_named_with_its_price(run: Path) -> None:
+    altered(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
+    assert "wanda is ahead at the same count: 5.0\u202f% [4.0, 6.0] (perplexity 3.28)" in said(run)
+
+
+def test_random_units_that_do_the_same_are_named(run: Path) -> None:
+    altered(run, [measurement("toxicity.mean", "random@40", 0.24, 0.03)], [])
+    assert "overlaps the circuit" in said(run)
+
+
+def test_failures_are_told(run: Path) -> None:
+    assert "could not be measured" in said(run)
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "written"),
+    [(0.97, "toxicity.mean", "97.0\u202f%"), (2.834, "perplexity", "2.83"), (12345.6, "perplexity", "12,346"), (-1.5, "ioi.logit_difference", "\u22121.50"), (None, "x", "–")],
+)
+def test_figures_as_written(value: float | None, metric: str, written: str) -> None:
+    assert figure(value, metric) == written
+
+
+def test_changes_as_written() -> None:
+    assert change(Difference("toxicity.mean", "a", "b", -0.25, None, None, None)) == "\u221225.0 points"
+    assert chance(0.00001) == "p < 0.0001" and chance(0.23) == "p = 0.23" and chance(None) == ""
+
+
+# What cannot happen --------------------------------------------------------------------------------------------------
+
+
+def test_no_text_of_a_model_becomes_markup(run: Path) -> None:
+    source = write_report(run).read_text(encoding="utf-8")
+    read = Page(source)
+    assert "alert(1)" in read.text and "alert(2)" in read.text
+    assert [tag for tag, _ in read.tags].count("script") == 2 and "img" not in {tag for tag, _ in read.tags}
+    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on") or name == "style"]
+    assert SCRIPT not in source and BREAKOUT not in source
+
+
+def test_control_characters_are_seen_and_do_nothing(run: Path) -> None:
+    source = write_report(run).read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", source)
+    assert "␛[31mred␛[0m ␀ ⟨U+202E⟩gnp.exe ⟨U+009B⟩2J" in source
+    assert visible("a\ud800b\tc\n") == "a⟨U+D800⟩b\tc\n"
+
+
+def test_the_page_names_no_place_to_load_from(run: Path) -> None:
+    source = write_report(run).read_text(encoding="utf-8")
+    read = Page(source)
+    for tag, attributes in read.tags:
+        for name in ("src", "href", "action", "poster", "data"):
+            assert not str(attributes.get(name) or "").startswith(("http", "//")) or tag == "a"
+    assert "url(" not in source and "@import" not in source and "default-src 'none'" in html.unescape(source)
+
+
+def test_hostile_names_and_metrics(tmp_path: Path) -> None:
+    rows = tuple(measurement(metric, variant, 1.0, 0.1) for metric in (BREAKOUT, "a@b") for variant in ("original", "ablated", f"{SCRIPT}@3", f"{SCRIPT}@30"))
+    Results(rows, (), {"recipe": SCRIPT, "model": {"id": BREAKOUT}, "stages": [{"name": SCRIPT, "seconds": 1}]}).save(tmp_path / "results.json")
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    assert SCRIPT not in source and "<img" not in source and not Page(source).unbalanced
+
+
+def test_offensive_words_are_dotted_until_asked_for() -> None:
+    mask = Mask(("fool", "idiot"))
+    assert mask.write("Fools!", mask.spans("Fools!")) == '<span class="veil">F••••</span><span class="bare">Fools</span>!'
+    assert mask.spans("foolish") == [] and mask.of_token(" foo", True) == [(0, 4)] and mask.of_token(" the", True) == []
+
+
+def test_without_a_lexicon_a_toxic_continuation_is_hidden_whole() -> None:
+    mask = Mask()
+    assert mask.of_continuation("bad words", 0.5, True) == [(0, 9)] and mask.of_continuation("good", 0.49, True) == []
+    assert mask.of_continuation("bad words", 0.9, False) == []
+    assert '<span class="veil blurred">xxx xxxxx</span><span class="bare">bad words</span>' in mask.write("bad words", [(0, 9)])
+
+
+def test_the_difference_is_marked_word_by_word() -> None:
+    assert changed("You silly fool!", "You kind one!") == ([(4, 14)], [(4, 12)])
+
+
+def test_scales_and_labels() -> None:
+    assert Scale(0, 1, 0, 100)(0.25) == 25 and Scale(1, 100, 0, 10, log=True)(10) == pytest.approx(5)
+    assert Scale(0.0, 1.0, 0, 1).ticks() == [0, 0.25, 0.5, 0.75, 1.0]
+    moved = spread([10, 11, 12], 5, 0, 20)
+    assert all(b - a >= 5 for a, b in zip(moved, moved[1:], strict=False)) and max(moved) <= 20
+
+
+# In a browser --------------------------------------------------------------------------------------------------------
+
+
+def chromium(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    quiet += " --disable-features=NetworkTimeServiceQuerying"
+    profile = run.parent / "profile"
+    command = [str(CHROMIUM), *quiet.split(), f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000"]
+    return subprocess.run([*command, *options, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_in_a_browser_it_is_quiet_and_complete(run: Path, tmp_path: Path) -> None:
+    write_report(run)
+    log = tmp_path / "net.json"
+    done = chromium(run, f"--log-net-log={log}", "--dump-dom")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    asked = set(re.findall(r'"url":"https?://([^/"]+)', log.read_text()))
+    assert not {host for host in asked if not host.endswith((".google.com", ".googleapis.com"))}, "other hosts than those the browser itself asks"
+    dom = Page(done.stdout)
+    assert [tag for tag, _ in dom.tags].count("svg") > 20 and "alert(1)" in dom.text
+    assert ("button", "true") in {(tag, attributes.get("aria-pressed")) for tag, attributes in dom.tags if "disabled" not in attributes}
+    shortened = [attributes for tag, attributes in dom.tags if tag in ("ol", "div") and "short" in str(attributes.get("class")).split()]
+    assert len(shortened) == 2, "the script ran and shortened the pairs and the cards"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1400, 400])
+def test_a_browser_can_draw_it(run: Path, tmp_path: Path, width: int) -> None:
+    write_report(run)
+    picture = tmp_path / f"report-{width}.png"
+    chromium(run, f"--screenshot={picture}", f"--window-size={width},1600", "--hide-scrollbars")
+    assert picture.stat().st_size > 20_000
