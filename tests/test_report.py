@@ -266,7 +266,7 @@ def test_a_change_for_the_worse_is_called_so(run: Path) -> None:
 
 def test_a_method_that_is_ahead_is_named_with_its_price(run: Path) -> None:
     altered(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
-    assert "wanda is ahead at the same count: 5.0\u202f% [4.0, 6.0] (perplexity 3.28)" in said(run)
+    assert "wanda is ahead at the same count: 5.0\u202f% [4.0,\u00a06.0] (perplexity 3.28)" in said(run)
 
 
 def test_random_units_that_do_the_same_are_named(run: Path) -> None:
@@ -306,8 +306,8 @@ def test_no_text_of_a_model_becomes_markup(run: Path) -> None:
 def test_control_characters_are_seen_and_do_nothing(run: Path) -> None:
     source = write_report(run).read_text(encoding="utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", source)
-    assert "␛[31mred␛[0m ␀ ⟨U+202E⟩gnp.exe ⟨U+009B⟩2J" in source
-    assert visible("a\ud800b\tc\n") == "a⟨U+D800⟩b\tc\n"
+    assert r"\x1b[31mred\x1b[0m \x00 \u202egnp.exe \x9b2J" in source
+    assert visible("a\ud800b\tc\n") == "a\\ud800b\tc\n"
 
 
 def test_the_page_names_no_place_to_load_from(run: Path) -> None:

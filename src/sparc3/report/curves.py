@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from ..results import Measurement
 from .folder import RunFolder
-from .numbers import PERCENT, explained, is_share, plain, title, value_of, with_interval
+from .numbers import PERCENT, explained, is_share, title, value_of, with_interval
 from .svg import Scale, drawing, number, polyline, spread, tag
 from .variants import Point, colours, methods, points, units
 
@@ -89,7 +89,7 @@ def _figure(plot: Plot) -> Figure:
 
 
 def _axes(plot: Plot) -> Markup:
-    rows, ticks = [], plot.y.ticks()
+    rows, ticks = [], plot.y.ticks(5)
     for tick in ticks:
         y = plot.y(tick)
         rows.append(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
@@ -112,7 +112,7 @@ def _readable(plot: Plot) -> list[tuple[int, float]]:
 def _tick(value: float, plot: Plot) -> str:
     if is_share(plot.metric, plot.unit):
         return f"{value * 100:g}{PERCENT}" if abs(value * 100 - round(value * 100, 2)) < 1e-9 else f"{value * 100:.1f}{PERCENT}"
-    return plain(value) if value and abs(value) < 100 and not float(value).is_integer() else f"{value:,.0f}".replace("-", "\u2212")
+    return f"{value:,.6g}".replace("-", "\u2212")
 
 
 def _reference(plot: Plot) -> Markup:

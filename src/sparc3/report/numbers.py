@@ -28,6 +28,8 @@ _SHARES = {"toxicity.mean", "toxicity.expected_max", "toxicity.rate", "rur.mean"
 _SHARE_UNITS = {"share", "fraction", "probability", "proportion", "ratio"}
 PERCENT = "\u202f%"
 MINUS = "\u2212"
+HARD = "\u00a0"
+"""A space at which no line breaks."""
 
 
 def title(metric: str) -> str:
@@ -87,7 +89,7 @@ def interval(ci95: tuple[float, float] | None, metric: str, unit: str = "") -> s
     if ci95 is None:
         return ""
     low, high = (figure(end, metric, unit).removesuffix(PERCENT) for end in ci95)
-    return f"[{low}, {high}]"
+    return f"[{low},{HARD}{high}]"
 
 
 def with_interval(m: Measurement) -> str:
@@ -105,8 +107,8 @@ def change_interval(d: Difference, unit: str = "") -> str:
     if d.ci95 is None:
         return ""
     if not is_share(d.metric, unit):
-        return f"[{', '.join(signed(end, plain(abs(end))) for end in d.ci95)}]"
-    return f"[{', '.join(signed(end, f'{abs(end) * 100:.1f}') for end in d.ci95)}]"
+        return f"[{f',{HARD}'.join(signed(end, plain(abs(end))) for end in d.ci95)}]"
+    return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.1f}') for end in d.ci95)}]"
 
 
 def relative(share: float | None) -> str:

@@ -91,7 +91,7 @@ def _shade(values: "NDArray[np.float64]", deepest: float) -> Markup:
         return Markup("")
     bins = min(BINS, len(values))
     edges = np.linspace(0, len(values), bins + 1).astype(int)
-    peaks = np.sqrt(np.maximum(np.maximum.reduceat(values, edges[:-1]), 0.0) / deepest)
+    peaks = (np.maximum(np.maximum.reduceat(values, edges[:-1]), 0.0) / deepest) ** 0.7
     levels = np.ceil(peaks * SHADES - 1e-9).astype(int)
     starts = edges / len(values) * LENGTH
     paths = []
@@ -131,7 +131,7 @@ def _first(chosen: list[int]) -> str:
 
 # How far the removed units stand out ---------------------------------------------------------------------------------
 
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 54.0, 466.0, 14.0, 258.0
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 50.0, 352.0, 12.0, 214.0
 
 
 def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figure | None:
@@ -151,7 +151,7 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
     bars = [tag("path", d=_bars(counts, edges, x, y), class_="rest"), tag("path", d=_bars(removed, edges, x, y), class_="mark")]
     words = f"Histogram of the contrast of {len(every):,} {units(None, run)}; the {len(chosen):,} removed lie at one end"
     axes = _histogram_axes(run, x, y)
-    return Figure("How far they stand out", "", drawing(480, 300, words, axes, *bars, class_="histogram"))
+    return Figure("How far they stand out", "", drawing(360, 256, words, axes, *bars, class_="histogram"))
 
 
 def _bars(counts: "NDArray[np.int64]", edges: "NDArray[np.float64]", x: Scale, y: Scale) -> str:
@@ -164,7 +164,7 @@ def _histogram_axes(run: RunFolder, x: Scale, y: Scale) -> Markup:
     for tick in [value for value in y.ticks() if float(np.log10(value)).is_integer()]:
         parts.append(tag("line", x1=PLOT_LEFT, x2=PLOT_RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
         parts.append(tag("text", f"{tick:,.0f}", x=PLOT_LEFT - 8, y=y(tick) + 4, class_="end tick"))
-    for tick in x.ticks():
+    for tick in x.ticks(3):
         parts.append(tag("text", "0" if abs(tick) < 1e-12 else f"{tick:.3g}".replace("-", "\u2212"), x=x(tick), y=PLOT_BOTTOM + 19, class_="middle tick"))
-    parts.append(tag("text", "contrast: general less undesired relevance", x=(PLOT_LEFT + PLOT_RIGHT) / 2, y=PLOT_BOTTOM + 37, class_="middle tick"))
+    parts.append(tag("text", "contrast (general − undesired)", x=(PLOT_LEFT + PLOT_RIGHT) / 2, y=PLOT_BOTTOM + 37, class_="middle tick"))
     return tag("g", *parts, aria_hidden="true")

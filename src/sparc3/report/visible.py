@@ -9,7 +9,7 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\xad\u200b\u200e\u200f\
 
 
 def visible(text: str) -> str:
-    """`text` with its control characters written out: an escape is ␛, a change of direction is ⟨U+202E⟩. Tabs and newlines stay."""
+    r"""`text` with its control characters written out: an escape is \x1b, a change of direction \u202e. Tabs and newlines stay."""
     return _UNSEEN.sub(_written_out, text)
 
 
@@ -25,6 +25,4 @@ def finalize(value: Any) -> Any:
 
 def _written_out(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

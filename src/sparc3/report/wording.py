@@ -57,7 +57,7 @@ def _from_to(run: RunFolder, metric: str) -> Markup:
 def _figure(m: Measurement) -> Markup:
     """A figure that never breaks across lines, its interval small behind it."""
     small = Markup(" <small>{}</small>").format(interval_of(m)) if m.ci95 else ""
-    return Markup('<b class="figure">{}</b>{}').format(value_of(m), small)
+    return Markup('<b class="{}">{}</b>{}').format("figure after" if m.variant == "ablated" else "figure", value_of(m), small)
 
 
 def remarks(run: RunFolder) -> list[Remark]:
