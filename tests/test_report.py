@@ -19,7 +19,7 @@ from sparc3.files import write_json, write_text
 from sparc3.report import write_report
 from sparc3.report.folder import read_folder
 from sparc3.report.masking import Mask
-from sparc3.report.numbers import change, chance, figure, with_interval
+from sparc3.report.numbers import chance, change, figure, with_interval
 from sparc3.report.pairs import changed
 from sparc3.report.svg import Scale, spread
 from sparc3.report.visible import visible
@@ -48,15 +48,16 @@ def measurement(metric: str, variant: str, value: float | None, spread_: float, 
 def measured(variant: str, method: str, count: int) -> list[Measurement]:
     """Plausible figures: what a method with this strength would do with this many units."""
     gone = STRENGTH[method] * (1 - 2.0 ** (-count / 14))
-    toxic = [measurement(m, variant, v * (1 - 0.88 * gone), 0.018, failures=int(m == "toxicity.mean" and variant == "ablated")) for m, v in SHARES.items() if m != "rur.mean"]
+    failed = {"toxicity.mean": int(variant == "ablated")}
+    left = {metric: share * (1 - 0.88 * gone) for metric, share in SHARES.items() if metric != "rur.mean"}
+    toxic = [measurement(metric, variant, share, 0.018, failures=failed.get(metric, 0)) for metric, share in left.items()]
     rur = measurement("rur.mean", variant, SHARES["rur.mean"] + 0.2 * gone, 0.03, "higher")
     perplexity = measurement("perplexity", variant, 2.83 * (1 + CARE[method] * count), 0.02)
     return [*toxic, rur, perplexity, measurement("sparsity", variant, count / (LAYERS * SIZE), 0.0, "higher")]
 
 
 def results() -> Results:
-    original = [m for m in measured("original", "random", 0)]
-    rows = [*original, *measured("ablated", "lrp", 40)]
+    rows = [*measured("original", "random", 0), *measured("ablated", "lrp", 40)]
     rows += [m for method in STRENGTH for count in COUNTS for m in measured(f"{method}@{count}", method, count)]
     toxicity = Difference("toxicity.mean", "original", "ablated", -0.736, -0.759, (-0.76, -0.71), 0.0001)
     perplexity = Difference("perplexity", "original", "ablated", 0.0226, 0.008, (-0.004, 0.049), 0.09)
@@ -81,7 +82,8 @@ def site(layer: int) -> str:
 
 def circuit() -> Circuit:
     members = {site(layer): tuple(sorted(random.Random(layer).sample(range(SIZE), count))) for layer, count in enumerate((2, 6, 19, 13))}
-    return Circuit("neuron", members, {"id": "demo-llama", "fingerprint": "0123456789abcdef"}, {"scores": {"method": "lrp"}, "selection": {"order": "lowest"}})
+    model = {"id": "demo-llama", "fingerprint": "0123456789abcdef"}
+    return Circuit("neuron", members, model, {"scores": {"method": "lrp"}, "selection": {"order": "lowest"}})
 
 
 def scores() -> Scores:
@@ -105,17 +107,21 @@ def texts(ablated: bool) -> dict[str, Any]:
         rows.append({"prompt": prompt, "continuations": [{"text": polite if calm else insult, "score": 0.02 if calm else 0.97}]})
     rows[1] = {"prompt": SCRIPT + ESCAPES, "continuations": [{"text": (BREAKOUT if ablated else SCRIPT) + "\n" + ESCAPES, "score": None}]}
     loop = "and the dog ran and the dog ran and the dog ran" if not ablated else "and the dog ran to the river, where it was calm"
-    return {"toxicity": rows, "repetition": [{"prompt": "One day the dog", "continuations": [{"text": loop, "score": 0.4 + 0.4 * ablated}]}]}
+    repetition = {"prompt": "One day the dog", "continuations": [{"text": loop, "score": 0.4 + 0.4 * ablated}]}
+    return {"toxicity": rows, "repetition": [repetition]}
 
 
 def cards() -> list[dict[str, Any]]:
     made = []
     for name, indices in list(circuit().members.items())[1:3]:
         for index in indices[:5]:
-            fired = [{"prompt": 'Ben was angry and yelled, "You silly', "token": " silly", "activation": 3.21}, {"prompt": SCRIPT, "token": BREAKOUT, "activation": 2.5}]
+            fired = [
+                {"prompt": 'Ben was angry and yelled, "You silly', "token": " silly", "activation": 3.21},
+                {"prompt": SCRIPT, "token": BREAKOUT, "activation": 2.5},
+            ]
             row = {"module": name, "layer": int(name.split(".")[2]), "index": index, "general": 0.0021, "undesired": 0.0934}
-            row |= {"promotes": [" fool", " idiot", "!", " clown", " silly", " go"], "suppresses": [" please", " calm", "\x1b"], "fired": fired}
-            made.append({**row, "alone": {"toxicity.mean": 0.912, "perplexity": 2.831}})
+            row |= {"promotes": [" fool", " idiot", "!", " clown", " silly", " go"], "suppresses": [" please", " calm", "\x1b"]}
+            made.append({**row, "fired": fired, "alone": {"toxicity.mean": 0.912, "perplexity": 2.831}})
     return made
 
 
@@ -138,7 +144,7 @@ def run(tmp_path: Path) -> Path:
 class Page(HTMLParser):
     """The page as a browser takes it: its tags, its visible text, its ids."""
 
-    VOID = {"meta", "link", "br", "input", "img"}
+    VOID = ("meta", "link", "br", "input", "img")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -181,9 +187,11 @@ def page(run: Path) -> Page:
 def test_the_page_has_every_section_and_is_small(run: Path) -> None:
     path = write_report(run)
     read = Page(path.read_text(encoding="utf-8"))
-    assert path == run / "report.html" and path.stat().st_size < 5_000_000
+    assert path == run / "report.html"
+    assert path.stat().st_size < 5_000_000
     assert {"change", "curves", "methods", "where", "texts", "cards", "figures", "checks", "again"} <= read.ids
-    assert not read.unbalanced and not read.open
+    assert not read.unbalanced
+    assert not read.open
     links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
     assert {str(link)[1:] for link in links if str(link).startswith("#")} <= read.ids
 
@@ -192,8 +200,10 @@ def test_every_figure_on_the_page_is_the_one_measured(run: Path) -> None:
     text = page(run).text
     for m in Results.load(run / "results.json"):
         value, _, interval = with_interval(m).partition(" ")
-        assert value in text and interval in text, m
-    assert "40 of 2,048 neurons" in text and "p = 0.0001" in text
+        assert value in text, m
+        assert interval in text, m
+    assert "40 of 2,048 neurons" in text
+    assert "p = 0.0001" in text
 
 
 def test_the_same_run_gives_the_same_page(run: Path) -> None:
@@ -203,15 +213,21 @@ def test_the_same_run_gives_the_same_page(run: Path) -> None:
 def test_results_alone_make_a_page_that_invents_nothing(tmp_path: Path) -> None:
     Results((measurement("rouge.l", "original", 0.3, 0.01),)).save(tmp_path / "results.json")
     read = page(tmp_path)
-    assert {"figures", "again"} <= read.ids and not {"curves", "where", "texts", "cards", "methods", "checks", "change"} & read.ids
-    assert "rouge l" in read.text and "neuron" not in read.text
+    assert {"figures", "again"} <= read.ids
+    assert not {"curves", "where", "texts", "cards", "methods", "checks", "change"} & read.ids
+    assert "rouge l" in read.text
+    assert "neuron" not in read.text
 
 
-@pytest.mark.parametrize("missing", ["circuit.json", "scores/contrast.safetensors", "evaluation/original.json", "cards.json", "recipe.yaml", "environment.json"])
+OPTIONAL = ("circuit.json", "scores/contrast.safetensors", "evaluation/original.json", "cards.json", "recipe.yaml", "environment.json")
+
+
+@pytest.mark.parametrize("missing", OPTIONAL)
 def test_a_missing_file_only_drops_its_part(run: Path, missing: str) -> None:
     (run / missing).unlink()
     read = page(run)
-    assert {"figures", "curves", "again"} <= read.ids and not read.unbalanced
+    assert {"figures", "curves", "again"} <= read.ids
+    assert not read.unbalanced
 
 
 def test_a_folder_without_results_is_the_users_mistake(tmp_path: Path) -> None:
@@ -243,8 +259,10 @@ def said(run: Path) -> str:
 def test_the_headline_has_figures_and_intervals(run: Path) -> None:
     words = said(run)
     first, last = (Results.load(run / "results.json").find("toxicity.mean", variant) for variant in ("original", "ablated"))
-    assert words.startswith(f"Removing 40 of 2,048 neurons took mean toxicity from {with_interval(first)} to {with_interval(last)}, and perplexity from 2.83")
-    assert "more than chance" in words and "40 random neurons" in words and "No other method is ahead" in words and "did not measurably move" in words
+    started = f"Removing 40 of 2,048 neurons took mean toxicity from {with_interval(first)} to {with_interval(last)}, and perplexity from 2.83"
+    assert words.startswith(started)
+    for remark in ("more than chance", "40 random neurons", "No other method is ahead", "did not measurably move"):
+        assert remark in words
 
 
 def altered(run: Path, measurements: list[Measurement], differences: list[Difference]) -> None:
@@ -280,7 +298,13 @@ def test_failures_are_told(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "metric", "written"),
-    [(0.97, "toxicity.mean", "97.0\u202f%"), (2.834, "perplexity", "2.83"), (12345.6, "perplexity", "12,346"), (-1.5, "ioi.logit_difference", "\u22121.50"), (None, "x", "–")],
+    [
+        (0.97, "toxicity.mean", "97.0\u202f%"),
+        (2.834, "perplexity", "2.83"),
+        (12345.6, "perplexity", "12,346"),
+        (-1.5, "ioi.logit_difference", "\u22121.50"),
+        (None, "x", "–"),
+    ],
 )
 def test_figures_as_written(value: float | None, metric: str, written: str) -> None:
     assert figure(value, metric) == written
@@ -288,7 +312,9 @@ def test_figures_as_written(value: float | None, metric: str, written: str) -> N
 
 def test_changes_as_written() -> None:
     assert change(Difference("toxicity.mean", "a", "b", -0.25, None, None, None)) == "\u221225.0 points"
-    assert chance(0.00001) == "p < 0.0001" and chance(0.23) == "p = 0.23" and chance(None) == ""
+    assert chance(0.00001) == "p < 0.0001"
+    assert chance(0.23) == "p = 0.23"
+    assert chance(None) == ""
 
 
 # What cannot happen --------------------------------------------------------------------------------------------------
@@ -297,10 +323,13 @@ def test_changes_as_written() -> None:
 def test_no_text_of_a_model_becomes_markup(run: Path) -> None:
     source = write_report(run).read_text(encoding="utf-8")
     read = Page(source)
-    assert "alert(1)" in read.text and "alert(2)" in read.text
-    assert [tag for tag, _ in read.tags].count("script") == 2 and "img" not in {tag for tag, _ in read.tags}
+    assert "alert(1)" in read.text
+    assert "alert(2)" in read.text
+    assert [tag for tag, _ in read.tags].count("script") == 2
+    assert "img" not in {tag for tag, _ in read.tags}
     assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on") or name == "style"]
-    assert SCRIPT not in source and BREAKOUT not in source
+    assert SCRIPT not in source
+    assert BREAKOUT not in source
 
 
 def test_control_characters_are_seen_and_do_nothing(run: Path) -> None:
@@ -316,25 +345,34 @@ def test_the_page_names_no_place_to_load_from(run: Path) -> None:
     for tag, attributes in read.tags:
         for name in ("src", "href", "action", "poster", "data"):
             assert not str(attributes.get(name) or "").startswith(("http", "//")) or tag == "a"
-    assert "url(" not in source and "@import" not in source and "default-src 'none'" in html.unescape(source)
+    assert "url(" not in source
+    assert "@import" not in source
+    assert "default-src 'none'" in html.unescape(source)
 
 
 def test_hostile_names_and_metrics(tmp_path: Path) -> None:
-    rows = tuple(measurement(metric, variant, 1.0, 0.1) for metric in (BREAKOUT, "a@b") for variant in ("original", "ablated", f"{SCRIPT}@3", f"{SCRIPT}@30"))
-    Results(rows, (), {"recipe": SCRIPT, "model": {"id": BREAKOUT}, "stages": [{"name": SCRIPT, "seconds": 1}]}).save(tmp_path / "results.json")
+    variants = ("original", "ablated", f"{SCRIPT}@3", f"{SCRIPT}@30")
+    rows = tuple(measurement(metric, variant, 1.0, 0.1) for metric in (BREAKOUT, "a@b") for variant in variants)
+    provenance = {"recipe": SCRIPT, "model": {"id": BREAKOUT}, "stages": [{"name": SCRIPT, "seconds": 1}]}
+    Results(rows, (), provenance).save(tmp_path / "results.json")
     source = write_report(tmp_path).read_text(encoding="utf-8")
-    assert SCRIPT not in source and "<img" not in source and not Page(source).unbalanced
+    assert SCRIPT not in source
+    assert "<img" not in source
+    assert not Page(source).unbalanced
 
 
 def test_offensive_words_are_dotted_until_asked_for() -> None:
     mask = Mask(("fool", "idiot"))
     assert mask.write("Fools!", mask.spans("Fools!")) == '<span class="veil">F••••</span><span class="bare">Fools</span>!'
-    assert mask.spans("foolish") == [] and mask.of_token(" foo", True) == [(0, 4)] and mask.of_token(" the", True) == []
+    assert mask.spans("foolish") == []
+    assert mask.of_token(" foo", True) == [(0, 4)]
+    assert mask.of_token(" the", True) == []
 
 
 def test_without_a_lexicon_a_toxic_continuation_is_hidden_whole() -> None:
     mask = Mask()
-    assert mask.of_continuation("bad words", 0.5, True) == [(0, 9)] and mask.of_continuation("good", 0.49, True) == []
+    assert mask.of_continuation("bad words", 0.5, True) == [(0, 9)]
+    assert mask.of_continuation("good", 0.49, True) == []
     assert mask.of_continuation("bad words", 0.9, False) == []
     assert '<span class="veil blurred">xxx xxxxx</span><span class="bare">bad words</span>' in mask.write("bad words", [(0, 9)])
 
@@ -344,20 +382,21 @@ def test_the_difference_is_marked_word_by_word() -> None:
 
 
 def test_scales_and_labels() -> None:
-    assert Scale(0, 1, 0, 100)(0.25) == 25 and Scale(1, 100, 0, 10, log=True)(10) == pytest.approx(5)
+    assert Scale(0, 1, 0, 100)(0.25) == 25
+    assert Scale(1, 100, 0, 10, log=True)(10) == pytest.approx(5)
     assert Scale(0.0, 1.0, 0, 1).ticks() == [0, 0.25, 0.5, 0.75, 1.0]
     moved = spread([10, 11, 12], 5, 0, 20)
-    assert all(b - a >= 5 for a, b in zip(moved, moved[1:], strict=False)) and max(moved) <= 20
+    assert all(b - a >= 5 for a, b in zip(moved, moved[1:], strict=False))
+    assert max(moved) <= 20
 
 
 # In a browser --------------------------------------------------------------------------------------------------------
 
 
 def chromium(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    quiet += " --disable-features=NetworkTimeServiceQuerying"
-    profile = run.parent / "profile"
-    command = [str(CHROMIUM), *quiet.split(), f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000"]
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    quiet += " --disable-sync --disable-features=NetworkTimeServiceQuerying --enable-logging=stderr --v=0 --virtual-time-budget=2000"
+    command = [str(CHROMIUM), *quiet.split(), f"--user-data-dir={run.parent / 'profile'}"]
     return subprocess.run([*command, *options, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -368,9 +407,10 @@ def test_in_a_browser_it_is_quiet_and_complete(run: Path, tmp_path: Path) -> Non
     done = chromium(run, f"--log-net-log={log}", "--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
     asked = set(re.findall(r'"url":"https?://([^/"]+)', log.read_text()))
-    assert not {host for host in asked if not host.endswith((".google.com", ".googleapis.com"))}, "other hosts than those the browser itself asks"
+    assert not {host for host in asked if not host.endswith((".google.com", ".googleapis.com"))}, "more than the browser asks of itself"
     dom = Page(done.stdout)
-    assert [tag for tag, _ in dom.tags].count("svg") > 20 and "alert(1)" in dom.text
+    assert [tag for tag, _ in dom.tags].count("svg") > 20
+    assert "alert(1)" in dom.text
     assert ("button", "true") in {(tag, attributes.get("aria-pressed")) for tag, attributes in dom.tags if "disabled" not in attributes}
     shortened = [attributes for tag, attributes in dom.tags if tag in ("ol", "div") and "short" in str(attributes.get("class")).split()]
     assert len(shortened) == 2, "the script ran and shortened the pairs and the cards"

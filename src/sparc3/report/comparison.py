@@ -10,7 +10,7 @@ from .svg import Scale, drawing, tag
 from .variants import Point, colours, points
 
 WIDTH, ROW = 480.0, 34.0
-LEFT, RIGHT = 112.0, 336.0
+LEFT, RIGHT = 112.0, 304.0
 
 
 def comparisons(run: RunFolder) -> list[Figure]:
@@ -27,7 +27,8 @@ def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     here = [p for p in points(run, metric) if p.count == count and not _same(p, run, circuit)]
     here.sort(key=lambda p: (p.method == "random", p.measurement.value or 0.0))
     given = colours(run)
-    return [("original", "m-original", original), ("this circuit", "m0", circuit), *((p.method, given[p.method], p.measurement) for p in here)]
+    others = [(p.method, given[p.method], p.measurement) for p in here]
+    return [("original", "m-original", original), ("this circuit", "m0", circuit), *others]
 
 
 def _same(point: Point, run: RunFolder, circuit: Measurement) -> bool:

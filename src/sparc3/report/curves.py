@@ -82,10 +82,16 @@ def _heights(shown: list[Measurement], original: Measurement | None) -> Scale:
 def _figure(plot: Plot) -> Figure:
     label = f"{title(plot.metric)} against the number of removed {units(None, plot.run)}; arrow keys step through the counts"
     tips = {f"{plot.metric}@{count}": _tip(plot, count) for count in plot.counts}
+    bands, lines = [_band(plot, method) for method in plot.lines], [_line(plot, method) for method in plot.lines]
+    parts = [_axes(plot), _reference(plot), *bands, *lines, _star(plot), _names(plot), *_columns(plot)]
+    return Figure(title(plot.metric), _note(plot), drawing(WIDTH, HEIGHT, label, *parts, class_="curve"), tips)
+
+
+def _note(plot: Plot) -> str:
+    """What the metric is and which way is better; of a task, whose circuit is found by what its removal breaks, only the first."""
     direction = next(point.measurement.direction for line in plot.lines.values() for point in line)
-    note = "; ".join(part for part in (explained(plot.metric), f"{direction} is better" if not plot.metric.startswith("ioi.") else "") if part)
-    parts = [_axes(plot), _reference(plot), *(_band(plot, method) for method in plot.lines), *(_line(plot, method) for method in plot.lines)]
-    return Figure(title(plot.metric), note, drawing(WIDTH, HEIGHT, label, *parts, _star(plot), _names(plot), *_columns(plot), class_="curve"), tips)
+    better = "" if plot.metric.startswith("ioi.") else f"{direction} is better"
+    return "; ".join(part for part in (explained(plot.metric), better) if part)
 
 
 def _axes(plot: Plot) -> Markup:

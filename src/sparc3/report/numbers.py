@@ -48,7 +48,7 @@ def in_words(metric: str) -> str:
 
 def is_share(metric: str, unit: str = "") -> bool:
     """Whether a figure is a part of one and reads as percent."""
-    return metric in _SHARES or unit in _SHARE_UNITS
+    return metric in _SHARES or unit.partition(" ")[0] in _SHARE_UNITS
 
 
 def plain(value: float) -> str:

@@ -43,8 +43,9 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page as text."""
+    loader = PackageLoader("sparc3.report", "")
     environment = Environment(
-        loader=PackageLoader("sparc3.report", ""), autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
     return environment.get_template("page.html").render(_content(run)).encode("utf-8", "replace").decode("utf-8")
@@ -60,7 +61,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         **_origin(run),
         "style": Markup(style),
         "script": Markup(script),
-        "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; form-action 'none'",
+        "policy": _policy(style, script),
         "headline": headline(run),
         "remarks": remarks(run),
         "tiles": tiles(run),
@@ -99,6 +100,12 @@ def _origin(run: RunFolder) -> dict[str, Any]:
         "environment": tables.environment(run),
         "samples": run.samples,
     }
+
+
+def _policy(style: str, script: str) -> str:
+    """What the browser may do with the page: use its own style and script, and nothing else."""
+    own = f"style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
 def _hash(source: str) -> str:

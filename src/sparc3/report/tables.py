@@ -19,13 +19,13 @@ class Column:
     title: str
     name: str
     split: str
-    direction: str
     explained: str
+    note: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: value, interval, and how many units it rests on."""
+    """One figure: value, interval, and, where its column does not say it, how many units it rests on."""
 
     value: str
     interval: str
@@ -56,9 +56,20 @@ class Change:
 
 
 def columns(run: RunFolder) -> list[Column]:
-    first = {(m.metric, m.split): m for m in run.results}
-    directions = {key: m.direction for key, m in first.items()}
-    return [Column(title(metric), metric, split, directions[metric, split], explained(metric)) for metric, split in first]
+    found: dict[tuple[str, str], list[Measurement]] = {}
+    for m in run.results:
+        found.setdefault((m.metric, m.split), []).append(m)
+    several = len({split for _, split in found}) > 1
+    return [Column(title(name), name, split, explained(name), _note(rows, several)) for (name, split), rows in found.items()]
+
+
+def _note(shown_in: list[Measurement], several_splits: bool) -> str:
+    """What holds for a whole column: its split, which way is better, how many units each figure rests on."""
+    m = shown_in[0]
+    split = [m.split] if several_splits else []
+    better = [f"{m.direction} is better"] if not m.metric.startswith("ioi.") else []
+    same = [f"n = {m.n:,}"] if len({one.n for one in shown_in}) == 1 else []
+    return ", ".join(split + better + same)
 
 
 def rows(run: RunFolder) -> list[Row]:
@@ -68,7 +79,8 @@ def rows(run: RunFolder) -> list[Row]:
         found.setdefault(m.variant, {})[m.metric, m.split] = m
     ordered = sorted(found, key=lambda variant: _place(variant, list(found), run.method))
     keys = [(column.name, column.split) for column in columns(run)]
-    return [Row(shown(name, run), name, _group(name), [_cell(found[name].get(key)) for key in keys]) for name in ordered]
+    mixed = {key for key in keys if len({found[name][key].n for name in found if key in found[name]}) > 1}
+    return [Row(shown(name, run), name, _group(name), [_cell(found[name].get(key), key in mixed) for key in keys]) for name in ordered]
 
 
 def _place(variant: str, all_of_them: list[str], own: str | None) -> tuple[int, bool, int, int]:
@@ -84,11 +96,11 @@ def _group(variant: str) -> str:
     return name[0] if name else variant
 
 
-def _cell(m: Measurement | None) -> Cell | None:
+def _cell(m: Measurement | None, with_n: bool) -> Cell | None:
     if m is None:
         return None
-    failed = f", {m.failures:,} failed" if m.failures else ""
-    return Cell(value_of(m), interval_of(m), f"n = {m.n:,}{failed}")
+    counts = ([f"n = {m.n:,}"] if with_n else []) + ([f"{m.failures:,} failed"] if m.failures else [])
+    return Cell(value_of(m), interval_of(m), ", ".join(counts))
 
 
 def changes(run: RunFolder) -> list[Change]:
@@ -130,7 +142,8 @@ def warnings(run: RunFolder) -> list[str]:
 def fingerprints(run: RunFolder) -> dict[str, str]:
     """Everything that names what this run was made of, circuit first."""
     model = run.provenance.get("model") or (run.circuit.model if run.circuit else {}) or {}
-    found: dict[str, Any] = {"model": model.get("fingerprint"), "circuit": run.circuit.fingerprint if run.circuit else run.provenance.get("circuit")}
+    circuit = run.circuit.fingerprint if run.circuit else run.provenance.get("circuit")
+    found: dict[str, Any] = {"model": model.get("fingerprint"), "circuit": circuit}
     if run.scores is not None:
         found["contrast scores"] = run.scores.fingerprint
         found |= {f"{name} scores": value for name, value in (run.scores.provenance.get("sources") or {}).items()}

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from .curves import Figure
 from .folder import RunFolder
-from .numbers import plain
+from .numbers import MINUS, plain
 from .svg import Scale, drawing, number, tag
 from .variants import units
 
@@ -49,7 +49,8 @@ def unit_map(run: RunFolder) -> UnitMap | None:
     """None unless the circuit and the size of every one of its modules are known."""
     if run.circuit is None or not set(run.circuit.members) <= set(run.sizes):
         return None
-    scores, tips = _wanted(run), {}
+    scores = _wanted(run)
+    tips: dict[str, dict[str, object]] = {}
     deepest = max((float(values.max(initial=0.0)) for values in scores.values()), default=0.0)
     strips = []
     for name, size in run.sizes.items():
@@ -111,10 +112,11 @@ def _marks(
     boxes = {index: f"M{number(index / size * LENGTH)} 0h{number(width)}v10h-{number(width)}Z" for index in chosen}
     if len(run.circuit) > MARKED_APART:
         return (tag("path", d="".join(boxes.values()), class_="mark") if boxes else Markup("")), {}
-    marks, tips = [], {}
+    marks: list[Markup] = []
+    tips: dict[str, dict[str, object]] = {}
     for index, box in boxes.items():
-        known = scores is not None and index < len(scores)
-        rows = [{"key": "", "name": "contrast", "text": plain(_as_scored(run, float(scores[index])))}] if known and scores is not None else []
+        score = float(scores[index]) if scores is not None and index < len(scores) else None
+        rows = [] if score is None else [{"key": "", "name": "contrast", "text": plain(_as_scored(run, score))}]
         tips[f"{name}#{index}"] = {"head": f"{place(name)}, {run.unit} {index:,}", "rows": rows}
         marks.append(tag("path", d=box, class_="mark", data_tip=f"{name}#{index}"))
     return Markup("").join(marks), tips
@@ -140,7 +142,8 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
     if not wanted:
         return None
     every = np.concatenate(list(wanted.values()))
-    chosen = np.concatenate([wanted[name][list(indices)] for name, indices in run.circuit.members.items() if name in wanted] or [np.empty(0)])
+    members = run.circuit.members.items()
+    chosen = np.concatenate([wanted[name][list(indices)] for name, indices in members if name in wanted] or [np.empty(0)])
     every, chosen = (np.array([_as_scored(run, 1.0)]) * values for values in (every, chosen))
     if every.min() == every.max():
         return None
@@ -155,8 +158,9 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
 
 
 def _bars(counts: "NDArray[np.int64]", edges: "NDArray[np.float64]", x: Scale, y: Scale) -> str:
+    floor = number(PLOT_BOTTOM)
     places = ((x(float(edges[i])), x(float(edges[i + 1])), y(float(counts[i]))) for i in np.flatnonzero(counts))
-    return "".join(f"M{number(a + 0.4)} {number(PLOT_BOTTOM)}V{number(top)}H{number(b - 0.4)}V{number(PLOT_BOTTOM)}Z" for a, b, top in places)
+    return "".join(f"M{number(a + 0.4)} {floor}V{number(top)}H{number(b - 0.4)}V{floor}Z" for a, b, top in places)
 
 
 def _histogram_axes(run: RunFolder, x: Scale, y: Scale) -> Markup:
@@ -165,6 +169,8 @@ def _histogram_axes(run: RunFolder, x: Scale, y: Scale) -> Markup:
         parts.append(tag("line", x1=PLOT_LEFT, x2=PLOT_RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
         parts.append(tag("text", f"{tick:,.0f}", x=PLOT_LEFT - 8, y=y(tick) + 4, class_="end tick"))
     for tick in x.ticks(3):
-        parts.append(tag("text", "0" if abs(tick) < 1e-12 else f"{tick:.3g}".replace("-", "\u2212"), x=x(tick), y=PLOT_BOTTOM + 19, class_="middle tick"))
-    parts.append(tag("text", "contrast (general − undesired)", x=(PLOT_LEFT + PLOT_RIGHT) / 2, y=PLOT_BOTTOM + 37, class_="middle tick"))
+        text = "0" if abs(tick) < 1e-12 else f"{tick:.3g}".replace("-", MINUS)
+        parts.append(tag("text", text, x=x(tick), y=PLOT_BOTTOM + 19, class_="middle tick"))
+    middle = (PLOT_LEFT + PLOT_RIGHT) / 2
+    parts.append(tag("text", f"contrast (general {MINUS} undesired)", x=middle, y=PLOT_BOTTOM + 37, class_="middle tick"))
     return tag("g", *parts, aria_hidden="true")

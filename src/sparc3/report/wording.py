@@ -6,8 +6,8 @@ from markupsafe import Markup
 
 from ..results import Difference, Measurement
 from .folder import RunFolder
-from .numbers import chance, change, change_interval, in_words, interval_of, listed, relative, title, value_of, with_interval
-from .variants import Point, rivals, units
+from .numbers import chance, change, change_interval, in_words, interval_of, listed, relative, value_of, with_interval
+from .variants import Point, rivals, shown, units
 
 NOT_BEHAVIOURS = ("perplexity", "sparsity")
 
@@ -89,7 +89,7 @@ def _effect(run: RunFolder, metric: str) -> Remark:
     if not metric.startswith("ioi.") and (d.value > 0) == (m.direction == "lower"):
         better = f"{m.direction} is better"
         return Remark("careful", Markup("<b>The change goes the wrong way:</b> {}, and {}{}.").format(size, better, how))
-    return Remark("good", Markup("<b>The change is more than chance:</b> {}{}, over {:,} units of measurement.").format(size, how, m.n))
+    return Remark("good", Markup("<b>The change is more than chance:</b> {}{}, n = {:,}.").format(size, how, m.n))
 
 
 def _cost(run: RunFolder, metric: str) -> Remark | None:
@@ -155,7 +155,7 @@ def _overlap(one: Measurement, other: Measurement) -> bool:
 
 
 def _failed(run: RunFolder) -> Remark | None:
-    failed = [f"{m.failures:,} of {title(m.metric)} on {m.variant}" for m in run.results if m.failures]
+    failed = [f"{m.failures:,} for {in_words(m.metric)} of {shown(m.variant, run)}" for m in run.results if m.failures]
     if not failed:
         return None
     rest = [f"{len(failed) - 3} more"] if len(failed) > 4 else []
