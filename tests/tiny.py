@@ -10,11 +10,49 @@ torch.set_num_threads(1)  # on matrices this small, threads wait for each other 
 
 COMMON: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
 SWIGLU: dict[str, Any] = {**COMMON, "intermediate_size": 24, "num_key_value_heads": 2}
+ROPE_3: dict[str, Any] = {
+    **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8,
+}
+GPT2: dict[str, Any] = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24}
+FALCON: dict[str, Any] = {**COMMON, "ffn_hidden_size": 24}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SWIGLU),
     "llama-bias": ("llama", {**SWIGLU, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-3": ("llama", {**SWIGLU, "rope_parameters": ROPE_3, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**SWIGLU, "sliding_window": 4}),
+    "qwen2": ("qwen2", SWIGLU),
+    "qwen3": ("qwen3", {**SWIGLU, "head_dim": 8}),
+    "smollm3": ("smollm3", {**SWIGLU, "no_rope_layers": [1, 0]}),
+    "olmo2": ("olmo2", SWIGLU),
+    "granite": (
+        "granite",
+        {**SWIGLU, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
+    ),
+    "cohere": ("cohere", {**SWIGLU, "use_qk_norm": True, "logit_scale": 0.25}),
+    "cohere2": ("cohere2", {**SWIGLU, "logit_scale": 0.25, "sliding_window": 4}),
+    "gemma": ("gemma", {**SWIGLU, "head_dim": 8}),
+    "gemma2": (
+        "gemma2",
+        {**SWIGLU, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3": ("gemma3_text", {**SWIGLU, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}),
+    "phi3": ("phi3", {**SWIGLU, "sliding_window": None}),
+    "phi": ("phi", {**COMMON, "intermediate_size": 24, "partial_rotary_factor": 0.5}),
+    "starcoder2": ("starcoder2", {**SWIGLU, "use_bias": True}),
     "opt": ("opt", {**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "opt-350m": ("opt", {**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 8, "do_layer_norm_before": False}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-scaled": ("gpt2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
+    "pythia": ("gpt_neox", {**COMMON, "intermediate_size": 24, "rotary_pct": 0.5}),
+    "gpt-neox-serial": ("gpt_neox", {**COMMON, "intermediate_size": 24, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gptj": ("gptj", {**GPT2, "rotary_dim": 2}),
+    "falcon": ("falcon", FALCON),
+    "falcon-40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-rw": ("falcon", {**FALCON, "alibi": True, "bias": True, "parallel_attn": False, "multi_query": False}),
+    "bloom": ("bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4}),
+    "bloom-post": ("bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4, "apply_residual_connection_post_layernorm": True}),
 }
 """Name of a tiny model → (model_type, what its configuration is told)."""
 
@@ -45,16 +83,19 @@ def randomise_(model: nn.Module, seed: int) -> None:
 
 
 def exact_norms_(model: nn.Module) -> None:
-    """Let RMS norms compute in float64: transformers rounds to float32 in them, which would hide what the tests look for."""
+    """Let norms compute in float64: transformers rounds to float32 in its own, which would hide what the tests look for."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(_rms_norm, module)
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm") or (kind.startswith("Cohere") and kind.endswith("LayerNorm")):
+            module.forward = types.MethodType(_norm, module)
 
 
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
+def _norm(module: Any, x: Tensor) -> Tensor:
+    kind = type(module).__name__
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    gain = 1.0 + module.weight if type(module).__name__.startswith("Gemma") else module.weight
-    return gain * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)  # type: ignore[no-any-return]
+    gain = 1.0 + module.weight if kind.startswith("Gemma") else module.weight
+    centred = x if kind.endswith("RMSNorm") else x - x.mean(-1, keepdim=True)
+    return gain * centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)  # type: ignore[no-any-return]
 
 
 def samples(count: int = 4, vocabulary: int = 40, seed: int = 0) -> list[list[int]]:

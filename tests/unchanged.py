@@ -11,7 +11,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Values, gradients, flags, hooks and attributes of each module; its class and the module that defines it; the configuration."""
     found: dict[str, Any] = {}
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        found[f"{name}: value"] = parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        found[f"{name}: value"] = parameter.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         found[f"{name}: state"] = (id(parameter), parameter.requires_grad, parameter.grad is None, parameter.data_ptr())
     for name, module in model.named_modules():
         found[f"{name}: attributes"] = {key: id(value) for key, value in module.__dict__.items() if key != "training"}

@@ -60,19 +60,20 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, A
         units = site.out if circuit.unit == "neuron" else site.heads
         if indices and max(indices) >= units:
             raise UserError(f"the circuit names {circuit.unit} {max(indices)} of {name}, which has {units}; use the model it was made on")
-        if not site.weight.is_floating_point():
+        if not site.stored.is_floating_point():
             raise UserError(f"{name} holds quantised weights, which cannot be set to zero in place; ablate the unquantised model")
         targets += _of_site(site, circuit.unit, list(indices))
     return targets
 
 
 def _of_site(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, Any]]:
-    weight, rows = site.weight, torch.tensor(indices, device=site.weight.device)
+    weight = site.stored
+    rows = torch.tensor(indices, device=weight.device)
     if unit == "head":
         width = site.inp // site.heads
         columns = (rows[:, None] * width + torch.arange(width, device=rows.device)).reshape(-1)
         return [(weight, (slice(None), columns))]
-    bias = getattr(site.module, "bias", None)
+    rows, bias = site.stored_rows(rows), getattr(site.module, "bias", None)
     return [(weight, rows), *([(bias, rows)] if bias is not None else [])]
 
 

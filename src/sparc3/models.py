@@ -1,71 +1,26 @@
-"""Loading a causal language model, and the one table that knows the names inside each architecture."""
+"""Loading a causal language model, and finding its sites."""
 
 import hashlib
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlparse
 
 import torch
 from torch import nn
 
 from .errors import UnsupportedModel, UserError, unknown
+from .families import ROLES as ROLES
+from .families import Family, require_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-"""Canonical names of the prunable matrices of a decoder layer, in the order data meets them."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture: where its parts are, as module paths.
-
-    Attributes:
-        classes: prefix of the class names of its layer, attention and MLP modules ("Llama" of LlamaDecoderLayer).
-        layers: path of the list of decoder layers.
-        roles: role → path inside a layer.
-        activation: path, inside a layer, of the MLP's non-linearity.
-        gated: path, inside a layer, of an MLP that computes down(act(gate(x)) · up(x)); None where it is down(act(up(x))).
-        positions: path of the learned position embedding; None where positions are not learned.
-    """
-
-    classes: str
-    layers: str
-    roles: Mapping[str, str]
-    activation: str
-    gated: str | None = None
-    positions: str | None = None
-
-
-def _llama_like(classes: str) -> Family:
-    attention = {f"attn.{name}": f"self_attn.{name}_proj" for name in "qkvo"}
-    mlp = {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-    return Family(classes, "model.layers", {**attention, **mlp}, "mlp.act_fn", gated="mlp")
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": _llama_like("Llama"),
-    "opt": Family(
-        "OPT",
-        "model.decoder.layers",
-        {
-            "attn.q": "self_attn.q_proj",
-            "attn.k": "self_attn.k_proj",
-            "attn.v": "self_attn.v_proj",
-            "attn.o": "self_attn.out_proj",
-            "mlp.up": "fc1",
-            "mlp.down": "fc2",
-        },
-        "activation_fn",
-        positions="model.decoder.embed_positions",
-    ),
-}
-"""model_type of the configuration → Family. A new plain decoder is a new row."""
+Rows = slice | torch.Tensor | None
+"""Which output rows of a module belong to a site; None for all of them."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +28,15 @@ class Site:
     """One prunable matrix of a model.
 
     Attributes:
-        name: module path, the key in Scores and Circuits ("model.layers.0.mlp.up_proj").
+        name: the key in Scores and Circuits: the module's path ("model.layers.0.mlp.up_proj"), with "#up" after it where the
+            module holds several matrices in one.
         role: canonical role ("mlp.up").
         layer: index of the decoder layer.
-        module: the linear module itself; its weight is [out, in], or [in, out] where `transposed`.
-        out, inp: numbers of output and input features.
+        module: the linear module; its weight is [out, in], or [in, out] where `transposed`.
+        out, inp: numbers of output and input features of the site.
         heads: number of attention heads that read or write it (query heads for attn.q and attn.o).
         transposed: whether the weight is stored [in, out], as GPT-2's Conv1D does.
+        rows: the site's share of the module's output features.
     """
 
     name: str
@@ -90,27 +47,57 @@ class Site:
     inp: int
     heads: int
     transposed: bool = False
+    rows: Rows = None
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The weight as a [out, in] view."""
+    def stored(self) -> torch.Tensor:
+        """The module's whole weight as a [module's out, in] view."""
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
         return weight.T if self.transposed else weight
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The site's weight [out, in]: a view, or a copy where the site's rows are scattered in the module."""
+        return self.stored if self.rows is None else self.stored[self._on(self.stored)]
+
+    def of(self, output: torch.Tensor) -> torch.Tensor:
+        """The site's features [..., out] of an output of the module [..., module's out]."""
+        return output if self.rows is None else output[..., self._on(output)]
+
+    def stored_rows(self, units: torch.Tensor) -> torch.Tensor:
+        """Which rows of `stored` hold these output features of the site."""
+        return units if self.rows is None else torch.arange(self.stored.shape[0], device=units.device)[self._on(units)][units]
+
+    def _on(self, tensor: torch.Tensor) -> slice | torch.Tensor:
+        assert self.rows is not None
+        return self.rows.to(tensor.device) if isinstance(self.rows, torch.Tensor) else self.rows
+
+
+def _gate_up(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
+    return {"gate": slice(0, out // 2), "up": slice(out // 2, out)}
+
+
+def _qkv(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
+    width = out // (heads + 2 * key_value_heads)
+    ends = (heads * width, (heads + key_value_heads) * width, out)
+    return {"q": slice(0, ends[0]), "k": slice(ends[0], ends[1]), "v": slice(ends[1], ends[2])}
+
+
+def _qkv_by_head(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
+    """For each key head: the queries that share it, the key, the value."""
+    width = out // (heads + 2 * key_value_heads)
+    rows = torch.arange(out).view(key_value_heads, heads // key_value_heads + 2, width)
+    return {"q": rows[:, :-2].reshape(-1), "k": rows[:, -2].reshape(-1), "v": rows[:, -1].reshape(-1)}
+
+
+LAYOUTS: dict[str, Callable[[int, int, int], dict[str, Rows]]] = {"gate, up": _gate_up, "q, k, v": _qkv, "q, k, v by head": _qkv_by_head}
+"""Layout of a module that holds several matrices: (out, heads, key and value heads) → part → its rows."""
+
 
 def family_of(model: "PreTrainedModel") -> Family:
     """The model's row of the table. Raises UnsupportedModel where there is none."""
-    return require_family(model.config.model_type, type(model).__name__)
-
-
-def require_family(model_type: str, what: str) -> Family:
-    if model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"{what}: architecture '{model_type}' is not supported, it has no row in the family table "
-            f"(sparc3.models.FAMILIES); supported: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
+    return require_family(model.config, type(model).__name__)
 
 
 def layers_of(model: "PreTrainedModel") -> Iterable[nn.Module]:
@@ -137,23 +124,26 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
             )
     if not wanted:
         raise UserError("no site given; name at least one, such as mlp.up")
-    heads = model.config.num_attention_heads
-    key_value_heads = getattr(model.config, "num_key_value_heads", None) or heads
-    sites = []
-    for index, layer in enumerate(layers_of(model)):
-        for role in (role for role in ROLES if role in wanted):
-            path = family.roles[role]
-            module = layer.get_submodule(path)
-            out, inp, transposed = _linear_shape(module, f"{family.layers}.{index}.{path}")
-            of_role = key_value_heads if role in ("attn.k", "attn.v") else heads
-            sites.append(Site(f"{family.layers}.{index}.{path}", role, index, module, out, inp, of_role, transposed))
-    return sites
+    ordered = [role for role in ROLES if role in wanted]
+    return [_site(model, family, index, layer, role) for index, layer in enumerate(layers_of(model)) for role in ordered]
+
+
+def _site(model: "PreTrainedModel", family: Family, index: int, layer: nn.Module, role: str) -> Site:
+    heads, key_value_heads = model.config.num_attention_heads, family.key_value_heads(model.config)
+    name = f"{family.layers}.{index}.{family.roles[role]}"
+    path, _, part = family.roles[role].partition("#")
+    module = layer.get_submodule(path)
+    out, inp, transposed = _linear_shape(module, name)
+    rows = LAYOUTS[family.fused[path]](out, heads, key_value_heads)[part] if part else None
+    if rows is not None:
+        out = len(range(out)[rows]) if isinstance(rows, slice) else len(rows)
+    return Site(name, role, index, module, out, inp, key_value_heads if role in ("attn.k", "attn.v") else heads, transposed, rows)
 
 
 def _linear_shape(module: nn.Module, name: str) -> tuple[int, int, bool]:
     if type(module).__name__ == "Conv1D":
-        inp, out = module.get_parameter("weight").shape
-        return int(out), int(inp), True
+        inp, out = cast(torch.Tensor, module.weight).shape
+        return out, inp, True
     if hasattr(module, "out_features") and hasattr(module, "in_features"):
         return int(module.out_features), int(module.in_features), False  # type: ignore[arg-type]
     raise UnsupportedModel(f"{name} is a {type(module).__name__}, not a linear map that sparc3 knows")
@@ -165,7 +155,7 @@ def load_model(
     """Load a causal language model and its tokenizer, ready to attribute: eval mode, on one device.
 
     Args:
-        name_or_path: a hub id, or a folder with an ordinary Hugging Face checkpoint.
+        name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded model.
         dtype: "auto" (as stored; float16 becomes float32 on a CPU, which computes it poorly), "float32", "bfloat16", "float16", "float64".
         device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1".
 
@@ -175,10 +165,10 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = os.fspath(name_or_path)
+    name = DEMO if name_or_path == "demo" else os.fspath(name_or_path)
     target = _device(device)
     config = load_config(name)
-    require_family(config.model_type, name)
+    require_family(config, name)
     wanted = _dtype(dtype, config, target)
     with hub_errors(name):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted)
@@ -275,6 +265,9 @@ def _device(device: str) -> torch.device:
         raise UserError(f"device '{device}' was asked for and there are {torch.cuda.device_count()} GPUs; the first is cuda:0")
     return target
 
+
+DEMO = str(Path(__file__).parent / "demo" / "sparc3-demo")
+"""The embedded model, an ordinary checkpoint in the package."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

@@ -48,7 +48,7 @@ def _input_hook(
     real = batch.mask()
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        a = args[0].detach().view(*batch.ids.shape, -1)
+        a = args[0].detach().reshape(*batch.ids.shape, -1)
         wide = a if a.dtype == torch.float64 else a.float()
         gathered[name] = measure(wide).masked_fill_(~real.to(a.device)[..., None], 0).sum(1)
 

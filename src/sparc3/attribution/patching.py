@@ -6,7 +6,7 @@ transformers' own registries under a name of ours that only this model's (copied
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..models import Family, family_of, layers_of
+from ..families import Family
+from ..models import family_of, layers_of
 from . import rules
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ ACTIVATIONS: dict[str, rules.Factor] = {
     "GELU": rules.normal_cdf_factor,
     "NewGELUActivation": rules.tanh_gelu_factor,
     "FastGELUActivation": rules.tanh_gelu_factor,
+    "BloomGelu": rules.tanh_gelu_factor,
     "GELUTanh": rules.tanh_gelu_factor,
     "QuickGELUActivation": rules.quick_gelu_factor,
     "ReLU": rules.relu_factor,
@@ -38,7 +40,10 @@ ACTIVATIONS: dict[str, rules.Factor] = {
 TRANSPARENT = {"ModuleList", "Embedding", "Linear", "Linear4bit", "Linear8bitLt", "Conv1D", "Dropout", "Identity"}
 """Modules whose plain gradient is already the rule: linear maps (ε → 0), look-ups and things that only pass on."""
 
-CONTAINERS = ("ForCausalLM", "LMHeadModel", "Model", "Decoder", "DecoderLayer", "Attention", "MLP", "RotaryEmbedding", "LearnedPositionalEmbedding")
+CONTAINERS = (
+    *("ForCausalLM", "LMHeadModel", "Model", "TextModel", "Decoder", "DecoderLayer", "Layer", "Block", "Attention", "MLP"),
+    *("RotaryEmbedding", "LearnedPositionalEmbedding", "TextScaledWordEmbedding", "Linear"),
+)
 """What a family's own classes may be called after its prefix; their forward is composed of modules and functions met elsewhere."""
 
 OURS = "sparc3_"
@@ -55,12 +60,10 @@ def lrp_rules(model: "PreTrainedModel", *, cp: bool = False) -> Iterator[None]:
         UnsupportedModel: a module that no rule is known for; nothing has been touched then.
     """
     family = family_of(model)
-    forwards = _plan(model, family, cp)
+    changes = [*_forwards(model, family, cp), *_attentions(model, family, cp), *_configs(model, family, cp)]
     with ExitStack() as stack:
-        for module, forward in forwards:
-            stack.enter_context(_shadowed(module, "forward", forward))
-        for module, config in _configs(model, cp):
-            stack.enter_context(_shadowed(module, "config", config))
+        for module, name, value in changes:
+            stack.enter_context(_shadowed(module, name, value))
         yield
 
 
@@ -79,60 +82,105 @@ def _shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             del module.__dict__[name]
 
 
-def _plan(model: "PreTrainedModel", family: Family, cp: bool) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+Change = tuple[nn.Module, str, Any]
+"""A module, and the instance attribute that it gets."""
+
+
+def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """Which module gets which forward; refuses a module it does not know."""
-    forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
     own = {family.classes + suffix for suffix in CONTAINERS}
     gated = {id(layer.get_submodule(family.gated)) for layer in layers_of(model)} if family.gated else set()
     inside_gated = {id(layer.get_submodule(family.activation)) for layer in layers_of(model)} if family.gated else set()
     for name, module in model.named_modules():
         kind = type(module).__name__
         if id(module) in gated:
-            forwards.append((module, _gated_mlp(module, family, share=0.0 if cp else 0.5, name=name)))
+            yield module, "forward", _gated_mlp(module, family, share=0.0 if cp else 0.5, name=name)
         elif kind == family.classes + "RMSNorm":
-            eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-            forwards.append((module, partial(rules.rms_norm, norm=module.forward, gain=module.weight, eps=eps)))
-        elif kind == "LayerNorm":
-            forwards.append((module, partial(rules.layer_norm, norm=module.forward, gain=module.weight, eps=module.eps)))
-        elif id(module) in inside_gated:
-            continue
-        elif kind in ACTIVATIONS:
-            forwards.append((module, partial(rules.identity_rule, function=module.forward, factor=ACTIVATIONS[kind])))
-        elif kind not in TRANSPARENT and kind not in own:
+            yield module, "forward", partial(rules.rms_norm, norm=module.forward, gain=_gain(module, family), eps=_eps(module))
+        elif kind in ("LayerNorm", family.classes + "LayerNorm"):
+            yield module, "forward", partial(rules.layer_norm, norm=module.forward, gain=_gain(module, family), eps=_eps(module))
+        elif kind in ACTIVATIONS and id(module) not in inside_gated:
+            yield module, "forward", partial(rules.identity_rule, function=module.forward, factor=ACTIVATIONS[kind])
+        elif module is model.get_output_embeddings() and (cap := getattr(model.config, "final_logit_softcapping", None)):
+            yield module, "forward", _capped_head(module, cap)
+        elif kind not in TRANSPARENT and kind not in own and id(module) not in inside_gated:
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; use method gradient, or add its rule")
-    return forwards
 
 
-def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Callable[[Tensor], Tensor]:
-    assert family.gated
-    gate, up, down = (module.get_submodule(family.roles[f"mlp.{part}"].removeprefix(family.gated + ".")) for part in ("gate", "up", "down"))
-    activation = module.get_submodule(family.activation.removeprefix(family.gated + "."))
-    kind = type(activation).__name__
-    if kind not in ACTIVATIONS:
-        raise UnsupportedModel(f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x")
-    factor = ACTIVATIONS[kind]
-    function = activation.forward
+def _gain(norm: nn.Module, family: Family) -> Tensor | None:
+    weight = norm.weight
+    assert weight is None or isinstance(weight, Tensor)
+    return 1.0 + weight.detach() if family.gain_from_one and weight is not None else weight
+
+
+def _eps(norm: nn.Module) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # type: ignore[return-value]
+
+
+def _capped_head(head: nn.Module, cap: float) -> Callable[[Tensor], Tensor]:
+    """The head with the model's logit soft-capping in it, under the identity rule; `_configs` takes it out of the model."""
+    plain = head.forward
 
     def forward(x: Tensor) -> Tensor:
-        return down(rules.gated_product(gate(x), up(x), function, factor, share))  # type: ignore[no-any-return]
+        return rules.soft_cap(plain(x), cap)
 
     return forward
 
 
-def _configs(model: "PreTrainedModel", cp: bool) -> list[tuple[nn.Module, Any]]:
+def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Callable[[Tensor], Tensor]:
+    inside = {part: family.roles[f"mlp.{part}"].removeprefix(f"{family.gated}.").partition("#") for part in ("gate", "up", "down")}
+    gate, up, down = (module.get_submodule(path) for path, _, _ in inside.values())
+    activation = module.get_submodule(family.activation.removeprefix(f"{family.gated}."))
+    kind = type(activation).__name__
+    if kind not in ACTIVATIONS:
+        raise UnsupportedModel(f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x")
+    factor, function = ACTIVATIONS[kind], activation.forward
+
+    def forward(x: Tensor) -> Tensor:
+        g, u = gate(x).chunk(2, dim=-1) if gate is up else (gate(x), up(x))
+        return down(rules.gated_product(g, u, function, factor, share))  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _attentions(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
+    """The shares of query, key and value in attention modules that do not use transformers' attention interface."""
+    for layer in layers_of(model) if family.splits or family.mixes else ():
+        attention = layer.get_submodule(family.attention)
+        if family.splits:
+            yield attention, family.splits, _splits(getattr(attention, family.splits), cp)
+        if family.mixes:
+            yield attention, family.mixes, _mixes(getattr(attention, family.mixes), cp)
+
+
+def _splits(plain: Callable[..., tuple[Tensor, ...]], cp: bool) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *args: _shared_out(plain(*args), cp)
+
+
+def _mixes(plain: Callable[..., Any], cp: bool) -> Callable[..., Any]:
+    return lambda query, key, value, *args, **kwargs: plain(*_shared_out((query, key, value), cp), *args, **kwargs)
+
+
+def _shared_out(query_key_value: Iterable[Tensor], cp: bool) -> tuple[Tensor, ...]:
+    """¼ of the relevance to query and key each, ½ to the value; in CP mode all to the value."""
+    shares = (0.0, 0.0, 1.0) if cp else (0.25, 0.25, 0.5)
+    return tuple(rules.scale_relevance(x, share) for x, share in zip(query_key_value, shares, strict=True))
+
+
+def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """A copy of the configuration, asking for our attention, for every module of this model that reads one."""
     copies: dict[int, Any] = {}
-    swapped = []
     for module in model.modules():
         config = module.__dict__.get("config")
         if config is None or not hasattr(config, "_attn_implementation"):
             continue
         if id(config) not in copies:
-            twin = copy.copy(config)
-            twin._attn_implementation_internal = _registered(config._attn_implementation or "eager", cp)
-            copies[id(config)] = twin
-        swapped.append((module, copies[id(config)]))
-    return swapped
+            copies[id(config)] = twin = copy.copy(config)
+            if not (family.splits or family.mixes):
+                twin._attn_implementation_internal = _registered(config._attn_implementation or "eager", cp)
+            if getattr(twin, "final_logit_softcapping", None):
+                twin.final_logit_softcapping = None
+        yield module, "config", copies[id(config)]
 
 
 def _registered(implementation: str, cp: bool) -> str:
@@ -143,18 +191,18 @@ def _registered(implementation: str, cp: bool) -> str:
 
     if implementation.startswith(OURS):  # rules within rules: the inner ones replace the outer ones' shares
         implementation = implementation.removeprefix(OURS).split("_", 1)[1]
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModel(f'no LRP rule for attention implementation \'{implementation}\'; load with attn_implementation="sdpa" or "eager"')
     name = f"{OURS}{'cp' if cp else 'attn'}lrp_{implementation}"
-    to_query_key, to_value = (0.0, 1.0) if cp else (0.25, 0.5)
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         plain = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        scaled = (rules.scale_relevance(x, s) for x, s in ((query, to_query_key), (key, to_query_key), (value, to_value)))
-        return plain(module, *scaled, *args, **kwargs)
+        if kwargs.get("softcap") is not None and implementation == "eager":
+            plain = rules.capped_attention
+        return plain(module, *_shared_out((query, key, value), cp), *args, **kwargs)
 
     if name not in ALL_ATTENTION_FUNCTIONS:
-        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-            raise UnsupportedModel(f"attention implementation '{implementation}' has no mask function; load with sdpa or eager")
         AttentionInterface.register(name, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name

@@ -89,7 +89,7 @@ def _head_hook(site: Site, batch: Batch, gathered: dict[str, Tensor]) -> Callabl
         def arrived(grad: Tensor | None) -> None:
             if grad is None:
                 return
-            relevance = (_wide(grad) * _wide(value)).view(*batch.ids.shape, site.heads, -1)
+            relevance = (_wide(grad) * _wide(value)).reshape(*batch.ids.shape, site.heads, -1)
             gathered[site.name] = relevance.sum((1, 3))
 
         a.register_hook(arrived)
@@ -106,20 +106,20 @@ def _output_hook(
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
         z = output if output.requires_grad else output.detach().requires_grad_()
-        kept = args[0].detach() if settings.neuron == "abs" else z.detach()
+        kept = args[0].detach() if settings.neuron == "abs" else site.of(z.detach())
         gathered[site.name] = torch.zeros(len(batch.samples), site.out, device=z.device)  # stays where CP-LRP holds z constant
 
         def arrived(grad: Tensor | None) -> None:
             if grad is None:
                 return
-            shape = batch.ids.shape
+            shape, grad = batch.ids.shape, site.of(grad)
             if settings.neuron == "abs":
-                gathered[site.name] = absolute_rows(site.weight, grad.view(*shape, -1), kept.view(*shape, -1), batch.lengths)
+                gathered[site.name] = absolute_rows(site.weight, grad.reshape(*shape, -1), kept.reshape(*shape, -1), batch.lengths)
             else:
-                gathered[site.name] = (_wide(grad) * _wide(kept)).view(*shape, -1).sum(1)
+                gathered[site.name] = (_wide(grad) * _wide(kept)).reshape(*shape, -1).sum(1)
 
         z.register_hook(arrived)
-        return z
+        return z.clone() if site.role == "mlp.down" else z  # Falcon adds the attention's output to it in place
 
     return hook
 

@@ -95,6 +95,27 @@ def gated_product(gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor]
     return _GatedProduct.apply(gate, up, function, factor, share)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def tanh_factor(x: Tensor) -> Tensor:
+    """tanh(x) / x, and 1 at 0."""
+    return torch.where(x == 0, torch.ones_like(x), torch.tanh(x) / x)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap), whose relevance passes unchanged."""
+    return identity_rule(x / cap, torch.tanh, tanh_factor) * cap
+
+
+def capped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, softcap: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Eager attention whose scores are soft-capped, as Gemma 2 computes it: query [B, H, T, d]; key and value may have fewer heads."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = soft_cap(torch.matmul(query, key.transpose(2, 3)) * scaling, softcap)
+    scores = scores if mask is None else scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -108,7 +129,9 @@ class _Scale(torch.autograd.Function):
 
 def scale_relevance(x: Tensor, factor: float) -> Tensor:
     """x itself; what flows back through it is multiplied by `factor`. Factor 0 makes it a constant."""
-    return x.detach() if factor == 0.0 else _Scale.apply(x, factor)  # type: ignore[no-untyped-call, no-any-return]
+    if factor == 1.0:
+        return x
+    return x.detach() if factor == 0.0 else _Scale.apply(x, factor)  # type: ignore[no-untyped-call]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -118,18 +141,18 @@ def _wide(x: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
         scale = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(scale, gain)
+        ctx.save_for_backward(scale, *([] if gain is None else [gain]))
         return norm(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        scale, gain = ctx.saved_tensors
-        return (grads[0] * gain * scale).to(grads[0].dtype), None, None, None
+        scale, *gain = ctx.saved_tensors
+        return (grads[0] * gain[0] * scale if gain else grads[0] * scale).to(grads[0].dtype), None, None, None
 
 
-def rms_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
     """norm(x) = gain · x / rms(x), whose statistic rms(x) is a constant on the way back (AttnLRP, Eq. 18)."""
     return _RMSNorm.apply(x, norm, gain, eps)  # type: ignore[no-untyped-call, no-any-return]
 
