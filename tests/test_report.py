@@ -287,6 +287,11 @@ def test_a_method_that_is_ahead_is_named_with_its_price(run: Path) -> None:
     assert "wanda is ahead at the same count: 5.0\u202f% [4.0,\u00a06.0] (perplexity 3.28)" in said(run)
 
 
+def test_a_method_that_is_barely_ahead_is_called_close(run: Path) -> None:
+    altered(run, [measurement("toxicity.mean", "wanda@40", 0.23, 0.01)], [])
+    assert "wanda is slightly ahead at the same count" in said(run)
+
+
 def test_random_units_that_do_the_same_are_named(run: Path) -> None:
     altered(run, [measurement("toxicity.mean", "random@40", 0.24, 0.03)], [])
     assert "overlaps the circuit" in said(run)

@@ -16,6 +16,7 @@ from ..scores import Scores
 T = TypeVar("T")
 EVALUATION = "sparc3.evaluation/1"
 CARDS = "sparc3.cards/1"
+SIDE_EFFECTS = ("perplexity", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class RunFolder:
         return next((m for m in self.results if (m.metric, m.variant) == (metric, variant) and m.value is not None), None)
 
     def metrics(self) -> list[str]:
-        """Names of all metrics, in the order they were measured."""
-        return list(dict.fromkeys(m.metric for m in self.results))
+        """Names of all metrics, in the order they were measured, side effects last."""
+        found = dict.fromkeys(m.metric for m in self.results)
+        return sorted(found, key=lambda metric: SIDE_EFFECTS.index(metric) if metric in SIDE_EFFECTS else -1)
 
 
 def read_folder(path: str | os.PathLike[str]) -> RunFolder:

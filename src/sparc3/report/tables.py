@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Change:
-    """One difference."""
+    """One difference; `own` where it is that of this run's circuit."""
 
     title: str
     of: str
@@ -53,12 +53,15 @@ class Change:
     interval: str
     p: str
     verdict: str
+    own: bool
 
 
 def columns(run: RunFolder) -> list[Column]:
     found: dict[tuple[str, str], list[Measurement]] = {}
     for m in run.results:
         found.setdefault((m.metric, m.split), []).append(m)
+    order = run.metrics()
+    found = dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
     several = len({split for _, split in found}) > 1
     return [Column(title(name), name, split, explained(name), _note(rows, several)) for (name, split), rows in found.items()]
 
@@ -113,6 +116,7 @@ def changes(run: RunFolder) -> list[Change]:
             change_interval(d),
             chance(d.p),
             {None: "", True: "includes zero", False: "excludes zero"}[holds_zero(d)],
+            d.to == "ablated",
         )
         for d in run.results.differences
     ]

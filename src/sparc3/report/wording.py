@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from ..results import Difference, Measurement
-from .folder import RunFolder
+from .folder import SIDE_EFFECTS, RunFolder
 from .numbers import chance, change, change_interval, in_words, interval_of, listed, relative, value_of, with_interval
 from .variants import Point, rivals, shown, units
-
-NOT_BEHAVIOURS = ("perplexity", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ def behaviour(run: RunFolder) -> str | None:
     named = run.provenance.get("headline")
     if named in both:
         return str(named)
-    return next((metric for metric in both if metric not in NOT_BEHAVIOURS), both[0] if both else None)
+    return next((metric for metric in both if metric not in SIDE_EFFECTS), both[0] if both else None)
 
 
 def headline(run: RunFolder) -> Markup:
@@ -120,7 +118,9 @@ def _others(run: RunFolder, metric: str) -> list[Remark]:
     after = run.results.find(metric, "ablated")
     ahead = [point for point in others if is_ahead(point.measurement, after)]
     if ahead:
-        return [Remark("careful", _ahead(run, point, after)) for point in ahead]
+        close = [point for point in ahead if _overlap(point.measurement, after)]
+        clear = [Remark("careful", _ahead(run, point, after)) for point in ahead if point not in close]
+        return [*clear, *([_close(run, close)] if close else [])]
     if not others:
         return []
     best = min(others, key=lambda point: _badness(point.measurement))
@@ -129,9 +129,16 @@ def _others(run: RunFolder, metric: str) -> list[Remark]:
 
 
 def _ahead(run: RunFolder, point: Point, after: Measurement) -> Markup:
-    close = "; the two intervals overlap" if _overlap(point.measurement, after) else ""
-    text = Markup("<b>{} is ahead at the same count:</b> {}{}, against {} here{}.")
-    return text.format(point.method, with_interval(point.measurement), _at_perplexity(run, point), with_interval(after), close)
+    text = Markup("<b>{} is ahead at the same count:</b> {}{}, against {} here.")
+    return text.format(point.method, with_interval(point.measurement), _at_perplexity(run, point), with_interval(after))
+
+
+def _close(run: RunFolder, points: list[Point]) -> Remark:
+    """Methods that did better by less than the intervals tell apart."""
+    names = listed(point.method for point in points)
+    figures = listed(f"{with_interval(point.measurement)}{_at_perplexity(run, point)}" for point in points)
+    text = Markup("<b>{} {} slightly ahead at the same count,</b> with {}; the intervals overlap with this circuit’s.")
+    return Remark("careful", text.format(names, "is" if len(points) == 1 else "are", figures))
 
 
 def _at_perplexity(run: RunFolder, point: Point) -> str:
