@@ -130,6 +130,25 @@ def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(na
 
 
 @every
+def test_a_site_alone_gets_what_it_gets_among_all_sites(name: str) -> None:
+    """Alone, the lowest site is where the graph begins; and a model may write into a site's output in place."""
+    model, ids = tiny(name), samples()
+    for method, neuron in (("lrp", "signed"), ("lrp", "abs"), ("wanda", "abs"), ("magnitude", "abs"), ("random", "abs")):
+        together = attribute(model, ids, method=method, neuron=neuron, sites=roles_of(model))
+        for role in roles_of(model):
+            alone = attribute(model, ids, method=method, neuron=neuron, sites=(role,))
+            assert [site.name for site in sites_of(model, (role,))] == list(alone)
+            for site in alone:
+                assert alone[site].shape == together[site].shape
+                assert distance(alone[site], together[site]) < 1e-6, (method, neuron, site)
+    neurons = sites_of(model, ("mlp.up",))
+    active = attribute(model, ids, method="activation")
+    assert list(active) == [site.name for site in neurons]
+    expected = sum(_input_of(model, sites_of(model, ("mlp.down",))[0], torch.tensor([one])).reshape(len(one), -1).abs().sum(0) for one in ids)
+    assert distance(active[neurons[0].name], expected / sum(map(len, ids))) < 1e-6
+
+
+@every
 def test_an_ablated_neuron_is_silent_and_comes_back(name: str) -> None:
     model, ids = tiny(name), torch.tensor(samples()[:1])
     up, down = sites_of(model, ("mlp.up",))[0], sites_of(model, ("mlp.down",))[0]
