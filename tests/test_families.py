@@ -65,7 +65,7 @@ def test_padding_and_batches_change_nothing(name: str) -> None:
         assert max(distance(batched[site], alone[site]) for site in alone) < (1e-6 if name in FLOAT32_INSIDE else 1e-12), (unit, neuron)
 
 
-FLOAT32_INSIDE = {name for name, (kind, _) in CONFIGS.items() if kind in ("bloom", "gptj", "gemma2", "cohere", "cohere2")}
+FLOAT32_INSIDE = {name for name, (kind, _) in CONFIGS.items() if kind in ("bloom", "gptj", "gpt_neo", "gemma2", "cohere", "cohere2", "ernie4_5")}
 """Where transformers computes attention weights or rotations in float32 even in a float64 model."""
 
 

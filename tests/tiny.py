@@ -15,6 +15,10 @@ ROPE_3: dict[str, Any] = {
     "original_max_position_embeddings": 8,
 }
 GPT2: dict[str, Any] = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24}
+GPT_NEO: dict[str, Any] = {
+    **{"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 32, "intermediate_size": 24},
+    **{"attention_types": [[["global", "local"], 1]], "window_size": 4},
+}
 FALCON: dict[str, Any] = {**COMMON, "ffn_hidden_size": 24}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +29,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", SWIGLU),
     "qwen3": ("qwen3", {**SWIGLU, "head_dim": 8}),
     "smollm3": ("smollm3", {**SWIGLU, "no_rope_layers": [1, 0]}),
+    "ministral": ("ministral", {**SWIGLU, "head_dim": 8, "sliding_window": 4}),
+    "ministral3": ("ministral3", SWIGLU),
     "olmo2": ("olmo2", SWIGLU),
+    "olmo3": ("olmo3", {**SWIGLU, "sliding_window": 4}),
+    "exaone4": ("exaone4", {**SWIGLU, "sliding_window": 4, "sliding_window_pattern": 2}),
+    "ernie4_5": ("ernie4_5", {**SWIGLU, "head_dim": 4, "use_bias": True}),
+    "hunyuan": ("hunyuan_v1_dense", {**SWIGLU, "head_dim": 4}),
+    "seed-oss": ("seed_oss", {**SWIGLU, "head_dim": 4}),
+    "helium": ("helium", {**SWIGLU, "head_dim": 4}),
+    "stablelm": ("stablelm", SWIGLU),
+    "stablelm-2": ("stablelm", {**SWIGLU, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "glm": ("glm", {**SWIGLU, "head_dim": 4}),
+    "glm4": ("glm4", {**SWIGLU, "head_dim": 4}),
+    "arcee": ("arcee", SWIGLU),
     "granite": (
         "granite",
         {**SWIGLU, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
@@ -47,6 +64,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-scaled": ("gpt2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
     "pythia": ("gpt_neox", {**COMMON, "intermediate_size": 24, "rotary_pct": 0.5}),
     "gpt-neox-serial": ("gpt_neox", {**COMMON, "intermediate_size": 24, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt-neo": ("gpt_neo", GPT_NEO),
     "gptj": ("gptj", {**GPT2, "rotary_dim": 2}),
     "falcon": ("falcon", FALCON),
     "falcon-40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),

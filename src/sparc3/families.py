@@ -68,6 +68,14 @@ _LLAMA = Family(
     "Llama", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"), "mlp.act_fn", gated="mlp"
 )
 _GEMMA = replace(_LLAMA, gain_from_one=True, refused={"use_bidirectional_attention": "attention that looks ahead"})
+_GLM = Family(
+    "Glm",
+    "model.layers",
+    _roles(*_SEPARATE, "self_attn.o_proj", "mlp.gate_up_proj#up", "mlp.down_proj", "mlp.gate_up_proj#gate"),
+    "mlp.activation_fn",
+    gated="mlp",
+    fused={"mlp.gate_up_proj": "gate, up"},
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -75,7 +83,16 @@ FAMILIES: dict[str, Family] = {
     "qwen2": replace(_LLAMA, classes="Qwen2"),
     "qwen3": replace(_LLAMA, classes="Qwen3"),
     "smollm3": replace(_LLAMA, classes="SmolLM3"),
+    "ministral": replace(_LLAMA, classes="Ministral"),
+    "ministral3": replace(_LLAMA, classes="Ministral3"),
     "olmo2": replace(_LLAMA, classes="Olmo2"),
+    "olmo3": replace(_LLAMA, classes="Olmo3"),
+    "exaone4": replace(_LLAMA, classes="Exaone4"),
+    "ernie4_5": replace(_LLAMA, classes="Ernie4_5"),
+    "hunyuan_v1_dense": replace(_LLAMA, classes="HunYuanDenseV1"),
+    "seed_oss": replace(_LLAMA, classes="SeedOss"),
+    "helium": replace(_LLAMA, classes="Helium"),
+    "stablelm": replace(_LLAMA, classes="StableLm"),
     "granite": replace(_LLAMA, classes="Granite"),
     "cohere": replace(_LLAMA, classes="Cohere"),
     "cohere2": replace(_LLAMA, classes="Cohere2"),
@@ -90,6 +107,9 @@ FAMILIES: dict[str, Family] = {
         gated="mlp",
         fused={"self_attn.qkv_proj": "q, k, v", "mlp.gate_up_proj": "gate, up"},
     ),
+    "glm": replace(_GLM, classes="Glm"),
+    "glm4": replace(_GLM, classes="Glm4"),
+    "arcee": Family("Arcee", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"), "mlp.act_fn"),
     "phi": Family("Phi", "model.layers", _roles(*_SEPARATE, "self_attn.dense", "mlp.fc1", "mlp.fc2"), "mlp.activation_fn"),
     "starcoder2": Family("Starcoder2", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"), "mlp.act"),
     "opt": Family(
@@ -116,6 +136,17 @@ FAMILIES: dict[str, Family] = {
         "mlp.act",
         fused={"attention.query_key_value": "q, k, v by head"},
         attention="attention",
+    ),
+    "gpt_neo": Family(
+        "GPTNeo",
+        "transformer.h",
+        _roles(
+            *("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj", "attn.attention.out_proj"), "mlp.c_fc", "mlp.c_proj"
+        ),
+        "mlp.act",
+        attention="attn.attention",
+        mixes="_attn",
+        positions="transformer.wpe",
     ),
     "gptj": Family(
         "GPTJ",

@@ -41,8 +41,8 @@ TRANSPARENT = {"ModuleList", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"
 """Modules whose plain gradient is already the rule: linear maps (ε → 0), look-ups and things that only pass on."""
 
 CONTAINERS = (
-    *("ForCausalLM", "LMHeadModel", "Model", "TextModel", "Decoder", "DecoderLayer", "Layer", "Block", "Attention", "MLP"),
-    *("RotaryEmbedding", "LearnedPositionalEmbedding", "TextScaledWordEmbedding", "Linear"),
+    *("ForCausalLM", "LMHeadModel", "Model", "TextModel", "Decoder", "DecoderLayer", "Layer", "Block", "Attention", "SelfAttention", "MLP"),
+    *("RotaryEmbedding", "LearnedPositionalEmbedding", "TextScaledWordEmbedding", "Linear", "LayerNormPerHead"),
 )
 """What a family's own classes may be called after its prefix; their forward is composed of modules and functions met elsewhere."""
 
