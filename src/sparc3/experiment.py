@@ -23,7 +23,7 @@ from .evaluation.scorers import lexicon_words
 from .evaluation.statistics import pooled
 from .evaluation.toxicity import completion_scores
 from .files import file_digest, fingerprint, read_text, write_json, write_text
-from .models import describe, load_model, sites_of
+from .models import describe, load_model, require_loadable, sites_of
 from .recipe import Recipe, Reference, load_recipe
 from .report import write_report
 from .results import Results
@@ -57,6 +57,7 @@ def run(
             evaluation set.
     """
     loaded = load_recipe(recipe)
+    require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
     folder = Path(out)
     distributed.start()
     with _claimed(folder, loaded, resume), _logged(folder):

@@ -165,15 +165,24 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = DEMO if name_or_path == "demo" else os.fspath(name_or_path)
-    target = _device(device)
-    config = load_config(name)
-    require_family(config, name)
-    wanted = _dtype(dtype, config, target)
+    name, config, wanted, target = _checked(name_or_path, dtype, device)
     with hub_errors(name):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(name)
     return model.to(target).eval(), tokenizer
+
+
+def require_loadable(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> None:
+    """Raise what `load_model` would, as far as it can be told from the configuration, without reading a weight."""
+    _checked(name_or_path, dtype, device)
+
+
+def _checked(name_or_path: str | os.PathLike[str], dtype: str, device: str) -> tuple[str, Any, torch.dtype | str, torch.device]:
+    name = DEMO if name_or_path == "demo" else os.fspath(name_or_path)
+    target = _device(device)
+    config = load_config(name)
+    require_family(config, name)
+    return name, config, _dtype(dtype, config, target), target
 
 
 def load_config(name: str) -> Any:

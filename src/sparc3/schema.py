@@ -29,6 +29,9 @@ def parse(schema: type[Section], content: object, where: str) -> Section:
 
 def _explained(schema: type[Strict], error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):  # a validator of ours has said it all
+        return cause
     path = [str(part) for part in first["loc"]]
     place = ".".join([where, *path]) if where else ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -36,7 +39,9 @@ def _explained(schema: type[Strict], error: ValidationError, where: str) -> User
         return unknown(f"key in {'.'.join([where, *path[:-1]]).strip('.') or 'the recipe'}:", path[-1], known)
     if first["type"] == "missing":
         return UserError(f"{place} is missing; add it")
-    return UserError(f"{place} is {first.get('input')!r}: {first['msg'].removeprefix('Value error, ').lower()}")
+    said = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    return UserError(f"{place or 'the recipe'}: {said}" if isinstance(given, Mapping) else f"{place} is {given!r}: {said[:1].lower()}{said[1:]}")
 
 
 def _keys(schema: Any, path: list[str]) -> list[str]:

@@ -34,9 +34,10 @@ def perplexity(
         windows = blocks(ids, size)
     else:
         size = _within(settings.max_length, context, "max_length")
-        if settings.stride >= size:
-            raise UserError(f"perplexity.stride {settings.stride} is not below max_length {size}: tokens would be left out; lower it")
-        windows = sliding(ids, size, settings.stride)
+        stride = max(1, settings.stride * size // settings.max_length)  # the same overlap where the context is shorter
+        if stride >= size:
+            raise UserError(f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens would be left out; lower it")
+        windows = sliding(ids, size, stride)
     if not windows:
         raise UserError(f"the perplexity text has {len(ids)} tokens; give at least two")
     nll = _negative_log_likelihoods(model, windows, progress)

@@ -1,0 +1,151 @@
+"""The command line through the front door: the whole way once, and every mistake as one line with exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparc3 import Circuit, Results, Scores
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples, scores and a circuit of the demo model, made by the commands themselves."""
+    from sparc3.cli import main
+
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "angry.jsonl").write_text(json.dumps({"text": 'Tom was angry and yelled, "', "completion": "You fool!"}) + "\n")
+    (folder / "calm.txt").write_text("Mary had a small book.\nThen Tom and Mary went home.\n")
+    for name, samples in (("angry", "angry.jsonl"), ("calm", "calm.txt")):
+        main(["attribute", "demo", "--samples", str(folder / samples), "--out", str(folder / f"{name}.safetensors")])
+    main(["select", "--general", str(folder / "calm.safetensors"), "--undesired", str(folder / "angry.safetensors"), "--count", "7", "--out", str(folder / "c.json")])
+    return folder
+
+
+def test_the_whole_way(made: Path, tmp_path: Path, sparc3: Call) -> None:
+    scores = Scores.load(made / "angry.safetensors")
+    assert [tuple(t.shape) for t in scores.values()] == [(512,)] * 4
+    assert len(Circuit.load(made / "c.json")) == 7
+    code, out, _ = sparc3(
+        "evaluate", "demo", "--circuit", made / "c.json", "--metrics", "perplexity", "--set", f"perplexity.source={made / 'calm.txt'}",
+        "--out", tmp_path / "r.json",
+    )  # fmt: skip
+    assert code == 0
+    assert "perplexity" in out
+    results = Results.load(tmp_path / "r.json")
+    assert {m.variant for m in results} == {"original", "ablated"}
+    code, out, _ = sparc3("ablate", "demo", "--circuit", made / "c.json", "--results", tmp_path / "r.json", "--out", tmp_path / "model")
+    assert code == 0
+    assert "perplexity" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_results_on_the_exported_model_are_those_of_the_trial(made: Path, tmp_path: Path, sparc3: Call) -> None:
+    ask = ("--metrics", "perplexity", "--set", f"perplexity.source={made / 'calm.txt'}")
+    assert sparc3("ablate", "demo", "--circuit", made / "c.json", "--out", tmp_path / "model")[0] == 0
+    assert sparc3("evaluate", "demo", "--circuit", made / "c.json", *ask, "--out", tmp_path / "a.json")[0] == 0
+    assert sparc3("evaluate", tmp_path / "model", *ask, "--out", tmp_path / "b.json")[0] == 0
+    trial = Results.load(tmp_path / "a.json").find("perplexity", "ablated").value
+    assert Results.load(tmp_path / "b.json").find("perplexity").value == pytest.approx(trial, rel=1e-6)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["rnu", "demo"], "did you mean 'run'"),
+    (["run", "demmo"], "unknown recipe 'demmo'; did you mean 'demo'"),
+    (["run", "demo", "--set", "selection.cuont=3"], "'cuont'; did you mean 'count'"),
+    (["run", "demo", "--set", "model=3"], "model"),
+    (["run", "demo", "--set", "attribution.method=lpr"], "unknown method 'lpr'; did you mean 'lrp'"),
+    (["run", "demo", "--set", "attribution.sites=[mlp.upp]"], "unknown site 'mlp.upp'; did you mean 'mlp.up'"),
+    (["run", "demo", "--set", "evaluation.toxicty={}"], "unknown metric 'toxicty'; did you mean 'toxicity'"),
+    (["run", "demo", "--set", "evaluation.toxicity.temprature=1"], "'temprature'; did you mean 'temperature'"),
+    (["run", "demo", "--set", "references.undesired.source=demo-angri"], "unknown source 'demo-angri'; did you mean 'demo-angry'"),
+    (["run", "demo", "--set", "references.undesired.source=nowhere.jsonl"], "no such file: nowhere.jsonl"),
+    (["run", "demo", "--set", "selection.count=-4"], "selection.count is -4"),
+    (["run", "demo", "--set", "model.device=cuda"], "CUDA"),
+    (["run", "nowhere.yaml"], "no such file: nowhere.yaml"),
+    (["attribute", "demo", "--samples", "nowhere.jsonl", "--out", "x"], "no such file: nowhere.jsonl"),
+    (["attribute", "demo", "--samples", "demo-angry", "--method", "wnda", "--out", "x"], "did you mean 'wanda'"),
+    (["attribute", "demo", "--samples", "demo-angry", "--unit", "head", "--sites", "attn.o", "--method", "wanda", "--out", "x"], "cannot score unit 'head'"),
+    (["attribute", "demo", "--samples", "demo-angry", "--count", "2", "--sites", "mlp.uo", "--out", "x"], "did you mean 'mlp.up'"),
+    (["attribute", "demo", "--samples", "demo-angry", "--count", "2", "--target", "next:3", "--out", "x"], "only completion takes a number"),
+    (["attribute", "./nomodel", "--samples", "demo-angry", "--out", "x"], "no model folder at ./nomodel"),
+    (["attribute", "demo", "--out", "x"], "needs --samples"),
+    (["select", "--count", "3", "--out", "x"], "either --general and --undesired, or --scores"),
+    (["report", "/nowhere"], "/nowhere"),
+])  # fmt: skip
+def test_mistakes_are_one_line(
+    mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in mistake(*arguments)
+    assert not list(tmp_path.rglob("*.*")), "something was left behind"
+
+
+def test_mistakes_with_files_are_one_line(mistake: Call, made: Path, tmp_path: Path) -> None:
+    general, undesired = made / "calm.safetensors", made / "angry.safetensors"
+    select = ("select", "--general", general, "--undesired", undesired, "--out", tmp_path / "c.json")
+    assert "9999 neurons were asked for and there are 2048" in mistake(*select, "--count", "9999")
+    assert "penalty" in mistake(*select, "--count", "3", "--penalty", "2")
+    assert "not a readable safetensors" in mistake("select", "--scores", made / "angry.jsonl", "--count", "3", "--out", tmp_path / "c.json")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{oops\n')
+    assert "bad.jsonl, line 2 is not JSON" in mistake("attribute", "demo", "--samples", tmp_path / "bad.jsonl", "--out", tmp_path / "s")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "Tom " * 700}) + "\n")
+    long = ("attribute", "demo", "--samples", tmp_path / "long.jsonl", "--out", tmp_path / "s.safetensors")
+    assert "1 of 1 samples are longer than the model's 512 tokens" in mistake(*long)
+    (tmp_path / "broken.yaml").write_text("name: [\n")
+    assert "broken.yaml, line 2 is not YAML" in mistake("run", tmp_path / "broken.yaml")
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "config.json").write_text('{"model_type": "t5"}')
+    assert "architecture 't5' is not supported" in mistake("attribute", tmp_path / "wrong", "--samples", made / "angry.jsonl", "--out", tmp_path / "s")
+    assert not (tmp_path / "c.json").exists()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_circuit_of_another_model_needs_force(mistake: Call, sparc3: Call, made: Path, tmp_path: Path) -> None:
+    assert sparc3("ablate", "demo", "--circuit", made / "c.json", "--out", tmp_path / "other")[0] == 0
+    again = ("ablate", tmp_path / "other", "--circuit", made / "c.json", "--out", tmp_path / "again")
+    assert "the circuit was made on sparc3-demo" in mistake(*again)
+    assert not (tmp_path / "again").exists()
+    assert sparc3(*again, "--force")[0] == 0
+
+
+def test_scores_of_another_model_are_named(mistake: Call, sparc3: Call, made: Path, tmp_path: Path) -> None:
+    assert sparc3("ablate", "demo", "--circuit", made / "c.json", "--out", tmp_path / "other")[0] == 0
+    assert sparc3("attribute", tmp_path / "other", "--samples", made / "calm.txt", "--out", tmp_path / "o.safetensors")[0] == 0
+    said = mistake("select", "--general", tmp_path / "o.safetensors", "--undesired", made / "angry.safetensors", "--count", "3", "--out", tmp_path / "x.json")
+    assert "the general scores are of model other" in said
+
+
+def test_hub_models_without_a_hub_and_gated_ones(mistake: Call, monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path) -> None:
+    arguments = ("attribute", "someone/some-model", "--samples", made / "calm.txt", "--out", tmp_path / "s")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "cannot reach the hub for 'someone/some-model'" in mistake(*arguments)
+
+    def gated(*_: Any, **__: Any) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", gated)
+    monkeypatch.setattr("sparc3.models.require_hub", lambda name: None)
+    assert "is gated: accept its terms" in mistake(*arguments)
+
+
+def test_a_folder_that_cannot_be_written_is_named(sparc3: Call, made: Path) -> None:
+    code, _, err = sparc3("select", "--scores", made / "angry.safetensors", "--count", "2", "--out", "/proc/nowhere/c.json")
+    assert code == 1
+    assert len(err.splitlines()) == 1
+    assert "cannot write /proc/nowhere/c.json" in err
+
+
+def test_it_is_a_program() -> None:
+    """The installed module, in a process of its own: exit codes as the shell sees them."""
+    run = lambda *a: subprocess.run([sys.executable, "-m", "sparc3", *a], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})  # noqa: E731
+    assert run("recipes").returncode == 0
+    failed = run("select", "--out", "x")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("sparc3: ")

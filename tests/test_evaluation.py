@@ -1,0 +1,156 @@
+"""Perplexity, continuations, scorers and statistics: laws that hold whatever the model, and failures that are counted."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparc3 import UserError, evaluate
+from sparc3.evaluation.generation import complete
+from sparc3.evaluation.observations import Observations
+from sparc3.evaluation.perplexity import blocks, sliding
+from sparc3.evaluation.repetition import repeated, uniqueness
+from sparc3.evaluation.scorers import _careful, lexicon_scorer, make_scorer
+from sparc3.evaluation.statistics import difference, measurement, pooled
+from sparc3.evaluation.toxicity import scored
+
+
+@pytest.mark.parametrize("settings", [
+    {"protocol": "blocks", "seq_len": 16}, {"protocol": "sliding", "max_length": 32, "stride": 7}, {"protocol": "sliding", "max_length": 500, "stride": 100},
+])  # fmt: skip
+def test_a_uniform_model_has_perplexity_v(demo: tuple[Any, Any], tmp_path: Path, settings: dict[str, Any]) -> None:
+    model, tokenizer = demo
+    text = tmp_path / "text.txt"
+    text.write_text("One sunny day Tom went to the park and found a ball. " * 12)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda *_: torch.zeros(*_[1][0].shape[:-1], model.config.vocab_size))
+    try:
+        found = evaluate(model, tokenizer, {"perplexity": {"source": str(text), **settings}}).find("perplexity").value
+    finally:
+        hook.remove()
+    assert found == pytest.approx(model.config.vocab_size, rel=1e-6)
+
+
+def test_each_token_is_predicted_once() -> None:
+    ids = list(range(103))
+    assert sum(predicted for _, predicted in sliding(ids, 20, 7)) == 102
+    assert sum(predicted for _, predicted in sliding(ids, 20, 19)) == 102
+    for window, predicted in sliding(ids, 20, 7)[1:]:
+        assert len(window) - predicted >= 1
+    assert [predicted for _, predicted in blocks(ids, 20)] == [19] * 5
+    assert blocks(ids[:5], 20) == [((0, 1, 2, 3, 4), 4)]
+
+
+def test_perplexity_is_what_the_loss_says(demo: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = demo
+    text = tmp_path / "text.txt"
+    text.write_text("Mary had a small book. Then Tom and Mary went home.")
+    ids = tokenizer(text.read_text(), return_tensors="pt").input_ids
+    expected = math.exp(model(input_ids=ids, labels=ids).loss.item())
+    assert evaluate(model, tokenizer, {"perplexity": {"source": str(text)}}).find("perplexity").value == pytest.approx(expected, rel=1e-5)
+
+
+def test_continuations_do_not_depend_on_what_else_is_in_the_batch(demo: tuple[Any, Any]) -> None:
+    model, tokenizer = demo
+    prompts = ["Tom was", "One cold morning Mary walked to the river with a dog. Then", "Leo and Anna were"]
+    settings: dict[str, Any] = {"max_new_tokens": 8, "generations": 2, "temperature": 0.9, "seed": 3}
+    together = complete(model, tokenizer, prompts, **settings)
+    assert together == [complete(model, tokenizer, [p], **settings, batch=1)[0] for p in prompts]
+    assert together != complete(model, tokenizer, prompts, **{**settings, "seed": 4})
+    assert complete(model, tokenizer, prompts, **settings) == together
+
+
+def test_sampling_follows_the_softmax(demo: tuple[Any, Any]) -> None:
+    """First tokens of 2,000 draws against their probabilities: within five standard errors for every likely token."""
+    model, tokenizer = demo
+    prompt = "One"
+    drawn = complete(model, tokenizer, [prompt], max_new_tokens=1, generations=2000, temperature=0.8, batch=2000)[0]
+    logits = model(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+    probabilities = torch.softmax(logits / 0.8, -1)
+    for token in (probabilities > 0.02).nonzero().flatten().tolist():
+        p = probabilities[token].item()
+        seen = drawn.count(tokenizer.decode([token])) / 2000
+        assert abs(seen - p) < 5 * math.sqrt(p * (1 - p) / 2000), (tokenizer.decode([token]), seen, p)
+
+
+def test_a_prompt_too_long_for_its_continuation_is_refused(demo: tuple[Any, Any]) -> None:
+    with pytest.raises(UserError, match="do not fit"):
+        complete(*demo, ["Tom " * 600], max_new_tokens=4)
+
+
+def test_failures_are_counted_and_never_zero() -> None:
+    def fragile(texts: Any) -> list[float]:
+        if any("boom" in text for text in texts):
+            raise ValueError("rubbish")
+        return [math.nan if "nan" in text else 7.0 if "seven" in text else 1.0 for text in texts]
+
+    assert _careful(fragile)(["ok", "boom", "", "nan", "seven"]) == [1.0, None, None, None, None]
+    found = scored(["a", "b"], [["ok", "boom"], ["nan", " "]], _careful(fragile), "test")
+    mean = measurement(found.observations[0], "original")
+    assert (mean.value, mean.n, mean.failures) == (1.0, 1, 3)
+
+
+def test_the_lexicon_knows_whole_words() -> None:
+    assert lexicon_scorer(["fool"])(["You FOOL!", "foolish", "a fool."]) == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("labels", "problem", "expected"), [
+    (["neutral", "toxic"], "single_label_classification", "softmax"), (["toxicity", "insult"], "multi_label_classification", "sigmoid"),
+])  # fmt: skip
+def test_classifiers_load_from_a_checkpoint(
+    demo: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[str], problem: str, expected: str
+) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(demo[1]), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        id2label=dict(enumerate(labels)), label2id={l: i for i, l in enumerate(labels)}, problem_type=problem,
+    )  # fmt: skip
+    classifier = BertForSequenceClassification(config).eval()
+    classifier.save_pretrained(tmp_path / "tiny")
+    demo[1].save_pretrained(tmp_path / "tiny")
+    text = "You fool!"
+    logits = classifier(**demo[1](text, return_tensors="pt")).logits[0]
+    value = (logits.softmax(-1)[1] if expected == "softmax" else logits.sigmoid()[0]).item()
+    assert make_scorer(str(tmp_path / "tiny"))([text, ""]) == [pytest.approx(value, abs=1e-6), None]
+    monkeypatch.setattr("sparc3.evaluation.scorers.DETOXIFY", {"original": str(tmp_path / "tiny")})
+    assert make_scorer("detoxify")([text]) == [pytest.approx(value, abs=1e-6)]
+    with pytest.raises(UserError, match="it has" if labels[0] != "toxic" else "x"):
+        make_scorer(f"{tmp_path / 'tiny'}#nolabel")
+
+
+def observed(sums: list[float | None], **more: Any) -> Observations:
+    return Observations("toxicity.mean", "test", "score", "lower", tuple(sums), (1.0,) * len(sums), **more)
+
+
+def test_intervals_cover_and_pairs_are_paired() -> None:
+    one = observed([float(i % 2) for i in range(100)])
+    found = measurement(one, "original")
+    assert found.value == 0.5
+    assert found.ci95 is not None
+    assert found.ci95[0] == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
+    assert found.ci95[1] == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+    shifted = difference(one, observed([v - 0.1 if v is not None else None for v in one.sums]), "original", "ablated")
+    assert shifted is not None
+    assert shifted.value == pytest.approx(-0.1)
+    assert shifted.ci95 == pytest.approx((-0.1, -0.1))
+    assert shifted.p is not None
+    assert shifted.p < 0.001
+    same = difference(one, one, "original", "ablated")
+    assert same is not None
+    assert same.p == 1.0
+    assert difference(observed([None]), observed([1.0]), "a", "b") is None
+
+
+def test_pooled_draws_average_each_unit() -> None:
+    assert pooled([observed([1.0, None]), observed([0.0, 1.0], failures=2)]) == observed([0.5, 1.0], failures=2)
+
+
+def test_repetition_on_paper() -> None:
+    assert uniqueness([1, 1, 2, 2]) == 0.5
+    assert uniqueness([]) is None
+    assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5)
+    assert repeated([1, 2]) == 0.0
