@@ -240,11 +240,11 @@ def test_targets_are_these_sums_of_logits(target: str, ids: list[int], terms: li
     other = Sample(text="w30 w31 w32 w33 w34", target="w3", contrast="w4", completion="w8 w9")
     encoded = encode(ReferenceSet((TEXT, other)), Words(), target, context=32, vocabulary=40)  # type: ignore[arg-type]
     (alone,) = make_batches(encoded[:1], 1, torch.device("cpu"))
-    assert float(target_of(model, alone)) == pytest.approx(float(expected), rel=1e-12)
+    assert float(target_of(model, alone).detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     assert alone.samples[0].ids == tuple(ids)
     (both,) = make_batches(encoded, 1000, torch.device("cpu"))
     (second,) = make_batches(encoded[1:], 1, torch.device("cpu"))
-    assert float(target_of(model, both)) == pytest.approx(float(expected + target_of(model, second)), rel=1e-12)
+    assert float(target_of(model, both).detach()) == pytest.approx(float((expected + target_of(model, second)).detach()), rel=1e-12)
     # Relevance is Σ over target tokens divided by their number, so it is the mean over these terms of the label's relevance.
     signed: dict[str, Any] = {"method": "gradient", "neuron": "signed", "tokenizer": Words()}
     scores = attribute(model, [TEXT], target=target, **signed)

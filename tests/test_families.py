@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from surrogate import Surrogate
 from test_attribution import SHARED, distance, exact_scores, roles_of
 from tiny import CONFIGS, samples, tiny
 from torch import Tensor
@@ -104,6 +105,54 @@ def by_layer(model: Any, scores: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     for site in sites_of(model, roles_of(model)):
         layers[site.layer][site.role] = scores[site.name]
     return layers
+
+
+@every
+def test_attnlrp_agrees_with_the_rules_on_torch_functions(name: str) -> None:
+    model, ids = tiny(name), samples()[0]
+    for module in list(model.modules()):  # these write GELU in products of their own, which that opinion cannot tell from a gate's
+        for child, inner in list(module.named_children()):
+            if type(inner).__name__ in ("NewGELUActivation", "BloomGelu"):
+                setattr(module, child, torch.nn.GELU(approximate="tanh"))
+    signed, absolute, heads = surrogate_scores(model, ids)
+    close = 1e-5 if name in FLOAT32_INSIDE else 1e-8
+    for site, value in exact_scores(model, [ids], neuron="signed").items():
+        assert distance(value, signed[site]) < close, site
+    for site, value in exact_scores(model, [ids], neuron="abs").items():
+        assert distance(value, absolute[site]) < close, site
+    for site, value in exact_scores(model, [ids], unit="head").items():
+        assert distance(value, heads[site]) < close, site
+
+
+def surrogate_scores(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Signed and absolute relevance of neurons, and that of heads, by `surrogate`: site name → scores."""
+    model.requires_grad_(False)
+    inputs: dict[Any, Tensor] = {}
+    outputs: dict[Any, Tensor] = {}
+    sites = sites_of(model, roles_of(model))
+
+    def seen(module: Any, args: Any, output: Tensor) -> Tensor:
+        inputs[module], outputs[module] = args[0], output
+        return output.clone()  # a model may write into what it gets
+
+    hooks = [module.register_forward_hook(seen) for module in {site.module for site in sites}]
+    hooks.append(model.get_input_embeddings().register_forward_hook(lambda _, args, output: output.requires_grad_()))
+    with Surrogate():
+        logit = model(torch.tensor([ids])).logits[0, -1].max()
+    modules = list(outputs)
+    grads = dict(zip(modules, torch.autograd.grad(logit, [outputs[m] for m in modules], retain_graph=True), strict=True))
+    mixed = [site for site in sites if site.role == "attn.o"]
+    at_heads = torch.autograd.grad(logit, [inputs[site.module] for site in mixed])
+    for hook in hooks:
+        hook.remove()
+    flows = {site.name: (site.of(grads[site.module]).reshape(len(ids), -1), inputs[site.module].detach().reshape(len(ids), -1)) for site in sites}
+    signed = {site.name: (flows[site.name][0] * site.of(outputs[site.module].detach()).reshape(len(ids), -1)).sum(0) for site in sites}
+    absolute = {site.name: (site.weight * (flows[site.name][0].T @ flows[site.name][1])).abs().sum(1) for site in sites}
+    heads = {
+        site.name: (grad * inputs[site.module].detach()).reshape(len(ids), site.heads, -1).sum((0, 2))
+        for site, grad in zip(mixed, at_heads, strict=True)
+    }
+    return signed, absolute, heads
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "pythia", "falcon", "falcon-40b", "falcon-rw", "bloom"])
@@ -271,6 +320,17 @@ def test_an_unknown_module_is_refused_by_its_place_and_class_and_nothing_is_touc
     model = tiny("opt")
     model.model.decoder.layers[0].activation_fn = torch.nn.Mish()
     with pytest.raises(UnsupportedModel, match=r"model\.decoder\.layers\.0\.activation_fn, a Mish"):
+        attribute(model, samples())
+
+
+def test_a_class_of_the_same_name_from_elsewhere_is_refused() -> None:
+    class Linear(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj = Linear(16, 24, dtype=torch.float64)
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp\.up_proj, a Linear of test_families"):
         attribute(model, samples())
 
 

@@ -46,6 +46,9 @@ CONTAINERS = (
 )
 """What a family's own classes may be called after its prefix; their forward is composed of modules and functions met elsewhere."""
 
+ORIGINS = ("torch", "transformers", "bitsandbytes", "torchao")
+"""Packages whose classes the names in these tables mean; the same name from elsewhere (an adapter's Linear) is another thing."""
+
 OURS = "sparc3_"
 """What the names that we register with transformers begin with."""
 
@@ -92,19 +95,27 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
     gated = {id(layer.get_submodule(family.gated)) for layer in layers_of(model)} if family.gated else set()
     inside_gated = {id(layer.get_submodule(family.activation)) for layer in layers_of(model)} if family.gated else set()
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        kind, origin = type(module).__name__, type(module).__module__
+        if origin.partition(".")[0] not in ORIGINS:
+            raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the weights first")
         if id(module) in gated:
             yield module, "forward", _gated_mlp(module, family, share=0.0 if cp else 0.5, name=name)
         elif kind == family.classes + "RMSNorm":
             yield module, "forward", partial(rules.rms_norm, norm=module.forward, gain=_gain(module, family), eps=_eps(module))
         elif kind in ("LayerNorm", family.classes + "LayerNorm"):
             yield module, "forward", partial(rules.layer_norm, norm=module.forward, gain=_gain(module, family), eps=_eps(module))
-        elif kind in ACTIVATIONS and id(module) not in inside_gated:
-            yield module, "forward", partial(rules.identity_rule, function=module.forward, factor=ACTIVATIONS[kind])
+        elif (factor := _factor(module)) and id(module) not in inside_gated:
+            yield module, "forward", partial(rules.identity_rule, function=module.forward, factor=factor)
         elif module is model.get_output_embeddings() and (cap := getattr(model.config, "final_logit_softcapping", None)):
             yield module, "forward", _capped_head(module, cap)
         elif kind not in TRANSPARENT and kind not in own and id(module) not in inside_gated:
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; use method gradient, or add its rule")
+
+
+def _factor(activation: nn.Module) -> rules.Factor | None:
+    if isinstance(activation, nn.GELU) and activation.approximate == "tanh":  # one class, two functions
+        return rules.tanh_gelu_factor
+    return ACTIVATIONS.get(type(activation).__name__)
 
 
 def _gain(norm: nn.Module, family: Family) -> Tensor | None:
@@ -131,10 +142,10 @@ def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Ca
     inside = {part: family.roles[f"mlp.{part}"].removeprefix(f"{family.gated}.").partition("#") for part in ("gate", "up", "down")}
     gate, up, down = (module.get_submodule(path) for path, _, _ in inside.values())
     activation = module.get_submodule(family.activation.removeprefix(f"{family.gated}."))
-    kind = type(activation).__name__
-    if kind not in ACTIVATIONS:
+    factor, function = _factor(activation), activation.forward
+    if factor is None:
+        kind = type(activation).__name__
         raise UnsupportedModel(f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x")
-    factor, function = ACTIVATIONS[kind], activation.forward
 
     def forward(x: Tensor) -> Tensor:
         g, u = gate(x).chunk(2, dim=-1) if gate is up else (gate(x), up(x))
