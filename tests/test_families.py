@@ -182,7 +182,7 @@ def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(na
 def test_a_site_alone_gets_what_it_gets_among_all_sites(name: str) -> None:
     """Alone, the lowest site is where the graph begins; and a model may write into a site's output in place."""
     model, ids = tiny(name), samples()
-    for method, neuron in (("lrp", "signed"), ("lrp", "abs"), ("wanda", "abs"), ("magnitude", "abs"), ("random", "abs")):
+    for method, neuron in (("lrp", "signed"), ("lrp", "abs"), ("cp-lrp", "signed"), ("wanda", "abs"), ("magnitude", "abs"), ("random", "abs")):
         together = attribute(model, ids, method=method, neuron=neuron, sites=roles_of(model))
         for role in roles_of(model):
             alone = attribute(model, ids, method=method, neuron=neuron, sites=(role,))

@@ -46,7 +46,9 @@ def _relevance(
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             with _watched(sites, batch, settings, gathered):
-                target_of(model, batch).backward()
+                y = target_of(model, batch)
+                if y.requires_grad:  # not where CP-LRP holds constant all that the sites compute
+                    y.backward()
             sums.add(batch, gathered)
             yield batch
 
