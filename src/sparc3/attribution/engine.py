@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REDUCTIONS = ("mean", "mean_abs", "abs_mean")
-UNITS = ("neuron", "head")
+UNITS = ("neuron", "head", "weight")
+SUMS = ("float32", "float64", "bfloat16")
 
 
 def attribute(
@@ -37,6 +38,8 @@ def attribute(
     batch_tokens: int | str = "auto",
     truncate: bool = False,
     non_finite: str = "error",
+    sums_dtype: str = "float32",
+    sums_device: str = "cpu",
     progress: bool = False,
 ) -> Scores:
     """Score every unit of the sites on the samples.
@@ -45,7 +48,7 @@ def attribute(
         samples: a ReferenceSet, texts, or token-id lists. Methods magnitude and random look at none, an empty list will do.
         tokenizer: the model's own; not needed for token ids.
         method: lrp, cp-lrp, gradient, wanda, activation, magnitude, random (random:SEED).
-        unit: "neuron" or "head" (sites must be attn.o).
+        unit: "neuron", "head" (sites must be attn.o) or "weight".
         sites: canonical roles.
         target: predicted, label, contrast, completion (completion:N), next; see design section 2.2.
         neuron: "abs", Σ_j |R_W,ij| of each sample, or "signed", Σ_t ĝ_ti z_ti.
@@ -53,11 +56,15 @@ def attribute(
         batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch that does not fit
             into memory is halved.
         truncate: cut samples that are longer than the model's context instead of refusing them.
-        non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance.
+        non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
+            weights streams into its sums, so for it there is no skip.
+        sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
+            memory and rounds away what many samples add little by little.
+        sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
         progress: show a progress bar.
 
     Returns:
-        Scores, one float32 tensor a site: [out] for neurons, [heads] for heads.
+        Scores, one float32 tensor a site: [out] for neurons, [heads] for heads, [out, in] for weights, however the module stores them.
 
     Raises:
         UserError: a name nobody knows, samples that do not fit the model or the target, no sample left.
@@ -66,12 +73,14 @@ def attribute(
     """
     for kind, value, known in (
         ("unit", unit, UNITS), ("neuron", neuron, ("abs", "signed")), ("reduce", reduce, REDUCTIONS), ("non_finite", non_finite, ("error", "skip")),
+        ("sums_dtype", sums_dtype, SUMS),
     ):
         if value not in known:
             raise unknown(kind, value, known)
     parse_target(target)
     roles = (sites,) if isinstance(sites, str) else tuple(sites)
-    chosen, settings = settings_for(Settings(method, unit, target, neuron, reduce, non_finite=non_finite), roles)
+    asked_for = Settings(method, unit, target, neuron, reduce, 0, non_finite, sums_dtype, _device(sums_device))
+    chosen, settings = settings_for(asked_for, roles)
     where = sites_of(model, roles)
     sums = Sums(settings)
     references = None
@@ -87,7 +96,7 @@ def attribute(
         if sums.samples == 0:
             raise Sparc3Error(f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32")
     empty = torch.zeros(0, dtype=torch.float64)
-    values = {site.name: chosen.finish(site, sums.totals.get(site.name, empty), sums).float() for site in where}
+    values = {site.name: chosen.finish(site, sums.totals.pop(site.name, empty), sums).to("cpu", torch.float32) for site in where}
     for name, tensor in values.items():
         if not tensor.isfinite().all():
             raise NonFinite(f"the {method} scores of {name} are not finite; look at that weight, or load the model in float32")
@@ -123,6 +132,14 @@ def _taken_from(waiting: list[Batch]) -> Iterator[Batch]:
     """The last batch of the list, again and again, while whoever iterates takes what is done off its end."""
     while waiting:
         yield waiting[-1]
+
+
+def _device(name: str) -> str:
+    """The full name of a device, after a trial allocation."""
+    try:
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"sums_device is '{name}', which PyTorch does not have here; use cpu, or cuda where there is a GPU") from None
 
 
 def _budget(batch_tokens: int | str, device: torch.device) -> int:

@@ -13,6 +13,7 @@ from ..models import Site
 from .activations import activation, wanda
 from .relevance import cp_lrp, gradient, lrp
 from .sums import Settings, Sums
+from .weights import weighted
 
 Run = Callable[..., Iterator[Batch]]
 
@@ -43,12 +44,17 @@ class Method:
 def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
     """Mean over samples, or over target tokens where a sample has many (design, 2.2 and 2.5)."""
     many = sums.settings.target.partition(":")[0] in ("completion", "next")
-    mean = total / (sums.targets if many else sums.samples)
+    divisor = sums.targets if many else sums.samples
+    if sums.settings.unit == "weight":
+        return weighted(site, total, divisor, sums.settings.reduce)
+    mean = total / divisor
     return mean.abs() if sums.settings.reduce == "abs_mean" else mean
 
 
 def _wanda(site: Site, total: Tensor, sums: Sums) -> Tensor:
     """|W_ij| · ‖a_j‖₂; a neuron's is the sum over its row."""
+    if sums.settings.unit == "weight":
+        return _absolute(site).mul_(total.sqrt().float())
     return site.weight.detach().to("cpu", torch.float64).abs() @ total.sqrt()
 
 
@@ -57,13 +63,22 @@ def _per_token(site: Site, total: Tensor, sums: Sums) -> Tensor:
 
 
 def _magnitude(site: Site, total: Tensor, sums: Sums) -> Tensor:
-    """Σ_j |W_ij| of a neuron; Σ |W| over the columns of attn.o that read a head."""
+    """|W_ij|; Σ_j |W_ij| of a neuron; Σ |W| over the columns of attn.o that read a head."""
+    if sums.settings.unit == "weight":
+        return _absolute(site)
     weight = site.weight.detach().to("cpu", torch.float64).abs()
     return weight.sum(1) if sums.settings.unit == "neuron" else weight.sum(0).view(site.heads, -1).sum(1)
 
 
+def _absolute(site: Site) -> Tensor:
+    """|W| [out, in] in float32 on the CPU, a copy."""
+    return site.weight.detach().to("cpu", torch.float32, copy=True).abs_()
+
+
 def _random(site: Site, total: Tensor, sums: Sums) -> Tensor:
     seed = torch.Generator().manual_seed(zlib.crc32(f"{sums.settings.seed}/{site.name}".encode()))
+    if sums.settings.unit == "weight":
+        return torch.rand(site.out, site.inp, generator=seed)
     return torch.rand(site.out if sums.settings.unit == "neuron" else site.heads, generator=seed, dtype=torch.float64)
 
 
@@ -78,13 +93,13 @@ def register(method: Method) -> None:
 
 
 for _method in (
-    Method("lrp", lrp, _mean, ("neuron", "head"), targeted=True),
-    Method("cp-lrp", cp_lrp, _mean, ("neuron", "head"), targeted=True),
-    Method("gradient", gradient, _mean, ("neuron", "head"), targeted=True),
-    Method("wanda", wanda, _wanda, ("neuron",), why="Wanda weighs a weight by its input, and a head has no weight of its own"),
+    Method("lrp", lrp, _mean, ("neuron", "head", "weight"), targeted=True),
+    Method("cp-lrp", cp_lrp, _mean, ("neuron", "head", "weight"), targeted=True),
+    Method("gradient", gradient, _mean, ("neuron", "head", "weight"), targeted=True),
+    Method("wanda", wanda, _wanda, ("neuron", "weight"), why="Wanda weighs a weight by its input, and a head has no weight of its own"),
     Method("activation", activation, _per_token, ("neuron",), ("mlp.up",), why="an activation belongs to a neuron of mlp.up"),
-    Method("magnitude", None, _magnitude, ("neuron", "head")),
-    Method("random", None, _random, ("neuron", "head")),
+    Method("magnitude", None, _magnitude, ("neuron", "head", "weight")),
+    Method("random", None, _random, ("neuron", "head", "weight")),
 ):
     register(_method)
 
@@ -112,4 +127,9 @@ def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Se
             raise UserError(f"heads are scored at attn.o, not at '{role}'; use --sites attn.o")
         if method.roles and role not in method.roles:
             raise UserError(f"method {method.name} cannot score site '{role}': {method.why}; use {', '.join(method.roles)}")
+    if settings.unit == "weight" and method.targeted and settings.non_finite == "skip":
+        raise UserError(
+            "non_finite skip does not go with unit weight: its sums stream, and a sample cannot be taken out of them again; use error, "
+            "and leave out the sample that it names"
+        )
     return method, replace(settings, seed=int(settings.method.partition(":")[2] or 0))

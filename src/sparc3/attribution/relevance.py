@@ -15,6 +15,7 @@ from ..logits import logits_at
 from ..models import Site
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
+from .weights import weight_hook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def _relevance(
     with frozen(model), rules:
         for batch in batches:
             gathered: dict[str, Tensor] = {}
-            with _watched(sites, batch, settings, gathered):
+            with _watched(sites, batch, settings, gathered, sums):
                 y = target_of(model, batch)
                 if y.requires_grad:  # not where CP-LRP holds constant all that the sites compute
                     y.backward()
@@ -68,12 +69,14 @@ def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor]) -> Iterator[None]:
-    """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a sample."""
+def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums) -> Iterator[None]:
+    """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a sample, and of weights in `sums`."""
     with ExitStack() as stack:
         for site in sites:
             if settings.unit == "head":
                 hook = site.module.register_forward_pre_hook(_head_hook(site, batch, gathered))
+            elif settings.unit == "weight":
+                hook = site.module.register_forward_hook(weight_hook(site, batch, sums))
             else:
                 hook = site.module.register_forward_hook(_output_hook(site, batch, settings, gathered))
             stack.callback(hook.remove)

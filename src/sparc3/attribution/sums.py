@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import distributed
 from ..batches import Batch
 from ..errors import NonFinite
+from ..models import Site
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,19 @@ class Settings:
     reduce: str
     seed: int = 0
     non_finite: str = "error"
+    sums_dtype: str = "float32"
+    sums_device: str = "cpu"
 
 
 @dataclass
 class Sums:
-    """Sums over samples, on the CPU in float64, with the counts that divide them.
+    """Sums over samples, with the counts that divide them: on the CPU in float64, those of weights where and as the settings say.
 
     Attributes:
         totals: site name → sum over the samples so far.
         samples, tokens, targets: numbers of samples, of their tokens, of their target tokens.
         skipped: places, in the reference set, of samples left out because their relevance was not finite.
+        streamed: (place of a sample of the batch under way, site whose total holds it already).
     """
 
     settings: Settings
@@ -40,6 +44,7 @@ class Sums:
     tokens: int = 0
     targets: int = 0
     skipped: list[int] = field(default_factory=list)
+    streamed: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, batch: Batch, gathered: Mapping[str, Tensor]) -> None:
         """Add one row a sample from each site, leaving out samples that are not finite where the settings say so.
@@ -61,6 +66,7 @@ class Sums:
         for name, value in rows.items():
             kept = value[good].abs() if self.settings.reduce == "mean_abs" else value[good]
             self.totals[name] = self.totals.get(name, 0) + kept.sum(0)
+        self.streamed.clear()
         for row, sample in enumerate(batch.samples):
             if good[row]:
                 self.count(len(sample.ids), len(sample.positions))
@@ -72,14 +78,24 @@ class Sums:
         self.tokens += tokens
         self.targets += targets
 
+    def matrix(self, site: Site) -> Tensor:
+        """The running total [out, in] of a site's weights, zero at first; what streams is added to it in place."""
+        if site.name not in self.totals:
+            dtype = getattr(torch, self.settings.sums_dtype)
+            self.totals[site.name] = torch.zeros(site.out, site.inp, dtype=dtype, device=self.settings.sums_device)
+        return self.totals[site.name]
 
     def over_ranks(self, names: list[str]) -> "Sums":
         """The sums of all ranks together; each rank gets the same. `names` are the sites, which a rank without a sample lacks."""
         if distributed.world() == 1:
             return self
-        known = distributed.gather({name: tuple(total.shape) for name, total in self.totals.items()})
-        shapes = {name: shape for part in known for name, shape in part.items()}
-        totals = {name: self.totals.get(name, torch.zeros(shapes[name], dtype=torch.float64)) for name in names if name in shapes}
+        known = distributed.gather({name: (tuple(total.shape), total.dtype) for name, total in self.totals.items()})
+        kinds = {name: kind for part in known for name, kind in part.items()}
+        totals = {}
+        for name in (name for name in names if name in kinds):
+            shape, dtype = kinds[name]
+            total = self.totals.pop(name, None)
+            totals[name] = torch.zeros(shape, dtype=dtype) if total is None else total.cpu()
         counts = torch.tensor([self.samples, self.tokens, self.targets])
         distributed.sum_([*totals.values(), counts])
         skipped = sorted(index for part in distributed.gather(self.skipped) for index in part)

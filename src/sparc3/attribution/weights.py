@@ -1,0 +1,88 @@
+"""Weight relevance: Σ_t ĝ_t a_tᵀ streams from each site's backward step straight into the site's running total, and never into `.grad`.
+
+R_W = W ⊙ Σ_t ĝ_t a_tᵀ (design, 2.3), and W is the same for every sample: it is multiplied in once, at the end (`weighted`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Batch
+from ..errors import NonFinite
+from ..models import Site
+from .sums import Sums
+
+PIECE = 2**19
+"""Elements of one sample's matrix that are handled at once on a CPU, so that they are still in cache when they are added."""
+
+
+def weight_hook(site: Site, batch: Batch, sums: Sums) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value, to the site's total."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
+        z = output if output.requires_grad else output.detach().requires_grad_()
+        kept = [args[0].detach()]
+
+        def arrived(grad: Tensor | None) -> None:
+            a = kept.pop()  # let go here, so that activations leave memory as totals enter it
+            if grad is not None:
+                _stream(site, batch, sums, site.of(grad).reshape(*batch.ids.shape, -1), a.reshape(*batch.ids.shape, -1))
+
+        z.register_hook(arrived)
+        return z.clone() if site.role == "mlp.down" else z  # Falcon adds the attention's output to it in place
+
+    return hook
+
+
+def _stream(site: Site, batch: Batch, sums: Sums, grad: Tensor, a: Tensor) -> None:
+    """Add a batch, less what was in already when an earlier try at these samples ran out of memory."""
+    fresh = [row for row, sample in enumerate(batch.samples) if (sample.index, site.name) not in sums.streamed]
+    pairs = [(grad[row, : batch.lengths[row]], a[row, : batch.lengths[row]]) for row in fresh]
+    for row, (g, x) in zip(fresh, pairs, strict=True):
+        if not (g.sum(dtype=torch.float32) + x.sum(dtype=torch.float32)).isfinite():
+            raise NonFinite(
+                f"the relevance of sample {batch.samples[row].index} is not finite at {site.name}; look at that sample, leave it out, "
+                "or load the model in bfloat16 or float32"
+            )
+    if grad.device.type == "cpu" and grad.dtype in (torch.float16, torch.bfloat16):
+        pairs = [(g.float(), x.float()) for g, x in pairs]
+    if pairs:
+        add = add_absolute_ if sums.settings.reduce == "mean_abs" else add_signed_
+        add(sums.matrix(site), pairs)
+    sums.streamed.update((batch.samples[row].index, site.name) for row in fresh)
+
+
+def add_signed_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """total [out, in] += Σ_t ĝ_t a_tᵀ over all samples' pairs of ĝ [T, out] and a [T, in], as one product."""
+    g = pairs[0][0] if len(pairs) == 1 else torch.cat([g for g, _ in pairs])
+    a = pairs[0][1] if len(pairs) == 1 else torch.cat([a for _, a in pairs])
+    if (g.dtype, g.device) == (total.dtype, total.device):
+        total.addmm_(g.T, a)
+        return
+    for rows in _pieces(total, g.device):
+        total[rows] += (g[:, rows].T @ a).to(total.device)
+
+
+def add_absolute_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """total [out, in] += |Σ_t ĝ_t a_tᵀ| of each sample apart."""
+    for rows in _pieces(total, pairs[0][0].device):
+        part = total[rows]
+        for g, a in pairs:
+            part += (g[:, rows].T @ a).abs_().to(part.device)
+
+
+def _pieces(total: Tensor, device: torch.device) -> list[slice]:
+    """Row ranges of a total: small ones for a CPU's caches, all rows at once for a GPU."""
+    out, inp = total.shape
+    step = max(16, PIECE // inp) if device.type == "cpu" else out
+    return [slice(start, min(start + step, out)) for start in range(0, out, step)]
+
+
+def weighted(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
+    """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the reduction takes it."""
+    if not total.numel():  # CP-LRP holds the site constant
+        return torch.zeros(site.out, site.inp)
+    total.div_(divisor).mul_(site.weight.detach().to(total.device))
+    return total if reduce == "mean" else total.abs_()
