@@ -1,7 +1,9 @@
-"""What to do when an allocation fails: halve the batch and go on."""
+"""What to do when an allocation fails: halve the batch and go on. And how to need less."""
 
+import ctypes
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +14,22 @@ Made = TypeVar("Made")
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def give_back() -> None:
+    """Hand memory that was freed back to the system; otherwise glibc keeps it in pieces too small for the matrices that come next."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    """glibc's malloc_trim; None elsewhere."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 def in_batches(items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], list[Made]], done: Callable[[int], object] = int) -> list[Made]:

@@ -83,6 +83,7 @@ def attribute(
     chosen, settings = settings_for(asked_for, roles)
     where = sites_of(model, roles)
     sums = Sums(settings)
+    described = describe(model)
     references = None
     if chosen.run:
         references = ReferenceSet.of(samples)
@@ -100,7 +101,7 @@ def attribute(
     for name, tensor in values.items():
         if not tensor.isfinite().all():
             raise NonFinite(f"the {method} scores of {name} are not finite; look at that weight, or load the model in float32")
-    return Scores(values, _provenance(model, settings, roles, sums, references))
+    return Scores(values, _provenance(described, settings, roles, sums, references))
 
 
 def _add_all(model: "PreTrainedModel", method: Method, sites: list[Any], sums: Sums, batches: list[Batch], progress: bool) -> None:
@@ -152,7 +153,7 @@ def _budget(batch_tokens: int | str, device: torch.device) -> int:
 
 
 def _provenance(
-    model: "PreTrainedModel", settings: Settings, roles: tuple[str, ...], sums: Sums, references: ReferenceSet | None
+    model: dict[str, str], settings: Settings, roles: tuple[str, ...], sums: Sums, references: ReferenceSet | None
 ) -> dict[str, Any]:
     return {
         "method": settings.method,
@@ -165,7 +166,7 @@ def _provenance(
         "tokens": sums.tokens,
         "targets": sums.targets,
         "skipped": sums.skipped,
-        "model": describe(model),
+        "model": model,
         "samples_fingerprint": references.fingerprint if references else None,
         "version": __version__,
     }

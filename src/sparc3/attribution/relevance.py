@@ -72,11 +72,11 @@ def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
 def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums) -> Iterator[None]:
     """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a sample, and of weights in `sums`."""
     with ExitStack() as stack:
-        for site in sites:
+        for index, site in enumerate(sites):
             if settings.unit == "head":
                 hook = site.module.register_forward_pre_hook(_head_hook(site, batch, gathered))
             elif settings.unit == "weight":
-                hook = site.module.register_forward_hook(weight_hook(site, batch, sums))
+                hook = site.module.register_forward_hook(weight_hook(site, batch, sums, first=not index or sites[index - 1].layer != site.layer))
             else:
                 hook = site.module.register_forward_hook(_output_hook(site, batch, settings, gathered))
             stack.callback(hook.remove)

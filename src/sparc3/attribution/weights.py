@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch
 from ..errors import NonFinite
+from ..memory import give_back
 from ..models import Site
 from .sums import Sums
 
@@ -17,8 +18,12 @@ PIECE = 2**19
 """Elements of one sample's matrix that are handled at once on a CPU, so that they are still in cache when they are added."""
 
 
-def weight_hook(site: Site, batch: Batch, sums: Sums) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value, to the site's total."""
+def weight_hook(site: Site, batch: Batch, sums: Sums, *, first: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value, to the site's total.
+
+    Args:
+        first: whether no earlier site of its layer is watched, so that the backward pass leaves the layer's sites with it.
+    """
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
@@ -29,6 +34,9 @@ def weight_hook(site: Site, batch: Batch, sums: Sums) -> Callable[[nn.Module, tu
             a = kept.pop()  # let go here, so that activations leave memory as totals enter it
             if grad is not None:
                 _stream(site, batch, sums, site.of(grad).reshape(*batch.ids.shape, -1), a.reshape(*batch.ids.shape, -1))
+            if first:
+                del a
+                give_back()
 
         z.register_hook(arrived)
         return z.clone() if site.role == "mlp.down" else z  # Falcon adds the attention's output to it in place
