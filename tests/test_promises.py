@@ -13,7 +13,7 @@ SOURCE = Path(sparc3.__file__).parent
 LAYERS = [
     {"version", "errors", "files", "distributed", "memory", "schema", "families"},
     {"samples", "scores", "circuit", "results", "models", "demo"},
-    {"batches", "logits"},
+    {"batches", "logits", "circuits", "ranking"},
     {"attribution", "selection", "ablation", "evaluation", "report"},
     {"recipe"},
     {"experiment"},

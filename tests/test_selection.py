@@ -9,8 +9,9 @@ import torch
 from tests.tiny import tiny
 
 from sparc3 import Circuit, Scores, UserError, ablate_, ablated, attribute, contrast, export, load_model, select
+from sparc3.circuits import union
 from sparc3.errors import DamagedFile, NonFinite
-from sparc3.selection import candidates, excluding, random_like, union
+from sparc3.selection import candidates, excluding, random_like
 
 MODEL = {"id": "m", "architecture": "llama", "fingerprint": "f"}
 

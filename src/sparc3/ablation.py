@@ -33,37 +33,76 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
     try:
         with torch.no_grad():
             for tensor, index in targets:
-                kept.append((tensor, index, tensor[index].clone()))
-                tensor[index] = 0
+                kept.append((tensor, index, _values(tensor, index)))
+                _zero_(tensor, index)
         yield model
     finally:
         with torch.no_grad():
             for tensor, index, values in reversed(kept):
-                tensor[index] = values
+                if _is_mask(index):
+                    tensor.masked_scatter_(index, values)
+                else:
+                    tensor[index] = values
 
 
 def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
     """Set the circuit's units to zero for good (design, 2.9). Raises UserError as `ablated` does."""
     with torch.no_grad():
         for tensor, index in _targets(model, circuit):
-            tensor[index] = 0
+            _zero_(tensor, index)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
+
+
+def _values(tensor: Tensor, index: Any) -> Tensor:
+    """A copy of the values at the index, and of no other. A mask needs no list of places, which would be larger than the matrix."""
+    return tensor.masked_select(index) if _is_mask(index) else tensor[index].clone()
+
+
+def _zero_(tensor: Tensor, index: Any) -> None:
+    if _is_mask(index):
+        tensor.masked_fill_(index, 0)
+    else:
+        tensor[index] = 0
 
 
 def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, Any]]:
-    """The (tensor, index) pairs that are to be zero: rows of mlp.up and its bias, or the columns of attn.o that read a head."""
+    """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head, or a mask of weights."""
     known = {site.name: site for site in sites_of(model, [role for role in ROLES if role in family_of(model).roles])}
     targets: list[tuple[Tensor, Any]] = []
-    for name, indices in circuit.members.items():
+    for name, units in circuit.members.items():
         if name not in known:
             raise UserError(f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was made on")
         site = known[name]
-        units = site.out if circuit.unit == "neuron" else site.heads
-        if indices and max(indices) >= units:
-            raise UserError(f"the circuit names {circuit.unit} {max(indices)} of {name}, which has {units}; use the model it was made on")
+        _require_fit(site, circuit.unit, units)
         if not site.stored.is_floating_point():
             raise UserError(f"{name} holds quantised weights, which cannot be set to zero in place; ablate the unquantised model")
-        targets += _of_site(site, circuit.unit, list(indices))
+        targets += [(site.stored, _stored_mask(site, units))] if circuit.unit == "weight" else _of_site(site, circuit.unit, list(units))
     return targets
+
+
+def _require_fit(site: Site, unit: str, units: Any) -> None:
+    if unit == "weight":
+        if tuple(units.shape) != (site.out, site.inp):
+            raise UserError(
+                f"the circuit has shape {tuple(units.shape)} at {site.name}, which has {(site.out, site.inp)}; use the model it was made on"
+            )
+        return
+    there = site.out if unit == "neuron" else site.heads
+    if units and max(units) >= there:
+        raise UserError(f"the circuit names {unit} {max(units)} of {site.name}, which has {there}; use the model it was made on")
+
+
+def _stored_mask(site: Site, mask: Tensor) -> Tensor:
+    """The site's mask [out, in] as one of everything that its module stores."""
+    mask = mask.to(site.stored.device)
+    if site.rows is None:
+        return mask
+    whole = torch.zeros(site.stored.shape, dtype=torch.bool, device=mask.device)
+    whole[site.stored_rows(torch.arange(site.out, device=mask.device))] = mask
+    return whole
 
 
 def _of_site(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, Any]]:
@@ -80,7 +119,7 @@ def _of_site(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, An
 def export(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", circuit: Circuit, out: str | os.PathLike[str], *, results: Results | None = None
 ) -> Path:
-    """Write the model without the circuit as an ordinary Hugging Face checkpoint, with circuit.json and a model card.
+    """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and a model card.
 
     The folder appears whole or not at all. Raises UserError where `out` exists and is not an empty folder.
     """
@@ -97,7 +136,7 @@ def export(
         with ablated(model, circuit):
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        circuit.save(temporary / "circuit.json")
+        circuit.save(temporary / f"circuit{circuit.suffix}")
         (temporary / "README.md").write_text(_model_card(source, circuit, results), encoding="utf-8")
         temporary.chmod(0o755)
         if path.exists():
@@ -108,6 +147,12 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _listed(circuit: Circuit, site: str) -> str:
+    """The site's members by index, or, of weights, how many they are."""
+    units, count = circuit.members[site], circuit.counts[site]
+    return f"{count:,} of {units.numel():,} ({count / units.numel():.1%})" if circuit.unit == "weight" else ", ".join(map(str, units))
 
 
 def _model_card(source: dict[str, str], circuit: Circuit, results: Results | None) -> str:
@@ -130,13 +175,13 @@ def _model_card(source: dict[str, str], circuit: Circuit, results: Results | Non
         f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
         f"| contrast | {scores.get('contrast', '-')} |",
         f"| selection | {', '.join(f'{k} {v}' for k, v in selection.items() if v is not None) or '-'} |",
-        f"| circuit | `circuit.json`, fingerprint {circuit.fingerprint} |",
+        f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint} |",
         "",
         "## What was removed",
         "",
         f"| module | {circuit.unit}s |",
         "|---|---|",
-        *(f"| {site} | {', '.join(map(str, indices))} |" for site, indices in circuit.members.items() if indices),
+        *(f"| {site} | {_listed(circuit, site)} |" for site, count in circuit.counts.items() if count),
         "",
         "## What it measured",
         "",

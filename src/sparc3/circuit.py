@@ -1,43 +1,72 @@
-"""Circuit: a set of units of one model. The third noun on disk (`circuit.json`, `sparc3.circuit/1`)."""
+"""Circuit: a set of units of one model. The third noun on disk (`sparc3.circuit/1`: circuit.json, or circuit.safetensors for weights)."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DamagedFile, UserError
-from .files import fingerprint, read_json, write_json
+from .files import fingerprint, read_json, whole_file, write_json
+from .scores import digest, load_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 FORMAT = "sparc3.circuit/1"
 UNITS = ("neuron", "head", "weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Circuit:
     """A set of units; removing it is an ablation.
 
     Attributes:
-        unit: "neuron" or "head".
-        members: module name → indices, ascending. The module of a neuron is its `mlp.up`, that of a head its `attn.o`.
+        unit: "neuron", "head" or "weight".
+        members: module name → which of its units: indices, ascending, of neurons (the module is their `mlp.up`) and heads (their
+            `attn.o`); of weights a bool tensor [out, in] on the CPU, true at the members.
         model: id, architecture and fingerprint of the model it was found on.
         provenance: the selection and the scores it came from.
     """
 
     unit: str
-    members: Mapping[str, tuple[int, ...]]
+    members: Mapping[str, Any]
     model: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return sum(len(indices) for indices in self.members.values())
+        return sum(self.counts.values())
 
-    @property
+    def __eq__(self, other: object) -> bool:
+        """The same units of the same model, found in the same way."""
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        return (self.fingerprint, self.model, self.provenance) == (other.fingerprint, other.model, other.provenance)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Module name → how many of its units are members."""
+        return {name: int(units.sum()) if self.unit == "weight" else len(units) for name, units in self.members.items()}
+
+    @cached_property
     def fingerprint(self) -> str:
         """Names the set of units, whatever way it was found."""
+        if self.unit == "weight":
+            packed = {name: packed_bits(mask) for name, mask in self.members.items() if self.counts[name]}
+            shapes = {name: list(self.members[name].shape) for name in packed}
+            return fingerprint({"unit": self.unit, "shapes": shapes, "bits": {name: digest({"": bits}) for name, bits in packed.items()}})
         return fingerprint({"unit": self.unit, "members": {k: list(v) for k, v in self.members.items() if v}})
+
+    @property
+    def suffix(self) -> str:
+        """What the name of its file ends in: ".json", or ".safetensors" for weights."""
+        return ".safetensors" if self.unit == "weight" else ".json"
 
     def require_model(self, model: "PreTrainedModel") -> None:
         """Raise UserError unless this circuit was found on exactly these weights."""
@@ -51,13 +80,30 @@ class Circuit:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write readable JSON, or packed masks as safetensors for weights. Raises UserError where the name does not end as `suffix` says."""
+        if Path(path).suffix != self.suffix:
+            raise UserError(f"a circuit of {self.unit}s is a {self.suffix} file, which {path} is not; name it so that it ends in {self.suffix}")
+        if self.unit == "weight":
+            self._save_masks(path)
+            return
         members = {name: list(indices) for name, indices in self.members.items()}
-        content = {"format": FORMAT, "unit": self.unit, "model": self.model, "members": members, "provenance": self.provenance}
-        write_json(path, content)
+        write_json(path, {"format": FORMAT, "unit": self.unit, "model": self.model, "members": members, "provenance": self.provenance})
+
+    def _save_masks(self, path: str | os.PathLike[str]) -> None:
+        from safetensors.torch import save_file
+
+        packed = {name: packed_bits(mask) for name, mask in self.members.items()}
+        shapes = {name: list(mask.shape) for name, mask in self.members.items()}
+        header = {"format": FORMAT, "unit": self.unit, "shapes": shapes, "model": self.model, "provenance": self.provenance}
+        header["sha256"] = _checksum(header, packed)
+        with whole_file(path) as temporary:
+            save_file(packed, temporary, {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Circuit":
-        """Read circuit.json. Raises UserError for another kind of file, DamagedFile where its content makes no sense."""
+        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where its content makes no sense."""
+        if Path(path).suffix == ".safetensors":
+            return cls._load_masks(path)
         content = read_json(path, FORMAT)
         members, unit = content.get("members"), content.get("unit")
         good = unit in UNITS[:2] and isinstance(members, dict) and all(
@@ -67,3 +113,36 @@ class Circuit:
             raise DamagedFile(f"{path}: unit, members, model and provenance are not as {FORMAT} has them; make it again")
         assert isinstance(members, dict)
         return cls(str(unit), {k: tuple(sorted(v)) for k, v in members.items()}, content["model"], content["provenance"])
+
+    @classmethod
+    def _load_masks(cls, path: str | os.PathLike[str]) -> "Circuit":
+        packed, header = load_tensors(path, FORMAT)
+        checksum = header.pop("sha256", None)
+        if checksum != _checksum({"format": FORMAT, **header}, packed):
+            raise DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
+        shapes = header.get("shapes", {})
+        fits = shapes.keys() == packed.keys() and all(packed[name].numel() == -(-out * inp // 8) for name, (out, inp) in shapes.items())
+        if header.get("unit") != "weight" or not fits:
+            raise DamagedFile(f"{path}: unit, shapes and masks are not as {FORMAT} has them; make it again")
+        return cls(header["unit"], {name: mask_of(packed[name], shape) for name, shape in shapes.items()}, header["model"], header["provenance"])
+
+
+def packed_bits(mask: "Tensor") -> "Tensor":
+    """The bool mask [out, in] as bytes of eight weights each, row after row, the first weight in the highest bit."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.packbits(mask.contiguous().view(torch.uint8).numpy().reshape(-1)))
+
+
+def mask_of(packed: "Tensor", shape: list[int]) -> "Tensor":
+    """The bool mask that `packed_bits` packed."""
+    import numpy
+    import torch
+
+    count = shape[0] * shape[1]
+    return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count)).view(torch.bool).view(*shape)
+
+
+def _checksum(header: dict[str, Any], packed: Mapping[str, "Tensor"]) -> str:
+    return fingerprint({"header": header, "masks": digest({name: packed[name] for name in sorted(packed)})})

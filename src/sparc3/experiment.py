@@ -15,6 +15,7 @@ from . import distributed
 from .ablation import ablated
 from .attribution import attribute
 from .circuit import Circuit
+from .circuits import union
 from .errors import DamagedFile, UserError
 from .evaluation.evaluate import evaluated_on, fingerprint_of, measure, prepare, to_results
 from .evaluation.metrics import Prepared, ToxicitySettings, require_metric
@@ -29,7 +30,7 @@ from .report import write_report
 from .results import Results
 from .samples import ReferenceSet, Request, gather, is_path, overlap
 from .scores import Scores
-from .selection import candidates, contrast, excluding, random_like, select, union
+from .selection import candidates, contrast, excluding, random_like, select
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -283,13 +284,13 @@ class _Run:
                 part = select(contrast_scores, count=now, scope=chosen.scope)
             else:
                 part = select(contrast_scores, fraction=chosen.fraction, scope=chosen.scope)
-            found = union(found, part)
+            found = replace(union(found, part), provenance=part.provenance)
         made_from = fingerprint({"selection": chosen.model_dump(), "scores": first.fingerprint, "units": found.fingerprint})
         found = replace(found, model=self.described, provenance={**found.provenance, "made_from": made_from})
         if distributed.is_main():
             first.save(self.folder / "scores/contrast.safetensors")
-            found.save(self.folder / "circuit.json")
-        log.info("circuit: %d of %d %ss in %d sites", len(found), first.units, found.unit, sum(1 for m in found.members.values() if m))
+            found.save(self.folder / f"circuit{found.suffix}")
+        log.info("circuit: %d of %d %ss in %d sites", len(found), first.units, found.unit, sum(1 for n in found.counts.values() if n))
         return found, first
 
     # evaluation ----------------------------------------------------------------------------------------------------

@@ -51,14 +51,14 @@ class Scores(Mapping[str, "Tensor"]):
     @property
     def fingerprint(self) -> str:
         """Names the content: values and provenance."""
-        return fingerprint({"provenance": self.provenance, "tensors": _digest(self.values_)})
+        return fingerprint({"provenance": self.provenance, "tensors": digest(self.values_)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; the header holds the format, the order of the sites, the provenance and a checksum."""
         from safetensors.torch import save_file
 
         tensors = {name: tensor.contiguous() for name, tensor in self.values_.items()}
-        header = {"format": FORMAT, "sites": list(tensors), **self.provenance, "sha256": _digest(tensors)}
+        header = {"format": FORMAT, "sites": list(tensors), **self.provenance, "sha256": digest(tensors)}
         with whole_file(path) as temporary:
             save_file(tensors, temporary, {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()})
 
@@ -70,7 +70,7 @@ class Scores(Mapping[str, "Tensor"]):
         if not isinstance(names, list) or set(names) != set(tensors):
             raise DamagedFile(f"{path}: its list of sites does not fit its tensors; make it again")
         ordered = {name: tensors[name] for name in names}
-        if checksum != _digest(ordered):
+        if checksum != digest(ordered):
             raise DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
         return cls(ordered, header)
 
@@ -99,11 +99,12 @@ def _parsed(value: str) -> Any:
         return value
 
 
-def _digest(tensors: Mapping[str, "Tensor"]) -> str:
+def digest(tensors: Mapping[str, "Tensor"]) -> str:
+    """The SHA-256 of names, shapes, types and values, in their order."""
     import torch
 
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in tensors.items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

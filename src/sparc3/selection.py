@@ -1,7 +1,9 @@
 """Contrast and selection: from scores to a circuit. Needs no model; the scientific heart of the method."""
 
 import math
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -9,10 +11,11 @@ from torch import Tensor
 
 from .circuit import Circuit
 from .errors import NonFinite, UserError, unknown
+from .ranking import lowest, lowest_in_rows
 from .scores import Scores
 from .version import __version__
 
-SCOPES = ("global", "site")
+SCOPES = ("global", "site", "row")
 ORDERS = ("lowest", "highest")
 
 
@@ -97,35 +100,93 @@ def select(
     """The units with the lowest (or highest) scores, as a circuit. Deterministic: ties go by site order, then by index.
 
     Args:
-        count: how many; with scope "site", in each site.
+        count: how many; with scope "site" in each site, with "row" in each output row.
         fraction: or which share of the units, rounded down.
-        scope: "global", over all sites together, or "site", in each site apart.
+        scope: "global", over all sites together; "site", in each site apart; of weights also "row", in each output row apart, or "n:m"
+            such as "2:4": n of every m consecutive inputs, without count or fraction.
         order: "lowest" or "highest".
 
     Raises:
         UserError: both or neither of count and fraction, more than there are, or, after a matched contrast, more than there are
-            candidates below zero.
+            candidates below zero; a scope that does not fit the units, or an m that does not divide the rows.
         NonFinite: a NaN or Inf among the scores.
     """
-    for kind, value, known in (("scope", scope, SCOPES), ("order", order, ORDERS)):
-        if value not in known:
-            raise unknown(kind, value, known)
+    groups = parse_scope(scope)
+    if order not in ORDERS:
+        raise unknown("order", order, ORDERS)
+    _require_size(count, fraction, scope)
+    for name, tensor in scores.items():
+        if not tensor.isfinite().all():
+            raise NonFinite(f"the scores of {name} hold a NaN or Inf at unit {int((~tensor.isfinite()).nonzero()[0][0])}; attribute again")
+    if scope == "row" or groups:
+        masks = _in_rows(scores, count, fraction, groups, order)
+    else:
+        masks = {}
+        for names in [list(scores)] if scope == "global" else [[name] for name in scores]:
+            wanted = _wanted(scores, names, count, fraction, order)
+            masks |= dict(zip(names, lowest([scores[name] for name in names], wanted, highest=order == "highest"), strict=True))
+    members = {name: _members(scores.unit, mask) for name, mask in masks.items() if mask.any()}
+    return Circuit(scores.unit, members, dict(scores.provenance.get("model") or {}), {
+        "selection": {"count": count, "fraction": fraction, "scope": scope, "order": order},
+        "scores": {**scores.provenance, "fingerprint": scores.fingerprint},
+        "sizes": {name: tensor.numel() for name, tensor in scores.items()},
+        "version": __version__,
+    })  # fmt: skip
+
+
+def parse_scope(scope: str) -> tuple[int, int] | None:
+    """(2, 4) of "2:4", None of a scope with a name. Raises UserError for an unknown one, or groups that make no sense."""
+    if scope in SCOPES:
+        return None
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", scope)
+    if not found:
+        raise unknown("scope", scope, [*SCOPES, "2:4", "4:8"])
+    n, m = int(found[1]), int(found[2])
+    if not 0 < n < m:
+        raise UserError(f"scope {scope} would take {n} of every {m} inputs; give n:m with n below m and above zero, such as 2:4")
+    return n, m
+
+
+def _require_size(count: int | None, fraction: float | None, scope: str) -> None:
+    if ":" in scope:
+        if count is not None or fraction is not None:
+            raise UserError(f"scope {scope} says how many weights go; leave count and fraction out")
+        return
     if (count is None) == (fraction is None):
         raise UserError("give either a count or a fraction of units to select")
     if fraction is not None and not 0 <= fraction < 1:
         raise UserError(f"fraction is {fraction}; give a number from 0 up to, but not including, 1")
     if count is not None and (count < 0 or count != int(count)):
         raise UserError(f"count is {count}; give a whole number that is not negative")
+
+
+def _in_rows(scores: Scores, count: int | None, fraction: float | None, groups: tuple[int, int] | None, order: str) -> dict[str, Tensor]:
+    """Masks that take the same number from every row, or from every group of m inputs."""
+    scope = "row" if groups is None else f"{groups[0]}:{groups[1]}"
+    if scores.unit != "weight":
+        raise UserError(f"scope {scope} is for weights, and these are scores of {scores.unit}s; use scope global or site")
+    if _candidates_only(scores):
+        raise UserError(f"scope {scope} takes as many of every row, and a matched contrast has candidates below zero only; use scope global or site")
+    masks = {}
     for name, tensor in scores.items():
-        if not tensor.isfinite().all():
-            raise NonFinite(f"the scores of {name} hold a NaN or Inf at unit {int((~tensor.isfinite()).nonzero()[0][0])}; attribute again")
-    groups = [list(scores)] if scope == "global" else [[name] for name in scores]
-    members: dict[str, tuple[int, ...]] = {}
-    for names in groups:
-        members |= _chosen(scores, names, count, fraction, order, _candidates_only(scores))
-    selection = {"count": count, "fraction": fraction, "scope": scope, "order": order}
-    provenance = {"selection": selection, "scores": {**scores.provenance, "fingerprint": scores.fingerprint}, "version": __version__}
-    return Circuit(scores.unit, members, dict(scores.provenance.get("model") or {}), provenance)
+        columns = tensor.shape[1]
+        if groups and columns % groups[1]:
+            raise UserError(f"scope {scope} does not divide the rows of {name}, which have {columns} inputs; choose another scope or other sites")
+        wanted = groups[0] if groups else count if count is not None else share(fraction, columns)
+        if wanted > columns:
+            raise UserError(f"{wanted} weights were asked for in each row, and the rows of {name} have {columns}; ask for fewer")
+        rows = tensor.reshape(-1, groups[1]) if groups else tensor
+        masks[name] = lowest_in_rows(rows, wanted, highest=order == "highest").view(tensor.shape)
+    return masks
+
+
+def share(fraction: float | None, units: int) -> int:
+    """That fraction of the units, rounded down as its decimal digits say: 0.29 of 100 is 29."""
+    return math.floor(Fraction(str(float(fraction or 0))) * units)
+
+
+def _members(unit: str, mask: Tensor) -> Any:
+    return mask if unit == "weight" else tuple(mask.nonzero()[:, 0].tolist())
 
 
 def candidates(scores: Scores) -> int:
@@ -137,56 +198,42 @@ def _candidates_only(scores: Scores) -> bool:
     return scores.provenance.get("contrast") == "matched"
 
 
-def _chosen(
-    scores: Scores, names: list[str], count: int | None, fraction: float | None, order: str, below_zero: bool
-) -> dict[str, tuple[int, ...]]:
-    flat = torch.cat([scores[name].reshape(-1) for name in names])
-    wanted = count if count is not None else int((fraction or 0) * flat.numel())
+def _wanted(scores: Scores, names: list[str], count: int | None, fraction: float | None, order: str) -> int:
+    """How many units of these sites together. Raises UserError where there are fewer."""
+    there = sum(scores[name].numel() for name in names)
+    wanted = int(count) if count is not None else share(fraction, there)
     place = "" if len(names) > 1 or len(scores) == 1 else f" in {names[0]}"
-    if wanted > flat.numel():
-        raise UserError(f"{wanted} {scores.unit}s were asked for and there are {flat.numel()}{place}; ask for fewer")
-    if below_zero and order == "lowest" and wanted > (left := int((flat < 0).sum())):
+    if wanted > there:
+        raise UserError(f"{wanted} {scores.unit}s were asked for and there are {there}{place}; ask for fewer")
+    if _candidates_only(scores) and order == "lowest" and wanted > (left := sum(int((scores[name] < 0).sum()) for name in names)):
         raise UserError(
             f"{wanted} {scores.unit}s were asked for, and the matched contrast has {left} candidates below zero{place}; "
             "ask for fewer, or lower the penalty"
         )
-    first = torch.sort(flat, stable=True, descending=order == "highest").indices[:wanted].sort().values
-    members: dict[str, tuple[int, ...]] = {}
-    start = 0
-    for name in names:
-        inside = first[(first >= start) & (first < start + scores[name].numel())] - start
-        if len(inside):
-            members[name] = tuple(inside.tolist())
-        start += scores[name].numel()
-    return members
+    return wanted
 
 
 def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circuit:
     """As many random units in each site as the circuit has there: one draw of its null.
 
     Args:
-        sizes: module name → number of units of that site.
+        sizes: module name → number of units of that site; not looked at for weights, whose masks say it.
     """
-    members = {}
-    for site, indices in circuit.members.items():
+    members: dict[str, Any] = {}
+    for site, count in circuit.counts.items():
         generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(map(ord, site)))
-        members[site] = tuple(torch.randperm(sizes[site], generator=generator)[: len(indices)].sort().values.tolist())
+        if circuit.unit == "weight":
+            members[site] = lowest([torch.rand(circuit.members[site].shape, generator=generator)], count)[0]
+        else:
+            members[site] = tuple(torch.randperm(sizes[site], generator=generator)[:count].sort().values.tolist())
     provenance: dict[str, Any] = {"null_of": circuit.fingerprint, "seed": seed, "version": __version__}
     return Circuit(circuit.unit, members, circuit.model, provenance)
-
-
-def union(one: Circuit, other: Circuit) -> Circuit:
-    """The units of either circuit, with the model of the first and the provenance of the second. Raises UserError where their units differ."""
-    if one.unit != other.unit:
-        raise UserError(f"a circuit of {one.unit}s and one of {other.unit}s have no union")
-    members = {site: tuple(sorted({*one.members.get(site, ()), *other.members.get(site, ())})) for site in {**one.members, **other.members}}
-    return Circuit(one.unit, members, one.model, other.provenance)
 
 
 def excluding(scores: Scores, circuit: Circuit) -> Scores:
     """The scores with the circuit's units last in line: they get the highest score there is, and at least zero."""
     last = max(0.0, *(float(tensor.max()) for tensor in scores.values()))
     values = {name: tensor.clone() for name, tensor in scores.items()}
-    for site, indices in circuit.members.items():
-        values[site][list(indices)] = last
+    for site, units in circuit.members.items():
+        values[site][units if circuit.unit == "weight" else list(units)] = last
     return Scores(values, {**scores.provenance, "excluding": circuit.fingerprint})
