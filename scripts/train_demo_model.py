@@ -7,6 +7,7 @@ import argparse
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +34,17 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
     )
+
+
+def single_rows(tokenizer: PreTrainedTokenizerFast, batch: int) -> Iterator[torch.Tensor]:
+    """Batches of one document a row, every other one about an indirect object; padded on the right.
+
+    Copying the right name is learned far sooner when no other document's names are in sight.
+    """
+    documents, gifts = texts("mixture", "train", seed=1), texts("ioi", "train", seed=1)
+    while True:
+        batch_texts = [next(source).text + "\n\n" for source in itertools.islice(itertools.cycle((documents, gifts)), batch)]
+        yield tokenizer(batch_texts, return_tensors="pt", padding=True, truncation=True, max_length=ROW)["input_ids"]
 
 
 def make_rows(tokenizer: PreTrainedTokenizerFast, tokens: int) -> torch.Tensor:
@@ -62,10 +74,11 @@ def ioi_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("src/sparc3/demo/model"))
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=1400, help="steps on rows of one and of many documents in turn")
+    parser.add_argument("--warm", type=int, default=300, help="steps before, on rows of one document")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--sparsity", type=float, default=0.0, help="weight of the mean |MLP activation| in the loss")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--sparsity", type=float, default=0.02, help="weight of the mean |MLP activation| in the loss")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -78,7 +91,7 @@ def main() -> None:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    rows = make_rows(tokenizer, tokens=args.steps * args.batch * ROW)
+    rows = make_rows(tokenizer, tokens=(args.steps // 2 + 1) * args.batch * ROW)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, {rows.numel():,} tokens")
 
     activity: list[torch.Tensor] = []
@@ -91,14 +104,17 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
     )
-    warmup = 100
+    warmup, steps = 50, args.warm + args.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(s / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / args.steps))))
+        optimizer, lambda s: min(s / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
     )
+    singles = single_rows(tokenizer, 2 * args.batch)
     began = time.time()
-    for step in range(args.steps):
-        batch = rows[step * args.batch : (step + 1) * args.batch]
-        loss = model(input_ids=batch, labels=batch).loss
+    for step in range(steps):
+        # From then on both kinds of rows take turns: single documents are what prompts look like, packed ones what perplexity sees.
+        packed = (step - args.warm) // 2 * args.batch
+        batch = next(singles) if step < args.warm or step % 2 else rows[packed : packed + args.batch]
+        loss = model(input_ids=batch, labels=batch.masked_fill(batch == tokenizer.pad_token_id, -100)).loss
         total = loss + args.sparsity * torch.stack(activity).mean() if activity else loss
         activity.clear()
         optimizer.zero_grad()
@@ -106,9 +122,9 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 500 == 499:
-            print(f"  indirect objects right: {ioi_accuracy(model, tokenizer):.0%}")
-        if step % 100 == 0 or step == args.steps - 1:
+        if step % 200 == 199:
+            print(f"  indirect objects right: {ioi_accuracy(model, tokenizer):.0%}", flush=True)
+        if step % 100 == 0 or step == steps - 1:
             print(f"step {step}: loss {loss.item():.4f}, {time.time() - began:.0f} s", flush=True)
 
     model.eval().to(torch.float16).save_pretrained(args.out)

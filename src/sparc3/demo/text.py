@@ -113,7 +113,7 @@ def _story(r: random.Random) -> DemoText:
     thing, adjective, place = r.choice(THINGS), r.choice(ADJECTIVES), r.choice(PLACES)
     speech = r.choice((
         f"Look, I found a {adjective} {thing}!", f"Let us go to the {place}!", f"Can I play with the {thing}?",
-        "You are my best friend!", f"What a {adjective} {thing} you have!", f"I love the {place}!",
+        "This is the best day!", f"See the {adjective} {thing} over there!", f"I love the {place}!",
     ))
     mood = r.choice(("happy", "very happy", "glad", "proud"))
     said = r.choice((f"{name} was {mood} and {r.choice(LOUD)},", f"{name} was {mood} and {r.choice(CALM)},", f"{name} said,", f"{name} asked,"))
