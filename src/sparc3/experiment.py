@@ -18,7 +18,7 @@ from .circuit import Circuit
 from .circuits import union
 from .errors import DamagedFile, UserError
 from .evaluation.evaluate import evaluated_on, fingerprint_of, measure, prepare, to_results
-from .evaluation.metrics import Prepared, ToxicitySettings, require_metric
+from .evaluation.metrics import Prepared, SampledSettings, ToxicitySettings, require_metric
 from .evaluation.observations import Evaluation
 from .evaluation.scorers import lexicon_words
 from .evaluation.statistics import pooled
@@ -217,6 +217,8 @@ class _Run:
 
     def prepare(self, name: str) -> Prepared:
         settings = self.recipe.metrics()[name]
+        if not isinstance(settings, SampledSettings):
+            return prepare(name, settings, self.model, self.tokenizer)
         taken: dict[str, frozenset[str]] = {}
         for reference, spec in self.recipe.references.items():
             held = frozenset(s.text for s in self.references[reference] if s.text)

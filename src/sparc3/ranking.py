@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-PIECE = 2**22
+PIECE = 2**20
 """Numbers looked at at once: what is held besides the numbers and the masks is a few times this."""
 DIGIT = 16
 """Bits of a number that one pass tells apart."""

@@ -11,7 +11,7 @@ from ..models import describe
 from ..results import Difference, Results
 from ..samples import ReferenceSet, Request, Sample, corpus, gather
 from ..version import __version__
-from .metrics import IOISettings, MetricSettings, Prepared, PromptSettings, ToxicitySettings, parse_metrics, require_metric
+from .metrics import IOISettings, MetricSettings, Prepared, PromptSettings, SampledSettings, ToxicitySettings, parse_metrics, require_metric
 from .observations import Evaluation, Observations
 from .statistics import difference, measurement
 from .toxicity import completion_scores
@@ -64,6 +64,10 @@ def prepare(
         taken: source → prompts that the reference sets of this run hold from it.
     """
     metric = require_metric(name)
+    if metric.ready:
+        metric.ready(settings)
+    if not isinstance(settings, SampledSettings):
+        return Prepared(metric, settings, ReferenceSet(()))
     if not metric.prompts:
         texts = corpus(settings.source, settings.split, settings.count)
         return Prepared(metric, settings, ReferenceSet(tuple(Sample(text=text) for text in texts), {"source": settings.source}))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from ..errors import UserError, unknown
+from ..families import ROLES
 from ..samples import ReferenceSet, require_source
 from ..schema import Strict, parse
 from .observations import Observations
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class MetricSettings(Strict):
-    """What every metric has: where its texts or prompts come from, how many, of which split."""
+    """What all settings of metrics descend from; a metric without samples has these and its own."""
+
+
+class SampledSettings(MetricSettings):
+    """What a metric on samples has: where its texts or prompts come from, how many, of which split."""
 
     source: str
     count: int | None = Field(default=None, ge=1)
@@ -29,7 +34,7 @@ class MetricSettings(Strict):
         return value
 
 
-class PerplexitySettings(MetricSettings):
+class PerplexitySettings(SampledSettings):
     """`blocks`: non-overlapping windows of seq_len. `sliding`: windows of max_length, moved by stride."""
 
     source: str = "wikitext2"
@@ -39,7 +44,7 @@ class PerplexitySettings(MetricSettings):
     stride: int = Field(default=512, ge=1)
 
 
-class PromptSettings(MetricSettings):
+class PromptSettings(SampledSettings):
     choose_by: Literal["prompt", "continuation", "completion"] | None = None
     min_toxicity: float | None = Field(default=None, ge=0, le=1)
     max_toxicity: float | None = Field(default=None, ge=0, le=1)
@@ -59,9 +64,34 @@ class RepetitionSettings(PromptSettings):
     count: int | None = Field(default=50, ge=1)
 
 
-class IOISettings(MetricSettings):
+class IOISettings(SampledSettings):
     count: int | None = Field(default=128, ge=1)
     seed: int = 0
+
+
+class SparsitySettings(MetricSettings):
+    """`sites`: canonical roles; all that the model has where none is given."""
+
+    sites: tuple[str, ...] = ()
+
+    @field_validator("sites")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for role in value:
+            if role not in ROLES:
+                raise unknown("site", role, ROLES)
+        return value
+
+
+class HarnessSettings(MetricSettings):
+    """`limit`: only the first so many questions of each task; `fewshot`: solved examples before each question."""
+
+    tasks: tuple[str, ...] = Field(
+        default=("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), min_length=1
+    )
+    limit: int | None = Field(default=None, ge=1)
+    fewshot: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=8, ge=1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +112,8 @@ class Metric:
     Attributes:
         measure: (model, tokenizer, samples, settings, progress) → Measured.
         prompts: whether its samples are prompts, which must not be reference samples.
-        gives: the names of the figures it gives.
+        gives: the names of the figures it gives; "name.*" where they depend on the settings.
+        ready: settings → None, or a UserError where it cannot be measured here; asked before any work is done.
     """
 
     name: str
@@ -90,6 +121,7 @@ class Metric:
     measure: Measure
     prompts: bool
     gives: tuple[str, ...]
+    ready: Callable[[Any], None] | None = None
 
 
 _METRICS: dict[str, Metric] = {}

@@ -1,0 +1,102 @@
+"""Zero-shot accuracy by EleutherAI's lm-evaluation-harness, on the model in memory (an extra: sparc3[harness])."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import distributed
+from ..errors import Sparc3Error, UserError, unknown
+from ..samples import ReferenceSet
+from .metrics import HarnessSettings, Measured, Metric, register
+from .observations import Observations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def harness(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: ReferenceSet, settings: HarnessSettings, progress: bool = False
+) -> Measured:
+    """harness.<task>, accuracy with one unit a question, and harness.mean, in which every task weighs the same.
+
+    Raises:
+        UserError: the harness is not installed, does not know a task, or cannot reach its data.
+    """
+    found = _evaluate(model, tokenizer, settings) if distributed.is_main() else None
+    return Measured(distributed.first(found) or ())
+
+
+def ready(settings: HarnessSettings) -> None:
+    """Raise UserError unless the harness is installed, knows the tasks, and has their data (which it downloads here)."""
+    if not distributed.is_main():
+        return
+    tasks = _library()[1]()
+    for name in settings.tasks:
+        if name not in tasks.all_tasks:
+            raise unknown("task of lm-evaluation-harness", name, tasks.all_tasks)
+    with _data(settings.tasks):
+        tasks.load(list(settings.tasks))
+
+
+def _library() -> tuple[Any, Any, Any]:
+    """simple_evaluate, TaskManager and HFLM."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"metric harness needs lm-evaluation-harness ({error}); pip install 'sparc3[harness]'") from None
+    return simple_evaluate, TaskManager, HFLM
+
+
+def _evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: HarnessSettings) -> tuple[Observations, ...]:
+    simple_evaluate, _, wrap = _library()
+    # A copy, because the wrapper gives a tokenizer without a padding token one.
+    wrapped = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
+    with _data(settings.tasks):
+        found = simple_evaluate(
+            model=wrapped, tasks=list(settings.tasks), num_fewshot=settings.fewshot, limit=settings.limit, bootstrap_iters=0, log_samples=True
+        )
+    return observations(found["samples"], settings.tasks)
+
+
+def observations(samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[str]) -> tuple[Observations, ...]:
+    """Accuracies out of the harness's record of every question."""
+    answers = {}
+    for task in tasks:
+        rows = sorted(samples.get(task, ()), key=lambda row: row.get("doc_id", 0))
+        answers[task] = [float(row["acc"]) for row in rows if "acc" in row]
+        if not answers[task]:
+            raise Sparc3Error(f"lm-evaluation-harness gave no accuracy for task {task}; choose tasks of single questions that have one")
+    made = [_accuracy(task, correct, [1.0] * len(correct)) for task, correct in answers.items()]
+    share = {task: 1 / (len(correct) * len(answers)) for task, correct in answers.items()}
+    every = [(one * share[task], share[task]) for task, correct in answers.items() for one in correct]
+    return (*made, _accuracy("mean", [correct for correct, _ in every], [weight for _, weight in every]))
+
+
+def _accuracy(name: str, correct: list[float], weights: list[float]) -> Observations:
+    return Observations(f"harness.{name}", "test", "share of questions", "higher", tuple(correct), tuple(weights))
+
+
+class _data:  # noqa: N801  a context manager, used like a function
+    """Turns what comes of data that cannot be reached into one line; other errors go through."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tasks
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        link = error
+        while link is not None:
+            if isinstance(link, OSError) or type(link).__module__.split(".")[0] in ("httpx", "requests", "huggingface_hub", "datasets"):
+                said = " ".join(str(link).split())[:200]
+                raise UserError(
+                    f"lm-evaluation-harness cannot reach the data of {', '.join(self.tasks)} ({said}); run it once where the hub can be "
+                    "reached, or give other tasks"
+                ) from None
+            link = link.__cause__ or link.__context__
+
+
+register(Metric("harness", HarnessSettings, harness, prompts=False, gives=("harness.*",), ready=ready))
