@@ -77,7 +77,7 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, A
             raise UserError(f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was made on")
         site = known[name]
         _require_fit(site, circuit.unit, units)
-        if not site.stored.is_floating_point():
+        if site.quantised:
             raise UserError(f"{name} holds quantised weights, which cannot be set to zero in place; ablate the unquantised model")
         targets += [(site.stored, _stored_mask(site, units))] if circuit.unit == "weight" else _of_site(site, circuit.unit, list(units))
     return targets

@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--reduce", default="mean", help="mean, mean_abs, abs_mean (default: %(default)s)")
     attribute.add_argument("--batch-tokens", default="auto", help="padded tokens in one forward pass (default: %(default)s)")
     attribute.add_argument("--truncate", action="store_true", help="cut samples longer than the model's context")
+    attribute.add_argument("--skip-positions", type=int, default=0, metavar="N", help="leave the first N positions of each sample out of the sums")
     attribute.add_argument("--non-finite", default="error", help="error, or skip samples without a finite relevance (default: %(default)s)")
 
     select = add("select", _select, "contrast two sets of scores and select units")
@@ -202,7 +203,7 @@ def _attribute(args: argparse.Namespace) -> None:
     scores = attribute(
         model, loaded or [], tokenizer=tokenizer, method=args.method, unit=args.unit, sites=tuple(args.sites.split(",")), target=args.target,
         neuron=args.neuron, reduce=args.reduce, batch_tokens=int(args.batch_tokens) if args.batch_tokens.isdigit() else args.batch_tokens,
-        truncate=args.truncate, non_finite=args.non_finite, progress=sys.stderr.isatty(),
+        truncate=args.truncate, skip_positions=args.skip_positions, non_finite=args.non_finite, progress=sys.stderr.isatty(),
     )
     scores.save(args.out)
     print(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")

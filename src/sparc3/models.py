@@ -58,8 +58,25 @@ class Site:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The site's weight [out, in]: a view, or a copy where the site's rows are scattered in the module."""
+        """The site's weight [out, in]: a view, or a copy where its rows are scattered in the module. Raises UserError where it is quantised."""
+        self.require_values()
         return self.stored if self.rows is None else self.stored[self._on(self.stored)]
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the module holds its weight in some other form than a matrix of floating-point numbers."""
+        weight: object = getattr(self.module, "weight", None)
+        return not isinstance(weight, torch.Tensor) or type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in DTYPES.values()
+
+    def require_values(self) -> None:
+        """Raise UserError where the weight's values cannot be had."""
+        if self.quantised:
+            weight = getattr(self.module, "weight", None)
+            kind = type(weight).__name__ if weight is not None else type(self.module).__name__
+            raise UserError(
+                f"{self.name} holds its weight quantised ({kind}), and its values are needed; use neuron signed, unit head or method activation, "
+                "which need none, or load the model unquantised"
+            )
 
     def of(self, output: torch.Tensor) -> torch.Tensor:
         """The site's features [..., out] of an output of the module [..., module's out]."""
@@ -313,9 +330,9 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
     has one fingerprint whether it is loaded in float32 or bfloat16, on CPU or GPU, and one changed weight gives another.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((name, part) for name, whole in model.named_parameters() for part in _plain_parts(whole.detach())):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        rows = parameter.detach().reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
+        rows = parameter.reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
         columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
         for piece in rows.split(max(1, 2**25 // rows.shape[1])):
             bits = piece.to(torch.bfloat16).contiguous().view(torch.int16) if piece.is_floating_point() else piece
@@ -323,3 +340,10 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
             columns += bits.sum(0, dtype=torch.int64)
         digest.update(columns.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor itself, or the ones that a quantised tensor is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]

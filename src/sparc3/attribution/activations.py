@@ -36,20 +36,21 @@ def _measured(
             gathered: dict[str, Tensor] = {}
             with ExitStack() as stack:
                 for name, module in modules:
-                    stack.callback(module.register_forward_pre_hook(_input_hook(name, batch, measure, gathered)).remove)
+                    stack.callback(module.register_forward_pre_hook(_input_hook(name, batch, measure, sums.settings.skip_positions, gathered)).remove)
                 model.base_model(input_ids=batch.ids, use_cache=False)
             sums.add(batch, gathered)
             yield batch
 
 
 def _input_hook(
-    name: str, batch: Batch, measure: Callable[[Tensor], Tensor], gathered: dict[str, Tensor]
+    name: str, batch: Batch, measure: Callable[[Tensor], Tensor], skip: int, gathered: dict[str, Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    real = batch.mask()
+    summed = batch.mask()
+    summed[:, :skip] = False
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         a = args[0].detach().reshape(*batch.ids.shape, -1)
         wide = a if a.dtype == torch.float64 else a.float()
-        gathered[name] = measure(wide).masked_fill_(~real.to(a.device)[..., None], 0).sum(1)
+        gathered[name] = measure(wide).masked_fill_(~summed.to(a.device)[..., None], 0).sum(1)
 
     return hook

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
-from ..batches import Batch, encode, make_batches, parse_target
+from ..batches import Batch, Encoded, encode, make_batches, parse_target
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
 from ..memory import out_of_memory
 from ..models import context_length, describe, sites_of
 from ..samples import ReferenceSet, Sample
 from ..scores import Scores
 from ..version import __version__
-from .methods import Method, settings_for
+from .methods import Method, needs_weight, settings_for
 from .sums import Settings, Sums
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def attribute(
     reduce: str = "mean",
     batch_tokens: int | str = "auto",
     truncate: bool = False,
+    skip_positions: int = 0,
     non_finite: str = "error",
     sums_dtype: str = "float32",
     sums_device: str = "cpu",
@@ -56,6 +57,8 @@ def attribute(
         batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch that does not fit
             into memory is halved.
         truncate: cut samples that are longer than the model's context instead of refusing them.
+        skip_positions: how many positions at the start of each sample stay out of the sum over positions: 1 where a model puts its
+            massive activations on the first token (docs/targets.md). They are still read; targets there still count.
         non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
             weights streams into its sums, so for it there is no skip.
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
@@ -67,7 +70,8 @@ def attribute(
         Scores, one float32 tensor a site: [out] for neurons, [heads] for heads, [out, in] for weights, however the module stores them.
 
     Raises:
-        UserError: a name nobody knows, samples that do not fit the model or the target, no sample left.
+        UserError: a name nobody knows, samples that do not fit the model or the target, no sample left; scores that need the values of
+            weights which are quantised.
         UnsupportedModel: a module without a rule.
         NonFinite: a NaN or Inf, named by sample and site.
     """
@@ -79,9 +83,12 @@ def attribute(
             raise unknown(kind, value, known)
     parse_target(target)
     roles = (sites,) if isinstance(sites, str) else tuple(sites)
-    asked_for = Settings(method, unit, target, neuron, reduce, 0, non_finite, sums_dtype, _device(sums_device))
+    asked_for = Settings(method, unit, target, neuron, reduce, 0, non_finite, sums_dtype, _device(sums_device), skip_positions)
     chosen, settings = settings_for(asked_for, roles)
     where = sites_of(model, roles)
+    if needs_weight(chosen, settings):
+        for site in where:
+            site.require_values()
     sums = Sums(settings)
     described = describe(model)
     references = None
@@ -92,6 +99,7 @@ def attribute(
         encoded = encode(
             references, tokenizer, asked, context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0], truncate=truncate
         )
+        _require_longer(encoded, skip_positions)
         _add_all(model, chosen, where, sums, make_batches(distributed.stride(encoded), _budget(batch_tokens, model.device), model.device), progress)
         sums = sums.over_ranks([site.name for site in where])
         if sums.samples == 0:
@@ -102,6 +110,15 @@ def attribute(
         if not tensor.isfinite().all():
             raise NonFinite(f"the {method} scores of {name} are not finite; look at that weight, or load the model in float32")
     return Scores(values, _provenance(described, settings, roles, sums, references))
+
+
+def _require_longer(encoded: list[Encoded], skip: int) -> None:
+    """Raise UserError unless something of each sample is left after the positions that are skipped."""
+    if skip < 0:
+        raise UserError(f"skip_positions is {skip}; give the number of first positions to leave out, 0 for none")
+    for sample in encoded:
+        if len(sample.ids) <= skip:
+            raise UserError(f"sample {sample.index} has {len(sample.ids)} tokens, and skip_positions {skip} leaves none; skip fewer, or leave it out")
 
 
 def _add_all(model: "PreTrainedModel", method: Method, sites: list[Any], sums: Sums, batches: list[Batch], progress: bool) -> None:
@@ -162,6 +179,7 @@ def _provenance(
         "target": settings.target,
         "neuron": settings.neuron,
         "reduce": settings.reduce,
+        "skip_positions": settings.skip_positions,
         "samples": sums.samples,
         "tokens": sums.tokens,
         "targets": sums.targets,

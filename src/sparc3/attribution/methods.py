@@ -30,6 +30,7 @@ class Method:
         roles: the sites it can score; None for all.
         why: what to say of a unit or site it cannot score.
         targeted: whether it explains a target logit, which the samples must then provide.
+        weighs: whether its scores are made of the weight's values whatever the unit (see `needs_weight`).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Method:
     roles: tuple[str, ...] | None = None
     why: str = ""
     targeted: bool = False
+    weighs: bool = False
 
 
 def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
@@ -96,9 +98,9 @@ for _method in (
     Method("lrp", lrp, _mean, ("neuron", "head", "weight"), targeted=True),
     Method("cp-lrp", cp_lrp, _mean, ("neuron", "head", "weight"), targeted=True),
     Method("gradient", gradient, _mean, ("neuron", "head", "weight"), targeted=True),
-    Method("wanda", wanda, _wanda, ("neuron", "weight"), why="Wanda weighs a weight by its input, and a head has no weight of its own"),
+    Method("wanda", wanda, _wanda, ("neuron", "weight"), weighs=True, why="Wanda weighs a weight by its input, and a head has no weight of its own"),
     Method("activation", activation, _per_token, ("neuron",), ("mlp.up",), why="an activation belongs to a neuron of mlp.up"),
-    Method("magnitude", None, _magnitude, ("neuron", "head", "weight")),
+    Method("magnitude", None, _magnitude, ("neuron", "head", "weight"), weighs=True),
     Method("random", None, _random, ("neuron", "head", "weight")),
 ):
     register(_method)
@@ -114,6 +116,11 @@ def require_method(name: str) -> Method:
     if base not in _METHODS or (base != name and (base != "random" or not name.partition(":")[2].isdigit())):
         raise unknown("method", name, _METHODS)
     return _METHODS[base]
+
+
+def needs_weight(method: Method, settings: Settings) -> bool:
+    """Whether these scores cannot be had without the values of the weights; relevance of neurons (signed) and heads can."""
+    return method.weighs or (method.targeted and (settings.unit == "weight" or (settings.unit == "neuron" and settings.neuron == "abs")))
 
 
 def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Settings]:

@@ -206,12 +206,14 @@ def _registered(implementation: str, cp: bool) -> str:
         raise UnsupportedModel(f'no LRP rule for attention implementation \'{implementation}\'; load with attn_implementation="sdpa" or "eager"')
     name = f"{OURS}{'cp' if cp else 'attn'}lrp_{implementation}"
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        plain = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        plain = ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
         if kwargs.get("softcap") is not None and implementation == "eager":
             plain = rules.capped_attention
-        return plain(module, *_shared_out((query, key, value), cp), *args, **kwargs)
+        # transformers before 5.2 gives StableLM's attention a mask that reaches beyond its keys.
+        mask = None if mask is None else mask[..., : key.shape[-2]]
+        return plain(module, *_shared_out((query, key, value), cp), mask, *args, **kwargs)
 
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, attention)

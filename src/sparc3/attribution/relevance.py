@@ -74,7 +74,7 @@ def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict
     with ExitStack() as stack:
         for index, site in enumerate(sites):
             if settings.unit == "head":
-                hook = site.module.register_forward_pre_hook(_head_hook(site, batch, gathered))
+                hook = site.module.register_forward_pre_hook(_head_hook(site, batch, settings, gathered))
             elif settings.unit == "weight":
                 hook = site.module.register_forward_hook(weight_hook(site, batch, sums, first=not index or sites[index - 1].layer != site.layer))
             else:
@@ -83,7 +83,9 @@ def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict
         yield
 
 
-def _head_hook(site: Site, batch: Batch, gathered: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def _head_hook(
+    site: Site, batch: Batch, settings: Settings, gathered: dict[str, Tensor]
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (design, 2.4)."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -95,7 +97,7 @@ def _head_hook(site: Site, batch: Batch, gathered: dict[str, Tensor]) -> Callabl
             if grad is None:
                 return
             relevance = (_wide(grad) * _wide(value)).reshape(*batch.ids.shape, site.heads, -1)
-            gathered[site.name] = relevance.sum((1, 3))
+            gathered[site.name] = relevance[:, settings.skip_positions :].sum((1, 3))
 
         a.register_hook(arrived)
         return (a, *args[1:])
@@ -117,11 +119,11 @@ def _output_hook(
         def arrived(grad: Tensor | None) -> None:
             if grad is None:
                 return
-            shape, grad = batch.ids.shape, site.of(grad)
+            shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions
             if settings.neuron == "abs":
-                gathered[site.name] = absolute_rows(site.weight, grad.reshape(*shape, -1), kept.reshape(*shape, -1), batch.lengths)
+                gathered[site.name] = absolute_rows(site.weight, grad.reshape(*shape, -1), kept.reshape(*shape, -1), batch.lengths, skip)
             else:
-                gathered[site.name] = (_wide(grad) * _wide(kept)).reshape(*shape, -1).sum(1)
+                gathered[site.name] = (_wide(grad) * _wide(kept)).reshape(*shape, -1)[:, skip:].sum(1)
 
         z.register_hook(arrived)
         return z.clone() if site.role == "mlp.down" else z  # Falcon adds the attention's output to it in place
@@ -134,11 +136,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def absolute_rows(weight: Tensor, grad: Tensor, a: Tensor, lengths: Iterable[int]) -> Tensor:
-    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in], grad [B, T, out], a [B, T, in]."""
+def absolute_rows(weight: Tensor, grad: Tensor, a: Tensor, lengths: Iterable[int], skip: int = 0) -> Tensor:
+    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample, over t ≥ skip: [B, out] of weight [out, in], grad [B, T, out], a [B, T, in]."""
     sums = []
     for sample, length in enumerate(lengths):
-        g, x = grad[sample, :length], a[sample, :length]
+        g, x = grad[sample, skip:length], a[sample, skip:length]
         if g.dtype in (torch.float16, torch.bfloat16) and g.device.type == "cpu":
             g, x = g.float(), x.float()
         pieces = []

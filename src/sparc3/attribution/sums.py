@@ -25,6 +25,7 @@ class Settings:
     non_finite: str = "error"
     sums_dtype: str = "float32"
     sums_device: str = "cpu"
+    skip_positions: int = 0
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Sums:
 
     Attributes:
         totals: site name → sum over the samples so far.
-        samples, tokens, targets: numbers of samples, of their tokens, of their target tokens.
+        samples, tokens, targets: numbers of samples, of their tokens that were summed over, of their target tokens.
         skipped: places, in the reference set, of samples left out because their relevance was not finite.
         streamed: (place of a sample of the batch under way, site whose total holds it already).
     """
@@ -69,7 +70,7 @@ class Sums:
         self.streamed.clear()
         for row, sample in enumerate(batch.samples):
             if good[row]:
-                self.count(len(sample.ids), len(sample.positions))
+                self.count(len(sample.ids) - self.settings.skip_positions, len(sample.positions))
             else:
                 self.skipped.append(sample.index)
 

@@ -47,7 +47,8 @@ def weight_hook(site: Site, batch: Batch, sums: Sums, *, first: bool) -> Callabl
 def _stream(site: Site, batch: Batch, sums: Sums, grad: Tensor, a: Tensor) -> None:
     """Add a batch, less what was in already when an earlier try at these samples ran out of memory."""
     fresh = [row for row, sample in enumerate(batch.samples) if (sample.index, site.name) not in sums.streamed]
-    pairs = [(grad[row, : batch.lengths[row]], a[row, : batch.lengths[row]]) for row in fresh]
+    summed = {row: slice(sums.settings.skip_positions, batch.lengths[row]) for row in fresh}
+    pairs = [(grad[row, summed[row]], a[row, summed[row]]) for row in fresh]
     for row, (g, x) in zip(fresh, pairs, strict=True):
         if not (g.sum(dtype=torch.float32) + x.sum(dtype=torch.float32)).isfinite():
             raise NonFinite(

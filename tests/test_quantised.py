@@ -1,0 +1,71 @@
+"""Quantised weights: what needs no value of a weight works and is right; what does says so in one line."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_attribution import distance, roles_of
+from tiny import samples, tiny
+from torch import nn
+
+from sparc3 import UserError, ablated, attribute
+from sparc3.attribution.ledger import ledger
+from sparc3.circuit import Circuit
+from sparc3.models import describe, sites_of
+
+
+@torch.no_grad()
+def quantise_(module: nn.Linear) -> nn.Linear:
+    """The module's weight as int8 rows with one scale each, rounded in place; returns a plain linear map with the same values."""
+    scale = module.weight.abs().amax(1, keepdim=True) / 127
+    rounded = (module.weight / scale).round()
+    plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=module.weight.dtype)
+    plain.load_state_dict({"weight": rounded * scale, **({"bias": module.bias} if module.bias is not None else {})})
+    module.weight = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
+    module.forward = lambda x: nn.functional.linear(x, module.weight.to(x.dtype) * scale, module.bias)
+    return plain
+
+
+@pytest.fixture(params=["llama-bias", "opt"])
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """A model whose sites are all int8, and one of the same function in float64."""
+    quantised, plain = tiny(request.param), tiny(request.param)
+    for one, other in zip(sites_of(quantised, roles_of(quantised)), sites_of(plain, roles_of(plain)), strict=True):
+        assert isinstance(one.module, nn.Linear)
+        other.module.load_state_dict(quantise_(one.module).state_dict())
+    return quantised, plain
+
+
+@pytest.mark.parametrize("asked", [{"neuron": "signed"}, {"neuron": "signed", "method": "cp-lrp"}, {"unit": "head", "sites": ("attn.o",)}, {"method": "activation"}])
+def test_what_needs_no_weight_is_what_the_same_weights_give_unquantised(pair: tuple[Any, Any], asked: dict[str, Any]) -> None:
+    found, wanted = (attribute(model, samples(), **asked) for model in pair)
+    for site in wanted:
+        assert wanted[site].any()
+        assert distance(found[site], wanted[site]) < 1e-6
+    assert ledger(pair[0], samples()[0]).gap < 1e-12
+
+
+@pytest.mark.parametrize("asked", [{"neuron": "abs"}, {"unit": "weight"}, {"method": "wanda"}, {"method": "wanda", "unit": "weight"}, {"method": "magnitude"}])
+def test_what_needs_the_weight_is_refused_at_once_and_names_the_way_out(pair: tuple[Any, Any], asked: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"layers\.0\.\S+ holds its weight quantised .* use neuron signed") as error:
+        attribute(pair[0], [[999]], **asked)  # a sample that would fail later
+    assert "\n" not in str(error.value)
+
+
+def test_a_quantised_neuron_is_not_ablated_in_place(pair: tuple[Any, Any]) -> None:
+    site = sites_of(pair[0], ("mlp.up",))[0]
+    with pytest.raises(UserError, match="quantised"), ablated(pair[0], Circuit("neuron", {site.name: (1,)}, describe(pair[0]), {})):
+        pass
+
+
+def test_torchao_weights() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny("llama", dtype=torch.float32)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert sites_of(model, ("mlp.up",))[0].quantised
+    scores = attribute(model, samples(), neuron="signed")
+    assert all(value.any() for value in scores.values())
+    assert len(scores.provenance["model"]["fingerprint"]) == 16
+    with pytest.raises(UserError, match="Int8Tensor"):
+        attribute(model, samples(), neuron="abs")
+    assert ledger(model, samples()[0]).gap < 1e-5
