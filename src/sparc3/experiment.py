@@ -180,9 +180,9 @@ class _Run:
                 found = load(where)
             except DamagedFile as error:
                 log.warning("%s; making it again", error)
-        if distributed.first(found is not None and is_of(found) == made_from) and found is not None:
+        if distributed.first(found is not None and is_of(found) == made_from):
             log.info("%s is there", path)
-            return found
+            return found or load(where)
         made = make()
         if distributed.is_main():
             made.save(where)
@@ -286,7 +286,8 @@ class _Run:
                 part = select(contrast_scores, count=now, scope=chosen.scope)
             else:
                 part = select(contrast_scores, fraction=chosen.fraction, scope=chosen.scope)
-            found = replace(union(found, part), provenance=part.provenance)
+            # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
+            found = replace(union(found, replace(part, model=self.described)), provenance=part.provenance)
         made_from = fingerprint({"selection": chosen.model_dump(), "scores": first.fingerprint, "units": found.fingerprint})
         found = replace(found, model=self.described, provenance={**found.provenance, "made_from": made_from})
         if distributed.is_main():
