@@ -15,7 +15,7 @@ LAYERS = [
     {"samples", "scores", "circuit", "results", "models", "demo"},
     {"batches", "logits", "circuits", "ranking"},
     {"attribution", "selection", "ablation", "evaluation", "report"},
-    {"recipe"},
+    {"recipe", "compression"},
     {"experiment"},
     {"cli"},
     {"__main__"},

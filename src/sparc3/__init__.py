@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .ablation import ablate_, ablated, export
     from .attribution import attribute
     from .circuit import Circuit
+    from .compression import prune_sequentially
     from .errors import Sparc3Error, UserError
     from .evaluation.evaluate import evaluate
     from .experiment import run
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablate_": "ablation", "ablated": "ablation", "export": "ablation", "attribute": "attribution", "Circuit": "circuit",
     "Sparc3Error": "errors", "UserError": "errors", "evaluate": "evaluation", "run": "experiment", "load_model": "models",
-    "load_recipe": "recipe", "Results": "results", "ReferenceSet": "samples", "Sample": "samples", "Scores": "scores",
-    "contrast": "selection", "select": "selection",
+    "load_recipe": "recipe", "prune_sequentially": "compression", "Results": "results", "ReferenceSet": "samples", "Sample": "samples",
+    "Scores": "scores", "contrast": "selection", "select": "selection",
 }  # fmt: skip
 
 __all__ = [
     "Circuit", "ReferenceSet", "Results", "Sample", "Scores", "Sparc3Error", "UserError", "__version__", "ablate_", "ablated",
-    "attribute", "contrast", "evaluate", "export", "load_model", "load_recipe", "run", "select",
+    "attribute", "contrast", "evaluate", "export", "load_model", "load_recipe", "prune_sequentially", "run", "select",
 ]  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--seed", type=int, default=0, help="which samples of a source (default: %(default)s)")
     attribute.add_argument("--out", required=True, help="where the scores go (.safetensors)")
     attribute.add_argument("--method", default="lrp", help="lrp, cp-lrp, gradient, wanda, activation, magnitude, random (default: %(default)s)")
-    attribute.add_argument("--unit", default="neuron", help="neuron or head (default: %(default)s)")
+    attribute.add_argument("--unit", default="neuron", help="neuron, head or weight (default: %(default)s)")
     attribute.add_argument("--sites", default="mlp.up", help="comma-separated roles (default: %(default)s)")
     attribute.add_argument("--target", default="predicted", help="predicted, label, contrast, completion[:N], next (default: %(default)s)")
     attribute.add_argument("--neuron", default="abs", help="abs or signed (default: %(default)s)")
@@ -109,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--batch-tokens", default="auto", help="padded tokens in one forward pass (default: %(default)s)")
     attribute.add_argument("--truncate", action="store_true", help="cut samples longer than the model's context")
     attribute.add_argument("--skip-positions", type=int, default=0, metavar="N", help="leave the first N positions of each sample out of the sums")
+    attribute.add_argument("--sums-dtype", default="float32", help="of the running sums of unit weight (default: %(default)s)")
+    attribute.add_argument("--sums-device", default="cpu", help="where these sums are (default: %(default)s)")
     attribute.add_argument("--non-finite", default="error", help="error, or skip samples without a finite relevance (default: %(default)s)")
 
     select = add("select", _select, "contrast two sets of scores and select units")
@@ -120,9 +122,15 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--scores", metavar="S", help="select by these scores alone, without a contrast")
     select.add_argument("--count", type=int, metavar="N", help="how many units")
     select.add_argument("--fraction", type=float, metavar="F", help="or which share of them")
-    select.add_argument("--scope", default="global", help="global or site (default: %(default)s)")
+    select.add_argument("--scope", default="global", help="global or site; of weights also row, or n:m such as 2:4 (default: %(default)s)")
     select.add_argument("--order", default="lowest", help="lowest or highest (default: %(default)s)")
-    select.add_argument("--out", required=True, help="where the circuit goes (circuit.json)")
+    select.add_argument("--out", required=True, help="where the circuit goes (circuit.json; of weights circuit.safetensors)")
+
+    circuits = add("circuits", _circuits, "combine two circuits, or say how far they overlap")
+    circuits.add_argument("operation", choices=["union", "intersection", "difference", "overlap"])
+    circuits.add_argument("one", metavar="A")
+    circuits.add_argument("other", metavar="B")
+    circuits.add_argument("--out", help="where the combined circuit goes")
 
     ablate = add("ablate", _ablate, "write the model without a circuit as an ordinary Hugging Face checkpoint")
     _model_arguments(ablate)
@@ -134,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
     _model_arguments(evaluate)
     evaluate.add_argument("--circuit", help="circuit.json: measure the model without it too")
-    evaluate.add_argument("--metrics", required=True, help="comma-separated: perplexity, toxicity, repetition, ioi")
+    evaluate.add_argument("--metrics", required=True, help="comma-separated: perplexity, toxicity, repetition, ioi, sparsity, harness")
     evaluate.add_argument("--set", action="append", default=[], metavar="METRIC.KEY=VALUE", help="such as perplexity.source=wiki.txt")
     evaluate.add_argument("--out", required=True, help="where the results go (results.json)")
     evaluate.add_argument("--force", action="store_true", help="apply a circuit that was made on other weights")
@@ -203,7 +211,8 @@ def _attribute(args: argparse.Namespace) -> None:
     scores = attribute(
         model, loaded or [], tokenizer=tokenizer, method=args.method, unit=args.unit, sites=tuple(args.sites.split(",")), target=args.target,
         neuron=args.neuron, reduce=args.reduce, batch_tokens=int(args.batch_tokens) if args.batch_tokens.isdigit() else args.batch_tokens,
-        truncate=args.truncate, skip_positions=args.skip_positions, non_finite=args.non_finite, progress=sys.stderr.isatty(),
+        truncate=args.truncate, skip_positions=args.skip_positions, non_finite=args.non_finite, sums_dtype=args.sums_dtype,
+        sums_device=args.sums_device, progress=sys.stderr.isatty(),
     )
     scores.save(args.out)
     print(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")
@@ -225,6 +234,28 @@ def _select(args: argparse.Namespace) -> None:
     circuit = select(scores, count=args.count, fraction=args.fraction, scope=args.scope, order=args.order)
     circuit.save(args.out)
     print(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s")
+
+
+def _circuits(args: argparse.Namespace) -> None:
+    from .circuit import Circuit
+    from .circuits import OPERATIONS, overlap
+
+    if (args.operation == "overlap") == bool(args.out):
+        raise UserError("overlap prints its figures and takes no --out" if args.out else f"{args.operation} makes a circuit; say where with --out")
+    one, other = Circuit.load(args.one), Circuit.load(args.other)
+    if args.out:
+        combined = OPERATIONS[args.operation](one, other)
+        combined.save(args.out)
+        print(f"{args.out}: {len(combined)} {combined.unit}s, of {len(one)} and {len(other)}")
+        return
+    found = overlap(one, other)
+    print(f"{found.both} {one.unit}s in both, of {found.one} and {found.other}; Jaccard {found.jaccard:.4g}")
+    if found.expected is not None:
+        print(f"by chance, of {found.units}: {found.expected:.4g}; enrichment {_times(found.enrichment)}, in each site {_times(found.enrichment_in_sites)}")
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.4g} times"
 
 
 def _ablate(args: argparse.Namespace) -> None:

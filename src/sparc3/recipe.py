@@ -17,6 +17,7 @@ from .files import fingerprint, read_text
 from .models import ROLES
 from .samples import require_source
 from .schema import Strict, parse
+from .selection import parse_scope
 
 REFERENCES = ("general", "undesired", "matched")
 
@@ -58,7 +59,7 @@ class Reference(Strict):
 
 class Attribution(Strict):
     method: str = "lrp"
-    unit: Literal["neuron", "head"] = "neuron"
+    unit: Literal["neuron", "head", "weight"] = "neuron"
     sites: tuple[str, ...] = Field(default=("mlp.up",), min_length=1)
     target: str = "predicted"
     neuron: Literal["abs", "signed"] = "abs"
@@ -82,18 +83,27 @@ class Attribution(Strict):
 
 
 class Selection(Strict):
-    """How many units, and by which contrast. `rounds`: select a share, ablate it, attribute again, and go on."""
+    """How many units (a scope n:m says it itself), and by which contrast. `rounds`: select a share, ablate it, attribute again, and go on."""
 
     count: int | None = Field(default=None, ge=0)
     fraction: float | None = Field(default=None, ge=0, lt=1)
-    scope: Literal["global", "site"] = "global"
+    scope: str = "global"
     normalize: Literal["l1"] | None = None
     penalty: float = Field(default=1.0, ge=0)
     rounds: int = Field(default=1, ge=1)
 
+    @field_validator("scope")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        parse_scope(value)
+        return value
+
     @model_validator(mode="after")
     def _one_size(self) -> "Selection":
-        if (self.count is None) == (self.fraction is None):
+        if parse_scope(self.scope):
+            if self.count is not None or self.fraction is not None:
+                raise ValueError(f"scope {self.scope} says how many weights go; leave count and fraction out")
+        elif (self.count is None) == (self.fraction is None):
             raise ValueError("give either count or fraction")
         if self.rounds > 1 and (self.count is None or self.scope != "global"):
             raise ValueError("rounds needs a count and scope global")

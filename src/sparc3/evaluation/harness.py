@@ -22,8 +22,8 @@ def harness(
     Raises:
         UserError: the harness is not installed, does not know a task, or cannot reach its data.
     """
-    found = _evaluate(model, tokenizer, settings) if distributed.is_main() else None
-    return Measured(distributed.first(found) or ())
+    found = _evaluate(model, tokenizer, settings) if distributed.is_main() else ()
+    return Measured(distributed.first(found))
 
 
 def ready(settings: HarnessSettings) -> None:

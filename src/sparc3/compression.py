@@ -1,0 +1,149 @@
+"""Compression layer by layer: each layer is scored on what the already pruned layers before it give (sequential Wanda)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .ablation import ablated
+from .attribution.patching import frozen
+from .batches import Batch, encode, make_batches
+from .circuit import Circuit
+from .errors import UserError
+from .models import ROLES, Site, context_length, describe, family_of, layers_of, sites_of
+from .samples import ReferenceSet, Sample
+from .scores import Scores
+from .selection import select
+from .version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prune_sequentially(
+    model: "PreTrainedModel",
+    samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    fraction: float | None = None,
+    scope: str = "row",
+    sites: Sequence[str] | None = None,
+    batch_tokens: int = 2048,
+    truncate: bool = False,
+    progress: bool = False,
+) -> Circuit:
+    """The weights that Wanda's own code would remove (Sun et al. 2024): layer after layer, by |W_ij| · ‖a_j‖₂ with the activations of
+    the model without what was removed before. Inside a layer all sites see the layer as it was.
+
+    One pass over the layers, each run twice; the hidden states of all samples are held at once. The model is afterwards as it was.
+
+    Args:
+        samples, tokenizer, truncate: as in `attribute`.
+        fraction: the share of every output row, or of every site.
+        scope: "row", "site", or "n:m" without a fraction.
+        sites: canonical roles; all that the model has where none is given.
+        batch_tokens: padded tokens that run through a layer at once.
+
+    Returns:
+        a circuit of weights, to be given to `ablated`, `ablate_` or `export`.
+
+    Raises:
+        UserError: as `attribute` and `select` do.
+    """
+    from tqdm import tqdm
+
+    if scope == "global":
+        raise UserError("a sequential pruning has no scope global, since later layers are not known yet; use row, site, or n:m such as 2:4")
+    references = ReferenceSet.of(samples)
+    where = sites_of(model, sites or [role for role in ROLES if role in family_of(model).roles])
+    encoded = encode(
+        references, tokenizer, "predicted", context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0], truncate=truncate
+    )
+    described = describe(model)
+    members: dict[str, Tensor] = {}
+    with frozen(model), torch.no_grad(), ExitStack() as removed:
+        flows = [_entering(model, batch) for batch in make_batches(distributed.stride(encoded), batch_tokens, model.device)]
+        for index, layer in enumerate(tqdm(list(layers_of(model)), desc="pruning", unit="layer", disable=not progress or not distributed.is_main())):
+            part = select(_scores(layer, [site for site in where if site.layer == index], flows, described), fraction=fraction, scope=scope)
+            members |= part.members
+            removed.enter_context(ablated(model, part))
+            for flow in flows:
+                flow.hidden = flow.through(layer)
+    return Circuit("weight", members, described, {
+        "selection": {"fraction": fraction, "scope": scope, "order": "lowest", "sequential": True},
+        "scores": {"method": "wanda", "unit": "weight", "samples": len(encoded), "samples_fingerprint": references.fingerprint},
+        "sizes": {site.name: site.out * site.inp for site in where},
+        "version": __version__,
+    })  # fmt: skip
+
+
+@dataclass
+class _Flow:
+    """One batch on its way through the layers.
+
+    Attributes:
+        hidden: [B, T, hidden], what enters the next layer.
+        others: layer → the other arguments that the model gives it (masks, position embeddings).
+    """
+
+    batch: Batch
+    hidden: Tensor
+    others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def through(self, layer: nn.Module) -> Tensor:
+        args, kwargs = self.others[layer]
+        output = layer(self.hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def _entering(model: "PreTrainedModel", batch: Batch) -> _Flow:
+    """What the model gives to its layers, seen in one forward pass."""
+    layers = list(layers_of(model))
+    first: list[Tensor] = []
+    others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if not first:
+            first.append(hidden)
+        others[layer] = args[1:], kwargs
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model.base_model(input_ids=batch.ids, use_cache=False)
+    return _Flow(batch, first[0], others)
+
+
+def _scores(layer: nn.Module, sites: list[Site], flows: list[_Flow], described: dict[str, str]) -> Scores:
+    """|W_ij| · ‖a_j‖₂ of one layer's sites, over the tokens of all samples and ranks."""
+    squares = {site.name: torch.zeros(site.inp, dtype=torch.float64) for site in sites}
+    for flow in flows:
+        with _watched(sites, flow.batch, squares):
+            flow.through(layer)
+    distributed.sum_(squares.values())
+    values = {site.name: site.weight.detach().to("cpu", torch.float32, copy=True).abs_().mul_(squares[site.name].sqrt().float()) for site in sites}
+    return Scores(values, {"unit": "weight", "method": "wanda", "model": described})
+
+
+@contextmanager
+def _watched(sites: list[Site], batch: Batch, squares: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, Σ_t a_tj² over real tokens at each site's input is added to `squares`."""
+    real = batch.mask()
+
+    def hook_for(site: Site) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            a = args[0].reshape(*batch.ids.shape, -1)[real]
+            squares[site.name] += a.double().square().sum(0).cpu() if a.dtype == torch.float64 else a.float().square().sum(0).cpu()
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.module.register_forward_pre_hook(hook_for(site)).remove)
+        yield
