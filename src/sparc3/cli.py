@@ -150,12 +150,20 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "rebuild the report of a run folder")
     report.add_argument("run_dir", metavar="RUN_DIR")
 
+    doctor = add("doctor", _doctor, "what this machine has, and whether relevance on a model is right")
+    doctor.add_argument("model", nargs="?", help="a hub id, the folder of a checkpoint, a config.json alone (random weights), or demo")
+    _precision_arguments(doctor)
+
     add("recipes", _recipes, "list the recipes that come with sparc3")
     return parser
 
 
 def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="a hub id, or the folder of a checkpoint")
+    _precision_arguments(command)
+
+
+def _precision_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, float64 (default: %(default)s)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
 
@@ -251,7 +259,8 @@ def _circuits(args: argparse.Namespace) -> None:
     found = overlap(one, other)
     print(f"{found.both} {one.unit}s in both, of {found.one} and {found.other}; Jaccard {found.jaccard:.4g}")
     if found.expected is not None:
-        print(f"by chance, of {found.units}: {found.expected:.4g}; enrichment {_times(found.enrichment)}, in each site {_times(found.enrichment_in_sites)}")
+        times = [_times(ratio) for ratio in (found.enrichment, found.enrichment_in_sites)]
+        print(f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each site {times[1]}")
 
 
 def _times(ratio: float | None) -> str:
@@ -299,6 +308,20 @@ def _report(args: argparse.Namespace) -> None:
     from .report import write_report
 
     print(write_report(args.run_dir))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .doctor import environment, examine
+
+    if not args.model:
+        for what, how in environment():
+            print(f"{what:16} {how}")
+        return
+    _quiet_transformers()
+    found = examine(args.model, dtype=args.dtype, device=args.device)
+    print(_plain("\n".join(found.lines())))
+    if found.failed:
+        raise Sparc3Error(f"{len(found.failed)} of {len(found.findings)} checks failed: {'; '.join(f.name for f in found.failed)}")
 
 
 def _recipes(args: argparse.Namespace) -> None:

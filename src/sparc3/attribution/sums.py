@@ -36,7 +36,7 @@ class Sums:
         totals: site name → sum over the samples so far.
         samples, tokens, targets: numbers of samples, of their tokens that were summed over, of their target tokens.
         skipped: places, in the reference set, of samples left out because their relevance was not finite.
-        streamed: (place of a sample of the batch under way, site whose total holds it already).
+        streamed: (place of a sample that is not done yet, site whose total holds it already).
     """
 
     settings: Settings
@@ -67,7 +67,8 @@ class Sums:
         for name, value in rows.items():
             kept = value[good].abs() if self.settings.reduce == "mean_abs" else value[good]
             self.totals[name] = self.totals.get(name, 0) + kept.sum(0)
-        self.streamed.clear()
+        done = {sample.index for sample in batch.samples}
+        self.streamed = {(index, name) for index, name in self.streamed if index not in done}
         for row, sample in enumerate(batch.samples):
             if good[row]:
                 self.count(len(sample.ids) - self.settings.skip_positions, len(sample.positions))
