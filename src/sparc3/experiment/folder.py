@@ -1,0 +1,99 @@
+"""The run folder: whose it is, who is working in it, and what of it can be used again."""
+
+import fcntl
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from .. import distributed
+from ..circuit import Circuit
+from ..errors import DamagedFile, UserError
+from ..evaluation.observations import Evaluation
+from ..files import read_text, write_text
+from ..recipe import Recipe
+from ..samples import ReferenceSet
+from ..scores import Scores
+
+log = logging.getLogger("sparc3")
+Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
+
+
+@contextmanager
+def claimed(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Hold the folder's lock, which dies with the process, after checking that the folder is this recipe's or empty.
+
+    Raises:
+        UserError: the folder holds another run or other files, another process works in it, or it cannot be written.
+    """
+    if not distributed.is_main():
+        distributed.wait()
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  held until the run ends
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; choose a folder that can be written") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is going on in {folder}; wait for it, or choose another --out") from None
+        _require_same(folder, recipe, resume)
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        distributed.wait()
+        yield
+
+
+def _require_same(folder: Path, recipe: Recipe, resume: bool) -> None:
+    known = folder / "recipe.yaml"
+    others = [entry.name for entry in folder.iterdir() if entry.name not in (".lock", "log.txt") and not entry.name.endswith(".tmp")]
+    if not others:
+        return
+    if not known.is_file():
+        raise UserError(f"{folder} holds files ({others[0]}, …) that are not a run's; choose an empty --out")
+    if read_text(known) != recipe.to_yaml():
+        raise UserError(f"{folder} holds another run (its recipe.yaml differs from this recipe); choose another --out, or remove it")
+    if not resume:
+        raise UserError(f"{folder} holds this run already; leave out --no-resume to go on with it, or choose another --out")
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Stage lines also go to log.txt while the run lasts."""
+    if not distributed.is_main():
+        yield
+        return
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    earlier = log.level
+    log.setLevel(min(earlier or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(earlier)
+        handler.close()
+
+
+def kept(where: Path, made_from: str, load: Callable[[Path], Noun], is_of: Callable[[Noun], object], make: Callable[[], Noun]) -> Noun:
+    """The noun at `where` if it was made from the same things, else a new one, which is saved there by rank 0."""
+    found: Noun | None = None
+    if where.is_file():
+        try:
+            found = load(where)
+        except DamagedFile as error:
+            log.warning("%s; making it again", error)
+    if distributed.first(found is not None and is_of(found) == made_from):
+        log.info("%s is there", Path(*where.parts[-2:]))
+        return found or load(where)
+    made = make()
+    if distributed.is_main():
+        made.save(where)
+    distributed.wait()
+    return made

@@ -1,0 +1,93 @@
+"""The evaluation stage: every variant on the same test samples, and what the results say of where they came from."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..ablation import ablated
+from ..circuit import Circuit
+from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
+from ..evaluation.metrics import ToxicitySettings
+from ..evaluation.observations import Evaluation
+from ..evaluation.scorers import lexicon_words
+from ..evaluation.statistics import pooled
+from ..files import fingerprint
+from ..results import Results
+from ..version import __version__
+from .checks import checks
+from .folder import kept
+from .scoring import Found, How
+from .variants import variants
+from .work import Work
+
+log = logging.getLogger("sparc3")
+
+
+def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -> Results:
+    """All variants measured; a circuit that is met twice is measured once."""
+    known: dict[str, Evaluation] = {}
+    evaluations = []
+    for variant, circuits in variants(work, found, how):
+        draws = []
+        for number, one in enumerate(circuits):
+            name = variant if len(circuits) == 1 else f"{variant}.{number}"
+            if one.fingerprint not in known:
+                known[one.fingerprint] = _evaluation(work, name, one)
+            draws.append(replace(known[one.fingerprint], variant=variant))
+        evaluations.append(draws[0] if len(draws) == 1 else _pooled(draws))
+    results = to_results(evaluations, _provenance(work, found, evaluations, seconds))
+    for metric in dict.fromkeys(d.metric for d in results.differences):
+        d = results.difference(metric)
+        change = f"{d.relative:+.1%}" if d.relative is not None else "-"
+        log.info("%s: %.4g → %.4g (%s)", metric, results.find(metric).value, results.find(metric, "ablated").value, change)
+    return results
+
+
+def _evaluation(work: Work, variant: str, circuit: Circuit) -> Evaluation:
+    made_from = fingerprint(
+        {"model": work.described["fingerprint"], "without": circuit.fingerprint, "on": fingerprint_of(work.prepared), "version": __version__}
+    )
+
+    def make() -> Evaluation:
+        with ablated(work.model, circuit):
+            made = measure(work.model, work.tokenizer, work.prepared, variant, made_from, work.progress)
+        log.info("evaluated %s in %.1f s", variant, made.seconds)
+        return made
+
+    return kept(work.folder / f"evaluation/{variant}.json", made_from, Evaluation.load, lambda e: e.made_from, make)
+
+
+def _pooled(draws: list[Evaluation]) -> Evaluation:
+    columns = zip(*(draw.observations for draw in draws), strict=True)
+    return Evaluation(draws[0].variant, tuple(pooled(list(column)) for column in columns))
+
+
+def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "recipe": work.recipe.name,
+        "made_from": work.recipe.fingerprint,
+        "model": work.described,
+        "circuit": found.circuit.fingerprint,
+        "count": len(found.circuit),
+        "sizes": {name: tensor.numel() for name, tensor in found.contrast.items()},
+        **evaluated_on(work.prepared),
+        "lexicon": _lexicon(work),
+        "checks": checks(work, found.contrast, found.parts, evaluations),
+        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
+        "warnings": work.warnings + _chosen_by_outcome(work),
+        "version": __version__,
+    }
+
+
+def _lexicon(work: Work) -> list[str]:
+    words = [lexicon_words(p.settings.scorer) for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
+    return sorted({word for some in words for word in some})
+
+
+def _chosen_by_outcome(work: Work) -> list[str]:
+    return [
+        f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the model moves them towards the mean; "
+        "read the effect beside its null"
+        for p in work.prepared if getattr(p.settings, "choose_by", None) == "completion"
+    ]  # fmt: skip

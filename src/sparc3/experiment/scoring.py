@@ -1,0 +1,132 @@
+"""The scores stage: relevance on each reference set, their contrast, and the circuit it gives."""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+from .. import distributed
+from ..ablation import ablated
+from ..attribution import attribute
+from ..circuit import Circuit
+from ..circuits import union
+from ..files import fingerprint
+from ..scores import Scores
+from ..selection import contrast, excluding, select
+from ..version import __version__
+from .folder import kept
+from .work import Work
+
+log = logging.getLogger("sparc3")
+
+
+@dataclass(frozen=True)
+class How:
+    """One way to contrast: everything that tells two candidates of a search apart but for the number of units.
+
+    Attributes:
+        targets: name of each reference set that takes part → its target.
+        place: where its scores are kept: a prefix of the file names in scores/.
+    """
+
+    method: str
+    neuron: str
+    targets: dict[str, str]
+    penalty: float
+    normalize: str | None
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A circuit and what it came from: the contrast of the first round, and the scores of each set in it."""
+
+    circuit: Circuit
+    contrast: Scores
+    parts: dict[str, Scores]
+
+
+def as_written(work: Work) -> How:
+    """The contrast that the recipe asks for."""
+    recipe = work.recipe
+    targets = {name: spec.target or recipe.attribution.target for name, spec in recipe.references.items()}
+    return How(recipe.attribution.method, recipe.attribution.neuron, targets, recipe.selection.penalty, recipe.selection.normalize)
+
+
+def contrasted(work: Work, how: How, before: Circuit | None = None, place: str = "") -> Scores:
+    """The contrast, on the model without the circuit `before`, whose units then come last."""
+    return _contrast(how, parts_of(work, how, before, place), before)
+
+
+def parts_of(work: Work, how: How, before: Circuit | None = None, place: str = "") -> dict[str, Scores]:
+    return {name: _scores(work, how, name, before, place) for name in how.targets}
+
+
+def _contrast(how: How, sets: dict[str, Scores], before: Circuit | None = None) -> Scores:
+    # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
+    normalize = "l1" if how.method == "wanda" else how.normalize
+    made = contrast(sets["general"], sets["undesired"], matched=sets.get("matched"), penalty=how.penalty, normalize=normalize)
+    return excluding(made, before) if before else made
+
+
+def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str) -> Scores:
+    """Scores of one reference set."""
+    settings = work.recipe.attribution
+    changed = {"method": how.method, "target": how.targets[name], "neuron": how.neuron}
+    asked = {**settings.model_dump(exclude={"batch_tokens", *changed}), **changed}
+    made_from = fingerprint(
+        {**asked, "samples": work.references[name].fingerprint, "model": work.described["fingerprint"],
+         "without": before.fingerprint if before else None, "version": __version__}
+    )  # fmt: skip
+
+    def make() -> Scores:
+        began = time.perf_counter()
+        with ablated(work.model, before or Circuit(settings.unit, {})):
+            made = attribute(
+                work.model, work.references[name], tokenizer=work.tokenizer, **asked, batch_tokens=settings.batch_tokens, progress=work.progress
+            )
+        took = time.perf_counter() - began
+        seen = made.provenance
+        log.info("scores %s, %s: %d samples, %d tokens, %.3f s a sample, %d skipped", how.method, name, seen["samples"], seen["tokens"],
+                 took / max(1, len(work.references[name])), len(seen["skipped"]))  # fmt: skip
+        return Scores(dict(made), {**made.provenance, "made_from": made_from, "seconds": round(took, 3)})
+
+    method = "" if how.method == settings.method else f"{how.method}."
+    path = f"scores/{place}{_prefix(how, name)}{method}{name}.safetensors"
+    return kept(work.folder / path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make)
+
+
+def _prefix(how: How, name: str) -> str:
+    return f"{how.place}{how.targets[name].replace(':', '')}.{how.neuron}." if how.place else ""
+
+
+def found_circuit(work: Work) -> Found:
+    """The circuit to remove, found in as many rounds as the recipe says."""
+    chosen, how = work.recipe.selection, as_written(work)
+    parts = parts_of(work, how)
+    now = first = _contrast(how, parts)
+    circuit = Circuit(work.recipe.attribution.unit, {}, work.described)
+    for turn in range(chosen.rounds):
+        if turn:
+            now = contrasted(work, how, circuit, f"round{turn + 1}.")
+        if chosen.count is not None:
+            count = chosen.count * (turn + 1) // chosen.rounds - chosen.count * turn // chosen.rounds
+            part = select(now, count=count, scope=chosen.scope)
+        else:
+            part = select(now, fraction=chosen.fraction, scope=chosen.scope)
+        # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
+        circuit = replace(union(circuit, replace(part, model=work.described)), provenance=part.provenance)
+    return saved(work, Found(circuit, first, parts))
+
+
+def saved(work: Work, found: Found) -> Found:
+    """Write the circuit and its contrast into the run folder, under the names a reader looks for."""
+    made_from = fingerprint(
+        {"selection": work.recipe.selection.model_dump(), "scores": found.contrast.fingerprint, "units": found.circuit.fingerprint}
+    )
+    provenance = {**found.circuit.provenance, "made_from": made_from}
+    circuit = replace(found.circuit, model=work.described, provenance=provenance)
+    if distributed.is_main():
+        found.contrast.save(work.folder / "scores/contrast.safetensors")
+        circuit.save(work.folder / f"circuit{circuit.suffix}")
+    log.info("circuit: %d of %d %ss in %d sites", len(circuit), found.contrast.units, circuit.unit, sum(1 for n in circuit.counts.values() if n))
+    return replace(found, circuit=circuit)

@@ -1,0 +1,115 @@
+"""`run`: the stages in order."""
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import distributed
+from ..files import write_json
+from ..models import describe, load_model, require_loadable
+from ..recipe import Recipe, load_recipe
+from ..report import write_report
+from ..results import Results
+from ..version import __version__
+from .data import gather_all
+from .folder import claimed, logged
+from .measuring import measured
+from .scoring import as_written, found_circuit
+from .work import Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("sparc3")
+
+
+def run(
+    recipe: "str | os.PathLike[str] | Mapping[str, Any] | Recipe",
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    progress: bool = False,
+) -> Results:
+    """Run a recipe into the folder `out`, and write its results and its report.
+
+    Args:
+        recipe: a bundled recipe's name, a YAML path, its content, or a Recipe.
+        resume: use what an earlier, unfinished or finished run of the same recipe left in `out`.
+
+    Raises:
+        UserError: a recipe that does not fit, `out` holding another run, or one that is going on; prompts that are in a reference and an
+            evaluation set.
+    """
+    loaded = load_recipe(recipe)
+    require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
+    folder = Path(out)
+    distributed.start()
+    with claimed(folder, loaded, resume), logged(folder):
+        return _all_stages(loaded, folder, progress)
+
+
+def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
+    began = time.perf_counter()
+    stages = Stages()
+    with stages.stage("model"):
+        work = _loaded(recipe, folder, progress)
+    with stages.stage("samples"):
+        gather_all(work)
+    with stages.stage("scores"):
+        how = as_written(work)
+        found = found_circuit(work)
+    with stages.stage("evaluation"):
+        results = measured(work, found, how, stages.seconds)
+    if distributed.is_main():
+        results.save(folder / "results.json")
+        log.info("report: %s", write_report(folder))
+    distributed.wait()
+    log.info("done in %.0f s", time.perf_counter() - began)
+    return results
+
+
+class Stages:
+    """Notes how long each stage took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+
+def _loaded(recipe: Recipe, folder: Path, progress: bool) -> Work:
+    model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
+    described = describe(model)
+    if distributed.is_main():
+        write_json(folder / "environment.json", environment(model))
+    log.info("model %s: %s, fingerprint %s, %s on %s", described["id"], f"{model.num_parameters():,} parameters", described["fingerprint"],
+             str(model.dtype).removeprefix("torch."), model.device)  # fmt: skip
+    return Work(recipe, folder, progress, model, tokenizer, described)
+
+
+def environment(model: "PreTrainedModel") -> dict[str, Any]:
+    """What the run ran on: versions and hardware, nothing that names the user or the machine."""
+    import torch
+    import transformers
+
+    return {
+        "format": "sparc3.environment/1",
+        "sparc3": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "ranks": distributed.world(),
+    }

@@ -1,0 +1,40 @@
+"""What every stage of a run needs: the recipe, the folder, the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..evaluation.metrics import Prepared
+from ..recipe import Recipe
+from ..samples import ReferenceSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Work:
+    """One run under way.
+
+    Attributes:
+        described: id, architecture and fingerprint of the model as it was loaded.
+        references: name → reference set, filled by the samples stage.
+        prepared: the metrics with their test samples, filled by the samples stage.
+        warnings: what the reader of the results should know.
+    """
+
+    recipe: Recipe
+    folder: Path
+    progress: bool
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    described: dict[str, str]
+    references: dict[str, ReferenceSet] = field(default_factory=dict)
+    prepared: list[Prepared] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
+        """Prompts that those of these reference sets which come from `source` hold."""
+        found = [some for name, some in samples.items() if self.recipe.references[name].source == source]
+        return frozenset(sample.text for some in found for sample in some if sample.text)
