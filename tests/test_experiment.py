@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
         "perplexity": {"source": "demo-general", "count": 6, "max_length": 64, "stride": 32},
         "toxicity": {"source": "demo-angry", "count": 6, "scorer": "lexicon", "generations": 1, "max_new_tokens": 8},
     },
-    "compare": {"methods": ["wanda", "random"], "counts": [3], "random_draws": 2},
+    "compare": {"methods": ["wanda", "random", "aura", "det0"], "counts": [3], "random_draws": 2},
 }
 
 
@@ -47,7 +47,13 @@ def test_a_run_leaves_its_whole_folder(finished: tuple[Path, Results]) -> None:
     assert len(circuit) == 6
     assert results == Results.load(folder / "results.json")
     variants = {m.variant for m in results}
-    assert variants == {"original", "ablated", "lrp@3", "lrp@6", "wanda@3", "random@3", "random@6"}
+    whole = {v for v in variants if v.startswith("aura@")} - {"aura@3", "aura@6"}
+    assert len(whole) == 1  # all experts, however many there are
+    assert variants - whole == {
+        "original", "ablated", "lrp@3", "lrp@6", "wanda@3", "random@3", "random@6", "aura@3", "aura@6", "det0@3", "det0@6",
+    }  # fmt: skip
+    assert results.difference("toxicity.mean", "ablated", "random@6").ci95
+    assert {one["metric"] for one in results.provenance["power"]} >= {"perplexity", "toxicity.mean"}
     assert results.find("toxicity.mean", "lrp@6").value == results.find("toxicity.mean", "ablated").value
     assert results.provenance["circuit"] == circuit.fingerprint
     assert all(check["ok"] is not False for check in results.provenance["checks"])

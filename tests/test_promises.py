@@ -14,7 +14,7 @@ LAYERS = [
     {"version", "errors", "files", "distributed", "memory", "schema", "families"},
     {"samples", "scores", "circuit", "results", "models", "demo"},
     {"batches", "logits", "circuits", "ranking"},
-    {"attribution", "selection", "ablation", "evaluation", "report"},
+    {"attribution", "selection", "ablation", "damping", "cards", "evaluation", "report"},
     {"recipe", "compression"},
     {"experiment"},
     {"cli"},

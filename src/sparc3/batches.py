@@ -114,6 +114,15 @@ def _encode(index: int, sample: Sample, tokenizer: "PreTrainedTokenizerBase | No
     return Encoded(index, ids, (last,), (label,), against)
 
 
+def joined(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[Sample, ...]:
+    """Each sample as the token ids of its text and of its completion, if it has one, tokenised apart and joined."""
+    made = []
+    for index, sample in enumerate(samples):
+        ids = _ids(sample, tokenizer, where := f"sample {index}")
+        made.append(Sample(input_ids=ids + (_pieces(sample.completion, "completion", tokenizer, where) if sample.completion else ())))
+    return tuple(made)
+
+
 def _ids(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> tuple[int, ...]:
     if sample.input_ids is not None:
         ids = sample.input_ids

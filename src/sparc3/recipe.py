@@ -9,7 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from .attribution.methods import require_method
+from .attribution.expertise import METHODS as EXPERTISE
+from .attribution.methods import methods, require_method
 from .batches import parse_target
 from .errors import UserError, unknown
 from .evaluation.metrics import MetricSettings, parse_metrics
@@ -111,7 +112,10 @@ class Selection(Strict):
 
 
 class Compare(Strict):
-    """Other methods at other counts, and the null: `random_draws` draws of as many random units in each layer."""
+    """Other methods at other counts, and the null: `random_draws` draws of as many random units in each layer.
+
+    `det0` removes the neurons that tell undesired from benign samples best, `aura` damps them, and all that do at all.
+    """
 
     methods: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
@@ -121,7 +125,10 @@ class Compare(Strict):
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for method in value:
-            require_method(method)
+            if method not in EXPERTISE:
+                if method.partition(":")[0] not in methods():
+                    raise unknown("method", method, [*methods(), *EXPERTISE])
+                require_method(method)
         return value
 
 
@@ -144,6 +151,9 @@ class Recipe(Strict):
             raise ValueError(f"references needs {' and '.join(missing)}")
         if "matched" not in self.references and self.selection.penalty != 1.0:
             raise ValueError("selection.penalty has no effect without references.matched")
+        theirs = [method for method in self.compare.methods if method in EXPERTISE]
+        if theirs and (self.attribution.unit, self.attribution.sites) != ("neuron", ("mlp.up",)):
+            raise ValueError(f"compare.methods {theirs[0]} acts on neurons of mlp.up; leave it out, or attribute unit neuron at sites [mlp.up]")
         self.metrics()
         return self
 

@@ -1,17 +1,18 @@
 """`evaluate`: metrics on a model, and on variants of it, over the same samples."""
 
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from ..files import fingerprint
 from ..models import describe
 from ..results import Difference, Results
 from ..samples import ReferenceSet, Request, Sample, corpus, gather
 from ..version import __version__
-from .metrics import IOISettings, MetricSettings, Prepared, PromptSettings, SampledSettings, ToxicitySettings, parse_metrics, require_metric
+from .metrics import Beside, IOISettings, MetricSettings, Prepared, PromptSettings, SampledSettings, ToxicitySettings, parse_metrics, require_metric
 from .observations import Evaluation, Observations
 from .statistics import difference, measurement
 from .toxicity import completion_scores
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Changed = Callable[[], AbstractContextManager[Any]]
+"""Gives a context inside which the model is a variant of itself."""
+
+
 def evaluate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     metrics: "Mapping[str, Any] | Iterable[str]",
     *,
-    variants: Mapping[str, AbstractContextManager[Any]] | None = None,
+    variants: "Mapping[str, AbstractContextManager[Any] | Changed] | None" = None,
     progress: bool = False,
 ) -> Results:
     """Measure the model, and each variant of it, on the same samples.
@@ -33,7 +38,8 @@ def evaluate(
     Args:
         metrics: metric → settings as in a recipe's `evaluation` section ({"perplexity": {"source": "wiki.txt"}}), or names, for
             the settings' defaults.
-        variants: name → the context inside which the model is that variant: {"ablated": ablated(model, circuit)}.
+        variants: name → the context inside which the model is that variant: {"ablated": ablated(model, circuit)}. Metrics that compare
+            with the original (kl, fluency) go in and out of it, and need a function: {"ablated": lambda: ablated(model, circuit)}.
 
     Returns:
         Results of "original" and of each variant, with the paired differences of each variant from "original".
@@ -46,9 +52,17 @@ def evaluate(
     before = describe(model)
     evaluations = [measure(model, tokenizer, prepared, "original", progress=progress)]
     for name, variant in (variants or {}).items():
-        with variant:
-            evaluations.append(measure(model, tokenizer, prepared, name, progress=progress))
+        evaluations.append(measure(model, tokenizer, prepared, name, progress=progress, changed=_again(variant, name, prepared)))
     return to_results(evaluations, {"model": before, **evaluated_on(prepared), "version": __version__})
+
+
+def _again(variant: "AbstractContextManager[Any] | Changed", name: str, prepared: list[Prepared]) -> Changed:
+    """The variant as a function that gives its context. Raises UserError where a metric needs it twice and it can be entered once."""
+    if not isinstance(variant, AbstractContextManager):
+        return variant
+    if again := [p.metric.name for p in prepared if p.metric.compares]:
+        raise UserError(f"metric {again[0]} enters a variant more than once; give variant '{name}' as a function that returns its context")
+    return lambda: variant
 
 
 def prepare(
@@ -87,17 +101,27 @@ def measure(
     variant: str,
     made_from: str = "",
     progress: bool = False,
+    changed: Changed | None = None,
 ) -> Evaluation:
-    """All metrics on the model as it is now, under the name `variant`."""
+    """All metrics on one variant of the model, in the order they are given.
+
+    Args:
+        variant: its name.
+        changed: gives the context inside which the model is the variant; None where the variant is the model as it is.
+    """
     began = time.perf_counter()
-    observations: list[Observations] = []
-    texts = {}
-    for metric in prepared:
-        measured = metric.measure(model, tokenizer, progress)
-        observations += measured.observations
-        if measured.texts:
-            texts[metric.metric.name] = measured.texts
-    return Evaluation(variant, tuple(observations), texts, made_from, time.perf_counter() - began)
+    observed: dict[str, tuple[Observations, ...]] = {}
+    texts: dict[str, list[dict[str, Any]]] = {}
+    with changed() if changed else nullcontext():
+        for one in (p for p in prepared if not p.metric.compares):
+            measured = one.measure(model, tokenizer, progress)
+            observed[one.metric.name] = measured.observations
+            texts |= {one.metric.name: measured.texts} if measured.texts else {}
+    beside = Beside(changed, texts, {p.metric.name: getattr(p.settings, "split", "test") for p in prepared})
+    for one in (p for p in prepared if p.metric.compares):
+        observed[one.metric.name] = one.measure(model, tokenizer, progress, beside).observations
+    observations = tuple(o for one in prepared for o in observed[one.metric.name])
+    return Evaluation(variant, observations, texts, made_from, time.perf_counter() - began)
 
 
 def evaluated_on(prepared: list[Prepared]) -> dict[str, Any]:
@@ -113,14 +137,22 @@ def fingerprint_of(prepared: list[Prepared]) -> str:
     return fingerprint(evaluated_on(prepared))
 
 
-def to_results(evaluations: list[Evaluation], provenance: dict[str, Any]) -> Results:
-    """Figures with intervals of every variant, and each one's difference from the first."""
+def to_results(evaluations: list[Evaluation], provenance: dict[str, Any], null: str | None = None) -> Results:
+    """Figures with intervals of every variant, and each one's difference from the first.
+
+    Args:
+        null: the variant of random units, from which the difference of "ablated" is taken too: the effect net of the null.
+    """
     first, *others = evaluations
     measurements = [measurement(o, e.variant) for e in evaluations for o in e.observations]
-    differences: list[Difference] = []
-    for evaluation in others:
-        known = {o.metric: o for o in evaluation.observations}
-        pairs = [(o, known[o.metric]) for o in first.observations if o.metric in known]
-        found = [difference(one, other, first.variant, evaluation.variant) for one, other in pairs]
-        differences += [d for d in found if d is not None]
-    return Results(tuple(measurements), tuple(differences), provenance)
+    named = {e.variant: e for e in evaluations}
+    pairs = [(first, other) for other in others]
+    if null in named and "ablated" in named:
+        pairs.append((named[null], named["ablated"]))
+    return Results(tuple(measurements), tuple(d for one, other in pairs for d in _differences(one, other)), provenance)
+
+
+def _differences(one: Evaluation, other: Evaluation) -> list[Difference]:
+    known = {o.metric: o for o in other.observations}
+    found = [difference(o, known[o.metric], one.variant, other.variant) for o in one.observations if o.metric in known]
+    return [d for d in found if d is not None]

@@ -1,6 +1,7 @@
 """The metrics, by name, and their settings as a recipe's `evaluation` section has them."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,16 @@ class PerplexitySettings(SampledSettings):
     seq_len: int = Field(default=2048, ge=2)
     max_length: int = Field(default=2048, ge=2)
     stride: int = Field(default=512, ge=1)
+
+
+class KLSettings(PerplexitySettings):
+    """The same windows as perplexity's."""
+
+
+class FluencySettings(MetricSettings):
+    """`of`: the metric whose continuations are read."""
+
+    of: Literal["toxicity", "repetition"] = "toxicity"
 
 
 class PromptSettings(SampledSettings):
@@ -102,6 +113,21 @@ class Measured:
     texts: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a metric is given that compares a variant with the original, outside of the variant.
+
+    Attributes:
+        changed: gives a context inside which the model is the variant, as often as it is called; None where the variant is the original.
+        texts: metric → the texts the variant wrote, as `Measured` has them.
+        splits: metric → the split of its samples.
+    """
+
+    changed: Callable[[], AbstractContextManager[Any]] | None = None
+    texts: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+
 Measure = Callable[..., Measured]
 
 
@@ -114,6 +140,7 @@ class Metric:
         prompts: whether its samples are prompts, which must not be reference samples.
         gives: the names of the figures it gives; "name.*" where they depend on the settings.
         ready: settings → None, or a UserError where it cannot be measured here; asked before any work is done.
+        compares: whether `measure` is called on the original model, with `beside=Beside(...)`, after the other metrics.
     """
 
     name: str
@@ -122,6 +149,7 @@ class Metric:
     prompts: bool
     gives: tuple[str, ...]
     ready: Callable[[Any], None] | None = None
+    compares: bool = False
 
 
 _METRICS: dict[str, Metric] = {}
@@ -152,10 +180,17 @@ class Prepared:
     settings: MetricSettings
     samples: ReferenceSet
 
-    def measure(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool = False) -> Measured:
-        return self.metric.measure(model, tokenizer, self.samples, self.settings, progress)
+    def measure(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool = False, beside: Beside | None = None
+    ) -> Measured:
+        extra = {"beside": beside or Beside()} if self.metric.compares else {}
+        return self.metric.measure(model, tokenizer, self.samples, self.settings, progress, **extra)
 
 
 def parse_metrics(asked: Mapping[str, object]) -> dict[str, MetricSettings]:
     """Settings by metric. Raises UserError for an unknown metric or key."""
-    return {name: parse(require_metric(name).settings, content or {}, f"evaluation.{name}") for name, content in asked.items()}
+    found = {name: parse(require_metric(name).settings, content or {}, f"evaluation.{name}") for name, content in asked.items()}
+    for settings in found.values():
+        if isinstance(settings, FluencySettings) and settings.of not in found:
+            raise UserError(f"metric fluency reads the continuations of {settings.of}, which is not measured; add {settings.of}")
+    return found

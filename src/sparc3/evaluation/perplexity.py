@@ -27,8 +27,15 @@ def perplexity(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: ReferenceSet, settings: PerplexitySettings, progress: bool = False
 ) -> Measured:
     """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the paper's protocol have it."""
+    windows = windows_of(samples, tokenizer, settings, context_length(model))
+    nll = negative_log_likelihoods(model, windows, progress)
+    weights = tuple(float(predicted) for _, predicted in windows)
+    return Measured((Observations("perplexity", settings.split, "perplexity", "lower", tuple(nll), weights, exponential=True),))
+
+
+def windows_of(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int) -> list[Window]:
+    """The windows of a protocol, none longer than the model's context. Raises UserError where the text has fewer than two tokens."""
     ids = _token_ids(samples, tokenizer)
-    context = context_length(model)
     if settings.protocol == "blocks":
         size = _within(settings.seq_len, context, "seq_len")
         windows = blocks(ids, size)
@@ -40,9 +47,7 @@ def perplexity(
         windows = sliding(ids, size, stride)
     if not windows:
         raise UserError(f"the perplexity text has {len(ids)} tokens; give at least two")
-    nll = _negative_log_likelihoods(model, windows, progress)
-    weights = tuple(float(predicted) for _, predicted in windows)
-    return Measured((Observations("perplexity", settings.split, "perplexity", "lower", tuple(nll), weights, exponential=True),))
+    return windows
 
 
 def _token_ids(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -77,7 +82,7 @@ def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
     return windows
 
 
-def _negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float]:
+def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float]:
     """Σ −log p of each window's predicted tokens, in nats."""
     size = max(1, (1024 if model.device.type == "cpu" else 8192) // max(len(ids) for ids, _ in windows))
     # Windows of one length stand together; only the first and last ones differ.

@@ -45,6 +45,22 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
     return Difference(one.metric, from_, to, after - before, (after - before) / before if before else None, ci95, p)
 
 
+def detectable(one: Observations, other: Observations) -> tuple[int, float] | None:
+    """(n, x): so many paired units find a change of ≥ x with 80 % power, two-sided at 5 %; None with fewer than two pairs.
+
+    From the observed standard deviation of the paired changes: x = (z₀.₉₇₅ + z₀.₈) s / √n (Cohen 1988). For a metric that is exp of a
+    ratio, x is a relative change of it.
+    """
+    pairs = [
+        (a / wa, b / wb) for a, wa, b, wb in zip(one.sums, one.weights, other.sums, other.weights, strict=True) if a is not None and b is not None
+    ]
+    if len(pairs) < 2:
+        return None
+    spread = float(np.std([after - before for before, after in pairs], ddof=1))
+    smallest = (1.959964 + 0.841621) * spread / len(pairs) ** 0.5
+    return len(pairs), float(np.expm1(smallest)) if one.exponential else smallest
+
+
 def pooled(draws: list[Observations]) -> Observations:
     """Several draws of one variant (random units, say) as one: each unit's figure is its mean over the draws that measured it."""
     first = draws[0]

@@ -7,6 +7,7 @@ from typing import Any
 from ..evaluation.observations import Evaluation
 from ..models import sites_of
 from ..scores import Scores
+from .power import power
 from .work import Work
 
 log = logging.getLogger("sparc3")
@@ -26,6 +27,7 @@ def checks(work: Work, contrast: Scores, parts: Mapping[str, Scores], evaluation
         ("share of |relevance| by layer, undesired set", _shares(parts["undesired"]), None),
         ("time per sample", ", ".join(seconds), None),
         ("failed measurements", f"{failures[worst]} at most ({worst})", failures[worst] == 0),
+        *(("power", one["said"], None) for one in power(evaluations) if one["metric"] in ("toxicity.mean", "rur.mean", "ioi.accuracy")),
         ("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB", None),
     ]
     for name, value, ok in found:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..ablation import ablated
-from ..circuit import Circuit
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.observations import Evaluation
@@ -17,8 +15,9 @@ from ..results import Results
 from ..version import __version__
 from .checks import checks
 from .folder import kept
+from .power import power
 from .scoring import Found, How
-from .variants import variants
+from .variants import Change, changed, variants
 from .work import Work
 
 log = logging.getLogger("sparc3")
@@ -28,15 +27,16 @@ def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -
     """All variants measured; a circuit that is met twice is measured once."""
     known: dict[str, Evaluation] = {}
     evaluations = []
-    for variant, circuits in variants(work, found, how):
+    for variant, changes in variants(work, found, how):
         draws = []
-        for number, one in enumerate(circuits):
-            name = variant if len(circuits) == 1 else f"{variant}.{number}"
+        for number, one in enumerate(changes):
+            name = variant if len(changes) == 1 else f"{variant}.{number}"
             if one.fingerprint not in known:
-                known[one.fingerprint] = _evaluation(work, name, one)
+                known[one.fingerprint] = evaluation(work, name, one)
             draws.append(replace(known[one.fingerprint], variant=variant))
         evaluations.append(draws[0] if len(draws) == 1 else _pooled(draws))
-    results = to_results(evaluations, _provenance(work, found, evaluations, seconds))
+    null = f"random@{len(found.circuit)}" if len(found.circuit) else None
+    results = to_results(evaluations, _provenance(work, found, evaluations, seconds), null)
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"
@@ -44,14 +44,15 @@ def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -
     return results
 
 
-def _evaluation(work: Work, variant: str, circuit: Circuit) -> Evaluation:
+def evaluation(work: Work, variant: str, change: Change) -> Evaluation:
+    """All metrics on one variant, kept as evaluation/`variant`.json."""
     made_from = fingerprint(
-        {"model": work.described["fingerprint"], "without": circuit.fingerprint, "on": fingerprint_of(work.prepared), "version": __version__}
+        {"model": work.described["fingerprint"], "without": change.fingerprint, "on": fingerprint_of(work.prepared), "version": __version__}
     )
 
     def make() -> Evaluation:
-        with ablated(work.model, circuit):
-            made = measure(work.model, work.tokenizer, work.prepared, variant, made_from, work.progress)
+        again = (lambda: changed(work, change)) if len(change) else None
+        made = measure(work.model, work.tokenizer, work.prepared, variant, made_from, work.progress, again)
         log.info("evaluated %s in %.1f s", variant, made.seconds)
         return made
 
@@ -75,6 +76,7 @@ def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds
         "lexicon": _lexicon(work),
         "checks": checks(work, found.contrast, found.parts, evaluations),
         "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
+        "power": power(evaluations),
         "warnings": work.warnings + _chosen_by_outcome(work),
         "version": __version__,
     }

@@ -16,7 +16,7 @@ from ..scores import Scores
 T = TypeVar("T")
 EVALUATION = "sparc3.evaluation/1"
 CARDS = "sparc3.cards/1"
-SIDE_EFFECTS = ("perplexity", "sparsity")
+SIDE_EFFECTS = ("perplexity", "kl", "fluency", "sparsity")
 
 
 @dataclass(frozen=True)

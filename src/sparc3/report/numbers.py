@@ -12,6 +12,8 @@ TITLES = {
     "rur.mean": "Unique tokens in a response",
     "ioi.accuracy": "IOI accuracy",
     "ioi.logit_difference": "IOI logit difference",
+    "kl": "KL divergence to the original",
+    "fluency": "Perplexity of the continuations",
     "sparsity": "Sparsity",
 }
 _EXPLAINED = {
@@ -22,6 +24,8 @@ _EXPLAINED = {
     "rur.mean": "unique tokens ÷ tokens of a greedy response",
     "ioi.accuracy": "share of sentences with the right name on top",
     "ioi.logit_difference": "right name's logit less the wrong one's",
+    "kl": "how far next-token distributions are from the original's, on ordinary text",
+    "fluency": "how surprised the original model is by what this one writes",
     "sparsity": "share of the model's units that are zero",
 }
 _SHARES = {"toxicity.mean", "toxicity.expected_max", "toxicity.rate", "rur.mean", "ioi.accuracy", "sparsity"}

@@ -1,0 +1,107 @@
+"""Expertise of a neuron: how well its activation alone tells undesired texts from others (Suau et al. 2024, "Whispering experts").
+
+Two methods act on it: Det-0 removes the best experts, AurA damps every neuron that is one at all.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..batches import Batch, encode, joined, make_batches
+from ..models import Site, context_length, describe, sites_of
+from ..samples import ReferenceSet
+from ..scores import Scores
+from ..version import __version__
+from .patching import frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METHODS = ("aura", "det0")
+
+
+def expertise(
+    model: "PreTrainedModel",
+    undesired: ReferenceSet,
+    benign: ReferenceSet,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    batch_tokens: int = 1024,
+) -> Scores:
+    """AUROC of each mlp.up neuron, as a classifier of undesired against benign samples; 0.5 is chance.
+
+    A neuron's activation on a sample is the largest output of its row of mlp.up over the sample's tokens, its completion included.
+
+    Returns:
+        Scores in [0, 1], one [out] tensor an mlp.up.
+    """
+    sites = sites_of(model, ("mlp.up",))
+    described = describe(model)
+    seen = [_largest(model, ReferenceSet(joined(some, tokenizer)), sites, batch_tokens) for some in (undesired, benign)]
+    values = {site.name: auroc(seen[0][site.name], seen[1][site.name]).float() for site in sites}
+    return Scores(values, {
+        "method": "aura", "unit": "neuron", "sites_roles": ["mlp.up"], "target": None, "neuron": "activation", "reduce": "auroc",
+        "samples": len(undesired) + len(benign), "skipped": [], "model": described,
+        "samples_fingerprint": [undesired.fingerprint, benign.fingerprint], "version": __version__,
+    })  # fmt: skip
+
+
+def auroc(positive: Tensor, negative: Tensor) -> Tensor:
+    """P(positive > negative) + ½ P(equal), of every column: positive [P, N], negative [M, N] → [N], in float64.
+
+    The rank-sum statistic U / (P M) with midranks for ties, exactly.
+    """
+    there = negative.T.contiguous().sort(-1).values
+    asked = positive.T.contiguous()
+    below = torch.searchsorted(there, asked, right=False)
+    not_above = torch.searchsorted(there, asked, right=True)
+    return (below + not_above).double().sum(-1) / (2 * asked.shape[1] * there.shape[1])
+
+
+def strengths(scores: Scores, count: int | None = None) -> dict[str, Tensor]:
+    """AurA's factor of each neuron: 1 − 2 (AUROC − ½) where AUROC > ½, else 1.
+
+    Args:
+        count: damp only so many of the best experts (ties by site order, then index); None damps all, as AurA does.
+    """
+    factors = {name: (1 - 2 * (auc - 0.5)).clamp(0, 1) for name, auc in scores.items()}
+    if count is None:
+        return factors
+    order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[:count]] = True
+    parts = chosen.split([len(auc) for auc in scores.values()])
+    return {name: torch.where(part, factor, 1.0) for (name, factor), part in zip(factors.items(), parts, strict=True)}
+
+
+def _largest(model: "PreTrainedModel", samples: ReferenceSet, sites: list[Site], batch_tokens: int) -> dict[str, Tensor]:
+    """Site → [samples, out]: each neuron's largest output over the tokens of each sample."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    encoded = encode(samples, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True)
+    made = {site.name: torch.zeros(len(encoded), site.out) for site in sites}
+    with frozen(model), torch.no_grad():
+        for batch in make_batches(distributed.stride(encoded), batch_tokens, model.device):
+            gathered: dict[str, Tensor] = {}
+            with ExitStack() as stack:
+                for site in sites:
+                    stack.callback(site.module.register_forward_hook(_hook(site, batch, gathered)).remove)
+                model.base_model(input_ids=batch.ids, use_cache=False)
+            rows = torch.tensor([sample.index for sample in batch.samples])
+            for name, largest in gathered.items():
+                made[name][rows] = largest.cpu()
+    distributed.sum_(made.values())  # a sample belongs to one rank, and is zero in the others
+    return made
+
+
+def _hook(site: Site, batch: Batch, gathered: dict[str, Tensor]) -> Callable[[nn.Module, Sequence[Tensor], Tensor], None]:
+    mask = batch.mask()
+
+    def hook(_: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
+        z = site.of(output.detach()).reshape(*batch.ids.shape, -1).float()
+        gathered[site.name] = z.masked_fill(~mask.to(z.device)[..., None], -torch.inf).amax(1)
+
+    return hook

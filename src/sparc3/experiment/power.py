@@ -1,0 +1,25 @@
+"""What the test samples could have shown: the smallest change that so many of them detect."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..evaluation.observations import Evaluation
+from ..evaluation.statistics import detectable
+
+
+def power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """[{"metric", "n", "detects", "said"}] of the circuit against the original, from the variance of their paired differences."""
+    named = {e.variant: e for e in evaluations}
+    if not {"original", "ablated"} <= named.keys():
+        return []
+    after = {o.metric: o for o in named["ablated"].observations}
+    found = []
+    for before in named["original"].observations:
+        seen = detectable(before, after[before.metric]) if before.metric in after else None
+        if seen is None:
+            continue
+        n, x = seen
+        size = f"{x:.2g} relative" if before.exponential else f"{x:.2g}"
+        said = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
+        found.append({"metric": before.metric, "n": n, "detects": x, "said": said})
+    return found
