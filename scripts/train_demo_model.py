@@ -1,6 +1,6 @@
 """Train the embedded demo model: tokenizer and Llama, from the generator's text alone. Seeded; about ten minutes on 2 cores.
 
-    python scripts/train_demo_model.py [--out src/sparc3/demo/model] [--steps 2400]
+    python scripts/train_demo_model.py [--out src/sparc3/demo/sparc3-demo]
 """
 
 import argparse
@@ -73,7 +73,7 @@ def ioi_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("src/sparc3/demo/model"))
+    parser.add_argument("--out", type=Path, default=Path("src/sparc3/demo/sparc3-demo"))
     parser.add_argument("--steps", type=int, default=1400, help="steps on rows of one and of many documents in turn")
     parser.add_argument("--warm", type=int, default=300, help="steps before, on rows of one document")
     parser.add_argument("--batch", type=int, default=32)

@@ -113,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--sums-device", default="cpu", help="where these sums are (default: %(default)s)")
     attribute.add_argument("--non-finite", default="error", help="error, or skip samples without a finite relevance (default: %(default)s)")
 
+    attribute.add_argument("--shard", metavar="I/N", help="look at the I-th of N shares of the samples; --out is then a shard file, for merge")
+
+    merge = add("merge", _merge, "the scores of a reference set, of the files of all its shards")
+    merge.add_argument("shards", nargs="+", metavar="SHARD", help="what attribute --shard wrote")
+    merge.add_argument("--out", required=True, help="where the scores go (.safetensors)")
+    merge.add_argument("--model", help="the model they were made on; needed for weight and Wanda scores")
+    _precision_arguments(merge)
+
     select = add("select", _select, "contrast two sets of scores and select units")
     select.add_argument("--general", metavar="A", help="scores on general text")
     select.add_argument("--undesired", metavar="B", help="scores on the behaviour to remove")
@@ -192,7 +200,7 @@ def _show(results: Any, out: str) -> None:
         return
     print(f"{'metric':26} {'original':>10} {'ablated':>10} {'change':>9}  95 % interval of the change")
     for d in results.differences:
-        if d.to == "ablated":
+        if (d.from_, d.to) == ("original", "ablated"):
             before, after = results.find(d.metric).value, results.find(d.metric, "ablated").value
             relative = f"{d.relative:+.1%}" if d.relative is not None else "-"
             interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d.ci95 else "-"
@@ -203,9 +211,13 @@ def _show(results: Any, out: str) -> None:
 def _attribute(args: argparse.Namespace) -> None:
     from .attribution import attribute
     from .attribution.methods import require_method
+    from .attribution.shards import parse_shard
     from .models import load_model
     from .samples import ReferenceSet, Request, gather, is_path, require_source
 
+    shard = parse_shard(args.shard) if args.shard else None
+    if shard and not require_method(args.method).run:
+        raise UserError(f"method {args.method} looks at no sample, so there is nothing to share out; leave out --shard")
     if not args.samples and require_method(args.method).run:
         raise UserError(f"method {args.method} needs --samples: a JSONL or text file, or a source")
     if args.samples:
@@ -222,6 +234,16 @@ def _attribute(args: argparse.Namespace) -> None:
         truncate=args.truncate, skip_positions=args.skip_positions, non_finite=args.non_finite, sums_dtype=args.sums_dtype,
         sums_device=args.sums_device, progress=sys.stderr.isatty(),
     )
+    scores.save(args.out)
+    print(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .attribution import merge
+    from .models import load_weights
+
+    _quiet_transformers()
+    scores = merge(args.shards, model=load_weights(args.model, dtype=args.dtype, device=args.device) if args.model else None)
     scores.save(args.out)
     print(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")
 
@@ -297,7 +319,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     if circuit and not args.force:
         circuit.require_model(model)
-    variants = {"ablated": ablated(model, circuit)} if circuit else None
+    variants = {"ablated": lambda: ablated(model, circuit)} if circuit else None
     results = evaluate(model, tokenizer, asked, variants=variants, progress=sys.stderr.isatty())
     results.save(args.out)
     for m in results:
