@@ -209,6 +209,7 @@ def _show(results: Any, out: str) -> None:
 
 
 def _attribute(args: argparse.Namespace) -> None:
+    from . import distributed
     from .attribution import attribute
     from .attribution.methods import require_method
     from .attribution.shards import parse_shard
@@ -225,6 +226,7 @@ def _attribute(args: argparse.Namespace) -> None:
     whole = args.samples and is_path(args.samples) and not args.seq_len
     loaded = ReferenceSet.load(args.samples) if whole else None
     _quiet_transformers()
+    distributed.start()
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     if args.samples and loaded is None:
         loaded = gather(Request(args.samples, args.count, seq_len=args.seq_len, seeds=(args.seed,)), tokenizer)
@@ -232,9 +234,12 @@ def _attribute(args: argparse.Namespace) -> None:
         model, loaded or [], tokenizer=tokenizer, method=args.method, unit=args.unit, sites=tuple(args.sites.split(",")), target=args.target,
         neuron=args.neuron, reduce=args.reduce, batch_tokens=int(args.batch_tokens) if args.batch_tokens.isdigit() else args.batch_tokens,
         truncate=args.truncate, skip_positions=args.skip_positions, non_finite=args.non_finite, sums_dtype=args.sums_dtype,
-        sums_device=args.sums_device, progress=sys.stderr.isatty(),
+        sums_device=args.sums_device, progress=sys.stderr.isatty(), partial=args.out if shard else f"{args.out}.partial", shard=shard,
     )
-    scores.save(args.out)
+    if not distributed.is_main():
+        return
+    if not shard:
+        scores.save(args.out)
     print(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")
 
 
