@@ -325,6 +325,34 @@ def test_the_command_line_prunes_rows_and_combines(sparc3: Any, mistake: Any, js
     assert "cannot score unit 'head'" in mistake("attribute", "demo", "--samples", text, "--unit", "head", "--sites", "attn.o", "--method", "wanda", "--out", "x")
 
 
+def test_recipes_say_rows_and_groups(tmp_path: Path) -> None:
+    from sparc3.recipe import load_recipe
+
+    def scope(*sets: str) -> Any:
+        return load_recipe("demo", ["attribution.unit=weight", "selection.count=null", *(f"selection.{one}" for one in sets)]).selection.scope
+
+    assert [scope("scope=2:4"), scope("scope='4:8'"), scope("scope=16:32"), scope("scope=row", "fraction=0.5")] == ["2:4", "4:8", "16:32", "row"]
+    for sets, said in ((("scope=2:4", "fraction=0.5"), "leave count and fraction out"), (("scope=rwo", "fraction=0.5"), "did you mean 'row'"), (("scope=4:2",), "n below m")):
+        with pytest.raises(UserError, match=said):
+            scope(*sets)
+
+
+def test_a_run_can_be_about_weights(tmp_path: Path, sparc3: Any) -> None:
+    (tmp_path / "w.yaml").write_text(json.dumps({
+        "name": "w", "model": {"id": "demo", "dtype": "float32", "device": "cpu"},
+        "references": {"general": {"source": "demo-general", "count": 4}, "undesired": {"source": "demo-angry", "count": 4}},
+        "attribution": {"unit": "weight", "sites": ["mlp.up"], "reduce": "mean_abs", "sums_dtype": "float64"},
+        "selection": {"scope": "2:4"}, "evaluation": {"sparsity": {"sites": ["mlp.up"]}}, "compare": {"random_draws": 1},
+    }))  # fmt: skip
+    code, _, err = sparc3("run", tmp_path / "w.yaml", "--out", tmp_path / "run")
+    assert code == 0, err
+    measured = {(m["metric"], m["variant"]): m["value"] for m in json.loads((tmp_path / "run/results.json").read_text())["measurements"]}
+    assert measured["sparsity.row_min", "ablated"] == measured["sparsity.row_max", "ablated"] == 0.5
+    circuit = tmp_path / "run/circuit.safetensors"
+    assert len(Circuit.load(circuit)) == 4 * 512 * 128 / 2
+    assert circuit.stat().st_mode & 0o777 == (tmp_path / "run/results.json").stat().st_mode & 0o777
+
+
 # The harness ----------------------------------------------------------------------------------------------------------
 
 

@@ -24,12 +24,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
-        os.chmod(name, 0o666 & ~_umask())
     except OSError as error:
         raise Sparc3Error(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
     temporary = Path(name)
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
