@@ -68,6 +68,8 @@ class Attribution(Strict):
     batch_tokens: int | Literal["auto"] = "auto"
     truncate: bool = False
     non_finite: Literal["error", "skip"] = "error"
+    sums_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    sums_device: str = "cpu"
 
     @field_validator("method", "target", "sites")
     @classmethod
@@ -92,6 +94,12 @@ class Selection(Strict):
     normalize: Literal["l1"] | None = None
     penalty: float = Field(default=1.0, ge=0)
     rounds: int = Field(default=1, ge=1)
+
+    @field_validator("scope", mode="before")
+    @classmethod
+    def _groups(cls, value: Any) -> Any:
+        """YAML reads an unquoted 2:4 as two minutes and four seconds."""
+        return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
 
     @field_validator("scope")
     @classmethod
