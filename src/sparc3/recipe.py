@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -85,8 +85,55 @@ class Attribution(Strict):
         return value
 
 
+class Tune(Strict):
+    """A search on validation prompts: every combination of the lists is tried, and the best within the budget is the circuit.
+
+    Attributes:
+        max_perplexity_increase: the budget: the largest relative increase of validation perplexity; 0.01 is 1 %.
+        max_kl: and of the divergence from the original, in nats a token; needs evaluation.kl.
+        counts: numbers of units.
+        targets: in the place of attribution.target; sets without completions take `next` where a candidate says `completion`.
+        neurons: "abs", "signed", or both.
+        contrasts: "plain", "matched", or both; all that the reference sets allow where none is given.
+        penalties: of the matched contrast.
+        normalize: null, "l1", or both.
+        prompts: number of validation prompts; as many as there are test prompts where it is not given.
+        texts: number of validation texts for perplexity; as many as the test has where it is not given.
+        text_source: where they come from, if the perplexity source has no validation split of its own.
+    """
+
+    max_perplexity_increase: float = Field(default=0.01, ge=0)
+    max_kl: float | None = Field(default=None, ge=0)
+    counts: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    targets: tuple[str, ...] = ()
+    neurons: tuple[Literal["abs", "signed"], ...] = ()
+    contrasts: tuple[Literal["plain", "matched"], ...] = ()
+    penalties: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(1.0,), min_length=1)
+    normalize: tuple[Literal["l1"] | None, ...] = Field(default=(None,), min_length=1)
+    prompts: int | None = Field(default=None, ge=1)
+    texts: int | None = Field(default=None, ge=1)
+    text_source: str | None = None
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for target in value:
+            parse_target(target)
+        return value
+
+    @field_validator("text_source")
+    @classmethod
+    def _there(cls, value: str | None) -> str | None:
+        if value is not None:
+            require_source(value)
+        return value
+
+
 class Selection(Strict):
-    """How many units (a scope n:m says it itself), and by which contrast. `rounds`: select a share, ablate it, attribute again, and go on."""
+    """How many units (a scope n:m says it itself), and by which contrast.
+
+    `rounds`: select a share, ablate it, attribute again, and go on. `tune`: search for all that.
+    """
 
     count: int | None = Field(default=None, ge=0)
     fraction: float | None = Field(default=None, ge=0, lt=1)
@@ -94,6 +141,7 @@ class Selection(Strict):
     normalize: Literal["l1"] | None = None
     penalty: float = Field(default=1.0, ge=0)
     rounds: int = Field(default=1, ge=1)
+    tune: Tune | None = None
 
     @field_validator("scope", mode="before")
     @classmethod
@@ -109,14 +157,26 @@ class Selection(Strict):
 
     @model_validator(mode="after")
     def _one_size(self) -> "Selection":
-        if parse_scope(self.scope):
+        if self.tune is not None:
+            self._searched(self.tune)
+        elif parse_scope(self.scope):
             if self.count is not None or self.fraction is not None:
                 raise ValueError(f"scope {self.scope} says how many weights go; leave count and fraction out")
         elif (self.count is None) == (self.fraction is None):
-            raise ValueError("give either count or fraction")
+            raise ValueError("give either count or fraction, or tune to search for a count")
         if self.rounds > 1 and (self.count is None or self.scope != "global"):
             raise ValueError("rounds needs a count and scope global")
         return self
+
+    def _searched(self, tune: Tune) -> None:
+        if self.fraction is not None or self.rounds > 1:
+            raise ValueError("tune tries counts in one round; leave fraction and rounds out")
+        if parse_scope(self.scope):
+            raise ValueError(f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or site")
+        if self.penalty != 1.0 or self.normalize is not None:
+            raise ValueError("with tune, write tune.penalties and tune.normalize for penalty and normalize")
+        if bool(tune.counts) == (self.count is not None):
+            raise ValueError("tune needs the numbers of units to try: tune.counts, or one count")
 
 
 class Compare(Strict):
@@ -163,7 +223,18 @@ class Recipe(Strict):
         if theirs and (self.attribution.unit, self.attribution.sites) != ("neuron", ("mlp.up",)):
             raise ValueError(f"compare.methods {theirs[0]} acts on neurons of mlp.up; leave it out, or attribute unit neuron at sites [mlp.up]")
         self.metrics()
+        if self.selection.tune:
+            self._searchable(self.selection.tune)
         return self
+
+    def _searchable(self, tune: Tune) -> None:
+        asked = self.metrics()
+        if "perplexity" not in asked or not {"toxicity", "repetition"} & asked.keys():
+            raise ValueError("selection.tune needs evaluation.perplexity for its budget, and evaluation.toxicity or repetition to lower")
+        if tune.max_kl is not None and "kl" not in asked:
+            raise ValueError("selection.tune.max_kl needs evaluation.kl")
+        if "matched" in tune.contrasts and "matched" not in self.references:
+            raise ValueError("selection.tune.contrasts: matched needs references.matched")
 
     def metrics(self) -> dict[str, MetricSettings]:
         return parse_metrics(self.evaluation)

@@ -77,6 +77,7 @@ def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds
         "checks": checks(work, found.contrast, found.parts, evaluations),
         "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
         "power": power(evaluations),
+        **work.noted,
         "warnings": work.warnings + _chosen_by_outcome(work),
         "version": __version__,
     }

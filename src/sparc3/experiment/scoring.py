@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .. import distributed
@@ -54,14 +55,15 @@ def as_written(work: Work) -> How:
 
 def contrasted(work: Work, how: How, before: Circuit | None = None, place: str = "") -> Scores:
     """The contrast, on the model without the circuit `before`, whose units then come last."""
-    return _contrast(how, parts_of(work, how, before, place), before)
+    return contrast_of(how, parts_of(work, how, before, place), before)
 
 
 def parts_of(work: Work, how: How, before: Circuit | None = None, place: str = "") -> dict[str, Scores]:
     return {name: _scores(work, how, name, before, place) for name in how.targets}
 
 
-def _contrast(how: How, sets: dict[str, Scores], before: Circuit | None = None) -> Scores:
+def contrast_of(how: How, sets: Mapping[str, Scores], before: Circuit | None = None) -> Scores:
+    """The contrast of scores that are there already."""
     # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
     normalize = "l1" if how.method == "wanda" else how.normalize
     made = contrast(sets["general"], sets["undesired"], matched=sets.get("matched"), penalty=how.penalty, normalize=normalize)
@@ -78,20 +80,22 @@ def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str)
          "without": before.fingerprint if before else None, "version": __version__}
     )  # fmt: skip
 
+    method = "" if how.method == settings.method else f"{how.method}."
+    path = f"scores/{place}{_prefix(how, name)}{method}{name}.safetensors"
+
     def make() -> Scores:
         began = time.perf_counter()
         with ablated(work.model, before or Circuit(settings.unit, {})):
             made = attribute(
-                work.model, work.references[name], tokenizer=work.tokenizer, **asked, batch_tokens=settings.batch_tokens, progress=work.progress
-            )
+                work.model, work.references[name], tokenizer=work.tokenizer, **asked, batch_tokens=settings.batch_tokens, progress=work.progress,
+                partial=work.folder / f"{path}.partial",
+            )  # fmt: skip
         took = time.perf_counter() - began
         seen = made.provenance
         log.info("scores %s, %s: %d samples, %d tokens, %.3f s a sample, %d skipped", how.method, name, seen["samples"], seen["tokens"],
                  took / max(1, len(work.references[name])), len(seen["skipped"]))  # fmt: skip
         return Scores(dict(made), {**made.provenance, "made_from": made_from, "seconds": round(took, 3)})
 
-    method = "" if how.method == settings.method else f"{how.method}."
-    path = f"scores/{place}{_prefix(how, name)}{method}{name}.safetensors"
     return kept(work.folder / path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make)
 
 
@@ -103,7 +107,7 @@ def found_circuit(work: Work) -> Found:
     """The circuit to remove, found in as many rounds as the recipe says."""
     chosen, how = work.recipe.selection, as_written(work)
     parts = parts_of(work, how)
-    now = first = _contrast(how, parts)
+    now = first = contrast_of(how, parts)
     circuit = Circuit(work.recipe.attribution.unit, {}, work.described)
     for turn in range(chosen.rounds):
         if turn:

@@ -20,6 +20,7 @@ from .data import gather_all
 from .folder import claimed, logged
 from .measuring import measured
 from .scoring import as_written, found_circuit
+from .tuning import tuned
 from .work import Work
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
     with stages.stage("samples"):
         gather_all(work)
     with stages.stage("scores"):
-        how = as_written(work)
-        found = found_circuit(work)
+        how, found = tuned(work) if recipe.selection.tune else (as_written(work), found_circuit(work))
     with stages.stage("evaluation"):
         results = measured(work, found, how, stages.seconds)
     if distributed.is_main():

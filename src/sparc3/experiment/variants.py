@@ -38,7 +38,7 @@ def variants(work: Work, found: Found, how: How) -> Iterator[tuple[str, list[Cha
     yield "original", [Circuit(circuit.unit, {}, work.described)]
     yield "ablated", [circuit]
     counts = {count: select(found.contrast, count=count) for count in compare.counts if _enough(work, found.contrast, count, how.method)}
-    if work.recipe.selection.fraction is None:
+    if work.recipe.selection.count is not None or work.recipe.selection.tune:
         counts[len(circuit)] = circuit
     for count, chosen in sorted(counts.items()):
         yield f"{how.method}@{count}", [chosen]

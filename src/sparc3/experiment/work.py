@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.metrics import Prepared
 from ..recipe import Recipe
@@ -22,6 +22,7 @@ class Work:
         references: name → reference set, filled by the samples stage.
         prepared: the metrics with their test samples, filled by the samples stage.
         warnings: what the reader of the results should know.
+        noted: what stages add to the results' provenance.
     """
 
     recipe: Recipe
@@ -33,6 +34,7 @@ class Work:
     references: dict[str, ReferenceSet] = field(default_factory=dict)
     prepared: list[Prepared] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    noted: dict[str, Any] = field(default_factory=dict)
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
         """Prompts that those of these reference sets which come from `source` hold."""

@@ -1,0 +1,254 @@
+"""The search: candidates tried on validation samples under a damage budget. Attribution is done once for each target and kind of neuron score."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from .. import distributed
+from ..ablation import ablated
+from ..circuit import Circuit
+from ..errors import DamagedFile, UserError
+from ..evaluation.evaluate import fingerprint_of, measure
+from ..evaluation.metrics import Prepared
+from ..evaluation.statistics import measurement
+from ..files import fingerprint, read_json, write_json
+from ..recipe import Tune
+from ..scores import Scores
+from ..selection import candidates, select
+from ..version import __version__
+from .pareto import front
+from .scoring import Found, How, contrast_of, parts_of, saved
+from .validation import validation
+from .work import Work
+
+log = logging.getLogger("sparc3")
+FORMAT = "sparc3.tune/1"
+HOPELESS = 5
+"""A candidate that costs so many times the budget (and over 5 %) is not asked what it would have gained."""
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination that was tried.
+
+    Attributes:
+        targets: reference set → target.
+        circuit: fingerprint of the circuit.
+        figures: metric → value on the validation samples; the aim is missing where the candidate was hopeless.
+        perplexity_increase: relative to the original.
+        within: whether it keeps to the budget.
+        pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
+    """
+
+    targets: dict[str, str]
+    neuron: str
+    contrast: str
+    penalty: float | None
+    normalize: str | None
+    count: int
+    circuit: str
+    figures: Figures = field(default_factory=dict)
+    perplexity_increase: float = 0.0
+    within: bool = False
+    pareto: bool = False
+
+
+@dataclass
+class Trials:
+    """Circuits tried on the validation samples, each once, whatever run of this folder tried it; tune.json keeps them.
+
+    Attributes:
+        known: key of a circuit → its figures.
+        aim: the figure to better, and which way is better.
+    """
+
+    work: Work
+    tune: Tune
+    budget: list[Prepared]
+    asked: list[Prepared]
+    known: dict[str, Figures] = field(default_factory=dict)
+    done: int = 0
+
+    @property
+    def aim(self) -> tuple[str, str]:
+        return ("toxicity.mean", "lower") if self.asked[0].metric.name == "toxicity" else ("rur.mean", "higher")
+
+    @property
+    def made_from(self) -> str:
+        """Names what a trial depends on, apart from its circuit."""
+        on = fingerprint_of([*self.budget, *self.asked])
+        return fingerprint({"model": self.work.described["fingerprint"], "on": on, "version": __version__})
+
+    def of(self, circuit: Circuit, original: Figures | None = None) -> Figures:
+        """The figures of the model without the circuit; without the aim where the damage is hopeless."""
+        if circuit.fingerprint not in self.known:
+            found = self._figures(circuit, self.budget)
+            limit = max(HOPELESS * self.tune.max_perplexity_increase, 0.05)
+            if original is None or found["perplexity"] / original["perplexity"] - 1 <= limit:
+                found |= self._figures(circuit, self.asked)
+            self.known[circuit.fingerprint] = found
+            self.done += 1
+            self.save()
+        return self.known[circuit.fingerprint]
+
+    def _figures(self, circuit: Circuit, metrics: list[Prepared]) -> Figures:
+        def again() -> Any:
+            return ablated(self.work.model, circuit)
+
+        made = measure(self.work.model, self.work.tokenizer, metrics, "trial", progress=self.work.progress, changed=again if len(circuit) else None)
+        figures = {o.metric: measurement(o, "trial").value for o in made.observations}
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def load(self) -> None:
+        """Take over what an earlier process tried on the same samples."""
+        where = self.work.folder / "tune.json"
+        found: dict[str, Any] = {}
+        if where.is_file():
+            try:
+                found = read_json(where, FORMAT)
+            except DamagedFile as error:
+                log.warning("%s; searching again", error)
+        found = distributed.first(found)
+        if found.get("made_from") == self.made_from:
+            self.known = dict(found["trials"])
+            log.info("tune.json is there, with %d trials", len(self.known))
+
+    def save(self, **summary: Any) -> None:
+        if distributed.is_main():
+            write_json(self.work.folder / "tune.json", {"format": FORMAT, "made_from": self.made_from, **summary, "trials": self.known})
+        distributed.wait()
+
+
+def tuned(work: Work) -> tuple[How, Found]:
+    """The best candidate within the budget, and how it was found; ties go to fewer units, then to the earlier in the recipe's order.
+
+    Raises:
+        UserError: no candidate keeps to the budget (the message says what the cheapest costs).
+    """
+    tune = work.recipe.selection.tune
+    assert tune
+    trials = Trials(work, tune, *validation(work, tune))
+    trials.load()
+    original = trials.of(Circuit(work.recipe.attribution.unit, {}, work.described))
+    parts = {(target, neuron): _parts(work, target, neuron) for target in _targets(work, tune) for neuron in _neurons(work, tune)}
+    tried: list[Candidate] = []
+    ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
+    for how, sets in _ways(work, tune, parts):
+        scores = contrast_of(how, sets)
+        for count in _counts(work, tune):
+            if count > candidates(scores):
+                continue
+            circuit = select(scores, count=count, scope=work.recipe.selection.scope)
+            candidate = _judged(how, circuit, count, trials.of(circuit, original), original, tune)
+            _log(candidate, trials.aim[0])
+            tried.append(candidate)
+            ways.append((how, circuit, scores, sets))
+    best = _best(tried, trials, original)
+    summary = _summary(tried, best, trials, original)
+    trials.save(**summary)
+    work.noted["tune"] = {**summary, "candidates": [c for c in summary["candidates"] if c["pareto"]], "tried": len(tried)}
+    how, circuit, scores, sets = ways[best]
+    for name, part in sets.items() if distributed.is_main() else ():
+        part.save(work.folder / f"scores/{name}.safetensors")
+    log.info("best of %d candidates on validation: %s", len(tried), _said(tried[best], trials.aim[0]))
+    return how, saved(work, Found(replace(circuit, model=work.described), scores, sets))
+
+
+def _targets(work: Work, tune: Tune) -> Sequence[str]:
+    return tune.targets or (work.recipe.attribution.target,)
+
+
+def _neurons(work: Work, tune: Tune) -> Sequence[str]:
+    return tune.neurons or (work.recipe.attribution.neuron,)
+
+
+def _counts(work: Work, tune: Tune) -> Sequence[int]:
+    return sorted(set(tune.counts)) or [work.recipe.selection.count or 0]
+
+
+def _how(work: Work, target: str, neuron: str, names: Sequence[str], penalty: float = 1.0, normalize: str | None = None) -> How:
+    targets = {name: work.recipe.references[name].target or _fitting(work, name, target) for name in names}
+    return How(work.recipe.attribution.method, neuron, targets, penalty, normalize, place="tune.")
+
+
+def _fitting(work: Work, name: str, target: str) -> str:
+    """The candidate's target; `next` for a set whose samples have no completion where it means one."""
+    lacks = any(sample.completion is None for sample in work.references[name])
+    return "next" if target.startswith("completion") and lacks else target
+
+
+def _contrasts(work: Work, tune: Tune) -> Sequence[str]:
+    return tune.contrasts or (("plain", "matched") if "matched" in work.references else ("plain",))
+
+
+def _parts(work: Work, target: str, neuron: str) -> dict[str, Scores]:
+    """The scores of every reference set that some contrast reads."""
+    assert work.recipe.selection.tune
+    names = [name for name in work.references if name != "matched" or "matched" in _contrasts(work, work.recipe.selection.tune)]
+    return parts_of(work, _how(work, target, neuron, names))
+
+
+def _ways(work: Work, tune: Tune, parts: dict[tuple[str, str], dict[str, Scores]]) -> Iterator[tuple[How, dict[str, Scores]]]:
+    """Each way to contrast, with the scores it contrasts."""
+    for (target, neuron), sets in parts.items():
+        for kind in _contrasts(work, tune):
+            chosen = {name: scores for name, scores in sets.items() if name != "matched" or kind == "matched"}
+            for penalty in tune.penalties if kind == "matched" else (1.0,):
+                for normalize in tune.normalize:
+                    yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
+
+
+def _judged(how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, tune: Tune) -> Candidate:
+    increase = figures["perplexity"] / original["perplexity"] - 1
+    within = increase <= tune.max_perplexity_increase and (tune.max_kl is None or figures["kl"] <= tune.max_kl)
+    matched = "matched" in how.targets
+    return Candidate(
+        how.targets, how.neuron, "matched" if matched else "plain", how.penalty if matched else None, how.normalize, count,
+        circuit.fingerprint, figures, increase, within,
+    )  # fmt: skip
+
+
+def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
+    name, direction = trials.aim
+    sign = 1 if direction == "lower" else -1
+    fit = [index for index, one in enumerate(tried) if one.within and name in one.figures]
+    if not fit:
+        cheapest = min((one.perplexity_increase for one in tried), default=None)
+        said = f"the cheapest of {len(tried)} costs {cheapest:+.2%} perplexity" if cheapest is not None else "there are too few units below zero"
+        raise UserError(f"no candidate keeps to the budget of selection.tune: {said}; try smaller counts, or a larger budget")
+    best = min(fit, key=lambda index: (sign * tried[index].figures[name], tried[index].count, index))
+    if sign * tried[best].figures[name] >= sign * original[name]:
+        trials.work.warnings.append(f"no candidate within the budget made {name} better on the validation prompts")
+        log.warning(trials.work.warnings[-1])
+    return best
+
+
+def _summary(tried: list[Candidate], best: int, trials: Trials, original: Figures) -> dict[str, Any]:
+    name, direction = trials.aim
+    sign = 1 if direction == "lower" else -1
+    points = [(one.perplexity_increase, sign * one.figures[name]) if name in one.figures else None for one in tried]
+    undominated = front(points)
+    rows = [asdict(replace(one, pareto=index in undominated)) for index, one in enumerate(tried)]
+    return {
+        "aim": name,
+        "budget": {"max_perplexity_increase": trials.tune.max_perplexity_increase, "max_kl": trials.tune.max_kl},
+        "split": "validation",
+        "samples": {p.metric.name: len(p.samples) for p in [*trials.budget, *trials.asked]},
+        "original": original,
+        "best": rows[best],
+        "candidates": rows,
+    }
+
+
+def _said(one: Candidate, aim: str) -> str:
+    gained = f"{aim} {one.figures[aim]:.4g}" if aim in one.figures else f"{aim} not measured"
+    penalty = f"penalty {one.penalty:g}" if one.penalty is not None else None
+    way = ", ".join(filter(None, [one.targets["undesired"], one.neuron, one.contrast, penalty, one.normalize]))
+    return f"{one.count} by {way}: perplexity {one.perplexity_increase:+.2%}, {gained}"
+
+
+def _log(one: Candidate, aim: str) -> None:
+    log.info("tried %s%s", _said(one, aim), "" if one.within else ", over the budget")
