@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import Surrogate
 from test_attribution import SHARED, distance, exact_scores, roles_of
 from tiny import CONFIGS, samples, tiny
 from torch import Tensor
@@ -17,6 +16,7 @@ from sparc3.attribution import attribute, patching
 from sparc3.attribution.ledger import ledger
 from sparc3.attribution.patching import lrp_rules
 from sparc3.circuit import Circuit
+from sparc3.doctor.second_opinion import flows
 from sparc3.errors import UnsupportedModel
 from sparc3.families import FAMILIES
 from sparc3.models import Site, describe, family_of, load_model, sites_of
@@ -110,49 +110,15 @@ def by_layer(model: Any, scores: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 @every
 def test_attnlrp_agrees_with_the_rules_on_torch_functions(name: str) -> None:
     model, ids = tiny(name), samples()[0]
-    for module in list(model.modules()):  # these write GELU in products of their own, which that opinion cannot tell from a gate's
-        for child, inner in list(module.named_children()):
-            if type(inner).__name__ in ("NewGELUActivation", "BloomGelu"):
-                setattr(module, child, torch.nn.GELU(approximate="tanh"))
-    signed, absolute, heads = surrogate_scores(model, ids)
+    sites = {site.name: site for site in sites_of(model, roles_of(model))}
+    seen = flows(model, ids, list(sites.values()))
     close = 1e-5 if name in FLOAT32_INSIDE else 1e-8
     for site, value in exact_scores(model, [ids], neuron="signed").items():
-        assert distance(value, signed[site]) < close, site
+        assert distance(value, seen[site].signed) < close, site
     for site, value in exact_scores(model, [ids], neuron="abs").items():
-        assert distance(value, absolute[site]) < close, site
+        assert distance(value, seen[site].absolute(sites[site].weight)) < close, site
     for site, value in exact_scores(model, [ids], unit="head").items():
-        assert distance(value, heads[site]) < close, site
-
-
-def surrogate_scores(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Signed and absolute relevance of neurons, and that of heads, by `surrogate`: site name → scores."""
-    model.requires_grad_(False)
-    inputs: dict[Any, Tensor] = {}
-    outputs: dict[Any, Tensor] = {}
-    sites = sites_of(model, roles_of(model))
-
-    def seen(module: Any, args: Any, output: Tensor) -> Tensor:
-        inputs[module], outputs[module] = args[0], output
-        return output.clone()  # a model may write into what it gets
-
-    hooks = [module.register_forward_hook(seen) for module in {site.module for site in sites}]
-    hooks.append(model.get_input_embeddings().register_forward_hook(lambda _, args, output: output.requires_grad_()))
-    with Surrogate():
-        logit = model(torch.tensor([ids])).logits[0, -1].max()
-    modules = list(outputs)
-    grads = dict(zip(modules, torch.autograd.grad(logit, [outputs[m] for m in modules], retain_graph=True), strict=True))
-    mixed = [site for site in sites if site.role == "attn.o"]
-    at_heads = torch.autograd.grad(logit, [inputs[site.module] for site in mixed])
-    for hook in hooks:
-        hook.remove()
-    flows = {site.name: (site.of(grads[site.module]).reshape(len(ids), -1), inputs[site.module].detach().reshape(len(ids), -1)) for site in sites}
-    signed = {site.name: (flows[site.name][0] * site.of(outputs[site.module].detach()).reshape(len(ids), -1)).sum(0) for site in sites}
-    absolute = {site.name: (site.weight * (flows[site.name][0].T @ flows[site.name][1])).abs().sum(1) for site in sites}
-    heads = {
-        site.name: (grad * inputs[site.module].detach()).reshape(len(ids), site.heads, -1).sum((0, 2))
-        for site, grad in zip(mixed, at_heads, strict=True)
-    }
-    return signed, absolute, heads
+        assert distance(value, seen[site].heads(sites[site].heads)) < close, site
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "pythia", "falcon", "falcon-40b", "falcon-rw", "bloom"])

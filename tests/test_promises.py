@@ -15,7 +15,7 @@ LAYERS = [
     {"samples", "scores", "circuit", "results", "models", "demo"},
     {"batches", "logits", "circuits", "ranking"},
     {"attribution", "selection", "ablation", "damping", "cards", "evaluation", "report"},
-    {"recipe", "compression"},
+    {"recipe", "compression", "doctor"},
     {"experiment"},
     {"cli"},
     {"__main__"},
@@ -79,5 +79,5 @@ def test_importing_does_nothing_and_help_is_quick() -> None:
     began = time.perf_counter()
     helped = subprocess.run([sys.executable, "-m", "sparc3", "--help"], capture_output=True, text=True, check=True)
     assert time.perf_counter() - began < 2
-    for command in ("demo", "run", "attribute", "select", "ablate", "evaluate", "report", "recipes"):
+    for command in ("demo", "run", "attribute", "select", "ablate", "evaluate", "report", "recipes", "doctor"):
         assert command in helped.stdout

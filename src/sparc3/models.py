@@ -180,13 +180,27 @@ def load_model(
         UserError: no such folder or hub model, no access to it, or no such device; the message says what to do.
         UnsupportedModel: an architecture without a row in FAMILIES, found out before any weight is read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return load_weights(name_or_path, dtype=dtype, device=device), load_tokenizer(name_or_path)
+
+
+def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> "PreTrainedModel":
+    """The model of `load_model`, without its tokenizer."""
+    from transformers import AutoModelForCausalLM
 
     name, config, wanted, target = _checked(name_or_path, dtype, device)
     with hub_errors(name):
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    return model.to(target).eval(), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted, trust_remote_code=False)
+    # A quantised model may refuse to be moved, even to where it is.
+    return (model if model.device == target else model.to(target)).eval()
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer of `load_model`, without its model."""
+    from transformers import AutoTokenizer
+
+    name = _name(name_or_path)
+    with hub_errors(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def require_loadable(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> None:
@@ -195,28 +209,32 @@ def require_loadable(name_or_path: str | os.PathLike[str], *, dtype: str = "auto
 
 
 def _checked(name_or_path: str | os.PathLike[str], dtype: str, device: str) -> tuple[str, Any, torch.dtype | str, torch.device]:
-    name = DEMO if name_or_path == "demo" else os.fspath(name_or_path)
-    target = _device(device)
+    name, target = _name(name_or_path), _device(device)
     config = load_config(name)
     require_family(config, name)
     return name, config, _dtype(dtype, config, target), target
 
 
+def _name(name_or_path: str | os.PathLike[str]) -> str:
+    return DEMO if name_or_path == "demo" else os.fspath(name_or_path)
+
+
 def load_config(name: str) -> Any:
-    """The configuration of a hub model or a local checkpoint, with every way it can fail as one line."""
+    """The configuration of a hub model, a local checkpoint or a config.json, with every way it can fail as one line."""
     from transformers import AutoConfig
 
-    if _looks_local(name) and not Path(name).is_dir():
+    alone = name.endswith(".json") and Path(name).is_file()
+    if _looks_local(name) and not Path(name).is_dir() and not alone:
         raise UserError(f"no model folder at {name}; give a folder with config.json and safetensors, or a hub id")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} has no config.json; give a folder that save_pretrained wrote")
     with hub_errors(name):
-        if not Path(name).is_dir():
+        if not Path(name).is_dir() and not alone:
             try:
-                return AutoConfig.from_pretrained(name, local_files_only=True)
+                return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
             except OSError:
                 require_hub(name)
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _looks_local(name: str) -> bool:
@@ -253,7 +271,7 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, UserError):
             return
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, StrictDataclassError
 
         chain: list[BaseException] = []
         link: BaseException | None = error
@@ -271,8 +289,9 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
             raise UserError(_no_hub(name)) from None
         if any("trust_remote_code" in str(e) for e in chain):
             raise UnsupportedModel(f"'{name}' needs Python code from its own repository, which sparc3 does not run") from None
-        if isinstance(error, (OSError, ValueError, KeyError)):
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, StrictDataclassError)):
+            told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+            first = (str(told).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"cannot load '{name}': {first}") from None
 
 

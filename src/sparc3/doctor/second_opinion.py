@@ -1,0 +1,160 @@
+"""AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that needs no name of any module.
+
+While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so that its plain gradient
+is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code with attribution/rules.py and patching.py, computes
+f(x)/x by dividing, and of the family table reads only where an MLP's non-linearity is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..attribution.patching import frozen
+from ..models import Site, family_of, layers_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _half(x: Tensor) -> Tensor:
+    return 0.5 * x + 0.5 * x.detach()
+
+
+def _product(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Uniform rule: half to each factor, where both carry relevance."""
+
+    def rule(a: Any, b: Any, **kwargs: Any) -> Tensor:
+        both = all(isinstance(x, Tensor) and x.requires_grad for x in (a, b))
+        return function(_half(a), _half(b), **kwargs) if both else function(a, b, **kwargs)
+
+    return rule
+
+
+def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Identity rule: f(x) = x · (f(x)/x), the factor a constant."""
+
+    def rule(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            factor = torch.where(x == 0, torch.zeros_like(x), function(x, *args, **kwargs) / x)
+        return x * factor
+
+    return rule
+
+
+def _layer_norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + eps).sqrt().detach()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = _half(q) @ _half(k).transpose(-1, -2) * (kwargs.get("scale") or q.shape[-1] ** -0.5)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return _half(scores.softmax(-1)) @ _half(v)
+
+
+def _baddbmm(added: Tensor, batch1: Tensor, batch2: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    return beta * added + alpha * (_half(batch1) @ _half(batch2))
+
+
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
+_RULES: dict[Any, Callable[..., Tensor]] = {
+    **{function: _product(function) for function in _PRODUCTS},
+    **{function: lambda x, f=function: f(x).detach() for function in (torch.rsqrt, Tensor.rsqrt)},
+    **{torch.tanh: _identity(torch.tanh), F.layer_norm: _layer_norm, F.scaled_dot_product_attention: _attention, Tensor.baddbmm: _baddbmm},
+}
+
+
+class Rules(TorchFunctionMode):
+    """Inside, torch's functions have the gradients of AttnLRP."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _RULES.get(func, func)(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What passes a site on one sequence of T tokens, and the modified gradients of the largest last logit there.
+
+    Attributes:
+        a, z: input [T, in] and output [T, out].
+        of_a, of_z: their modified gradients; of_a is what arrives through this site alone.
+    """
+
+    a: Tensor
+    z: Tensor
+    of_a: Tensor
+    of_z: Tensor
+
+    @property
+    def signed(self) -> Tensor:
+        """Σ_t ĝ_ti z_ti [out]."""
+        return (self.of_z * self.z).sum(0)
+
+    def absolute(self, weight: Tensor) -> Tensor:
+        """Σ_j |R_W,ij| [out]."""
+        return (weight.detach() * (self.of_z.T @ self.a)).abs().sum(1)
+
+    def heads(self, count: int) -> Tensor:
+        """Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td [heads], at attn.o."""
+        return (self.a * self.of_a).sum(0).view(count, -1).sum(1)
+
+
+def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[str, Flow]:
+    """What passes each site on one sequence: site name → Flow. The model is left as it was."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen[module] = (args[0], output)
+        return output.clone()  # a model may write into what it gets
+
+    def begin(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    modules = list(dict.fromkeys(site.module for site in sites))
+    hooks = [module.register_forward_hook(watch) for module in modules]
+    hooks.append(model.get_input_embeddings().register_forward_hook(begin))
+    try:
+        with frozen(model), _activations_by_ratio(model), Rules():
+            logit = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].max()
+        of_z = torch.autograd.grad(logit, [seen[module][1] for module in modules], retain_graph=True)
+        of_a = torch.autograd.grad(logit, [seen[module][0] for module in modules])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = dict(zip(modules, zip(of_a, of_z, strict=True), strict=True))
+    found = {}
+    for site in sites:
+        (a, z), (to_a, to_z) = seen[site.module], gradients[site.module]
+        rows = [x.detach().reshape(len(ids), -1) for x in (a, site.of(z), to_a, site.of(to_z))]
+        found[site.name] = Flow(*rows)
+    return found
+
+
+@contextmanager
+def _activations_by_ratio(model: "PreTrainedModel") -> Iterator[None]:
+    """The MLPs' non-linearities under the identity rule, whatever function they are."""
+    activation = family_of(model).activation
+    modules = list(dict.fromkeys(layer.get_submodule(activation) for layer in layers_of(model)))
+    earlier = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = _identity(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, earlier, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
