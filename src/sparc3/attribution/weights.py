@@ -14,8 +14,8 @@ from ..memory import give_back
 from ..models import Site
 from .sums import Sums
 
-PIECE = 2**19
-"""Elements of one sample's matrix that are handled at once on a CPU, so that they are still in cache when they are added."""
+PIECE = 2**22
+"""Elements of one sample's matrix that are handled at once on a CPU: more would be memory, fewer would be threads that wait for each other."""
 
 
 def weight_hook(site: Site, batch: Batch, sums: Sums, *, first: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -83,7 +83,7 @@ def add_absolute_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None
 
 
 def _pieces(total: Tensor, device: torch.device) -> list[slice]:
-    """Row ranges of a total: small ones for a CPU's caches, all rows at once for a GPU."""
+    """Row ranges of a total: some megabytes at once on a CPU, all of them on a GPU."""
     out, inp = total.shape
     step = max(16, PIECE // inp) if device.type == "cpu" else out
     return [slice(start, min(start + step, out)) for start in range(0, out, step)]
@@ -93,5 +93,7 @@ def weighted(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
     """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the reduction takes it."""
     if not total.numel():  # CP-LRP holds the site constant
         return torch.zeros(site.out, site.inp)
-    total.div_(divisor).mul_(site.weight.detach().to(total.device))
+    total.mul_(site.weight.detach().to(total.device))
+    if divisor != 1:
+        total.div_(divisor)
     return total if reduce == "mean" else total.abs_()
