@@ -241,8 +241,8 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def require_hub(name: str) -> None:
-    """Fail at once where the hub's host has no address, instead of after half a minute of retries."""
+def require_hub(name: str, remedy: str = "download it elsewhere and give the folder's path") -> None:
+    """Fail at once, naming the remedy, where the hub's host has no address, instead of after half a minute of retries."""
     from huggingface_hub import constants
 
     host = urlparse(constants.ENDPOINT).hostname or ""
@@ -252,11 +252,7 @@ def require_hub(name: str) -> None:
         if not any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
             socket.getaddrinfo(host, 443)
     except OSError:
-        raise UserError(_no_hub(name)) from None
-
-
-def _no_hub(name: str) -> str:
-    return f"cannot reach the hub for '{name}' and it is not in the local cache; download it elsewhere and give the folder's path"
+        raise UserError(f"cannot reach the hub for '{name}'; {remedy}") from None
 
 
 class hub_errors:  # noqa: N801  a context manager, used like a function
@@ -286,7 +282,7 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
         if any(isinstance(e, RepositoryNotFoundError) for e in chain):
             raise UserError(f"no model '{name}' on the hub, or no right to see it; check the name, or log in with `hf auth login`") from None
         if any(isinstance(e, (LocalEntryNotFoundError, HfHubHTTPError)) for e in chain):
-            raise UserError(_no_hub(name)) from None
+            raise UserError(f"cannot reach the hub for '{name}'; download it elsewhere and give the folder's path") from None
         if any("trust_remote_code" in str(e) for e in chain):
             raise UnsupportedModel(f"'{name}' needs Python code from its own repository, which sparc3 does not run") from None
         if isinstance(error, (OSError, ValueError, KeyError, ImportError, StrictDataclassError)):

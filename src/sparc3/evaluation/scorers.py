@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,9 @@ DETOXIFY = {"original": "unitary/toxic-bert", "unbiased": "unitary/unbiased-toxi
 TOXIC_LABELS = ("toxicity", "toxic")
 
 
+@lru_cache(maxsize=4)
 def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
-    """The scorer called `name`.
+    """The scorer called `name`, loaded once for all variants of a run.
 
     Args:
         name: "lexicon" (the demo's words), "lexicon:FILE" (one word a line), "detoxify" (or detoxify:unbiased,

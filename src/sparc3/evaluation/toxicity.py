@@ -57,4 +57,13 @@ def scored(prompts: list[str], written: list[list[str]], scorer: Scorer, split: 
     )
 
 
-register(Metric("toxicity", ToxicitySettings, toxicity, prompts=True, gives=("toxicity.mean", "toxicity.expected_max", "toxicity.rate")))
+def ready(settings: ToxicitySettings) -> None:
+    """Raise UserError now, and not after hours of attribution, where the scorer cannot be had."""
+    make_scorer(settings.scorer)
+
+
+register(
+    Metric(
+        "toxicity", ToxicitySettings, toxicity, prompts=True, gives=("toxicity.mean", "toxicity.expected_max", "toxicity.rate"), ready=ready
+    )
+)
