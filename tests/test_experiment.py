@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
         "toxicity": {"source": "demo-angry", "count": 6, "scorer": "lexicon", "generations": 1, "max_new_tokens": 8},
     },
     "compare": {"methods": ["wanda", "random", "aura", "det0"], "counts": [3], "random_draws": 2},
+    "cards": {"alone": 1},
 }
 
 

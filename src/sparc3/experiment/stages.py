@@ -16,6 +16,7 @@ from ..recipe import Recipe, load_recipe
 from ..report import write_report
 from ..results import Results
 from ..version import __version__
+from .carding import write_cards
 from .data import gather_all
 from .folder import claimed, logged
 from .measuring import measured
@@ -65,6 +66,7 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
         how, found = tuned(work) if recipe.selection.tune else (as_written(work), found_circuit(work))
     with stages.stage("evaluation"):
         results = measured(work, found, how, stages.seconds)
+        write_cards(work, found)
     if distributed.is_main():
         results.save(folder / "results.json")
         log.info("report: %s", write_report(folder))

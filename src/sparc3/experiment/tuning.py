@@ -223,6 +223,9 @@ def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
     if sign * tried[best].figures[name] >= sign * original[name]:
         trials.work.warnings.append(f"no candidate within the budget made {name} better on the validation prompts")
         log.warning(trials.work.warnings[-1])
+    elif tried[best].count == max(one.count for one in tried) and len({one.count for one in tried}) > 1:
+        trials.work.warnings.append(f"the best number of units, {tried[best].count}, is the largest that was tried; a larger one may be better")
+        log.warning(trials.work.warnings[-1])
     return best
 
 
