@@ -116,9 +116,11 @@ def test_classifiers_load_from_a_checkpoint(
     logits = classifier(**demo[1](text, return_tensors="pt")).logits[0]
     value = (logits.softmax(-1)[1] if expected == "softmax" else logits.sigmoid()[0]).item()
     assert make_scorer(str(tmp_path / "tiny"))([text, ""]) == [pytest.approx(value, abs=1e-6), None]
+    make_scorer.cache_clear()
     monkeypatch.setattr("sparc3.evaluation.scorers.DETOXIFY", {"original": str(tmp_path / "tiny")})
     assert make_scorer("detoxify")([text]) == [pytest.approx(value, abs=1e-6)]
-    with pytest.raises(UserError, match="it has" if labels[0] != "toxic" else "x"):
+    make_scorer.cache_clear()
+    with pytest.raises(UserError, match="it has"):
         make_scorer(f"{tmp_path / 'tiny'}#nolabel")
 
 
