@@ -310,6 +310,7 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from . import distributed
     from .ablation import ablated
     from .circuit import Circuit
     from .evaluation import evaluate
@@ -321,11 +322,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     parse_metrics(asked)
     circuit = Circuit.load(args.circuit) if args.circuit else None
     _quiet_transformers()
+    distributed.start()
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     if circuit and not args.force:
         circuit.require_model(model)
     variants = {"ablated": lambda: ablated(model, circuit)} if circuit else None
     results = evaluate(model, tokenizer, asked, variants=variants, progress=sys.stderr.isatty())
+    if not distributed.is_main():
+        return
     results.save(args.out)
     for m in results:
         print(f"{m.metric:26} {m.variant:10} {'-' if m.value is None else format(m.value, '.4g'):>10}")

@@ -1,6 +1,8 @@
 """`attribute`: samples in, scores out. Batching, sharing the work among ranks and reducing belong here and to no method."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,12 +10,15 @@ import torch
 from .. import distributed
 from ..batches import Batch, Encoded, encode, make_batches, parse_target
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
+from ..files import fingerprint
 from ..memory import out_of_memory
-from ..models import context_length, describe, sites_of
+from ..models import Site, context_length, describe, sites_of
 from ..samples import ReferenceSet, Sample
 from ..scores import Scores
 from ..version import __version__
-from .methods import Method, needs_weight, settings_for
+from .methods import Method, needs_weight, require_method, settings_for
+from .resume import Keeper
+from .shards import Task, combined
 from .sums import Settings, Sums
 
 if TYPE_CHECKING:
@@ -41,6 +46,9 @@ def attribute(
     non_finite: str = "error",
     sums_dtype: str = "float32",
     sums_device: str = "cpu",
+    partial: str | Path | None = None,
+    save_every: float = 60.0,
+    shard: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> Scores:
     """Score every unit of the sites on the samples.
@@ -64,6 +72,11 @@ def attribute(
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
             memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
+        partial: a file for the sums so far. Killed and called again with it, the same call goes on where it was and ends with the same
+            scores; at the end the file is removed.
+        save_every: seconds between two savings of the sums; more where they are so large that saving would take over 5 % of the time.
+        shard: (2, 3) looks at the second third of the samples only (every third from the second on), and leaves its sums in `partial`, for
+            `merge`. The scores returned are those of that share.
         progress: show a progress bar.
 
     Returns:
@@ -100,16 +113,82 @@ def attribute(
             references, tokenizer, asked, context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0], truncate=truncate
         )
         _require_longer(encoded, skip_positions)
-        _add_all(model, chosen, where, sums, make_batches(distributed.stride(encoded), _budget(batch_tokens, model.device), model.device), progress)
-        sums = sums.over_ranks([site.name for site in where])
+        task = _task(settings, described, model, references, encoded, where, shard)
+        share = _share(encoded, task, partial)
+        batches = make_batches(distributed.stride(share), _budget(batch_tokens, model.device), model.device)
+        sums = _all_added(model, chosen, where, sums, batches, Keeper(Path(partial), task, save_every) if partial else None, progress)
         if sums.samples == 0:
             raise Sparc3Error(f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32")
+    about = _provenance(described, settings, roles, sums, references.fingerprint if references else None)
+    return _finished(chosen, where, sums, about)
+
+
+def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = None) -> Scores:
+    """The scores of a whole reference set, of the files that `attribute(shard=...)` left for each share of it.
+
+    Args:
+        shards: the files of all shards, in any order.
+        model: the model they were made on; needed for scores that are made of the weights' values (unit weight, Wanda).
+
+    Raises:
+        UserError: shards of different attributions, one twice, one missing or not finished (each by name); no model where one is needed.
+        DamagedFile: a file that is not as it was written.
+    """
+    task, sums = combined(shards)
+    settings, described = task.settings, {key: value for key, value in task.model.items() if key != "dtype"}
+    chosen = require_method(settings.method)
+    sites = task.stand_ins()
+    if chosen.weighs or settings.unit == "weight":
+        if model is None:
+            raise UserError(f"{settings.method} scores of {settings.unit}s need the values of the model's weights; name the model with --model")
+        if describe(model)["fingerprint"] != described["fingerprint"]:
+            raise UserError(f"the shards were made on {described['id']} with other weights than this model's; give that model")
+        sites = sites_of(model, {site.role for site in sites})
+    roles = tuple(dict.fromkeys(site.role for site in sites))
+    return _finished(chosen, sites, sums, _provenance(described, settings, roles, sums, task.samples_fingerprint))
+
+
+def _finished(method: Method, sites: list[Site], sums: Sums, provenance: dict[str, Any]) -> Scores:
     empty = torch.zeros(0, dtype=torch.float64)
-    values = {site.name: chosen.finish(site, sums.totals.pop(site.name, empty), sums).to("cpu", torch.float32) for site in where}
+    values = {site.name: method.finish(site, sums.totals.pop(site.name, empty), sums).to("cpu", torch.float32) for site in sites}
     for name, tensor in values.items():
         if not tensor.isfinite().all():
-            raise NonFinite(f"the {method} scores of {name} are not finite; look at that weight, or load the model in float32")
-    return Scores(values, _provenance(described, settings, roles, sums, references))
+            raise NonFinite(f"the {method.name} scores of {name} are not finite; look at that weight, or load the model in float32")
+    return Scores(values, provenance)
+
+
+def _task(
+    settings: Settings, described: dict[str, str], model: "PreTrainedModel", references: ReferenceSet, encoded: list[Encoded],
+    sites: list[Site], shard: tuple[int, int] | None,
+) -> Task:  # fmt: skip
+    tokens = fingerprint([[e.ids, e.positions, e.tokens, e.against] for e in encoded])
+    shapes = tuple((site.name, site.role, site.layer, site.out, site.inp, site.heads) for site in sites)
+    return Task(settings, {**described, "dtype": str(model.dtype)}, references.fingerprint, tokens, len(encoded), shapes, shard)
+
+
+def _share(encoded: list[Encoded], task: Task, partial: str | Path | None) -> list[Encoded]:
+    """The samples of the task's shard. Raises UserError where there is none, or nowhere to leave its sums."""
+    if task.shard is None:
+        return encoded
+    if partial is None:
+        raise UserError("a shard leaves its sums in a file; name it with partial=")
+    if not task.share():
+        raise UserError(f"there are {len(encoded)} samples, so shard {task.shard[0]}/{task.shard[1]} has none; use fewer shards")
+    return [encoded[place] for place in task.share()]
+
+
+def _all_added(
+    model: "PreTrainedModel", method: Method, sites: list[Site], sums: Sums, batches: list[Batch], keeper: Keeper | None, progress: bool
+) -> Sums:
+    """The sums over all batches of all ranks."""
+    if keeper:
+        batches = keeper.left(batches, keeper.begin(sums))
+    with keeper.listening() if keeper else nullcontext():
+        _add_all(model, method, sites, sums, batches, keeper, progress)
+    whole = sums.over_ranks([site.name for site in sites])
+    if keeper:
+        keeper.end(whole)
+    return whole
 
 
 def _require_longer(encoded: list[Encoded], skip: int) -> None:
@@ -121,7 +200,9 @@ def _require_longer(encoded: list[Encoded], skip: int) -> None:
             raise UserError(f"sample {sample.index} has {len(sample.ids)} tokens, and skip_positions {skip} leaves none; skip fewer, or leave it out")
 
 
-def _add_all(model: "PreTrainedModel", method: Method, sites: list[Any], sums: Sums, batches: list[Batch], progress: bool) -> None:
+def _add_all(
+    model: "PreTrainedModel", method: Method, sites: list[Site], sums: Sums, batches: list[Batch], keeper: Keeper | None, progress: bool
+) -> None:
     """Run the method over all batches; one that does not fit into memory is halved, and so are those to come of its size."""
     from tqdm import tqdm
 
@@ -133,6 +214,8 @@ def _add_all(model: "PreTrainedModel", method: Method, sites: list[Any], sums: S
                 for done in method.run(model, _taken_from(waiting), sites, sums.settings, sums):
                     waiting.pop()
                     bar.update(len(done.samples))
+                    if keeper:
+                        keeper.after(done, sums)
             except RuntimeError as error:
                 if not out_of_memory(error) or len(waiting[-1].samples) == 1:
                     raise
@@ -170,7 +253,7 @@ def _budget(batch_tokens: int | str, device: torch.device) -> int:
 
 
 def _provenance(
-    model: dict[str, str], settings: Settings, roles: tuple[str, ...], sums: Sums, references: ReferenceSet | None
+    model: dict[str, str], settings: Settings, roles: tuple[str, ...], sums: Sums, samples_fingerprint: str | None
 ) -> dict[str, Any]:
     return {
         "method": settings.method,
@@ -185,6 +268,6 @@ def _provenance(
         "targets": sums.targets,
         "skipped": sums.skipped,
         "model": model,
-        "samples_fingerprint": references.fingerprint if references else None,
+        "samples_fingerprint": samples_fingerprint,
         "version": __version__,
     }

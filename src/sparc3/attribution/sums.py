@@ -80,6 +80,17 @@ class Sums:
         self.tokens += tokens
         self.targets += targets
 
+    def absorb(self, other: "Sums") -> None:
+        """Add sums over other samples to these."""
+        for name, total in other.totals.items():
+            held = self.totals.get(name)
+            here = self.settings.sums_device if self.settings.unit == "weight" else "cpu"
+            self.totals[name] = total.to(here) if held is None else held.add_(total.to(held.device))
+        self.samples += other.samples
+        self.tokens += other.tokens
+        self.targets += other.targets
+        self.skipped += other.skipped
+
     def matrix(self, site: Site) -> Tensor:
         """The running total [out, in] of a site's weights, zero at first; what streams is added to it in place."""
         if site.name not in self.totals:
