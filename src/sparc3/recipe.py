@@ -200,6 +200,13 @@ class Compare(Strict):
         return value
 
 
+class Cards(Strict):
+    """Cards of the removed neurons: how many at most, and how many of them with what removing that neuron alone does (an evaluation each)."""
+
+    most: int = Field(default=50, ge=0)
+    alone: int = Field(default=10, ge=0)
+
+
 class Recipe(Strict):
     name: str = Field(pattern=r"^[\w.-]+$")
     model: ModelSection
@@ -208,6 +215,7 @@ class Recipe(Strict):
     selection: Selection
     evaluation: dict[str, Any] = Field(default_factory=dict)
     compare: Compare = Compare()
+    cards: Cards = Cards()
 
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
