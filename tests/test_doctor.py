@@ -20,6 +20,7 @@ from sparc3.doctor.findings import Finding
 from sparc3.doctor.second_opinion import flows
 from sparc3.doctor.specimen import Specimen, shrunk
 from sparc3.errors import UnsupportedModel
+from sparc3.families import FAMILIES
 from sparc3.models import sites_of
 
 Call = Callable[..., Any]
@@ -221,3 +222,18 @@ def test_smaller_keeps_heads_as_wide_and_every_kind_of_layer(kind: str, settings
     assert small.hidden_size / small.num_attention_heads == config.hidden_size / config.num_attention_heads
     assert set(getattr(small, "layer_types", None) or []) == set(getattr(config, "layer_types", None) or [])
     assert f"{layers} of {config.num_hidden_layers} layers" in cuts
+
+
+# The page of supported models -----------------------------------------------------------------------------------------
+
+
+def test_the_committed_table_lists_exactly_the_rows_of_the_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    table = page.partition("<!-- models:")[2].partition("<!-- end of models -->")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == sorted(FAMILIES)
+    for kind, models, up, out, gap, difference in rows:
+        assert models == FAMILIES[kind].models != ""
+        assert (up, out) == (FAMILIES[kind].roles["mlp.up"], FAMILIES[kind].roles["attn.o"])
+        assert float(gap) <= (1e-8 if kind == "bloom" else 1e-12)
+        assert float(difference) <= 1e-6

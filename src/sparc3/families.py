@@ -36,6 +36,7 @@ class Family:
         gain_from_one: whether norms store their gain as its distance from 1.
         key_value_heads: how many heads attn.k and attn.v have, by the configuration.
         refused: flag of the configuration, which no rule covers when it is set → what it does.
+        models: what the models of this architecture are called, for the documentation.
     """
 
     classes: str
@@ -51,6 +52,7 @@ class Family:
     gain_from_one: bool = False
     key_value_heads: Callable[[Any], int] = _key_value_heads
     refused: Mapping[str, str] = field(default_factory=dict)
+    models: str = ""
 
 
 def _roles(q: str, k: str, v: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
@@ -78,27 +80,27 @@ _GLM = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": replace(_LLAMA, classes="Mistral"),
-    "qwen2": replace(_LLAMA, classes="Qwen2"),
-    "qwen3": replace(_LLAMA, classes="Qwen3"),
-    "smollm3": replace(_LLAMA, classes="SmolLM3"),
-    "ministral": replace(_LLAMA, classes="Ministral"),
-    "ministral3": replace(_LLAMA, classes="Ministral3"),
-    "olmo2": replace(_LLAMA, classes="Olmo2"),
-    "olmo3": replace(_LLAMA, classes="Olmo3"),
-    "exaone4": replace(_LLAMA, classes="Exaone4"),
-    "ernie4_5": replace(_LLAMA, classes="Ernie4_5"),
-    "hunyuan_v1_dense": replace(_LLAMA, classes="HunYuanDenseV1"),
-    "seed_oss": replace(_LLAMA, classes="SeedOss"),
-    "helium": replace(_LLAMA, classes="Helium"),
-    "stablelm": replace(_LLAMA, classes="StableLm"),
-    "granite": replace(_LLAMA, classes="Granite"),
-    "cohere": replace(_LLAMA, classes="Cohere"),
-    "cohere2": replace(_LLAMA, classes="Cohere2"),
-    "gemma": replace(_GEMMA, classes="Gemma"),
-    "gemma2": replace(_GEMMA, classes="Gemma2"),
-    "gemma3_text": replace(_GEMMA, classes="Gemma3"),
+    "llama": replace(_LLAMA, models="Llama 2, 3, 3.x; TinyLlama; SmolLM 1, 2"),
+    "mistral": replace(_LLAMA, classes="Mistral", models="Mistral 7B, Nemo"),
+    "qwen2": replace(_LLAMA, classes="Qwen2", models="Qwen 2, 2.5"),
+    "qwen3": replace(_LLAMA, classes="Qwen3", models="Qwen 3 (dense)"),
+    "smollm3": replace(_LLAMA, classes="SmolLM3", models="SmolLM 3"),
+    "ministral": replace(_LLAMA, classes="Ministral", models="Ministral"),
+    "ministral3": replace(_LLAMA, classes="Ministral3", models="Ministral 3"),
+    "olmo2": replace(_LLAMA, classes="Olmo2", models="OLMo 2"),
+    "olmo3": replace(_LLAMA, classes="Olmo3", models="OLMo 3"),
+    "exaone4": replace(_LLAMA, classes="Exaone4", models="EXAONE 4"),
+    "ernie4_5": replace(_LLAMA, classes="Ernie4_5", models="ERNIE 4.5 (dense)"),
+    "hunyuan_v1_dense": replace(_LLAMA, classes="HunYuanDenseV1", models="Hunyuan (dense)"),
+    "seed_oss": replace(_LLAMA, classes="SeedOss", models="Seed-OSS"),
+    "helium": replace(_LLAMA, classes="Helium", models="Helium"),
+    "stablelm": replace(_LLAMA, classes="StableLm", models="StableLM"),
+    "granite": replace(_LLAMA, classes="Granite", models="Granite 3.x (dense)"),
+    "cohere": replace(_LLAMA, classes="Cohere", models="Command R"),
+    "cohere2": replace(_LLAMA, classes="Cohere2", models="Command R7B, Command A"),
+    "gemma": replace(_GEMMA, classes="Gemma", models="Gemma"),
+    "gemma2": replace(_GEMMA, classes="Gemma2", models="Gemma 2"),
+    "gemma3_text": replace(_GEMMA, classes="Gemma3", models="Gemma 3 (text only)"),
     "phi3": Family(
         "Phi3",
         "model.layers",
@@ -106,18 +108,23 @@ FAMILIES: dict[str, Family] = {
         "mlp.activation_fn",
         gated="mlp",
         fused={"self_attn.qkv_proj": "q, k, v", "mlp.gate_up_proj": "gate, up"},
+        models="Phi-3, Phi-4",
     ),
-    "glm": replace(_GLM, classes="Glm"),
-    "glm4": replace(_GLM, classes="Glm4"),
-    "arcee": Family("Arcee", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"), "mlp.act_fn"),
-    "phi": Family("Phi", "model.layers", _roles(*_SEPARATE, "self_attn.dense", "mlp.fc1", "mlp.fc2"), "mlp.activation_fn"),
-    "starcoder2": Family("Starcoder2", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"), "mlp.act"),
+    "glm": replace(_GLM, classes="Glm", models="GLM-4"),
+    "glm4": replace(_GLM, classes="Glm4", models="GLM-4-0414"),
+    "arcee": Family("Arcee", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"), "mlp.act_fn", models="AFM"),
+    "phi": Family("Phi", "model.layers", _roles(*_SEPARATE, "self_attn.dense", "mlp.fc1", "mlp.fc2"), "mlp.activation_fn", models="Phi-1, 1.5, 2"),
+    "starcoder2": Family(
+        "Starcoder2", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"), "mlp.act",
+        models="StarCoder2",
+    ),
     "opt": Family(
         "OPT",
         "model.decoder.layers",
         _roles(*_SEPARATE, "self_attn.out_proj", "fc1", "fc2"),
         "activation_fn",
         positions="model.decoder.embed_positions",
+        models="OPT (350m too)",
     ),
     "gpt2": Family(
         "GPT2",
@@ -128,6 +135,7 @@ FAMILIES: dict[str, Family] = {
         attention="attn",
         positions="transformer.wpe",
         refused={"reorder_and_upcast_attn": "attention past transformers' interface", "add_cross_attention": "cross-attention"},
+        models="GPT-2, DistilGPT-2",
     ),
     "gpt_neox": Family(
         "GPTNeoX",
@@ -136,6 +144,7 @@ FAMILIES: dict[str, Family] = {
         "mlp.act",
         fused={"attention.query_key_value": "q, k, v by head"},
         attention="attention",
+        models="Pythia, GPT-NeoX",
     ),
     "gpt_neo": Family(
         "GPTNeo",
@@ -147,6 +156,7 @@ FAMILIES: dict[str, Family] = {
         attention="attn.attention",
         mixes="_attn",
         positions="transformer.wpe",
+        models="GPT-Neo",
     ),
     "gptj": Family(
         "GPTJ",
@@ -155,6 +165,7 @@ FAMILIES: dict[str, Family] = {
         "mlp.act",
         attention="attn",
         mixes="_attn",
+        models="GPT-J",
     ),
     "falcon": Family(
         "Falcon",
@@ -165,6 +176,7 @@ FAMILIES: dict[str, Family] = {
         attention="self_attention",
         splits="_split_heads",
         key_value_heads=_falcon_key_value_heads,
+        models="Falcon 7B, 40B, RW",
     ),
     "bloom": Family(
         "Bloom",
@@ -175,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         attention="self_attention",
         splits="_reshape",
         refused={"slow_but_exact": "linear maps cut into slices"},
+        models="BLOOM, BLOOMZ",
     ),
 }
 """model_type of the configuration → Family."""
