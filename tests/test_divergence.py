@@ -56,5 +56,5 @@ def test_power_by_hand() -> None:
 
 def test_the_effect_net_of_the_null_is_a_difference() -> None:
     evaluations = [_seen("original", 1.0, 1.0), _seen("random@3", 1.0, 0.5), _seen("ablated", 0.0, 0.5)]
-    found = to_results(evaluations, {}, null="random@3").difference("toxicity.mean", "ablated", "random@3")
+    found = to_results(evaluations, {}, beside=["random@3"]).difference("toxicity.mean", "ablated", "random@3")
     assert found.value == pytest.approx(-0.5)

@@ -48,13 +48,13 @@ def test_a_run_leaves_its_whole_folder(finished: tuple[Path, Results]) -> None:
     assert len(circuit) == 6
     assert results == Results.load(folder / "results.json")
     variants = {m.variant for m in results}
-    whole = {v for v in variants if v.startswith("aura@")} - {"aura@3", "aura@6"}
+    whole = {v for v in variants if v.startswith("aura@")} - {"aura@3"}
     assert len(whole) == 1  # all experts, however many there are
     assert variants - whole == {
-        "original", "ablated", "lrp@3", "lrp@6", "wanda@3", "random@3", "random@6", "aura@3", "aura@6", "det0@3", "det0@6",
+        "original", "ablated", "lrp@3", "lrp@6", "wanda@3", "random@3", "random@6", "aura@3", "det0@3",
     }  # fmt: skip
     assert results.difference("toxicity.mean", "ablated", "random@6").ci95
-    assert {one["metric"] for one in results.provenance["power"]} >= {"perplexity", "toxicity.mean"}
+    assert {one["metric"] for one in results.provenance["power"]} >= {"perplexity"}
     assert results.find("toxicity.mean", "lrp@6").value == results.find("toxicity.mean", "ablated").value
     assert results.provenance["circuit"] == circuit.fingerprint
     assert all(check["ok"] is not False for check in results.provenance["checks"])

@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
         "kl": {"source": "demo-general", "count": 6, "max_length": 64, "stride": 32},
         "toxicity": {"source": "demo-angry", "count": 6, "scorer": "lexicon", "generations": 1, "max_new_tokens": 8},
     },
-    "compare": {"methods": ["wanda"], "counts": [4], "random_draws": 1},
+    "compare": {"methods": ["wanda", "aura"], "counts": [4], "random_draws": 1},
 }  # fmt: skip
 
 
@@ -62,6 +62,19 @@ def test_the_best_is_the_least_toxic_within_the_budget(finished: tuple[Path, Res
     assert results.find("toxicity.mean", "ablated").split == "test"
     # sets without completions take "next" where the candidate says completion
     assert {one["targets"]["general"] for one in tried if one["targets"]["undesired"] == "completion:1"} == {"next"}
+
+
+def test_other_methods_get_the_same_budget(finished: tuple[Path, Results]) -> None:
+    folder, results = finished
+    rivals = read_json(folder / "tune.json", "sparc3.tune/1")["rivals"]
+    assert [one["variant"].partition("@")[0] for one in rivals] == ["wanda", "aura"]
+    for one in rivals:
+        assert one["figures"]["kl"] <= 0.5
+        assert results.find("toxicity.mean", one["variant"]).split == "test"
+        assert results.difference("toxicity.mean", "ablated", one["variant"])
+        ahead = results.find("toxicity.mean", one["variant"]).value < results.find("toxicity.mean", "ablated").value
+        assert ahead == any(f"{one['variant']} does better" in warning for warning in results.provenance["warnings"])
+    assert f"wanda@{results.provenance['count']}" in {m.variant for m in results}
 
 
 def test_attribution_is_done_once_for_each_target_and_neuron(finished: tuple[Path, Results]) -> None:

@@ -137,18 +137,17 @@ def fingerprint_of(prepared: list[Prepared]) -> str:
     return fingerprint(evaluated_on(prepared))
 
 
-def to_results(evaluations: list[Evaluation], provenance: dict[str, Any], null: str | None = None) -> Results:
+def to_results(evaluations: list[Evaluation], provenance: dict[str, Any], beside: Iterable[str] = ()) -> Results:
     """Figures with intervals of every variant, and each one's difference from the first.
 
     Args:
-        null: the variant of random units, from which the difference of "ablated" is taken too: the effect net of the null.
+        beside: variants from which the difference of "ablated" is taken too: from random units, it is the effect net of the null.
     """
     first, *others = evaluations
     measurements = [measurement(o, e.variant) for e in evaluations for o in e.observations]
     named = {e.variant: e for e in evaluations}
     pairs = [(first, other) for other in others]
-    if null in named and "ablated" in named:
-        pairs.append((named[null], named["ablated"]))
+    pairs += [(named[name], named["ablated"]) for name in dict.fromkeys(beside) if name in named and "ablated" in named]
     return Results(tuple(measurements), tuple(d for one, other in pairs for d in _differences(one, other)), provenance)
 
 

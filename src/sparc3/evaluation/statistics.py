@@ -46,7 +46,8 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
 
 
 def detectable(one: Observations, other: Observations) -> tuple[int, float] | None:
-    """(n, x): so many paired units find a change of ≥ x with 80 % power, two-sided at 5 %; None with fewer than two pairs.
+    """(n, x): so many paired units find a change of ≥ x with 80 % power, two-sided at 5 %; None with fewer than two pairs, or
+    where all changes are the same.
 
     From the observed standard deviation of the paired changes: x = (z₀.₉₇₅ + z₀.₈) s / √n (Cohen 1988). For a metric that is exp of a
     ratio, x is a relative change of it.
@@ -57,6 +58,8 @@ def detectable(one: Observations, other: Observations) -> tuple[int, float] | No
     if len(pairs) < 2:
         return None
     spread = float(np.std([after - before for before, after in pairs], ddof=1))
+    if spread == 0:
+        return None
     smallest = (1.959964 + 0.841621) * spread / len(pairs) ** 0.5
     return len(pairs), float(np.expm1(smallest)) if one.exponential else smallest
 

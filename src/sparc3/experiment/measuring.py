@@ -17,8 +17,8 @@ from .checks import checks
 from .folder import kept
 from .power import power
 from .scoring import Found, How
-from .variants import Change, changed, variants
-from .work import Work
+from .variants import changed, variants
+from .work import Change, Work
 
 log = logging.getLogger("sparc3")
 
@@ -35,8 +35,9 @@ def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -
                 known[one.fingerprint] = evaluation(work, name, one)
             draws.append(replace(known[one.fingerprint], variant=variant))
         evaluations.append(draws[0] if len(draws) == 1 else _pooled(draws))
-    null = f"random@{len(found.circuit)}" if len(found.circuit) else None
-    results = to_results(evaluations, _provenance(work, found, evaluations, seconds), null)
+    beside = [*([f"random@{len(found.circuit)}"] if len(found.circuit) else []), *work.rivals]
+    results = to_results(evaluations, _provenance(work, found, evaluations, seconds), beside)
+    results.provenance["warnings"] += _beaten(work, results)
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"
@@ -86,6 +87,19 @@ def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds
 def _lexicon(work: Work) -> list[str]:
     words = [lexicon_words(p.settings.scorer) for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
     return sorted({word for some in words for word in some})
+
+
+def _beaten(work: Work, results: Results) -> list[str]:
+    """What must be said where another method, searched under the same budget, does better on the test."""
+    aim = work.noted.get("tune", {}).get("aim", "")
+    said = []
+    for name in work.rivals:
+        theirs, ours = results.find(aim, name), results.find(aim, "ablated")
+        if theirs.value is None or ours.value is None:
+            continue
+        if theirs.value < ours.value if theirs.direction == "lower" else theirs.value > ours.value:
+            said.append(f"under the same budget {name} does better: {aim} {theirs.value:.4g} on the test, against {ours.value:.4g} here")
+    return said
 
 
 def _chosen_by_outcome(work: Work) -> list[str]:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .. import distributed
-from ..ablation import ablated
 from ..circuit import Circuit
 from ..errors import DamagedFile, UserError
 from ..evaluation.evaluate import fingerprint_of, measure
@@ -20,7 +19,8 @@ from ..version import __version__
 from .pareto import front
 from .scoring import Found, How, contrast_of, parts_of, saved
 from .validation import validation
-from .work import Work
+from .variants import by_method, changed
+from .work import Change, Work
 
 log = logging.getLogger("sparc3")
 FORMAT = "sparc3.tune/1"
@@ -82,23 +82,33 @@ class Trials:
         on = fingerprint_of([*self.budget, *self.asked])
         return fingerprint({"model": self.work.described["fingerprint"], "on": on, "version": __version__})
 
-    def of(self, circuit: Circuit, original: Figures | None = None) -> Figures:
-        """The figures of the model without the circuit; without the aim where the damage is hopeless."""
-        if circuit.fingerprint not in self.known:
-            found = self._figures(circuit, self.budget)
+    def of(self, change: Change, original: Figures | None = None) -> Figures:
+        """The figures of a variant; without the aim where the damage is hopeless."""
+        if change.fingerprint not in self.known:
+            found = self._figures(change, self.budget)
             limit = max(HOPELESS * self.tune.max_perplexity_increase, 0.05)
             if original is None or found["perplexity"] / original["perplexity"] - 1 <= limit:
-                found |= self._figures(circuit, self.asked)
-            self.known[circuit.fingerprint] = found
+                found |= self._figures(change, self.asked)
+            self.known[change.fingerprint] = found
             self.done += 1
             self.save()
-        return self.known[circuit.fingerprint]
+        return self.known[change.fingerprint]
 
-    def _figures(self, circuit: Circuit, metrics: list[Prepared]) -> Figures:
+    def within(self, figures: Figures, original: Figures) -> bool:
+        """Whether a variant keeps to the budget."""
+        increase = figures["perplexity"] / original["perplexity"] - 1
+        return increase <= self.tune.max_perplexity_increase and (self.tune.max_kl is None or figures["kl"] <= self.tune.max_kl)
+
+    def badness(self, figures: Figures) -> float:
+        """The aim, so that less is better; infinite where it was not measured."""
+        name, direction = self.aim
+        return (figures[name] if direction == "lower" else -figures[name]) if name in figures else float("inf")
+
+    def _figures(self, change: Change, metrics: list[Prepared]) -> Figures:
         def again() -> Any:
-            return ablated(self.work.model, circuit)
+            return changed(self.work, change)
 
-        made = measure(self.work.model, self.work.tokenizer, metrics, "trial", progress=self.work.progress, changed=again if len(circuit) else None)
+        made = measure(self.work.model, self.work.tokenizer, metrics, "trial", progress=self.work.progress, changed=again if len(change) else None)
         figures = {o.metric: measurement(o, "trial").value for o in made.observations}
         return {name: value for name, value in figures.items() if value is not None}
 
@@ -142,12 +152,12 @@ def tuned(work: Work) -> tuple[How, Found]:
             if count > candidates(scores):
                 continue
             circuit = select(scores, count=count, scope=work.recipe.selection.scope)
-            candidate = _judged(how, circuit, count, trials.of(circuit, original), original, tune)
+            candidate = _judged(how, circuit, count, trials.of(circuit, original), original, trials)
             _log(candidate, trials.aim[0])
             tried.append(candidate)
             ways.append((how, circuit, scores, sets))
     best = _best(tried, trials, original)
-    summary = _summary(tried, best, trials, original)
+    summary = {**_summary(tried, best, trials, original), "rivals": _rivals(work, trials, ways[best][0], original)}
     trials.save(**summary)
     work.noted["tune"] = {**summary, "candidates": [c for c in summary["candidates"] if c["pareto"]], "tried": len(tried)}
     how, circuit, scores, sets = ways[best]
@@ -201,26 +211,24 @@ def _ways(work: Work, tune: Tune, parts: dict[tuple[str, str], dict[str, Scores]
                     yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
 
 
-def _judged(how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, tune: Tune) -> Candidate:
+def _judged(how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials) -> Candidate:
     increase = figures["perplexity"] / original["perplexity"] - 1
-    within = increase <= tune.max_perplexity_increase and (tune.max_kl is None or figures["kl"] <= tune.max_kl)
     matched = "matched" in how.targets
     return Candidate(
         how.targets, how.neuron, "matched" if matched else "plain", how.penalty if matched else None, how.normalize, count,
-        circuit.fingerprint, figures, increase, within,
+        circuit.fingerprint, figures, increase, trials.within(figures, original),
     )  # fmt: skip
 
 
 def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
-    name, direction = trials.aim
-    sign = 1 if direction == "lower" else -1
+    name = trials.aim[0]
     fit = [index for index, one in enumerate(tried) if one.within and name in one.figures]
     if not fit:
         cheapest = min((one.perplexity_increase for one in tried), default=None)
         said = f"the cheapest of {len(tried)} costs {cheapest:+.2%} perplexity" if cheapest is not None else "there are too few units below zero"
         raise UserError(f"no candidate keeps to the budget of selection.tune: {said}; try smaller counts, or a larger budget")
-    best = min(fit, key=lambda index: (sign * tried[index].figures[name], tried[index].count, index))
-    if sign * tried[best].figures[name] >= sign * original[name]:
+    best = min(fit, key=lambda index: (trials.badness(tried[index].figures), tried[index].count, index))
+    if trials.badness(tried[best].figures) >= trials.badness(original):
         trials.work.warnings.append(f"no candidate within the budget made {name} better on the validation prompts")
         log.warning(trials.work.warnings[-1])
     elif tried[best].count == max(one.count for one in tried) and len({one.count for one in tried}) > 1:
@@ -229,10 +237,24 @@ def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
     return best
 
 
+def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> list[dict[str, Any]]:
+    """What each other method reaches under the same budget, at the best of the same counts and contrasted alike; work.rivals holds them."""
+    found = []
+    for method in (m for m in work.recipe.compare.methods if m not in ("random", how.method)):
+        tried = [(count, change, trials.of(change, original)) for count, change in by_method(work, how, method, _counts(work, trials.tune))]
+        fit = [one for one in tried if trials.within(one[2], original)]
+        if not fit:
+            continue
+        count, change, figures = min(fit, key=lambda one: (trials.badness(one[2]), one[0]))
+        work.rivals[f"{method}@{count}"] = change
+        found.append({"variant": f"{method}@{count}", "figures": figures, "of": len(tried)})
+        log.info("under the same budget %s@%d: %s %.4g", method, count, trials.aim[0], figures.get(trials.aim[0], float("nan")))
+    return found
+
+
 def _summary(tried: list[Candidate], best: int, trials: Trials, original: Figures) -> dict[str, Any]:
-    name, direction = trials.aim
-    sign = 1 if direction == "lower" else -1
-    points = [(one.perplexity_increase, sign * one.figures[name]) if name in one.figures else None for one in tried]
+    name = trials.aim[0]
+    points = [(one.perplexity_increase, trials.badness(one.figures)) if name in one.figures else None for one in tried]
     undominated = front(points)
     rows = [asdict(replace(one, pareto=index in undominated)) for index, one in enumerate(tried)]
     return {

@@ -1,7 +1,7 @@
 """The variants of a run: the original, the circuit, the other methods at each count, and the null."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -15,11 +15,9 @@ from ..selection import candidates, random_like, select
 from ..version import __version__
 from .folder import kept
 from .scoring import Found, How, contrasted
-from .work import Work
+from .work import Change, Work
 
 log = logging.getLogger("sparc3")
-Change = Circuit | Damping
-"""What makes a variant: units that are removed, or damped."""
 
 
 def changed(work: Work, change: Change) -> AbstractContextManager[object]:
@@ -42,31 +40,30 @@ def variants(work: Work, found: Found, how: How) -> Iterator[tuple[str, list[Cha
         counts[len(circuit)] = circuit
     for count, chosen in sorted(counts.items()):
         yield f"{how.method}@{count}", [chosen]
-    yield from _experts(work, circuit)
-    for other in (m for m in compare.methods if m not in ("random", how.method, *expertise.METHODS)):
-        theirs = contrasted(work, replace(how, method=other, place=""))
-        for count in compare.counts:
-            if _enough(work, theirs, count, other):
-                yield f"{other}@{count}", [select(theirs, count=count)]
+    # A search may end at a count that compare.counts does not have.
+    shared = sorted({*compare.counts, *([len(circuit)] if work.recipe.selection.tune else [])})
+    made = {f"{m}@{count}": change for m in compare.methods if m not in ("random", how.method) for count, change in by_method(work, how, m, shared)}
+    for name, change in {**made, **work.rivals}.items():
+        if name != f"{how.method}@{len(circuit)}":
+            yield name, [change]
     random_counts = counts if "random" in compare.methods else {len(circuit): circuit}
     for count, chosen in sorted(random_counts.items()):
         if compare.random_draws:
             yield f"random@{count}", [random_like(chosen, sizes, seed) for seed in range(compare.random_draws)]
 
 
-def _experts(work: Work, circuit: Circuit) -> Iterator[tuple[str, list[Change]]]:
-    """Det-0 and AurA at each count, and AurA as its authors have it, with every neuron that is an expert at all."""
-    asked = [method for method in work.recipe.compare.methods if method in expertise.METHODS]
-    if not asked:
+def by_method(work: Work, how: How, method: str, counts: Sequence[int]) -> Iterator[tuple[int, Change]]:
+    """Another method's units at each count, contrasted as `how` says; AurA also with every neuron that is an expert at all."""
+    if method not in expertise.METHODS:
+        theirs = contrasted(work, replace(how, method=method, place=""))
+        yield from ((count, select(theirs, count=count)) for count in counts if _enough(work, theirs, count, method))
         return
     scores = _expertise(work)
-    counts = sorted({*work.recipe.compare.counts, *([len(circuit)] if len(circuit) else [])})
-    for method in asked:
-        for count in (count for count in counts if _enough(work, scores, count, method)):
-            change = select(scores, count=count, order="highest") if method == "det0" else Damping(expertise.strengths(scores, count))
-            yield f"{method}@{count}", [change]
-        if method == "aura" and (whole := Damping(expertise.strengths(scores))) and len(whole) > max(counts, default=0):
-            yield f"aura@{len(whole)}", [whole]
+    for count in (count for count in counts if _enough(work, scores, count, method)):
+        yield count, select(scores, count=count, order="highest") if method == "det0" else Damping(expertise.strengths(scores, count))
+    whole = Damping(expertise.strengths(scores))
+    if method == "aura" and len(whole) > max(counts, default=0):
+        yield len(whole), whole
 
 
 def _expertise(work: Work) -> Scores:
@@ -85,7 +82,8 @@ def _expertise(work: Work) -> Scores:
 
 def _enough(work: Work, scores: Scores, count: int, method: str) -> bool:
     there = candidates(scores)
-    if count > there:
-        work.warnings.append(f"{method}@{count} was left out: the contrast has {there} candidates")
-        log.warning(work.warnings[-1])
+    said = f"{method}@{count} was left out: the contrast has {there} candidates"
+    if count > there and said not in work.warnings:
+        work.warnings.append(said)
+        log.warning(said)
     return count <= there

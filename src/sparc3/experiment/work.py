@@ -5,12 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..circuit import Circuit
+from ..damping import Damping
 from ..evaluation.metrics import Prepared
 from ..recipe import Recipe
 from ..samples import ReferenceSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Change = Circuit | Damping
+"""What makes a variant: units that are removed, or damped."""
 
 
 @dataclass
@@ -23,6 +29,7 @@ class Work:
         prepared: the metrics with their test samples, filled by the samples stage.
         warnings: what the reader of the results should know.
         noted: what stages add to the results' provenance.
+        rivals: variant → the best that another method does under the same budget, found by the search.
     """
 
     recipe: Recipe
@@ -35,6 +42,7 @@ class Work:
     prepared: list[Prepared] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     noted: dict[str, Any] = field(default_factory=dict)
+    rivals: dict[str, Change] = field(default_factory=dict)
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
         """Prompts that those of these reference sets which come from `source` hold."""
