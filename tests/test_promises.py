@@ -12,10 +12,11 @@ import sparc3
 SOURCE = Path(sparc3.__file__).parent
 LAYERS = [
     {"version", "errors", "files", "distributed", "memory", "schema", "families"},
-    {"samples", "scores", "circuit", "results", "models", "demo"},
+    {"samples", "scores", "circuit", "results", "models", "demo", "ioi"},
     {"batches", "logits", "circuits", "ranking"},
     {"attribution", "selection", "ablation", "damping", "cards", "evaluation", "report"},
-    {"recipe", "compression", "doctor"},
+    {"jobs", "compression", "doctor"},
+    {"recipe"},
     {"experiment"},
     {"cli"},
     {"__main__"},

@@ -198,6 +198,10 @@ def _show(results: Any, out: str) -> None:
     """The figures of the original and the ablated model, and where the report is."""
     if int(os.environ.get("RANK", "0")):
         return
+    if not any(m.variant == "ablated" for m in results):
+        _show_variants(results)
+        print(f"\nreport: {os.path.join(out, 'report.html')}")
+        return
     print(f"{'metric':26} {'original':>10} {'ablated':>10} {'change':>9}  95 % interval of the change")
     for d in results.differences:
         if (d.from_, d.to) == ("original", "ablated"):
@@ -206,6 +210,18 @@ def _show(results: Any, out: str) -> None:
             interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d.ci95 else "-"
             print(f"{d.metric:26} {before:10.4g} {after:10.4g} {relative:>9}  {interval}")
     print(f"\nreport: {os.path.join(out, 'report.html')}")
+
+
+def _show_variants(results: Any) -> None:
+    """A line a variant, a column a metric."""
+    columns = list(dict.fromkeys(m.metric for m in results))
+    rows: dict[str, dict[str, str]] = {}
+    for m in results:
+        rows.setdefault(m.variant, {})[m.metric] = "-" if m.value is None else format(m.value, ".4g")
+    width = max(map(len, rows))
+    print(" ".join([" " * width, *columns]))
+    for variant, found in rows.items():
+        print(" ".join([f"{variant:{width}}", *(f"{found.get(metric, ''):>{len(metric)}}" for metric in columns)]))
 
 
 def _attribute(args: argparse.Namespace) -> None:

@@ -10,17 +10,21 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .attribution.expertise import METHODS as EXPERTISE
-from .attribution.methods import methods, require_method
+from .attribution.methods import methods, require_method, settings_for
+from .attribution.sums import Settings
 from .batches import parse_target
 from .errors import UserError, unknown
-from .evaluation.metrics import MetricSettings, parse_metrics
+from .evaluation.metrics import MetricSettings, SparsitySettings, parse_metrics
 from .files import fingerprint, read_text
+from .jobs import SEQUENTIAL, Compress, Discover
 from .models import ROLES
 from .samples import require_source
 from .schema import Strict, parse
 from .selection import parse_scope
 
 REFERENCES = ("general", "undesired", "matched")
+JOBS = {"correct": REFERENCES, "discover": ("task",), "compress": ("general",)}
+"""Job → the reference sets it knows."""
 
 
 class ModelSection(Strict):
@@ -37,9 +41,10 @@ class Reference(Strict):
     seq_len: int | None = Field(default=None, ge=2)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     split: str = "reference"
-    choose_by: Literal["prompt", "continuation", "completion"] | None = None
+    choose_by: Literal["prompt", "continuation", "completion", "repetition"] | None = None
     min_toxicity: float | None = Field(default=None, ge=0, le=1)
     max_toxicity: float | None = Field(default=None, ge=0, le=1)
+    max_rur: float = Field(default=0.5, gt=0, le=1)
     scorer: str = "detoxify"
     max_new_tokens: int = Field(default=50, ge=1)
     target: str | None = None
@@ -208,11 +213,16 @@ class Cards(Strict):
 
 
 class Recipe(Strict):
+    """`job`: "correct" removes the units of a behaviour (`selection`), "discover" keeps those of a task alone, "compress" prunes weights."""
+
     name: str = Field(pattern=r"^[\w.-]+$")
+    job: Literal["correct", "discover", "compress"] = "correct"
     model: ModelSection
     references: dict[str, Reference]
     attribution: Attribution = Attribution()
-    selection: Selection
+    selection: Selection = Selection(count=0)
+    discover: Discover | None = None
+    compress: Compress | None = None
     evaluation: dict[str, Any] = Field(default_factory=dict)
     compare: Compare = Compare()
     cards: Cards = Cards()
@@ -220,8 +230,12 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
         for name in self.references:
-            if name not in REFERENCES:
-                raise unknown("reference set", name, REFERENCES)
+            if name not in JOBS[self.job]:
+                raise unknown("reference set", name, JOBS[self.job])
+        self._sections()
+        if self.job != "correct":
+            self._of_job()
+            return self
         missing = [name for name in ("general", "undesired") if name not in self.references]
         if missing:
             raise ValueError(f"references needs {' and '.join(missing)}")
@@ -235,6 +249,35 @@ class Recipe(Strict):
             self._searchable(self.selection.tune)
         return self
 
+    def _sections(self) -> None:
+        """Raise where a section is missing that the job needs, or there that it does not read."""
+        given = {"correct": self.selection if "selection" in self.model_fields_set else None, "discover": self.discover, "compress": self.compress}
+        names = {"correct": "selection", "discover": "discover", "compress": "compress"}
+        if given[self.job] is None:
+            raise UserError(f"{names[self.job]} is missing; add it")
+        for job, section in given.items():
+            if job != self.job and section is not None:
+                raise ValueError(f"job {self.job} does not read {names[job]}; leave it out, or say job: {job}")
+        if self.job != "correct" and "compare" in self.model_fields_set:
+            raise ValueError(f"job {self.job} does not read compare; its methods are {self.job}.methods")
+
+    def _of_job(self) -> None:
+        """Raise where a method cannot score the units, or the evaluation lacks what the job is about."""
+        needed, section = ("task", "ioi") if self.job == "discover" else ("general", "sparsity"), self.discover or self.compress
+        assert section is not None
+        if needed[0] not in self.references:
+            raise ValueError(f"references needs {needed[0]}")
+        if needed[1] not in self.metrics():
+            raise ValueError(f"job {self.job} needs evaluation.{needed[1]}")
+        asked = self.attribution
+        if self.job == "compress" and asked.unit != "weight":
+            raise ValueError(f"job compress prunes weights; write attribution.unit weight for '{asked.unit}'")
+        if self.job == "discover" and asked.method not in section.methods:
+            raise ValueError(f"discover.methods lacks attribution.method {asked.method}, which the report is about")
+        for method in section.methods:
+            if method != SEQUENTIAL:
+                settings_for(Settings(method, asked.unit, asked.target, asked.neuron, asked.reduce), asked.sites)
+
     def _searchable(self, tune: Tune) -> None:
         asked = self.metrics()
         if "perplexity" not in asked or not {"toxicity", "repetition"} & asked.keys():
@@ -245,11 +288,16 @@ class Recipe(Strict):
             raise ValueError("selection.tune.contrasts: matched needs references.matched")
 
     def metrics(self) -> dict[str, MetricSettings]:
-        return parse_metrics(self.evaluation)
+        """Settings by metric; the job compress counts zeros where it prunes, unless the recipe says where."""
+        found = parse_metrics(self.evaluation)
+        counted = found.get("sparsity")
+        if self.job == "compress" and isinstance(counted, SparsitySettings) and not counted.sites:
+            found["sparsity"] = counted.model_copy(update={"sites": self.attribution.sites})
+        return found
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data."""
-        content = self.model_dump(mode="json", exclude_none=True)
+        content = self.model_dump(mode="json", exclude_none=True, exclude={"job"} if self.job == "correct" else {"selection", "compare"})
         content["evaluation"] = {name: m.model_dump(mode="json", exclude_none=True) for name, m in self.metrics().items()}
         return content
 

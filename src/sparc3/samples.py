@@ -178,6 +178,7 @@ class Request:
     choose_by: str | None = None
     min_toxicity: float | None = None
     max_toxicity: float | None = None
+    max_rur: float = 0.5
     taken: frozenset[str] = frozenset()
     """Prompts that another set of this run already holds."""
 
@@ -229,7 +230,7 @@ def gather(request: Request, tokenizer: "PreTrainedTokenizerBase | None" = None,
     """
     require_source(request.source)
     read = _SOURCES.get(request.source) or _from_file
-    found = read(request, tokenizer, score)
+    found = _repetitive(request, read, tokenizer, score) if request.choose_by == "repetition" else read(request, tokenizer, score)
     wanted = request.count * (len(request.seeds) if request.seq_len else 1)
     if len(found) < wanted:
         held = f" ({len(request.taken)} prompts are kept out: a reference set of this run holds them)" if request.taken else ""
@@ -238,6 +239,27 @@ def gather(request: Request, tokenizer: "PreTrainedTokenizerBase | None" = None,
             "ask for fewer, give more, or loosen the conditions"
         )
     return ReferenceSet(tuple(found), {**asdict(request), "taken": len(request.taken), "source": Path(request.source).name})
+
+
+def _repetitive(request: Request, read: "Source", tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
+    """Prompts whose greedy response by this model repeats itself, RUR ≤ max_rur (the paper's way), with that response as completion.
+
+    More and more of the source is looked at until there are enough of them or it gives no more.
+    """
+    if score is None:
+        raise UserError("choose_by: repetition needs a model to respond to the prompts; use it in a recipe")
+    chosen: dict[str, Sample] = {}
+    looked: set[str] = set()
+    for factor in (4, 16, 64):
+        wide = replace(request, count=request.count * factor, choose_by=None)
+        new = [s for s in read(wide, tokenizer, None) if s.text and s.text not in looked and s.text not in request.taken]
+        looked.update(sample.text or "" for sample in new)
+        for sample, (response, rur) in zip(new, score([sample.text or "" for sample in new]), strict=True):
+            if rur is not None and rur <= request.max_rur:
+                chosen[sample.text or ""] = Sample(text=sample.text, completion=response)
+        if len(chosen) >= request.count or not new:
+            break
+    return list(chosen.values())[: request.count]
 
 
 def _from_file(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
@@ -300,6 +322,15 @@ source("demo-ioi")(_demo("ioi"))
 source("demo-loop")(_demo("loop"))
 
 
+@source("ioi")
+def _ioi(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
+    """Indirect object identification in words that are single tokens for the model (Wang et al. 2022)."""
+    from .ioi import sentences
+
+    rows = sentences(tokenizer, request.split, request.seeds[0], request.taken)
+    return [Sample(text=text, target=target, contrast=contrast) for (text, target, contrast), _ in zip(rows, range(request.count), strict=False)]
+
+
 def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
     """Rows of a data set through `datasets`, streaming; shuffled by `shuffle(seed, buffer_size=10_000)` where a seed is given.
 
@@ -315,7 +346,7 @@ def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
     from .models import hub_errors, require_hub
 
     if not Path(str(where.get("path"))).exists() and "data_files" not in where:
-        require_hub(f"the data set {where.get('path')}")
+        require_hub(f"the data set {where.get('path')}", "give a JSONL or text file as the source instead")
     try:
         with hub_errors(str(where.get("path"))):
             rows = datasets.load_dataset(**where, streaming=True)

@@ -12,8 +12,20 @@ from ..models import describe
 from ..results import Difference, Results
 from ..samples import ReferenceSet, Request, Sample, corpus, gather
 from ..version import __version__
-from .metrics import Beside, IOISettings, MetricSettings, Prepared, PromptSettings, SampledSettings, ToxicitySettings, parse_metrics, require_metric
+from .metrics import (
+    Beside,
+    IOISettings,
+    MetricSettings,
+    Prepared,
+    PromptSettings,
+    RepetitionSettings,
+    SampledSettings,
+    ToxicitySettings,
+    parse_metrics,
+    require_metric,
+)
 from .observations import Evaluation, Observations
+from .repetition import response_scores
 from .statistics import difference, measurement
 from .toxicity import completion_scores
 
@@ -91,6 +103,9 @@ def prepare(
     if isinstance(settings, PromptSettings):
         request = replace(request, choose_by=settings.choose_by, min_toxicity=settings.min_toxicity, max_toxicity=settings.max_toxicity)
     score = completion_scores(model, tokenizer, settings) if isinstance(settings, ToxicitySettings) else None
+    if isinstance(settings, RepetitionSettings):
+        request = replace(request, max_rur=settings.max_rur)
+        score = response_scores(model, tokenizer, settings.max_new_tokens)
     return Prepared(metric, settings, gather(request, tokenizer, score))
 
 

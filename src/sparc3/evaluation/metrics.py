@@ -56,7 +56,7 @@ class FluencySettings(MetricSettings):
 
 
 class PromptSettings(SampledSettings):
-    choose_by: Literal["prompt", "continuation", "completion"] | None = None
+    choose_by: Literal["prompt", "continuation", "completion", "repetition"] | None = None
     min_toxicity: float | None = Field(default=None, ge=0, le=1)
     max_toxicity: float | None = Field(default=None, ge=0, le=1)
     seed: int = 0
@@ -70,9 +70,19 @@ class ToxicitySettings(PromptSettings):
     generations: int = Field(default=4, ge=1)
     temperature: float = Field(default=0.7, ge=0)
 
+    @field_validator("choose_by")
+    @classmethod
+    def _of_toxicity(cls, value: str | None) -> str | None:
+        if value == "repetition":
+            raise ValueError("choose toxicity's prompts by prompt, continuation or completion")
+        return value
+
 
 class RepetitionSettings(PromptSettings):
+    """`choose_by: repetition` takes prompts to which the original responds with RUR ≤ max_rur (the paper's protocol)."""
+
     count: int | None = Field(default=50, ge=1)
+    max_rur: float = Field(default=0.5, gt=0, le=1)
 
 
 class IOISettings(SampledSettings):

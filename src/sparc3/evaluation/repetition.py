@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..samples import ReferenceSet
+from ..samples import ReferenceSet, Score
 from .generation import complete
 from .metrics import Measured, Metric, RepetitionSettings, register
 from .observations import Observations
@@ -28,6 +28,16 @@ def repetition(
         ),
         [{"prompt": p, "continuations": [{"text": t, "score": u}]} for p, t, u in zip(prompts, written, unique, strict=True)],
     )
+
+
+def response_scores(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int) -> Score:
+    """Prompts → this model's own greedy responses with their RUR, for choose_by: repetition."""
+
+    def score(prompts: list[str]) -> list[tuple[str, float | None]]:
+        written = [texts[0] for texts in complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)]
+        return [(text, uniqueness(list(tokenizer(text, add_special_tokens=False)["input_ids"])) if text else None) for text in written]
+
+    return score
 
 
 def uniqueness(ids: list[int]) -> float | None:

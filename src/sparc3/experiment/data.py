@@ -1,13 +1,14 @@
 """The samples stage: reference sets and test samples, no prompt in both."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..evaluation.evaluate import prepare
 from ..evaluation.metrics import MetricSettings, Prepared, SampledSettings, ToxicitySettings, require_metric
+from ..evaluation.repetition import response_scores
 from ..evaluation.toxicity import completion_scores
 from ..files import file_digest, fingerprint
 from ..recipe import Reference
@@ -21,7 +22,7 @@ log = logging.getLogger("sparc3")
 
 def gather_all(work: Work) -> None:
     """Fill work.references and work.prepared. Raises UserError where they share a prompt."""
-    for name, spec in work.recipe.references.items():
+    for name, spec in _sets(work):
         work.references[name] = _reference(work, name, spec)
     for name, settings in work.recipe.metrics().items():
         held = work.held(work.references, settings.source) if isinstance(settings, SampledSettings) else frozenset()
@@ -29,15 +30,29 @@ def gather_all(work: Work) -> None:
     _refuse_overlap(work)
 
 
+def _sets(work: Work) -> Iterator[tuple[str, Reference]]:
+    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of each other."""
+    for name, spec in work.recipe.references.items():
+        if work.recipe.job == "discover":
+            yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
+        else:
+            yield name, spec
+
+
 def _reference(work: Work, name: str, spec: Reference) -> ReferenceSet:
     # Of two sets of one source, the later gets what is left.
+    taken = work.held(work.references, spec.source) if work.recipe.job == "correct" else frozenset()
     request = Request(
         spec.source, spec.count, spec.split, spec.seq_len, spec.seeds, spec.choose_by, spec.min_toxicity, spec.max_toxicity,
-        taken=work.held(work.references, spec.source),
+        spec.max_rur, taken,
     )
     settings = ToxicitySettings(scorer=spec.scorer, max_new_tokens=spec.max_new_tokens, source=spec.source)
     asked = {"spec": spec.model_dump(), "taken": sorted(request.taken)}
-    return _samples(work, name, asked, spec.source, lambda: gather(request, work.tokenizer, completion_scores(work.model, work.tokenizer, settings)))
+    if spec.choose_by == "repetition":
+        score = response_scores(work.model, work.tokenizer, spec.max_new_tokens)
+    else:
+        score = completion_scores(work.model, work.tokenizer, settings)
+    return _samples(work, name, asked, spec.source, lambda: gather(request, work.tokenizer, score))
 
 
 def prepared(work: Work, file: str, name: str, settings: MetricSettings, held: Iterable[str]) -> Prepared:

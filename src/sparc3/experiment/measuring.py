@@ -74,7 +74,7 @@ def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds
         "count": len(found.circuit),
         "sizes": {name: tensor.numel() for name, tensor in found.contrast.items()},
         **evaluated_on(work.prepared),
-        "lexicon": _lexicon(work),
+        "lexicon": lexicon(work),
         "checks": checks(work, found.contrast, found.parts, evaluations),
         "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
         "power": power(evaluations),
@@ -84,7 +84,7 @@ def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds
     }
 
 
-def _lexicon(work: Work) -> list[str]:
+def lexicon(work: Work) -> list[str]:
     words = [lexicon_words(p.settings.scorer) for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
     return sorted({word for some in words for word in some})
 
@@ -106,5 +106,5 @@ def _chosen_by_outcome(work: Work) -> list[str]:
     return [
         f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the model moves them towards the mean; "
         "read the effect beside its null"
-        for p in work.prepared if getattr(p.settings, "choose_by", None) == "completion"
+        for p in work.prepared if getattr(p.settings, "choose_by", None) in ("completion", "repetition")
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from ..recipe import Recipe, load_recipe
 from ..report import write_report
 from ..results import Results
 from ..version import __version__
+from . import compressing, discovery
 from .carding import write_cards
 from .data import gather_all
 from .folder import claimed, logged
@@ -62,17 +63,39 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
         work = _loaded(recipe, folder, progress)
     with stages.stage("samples"):
         gather_all(work)
-    with stages.stage("scores"):
-        how, found = tuned(work) if recipe.selection.tune else (as_written(work), found_circuit(work))
-    with stages.stage("evaluation"):
-        results = measured(work, found, how, stages.seconds)
-        write_cards(work, found)
+    results = JOBS[recipe.job](work, stages)
     if distributed.is_main():
         results.save(folder / "results.json")
         log.info("report: %s", write_report(folder))
     distributed.wait()
     log.info("done in %.0f s", time.perf_counter() - began)
     return results
+
+
+def _correct(work: Work, stages: "Stages") -> Results:
+    with stages.stage("scores"):
+        how, found = tuned(work) if work.recipe.selection.tune else (as_written(work), found_circuit(work))
+    with stages.stage("evaluation"):
+        results = measured(work, found, how, stages.seconds)
+        write_cards(work, found)
+    return results
+
+
+def _discover(work: Work, stages: "Stages") -> Results:
+    with stages.stage("scores"):
+        ranked = discovery.ranked(work)
+    with stages.stage("evaluation"):
+        return discovery.measured(work, ranked, stages.seconds)
+
+
+def _compress(work: Work, stages: "Stages") -> Results:
+    with stages.stage("scores"):
+        pruned = compressing.pruned(work)
+    with stages.stage("evaluation"):
+        return compressing.measured(work, pruned, stages.seconds)
+
+
+JOBS = {"correct": _correct, "discover": _discover, "compress": _compress}
 
 
 class Stages:

@@ -46,5 +46,5 @@ class Work:
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
         """Prompts that those of these reference sets which come from `source` hold."""
-        found = [some for name, some in samples.items() if self.recipe.references[name].source == source]
+        found = [some for name, some in samples.items() if self.recipe.references[name.partition(".")[0]].source == source]
         return frozenset(sample.text for some in found for sample in some if sample.text)

@@ -44,7 +44,12 @@ class RunFolder:
     @property
     def unit(self) -> str:
         """What was removed: "neuron", "head", "weight"; "unit" where no file says."""
-        return self.circuit.unit if self.circuit else self.scores.unit if self.scores else "unit"
+        return self.circuit.unit if self.circuit else self.scores.unit if self.scores else str(self.provenance.get("unit") or "unit")
+
+    @property
+    def job(self) -> str:
+        """What the run was for: "correct", "discover" or "compress"."""
+        return str(self.provenance.get("job") or "correct")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -57,7 +62,7 @@ class RunFolder:
     def method(self) -> str | None:
         """The method the circuit was found with; None where no file says."""
         scored = (self.circuit.provenance.get("scores") or {}) if self.circuit else {}
-        return scored.get("method") or (self.scores.provenance.get("method") if self.scores else None)
+        return scored.get("method") or (self.scores.provenance.get("method") if self.scores else self.provenance.get("method"))
 
     def measured(self, metric: str, variant: str) -> Measurement | None:
         return next((m for m in self.results if (m.metric, m.variant) == (metric, variant) and m.value is not None), None)

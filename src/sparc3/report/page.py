@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ..files import write_text
 from ..version import __version__
-from . import tables
+from . import compression, discovery, tables, wording
 from .cards import cards
 from .comparison import comparisons
 from .curves import curves
@@ -24,7 +24,10 @@ from .strips import tiles
 from .unit_map import unit_map
 from .variants import colours, methods, units
 from .visible import finalize
-from .wording import behaviour, headline, remarks
+from .wording import behaviour
+
+SAYING = {"discover": discovery, "compress": compression}
+"""Job → the file with its headline and remarks; any other job has those of wording.py."""
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -53,6 +56,7 @@ def render(run: RunFolder) -> str:
 
 def _content(run: RunFolder) -> dict[str, Any]:
     style, script = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    said = SAYING.get(run.job, wording)
     mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
     drawn, compared, where = curves(run), comparisons(run), unit_map(run)
@@ -62,8 +66,8 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "style": Markup(style),
         "script": Markup(script),
         "policy": _policy(style, script),
-        "headline": headline(run),
-        "remarks": remarks(run),
+        "headline": said.headline(run),
+        "remarks": said.remarks(run),
         "tiles": tiles(run),
         "behaviour": behaviour(run),
         "curves": drawn,

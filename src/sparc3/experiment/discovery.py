@@ -1,0 +1,152 @@
+"""The job `discover`: of each method and seed, keep the top units of a task, remove the rest, and see how sparse it can get.
+
+Faithfulness and its areas are those of the MIB benchmark (Mueller et al. 2025): with m the mean logit difference and C_k the circuit of
+the share k of all units, f(k) = (m(C_k) − m(∅)) / (m(full) − m(∅)), CPR = ∫ f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from .. import distributed
+from ..circuit import Circuit
+from ..circuits import difference, overlap
+from ..errors import UserError
+from ..evaluation.evaluate import evaluated_on, to_results
+from ..evaluation.observations import Evaluation, Observations
+from ..evaluation.statistics import pooled
+from ..jobs import Discover
+from ..results import Results
+from ..scores import Scores
+from ..selection import select, share
+from ..version import __version__
+from .measuring import evaluation
+from .scoring import How, parts_of
+from .work import Work
+
+log = logging.getLogger("sparc3")
+Ranked = dict[str, list[Scores]]
+"""Method → scores by which its units are kept, highest first, one a seed."""
+
+
+def settings(work: Work) -> Discover:
+    assert work.recipe.discover is not None
+    return work.recipe.discover
+
+
+def ranked(work: Work) -> Ranked:
+    """Scores of every method on the reference set of every seed; `random` draws anew for each."""
+    asked = work.recipe.attribution
+    made: Ranked = {}
+    for method in settings(work).methods:
+        made[method] = []
+        for number, name in enumerate(work.references):
+            target = work.recipe.references["task"].target or asked.target
+            how = How(f"random:{number}" if method == "random" else method, asked.neuron, {name: target}, 1.0, None)
+            made[method].append(_kept_first(parts_of(work, how)[name], settings(work).rank))
+    return made
+
+
+def _kept_first(scores: Scores, rank: str) -> Scores:
+    return Scores({name: tensor.abs() for name, tensor in scores.items()}, scores.provenance) if rank == "abs" else scores
+
+
+def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Results:
+    """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the circuits' stability."""
+    total = next(iter(ranked.values()))[0].units
+    removed = _removed_counts(settings(work).sparsities, total)
+    everything = select(next(iter(ranked.values()))[0], count=total)
+    original = evaluation(work, "original", Circuit(work.recipe.attribution.unit, {}, work.described))
+    empty = evaluation(work, "empty", everything)
+    full, nothing = (mean_of(one, "ioi.logit_difference") for one in (original, empty))
+    if not full > nothing:
+        raise UserError(
+            f"the whole model's logit difference {full:.4g} is not above {nothing:.4g}, that without any of these units: they hold no circuit of "
+            "this task; attribute at other sites, or choose a task that the model can do"
+        )
+    found = [original, empty]
+    for method, seeds in ranked.items():
+        curves: list[list[float]] = [[] for _ in seeds]
+        for count in removed:
+            at, circuits = f"{method}@{count}", [select(scores, count=count) for scores in seeds]
+            draws = [evaluation(work, f"{at}.seed{seed}", one) for seed, one in enumerate(circuits)]
+            for curve, draw in zip(curves, draws, strict=True):
+                curve.append((mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing))
+            extra = [_of_seeds("ioi.faithfulness", [curve[-1] for curve in curves], "share of the logit difference", "higher")]
+            extra += [_of_all("circuit.jaccard", stability(circuits, total), "shared units / units of either")] if len(circuits) > 1 else []
+            columns = zip(*(draw.observations for draw in draws), strict=True)
+            found.append(Evaluation(at, (*(pooled(list(column)) for column in columns), *extra)))
+            _save(work, method, count, everything, circuits)
+        areas = [area([1 - count / total for count in removed], curve) for curve in curves]
+        found.append(Evaluation(method, (
+            _of_seeds("circuit.cpr", [cpr for cpr, _ in areas], "area under faithfulness", "higher"),
+            _of_seeds("circuit.cmd", [cmd for _, cmd in areas], "area between faithfulness and 1", "lower"),
+        )))  # fmt: skip
+        log.info("%s: CPR %.3f, CMD %.3f", method, *(sum(column) / len(areas) for column in zip(*areas, strict=True)))
+    sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
+    return to_results(found, _provenance(work, sizes, seconds))
+
+
+def _removed_counts(sparsities: Sequence[float], total: int) -> list[int]:
+    return sorted({count for sparsity in sparsities if 0 < (count := share(sparsity, total)) < total})
+
+
+def mean_of(evaluation: Evaluation, metric: str) -> float:
+    """The mean of a metric of one unit a prompt."""
+    observed = next(o for o in evaluation.observations if o.metric == metric)
+    return sum(s for s in observed.sums if s is not None) / len(observed.sums)
+
+
+def area(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
+    """(CPR, CMD) of a curve by the trapezoidal rule, the empty circuit (0, 0) and the whole model (1, 1) added.
+
+    Args:
+        kept: shares of the units in each circuit, in any order.
+        faithfulness: f of each.
+    """
+    points = sorted([(0.0, 0.0), *zip(kept, faithfulness, strict=True), (1.0, 1.0)])
+    steps = [(b[0] - a[0], a[1], b[1]) for a, b in zip(points, points[1:], strict=False)]
+    return sum(w * (f + g) / 2 for w, f, g in steps), sum(w * (abs(1 - f) + abs(1 - g)) / 2 for w, f, g in steps)
+
+
+def stability(removed: Sequence[Circuit], total: int) -> float:
+    """Mean Jaccard overlap of what is kept, over all pairs of circuits of `total` units, of which these are removed."""
+    pairs = [overlap(replace(one, provenance={}), replace(other, provenance={})) for one, other in combinations(removed, 2)]
+    return sum((total - pair.either) / (total - pair.both) for pair in pairs) / len(pairs)
+
+
+def _of_seeds(metric: str, values: list[float], unit: str, direction: str) -> Observations:
+    return Observations(metric, "test", unit, direction, tuple(values), (1.0,) * len(values))
+
+
+def _of_all(metric: str, value: float, unit: str) -> Observations:
+    """A figure of all seeds together, which has no interval: pairs of seeds are not independent."""
+    return Observations(metric, "all seeds", unit, "higher", (value,), (1.0,))
+
+
+def _save(work: Work, method: str, count: int, everything: Circuit, removed: list[Circuit]) -> None:
+    """What is kept at the first seed, as circuits/METHOD@KEPT; of the report's own method only."""
+    if method != work.recipe.attribution.method or not distributed.is_main():
+        return
+    kept = difference(replace(everything, model=work.described), replace(removed[0], model=work.described))
+    kept.save(work.folder / f"circuits/{method}@{len(kept)}{kept.suffix}")
+
+
+def _provenance(work: Work, sizes: dict[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "recipe": work.recipe.name,
+        "job": "discover",
+        "made_from": work.recipe.fingerprint,
+        "model": work.described,
+        "method": work.recipe.attribution.method,
+        "unit": work.recipe.attribution.unit,
+        "enough": settings(work).enough,
+        "seeds": len(work.references),
+        "sizes": sizes,
+        **evaluated_on(work.prepared),
+        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
+        "warnings": work.warnings,
+        "version": __version__,
+    }

@@ -1,0 +1,104 @@
+"""What a run that looked for a task's circuit says: how sparse it can be, by each method, and how sure that is."""
+
+from markupsafe import Markup
+
+from .folder import RunFolder
+from .numbers import in_words, listed, percent, plain, value_of, with_interval
+from .variants import Point, methods, points, units
+from .wording import Remark
+
+METRIC = "ioi.accuracy"
+
+
+def sparsest(run: RunFolder, method: str) -> Point | None:
+    """The method's sparsest circuit that keeps enough accuracy, as do all its less sparse ones; None where not one does."""
+    best = None
+    for point in points(run, METRIC):
+        if point.method == method:
+            if (point.measurement.value or 0.0) < _enough(run):
+                break
+            best = point
+    return best
+
+
+def headline(run: RunFolder) -> Markup:
+    """The run in one sentence: its own method's sparsest circuit, and how far the best of the others gets."""
+    own, enough = run.method or "", _percent(_enough(run))
+    best = sparsest(run, own)
+    if best is None:
+        return Markup("No {} circuit that was tried keeps {} of the answers right.").format(own, enough)
+    share = Markup('<b class="figure after">{}</b>').format(_share(run, best.count))
+    said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(
+        own, with_interval(best.measurement), share, _units(run)
+    )
+    others = [(point.count, method) for method in methods(run) if method != own and (point := sparsest(run, method))]
+    if not others:
+        return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
+    count, method = max(others)
+    return Markup("{}; the next, {}, keeps {} up to {}.").format(said, method, enough, _share(run, count))
+
+
+def remarks(run: RunFolder) -> list[Remark]:
+    return [remark for remark in (_ahead(run), _sizes(run), _areas(run), _whole(run), _choice(run)) if remark]
+
+
+def _ahead(run: RunFolder) -> Remark | None:
+    """Methods whose circuit may be as sparse, or sparser."""
+    own = sparsest(run, run.method or "")
+    mine = own.count if own else 0
+    ahead = [method for method in methods(run) if method != run.method and (point := sparsest(run, method)) and point.count >= mine]
+    if not ahead:
+        return None
+    return Remark("careful", Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(listed(ahead)))
+
+
+def _sizes(run: RunFolder) -> Remark:
+    """The sparsest circuit of every method."""
+    parts = []
+    for method in methods(run):
+        point = sparsest(run, method)
+        parts.append(f"{method} {_share(run, point.count)}" if point else f"{method} none")
+    text = Markup("<b>Largest share removed with at least {} accuracy,</b> of those tried: {}.")
+    return Remark("plain", text.format(_percent(_enough(run)), listed(parts)))
+
+
+def _areas(run: RunFolder) -> Remark | None:
+    cpr = [(m.value, m.variant) for m in run.results if m.metric == "circuit.cpr" and m.value is not None]
+    cmd = {m.variant: m.value for m in run.results if m.metric == "circuit.cmd" and m.value is not None}
+    if not cpr:
+        return None
+    parts = [f"{method} {plain(value)} and {plain(cmd[method])}" for value, method in sorted(cpr, reverse=True)]
+    text = Markup("<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to zero.")
+    return Remark("plain", text.format(listed(parts)))
+
+
+def _whole(run: RunFolder) -> Remark | None:
+    original, empty = run.measured(METRIC, "original"), run.measured(METRIC, "empty")
+    if original is None or empty is None:
+        return None
+    text = Markup("<b>The whole model</b> has {} {}; without any of these {} it has {}, which is what a circuit has to beat.")
+    kind = "plain" if (original.value or 0.0) >= _enough(run) > (empty.value or 0.0) else "careful"
+    return Remark(kind, text.format(in_words(METRIC), with_interval(original), units(None, run), value_of(empty)))
+
+
+def _choice(run: RunFolder) -> Remark:
+    seeds = int(run.provenance.get("seeds") or 1)
+    text = Markup("<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals are over prompts.")
+    return Remark("plain", text.format(f"each the mean of {seeds} reference sets" if seeds > 1 else "with one reference set"))
+
+
+def _enough(run: RunFolder) -> float:
+    return float(run.provenance.get("enough") or 0.9)
+
+
+def _percent(value: float) -> str:
+    return percent(value).replace(".0", "")
+
+
+def _share(run: RunFolder, count: int) -> str:
+    return percent(count / max(1, sum(run.sizes.values())))
+
+
+def _units(run: RunFolder) -> str:
+    total = sum(run.sizes.values())
+    return f"{total:,} {units(total, run)}"
