@@ -138,6 +138,7 @@ class Selection(Strict):
     """How many units (a scope n:m says it itself), and by which contrast.
 
     `rounds`: select a share, ablate it, attribute again, and go on. `tune`: search for all that.
+    `protect`: leave out neurons whose removal alone breaks the model, and list them.
     """
 
     count: int | None = Field(default=None, ge=0)
@@ -146,6 +147,7 @@ class Selection(Strict):
     normalize: Literal["l1"] | None = None
     penalty: float = Field(default=1.0, ge=0)
     rounds: int = Field(default=1, ge=1)
+    protect: bool = True
     tune: Tune | None = None
 
     @field_validator("scope", mode="before")

@@ -55,19 +55,20 @@ def as_written(work: Work) -> How:
 
 def contrasted(work: Work, how: How, before: Circuit | None = None, place: str = "") -> Scores:
     """The contrast, on the model without the circuit `before`, whose units then come last."""
-    return contrast_of(how, parts_of(work, how, before, place), before)
+    return contrast_of(work, how, parts_of(work, how, before, place), before)
 
 
 def parts_of(work: Work, how: How, before: Circuit | None = None, place: str = "") -> dict[str, Scores]:
     return {name: _scores(work, how, name, before, place) for name in how.targets}
 
 
-def contrast_of(how: How, sets: Mapping[str, Scores], before: Circuit | None = None) -> Scores:
-    """The contrast of scores that are there already."""
+def contrast_of(work: Work, how: How, sets: Mapping[str, Scores], before: Circuit | None = None) -> Scores:
+    """The contrast of scores that are there already; the units of `before` and protected ones come last."""
     # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
     normalize = "l1" if how.method == "wanda" else how.normalize
     made = contrast(sets["general"], sets["undesired"], matched=sets.get("matched"), penalty=how.penalty, normalize=normalize)
-    return excluding(made, before) if before else made
+    last = union(before, work.protected) if before and work.protected else before or work.protected
+    return excluding(made, last) if last else made
 
 
 def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str) -> Scores:
@@ -107,7 +108,7 @@ def found_circuit(work: Work) -> Found:
     """The circuit to remove, found in as many rounds as the recipe says."""
     chosen, how = work.recipe.selection, as_written(work)
     parts = parts_of(work, how)
-    now = first = contrast_of(how, parts)
+    now = first = contrast_of(work, how, parts)
     circuit = Circuit(work.recipe.attribution.unit, {}, work.described)
     for turn in range(chosen.rounds):
         if turn:

@@ -21,6 +21,7 @@ from .carding import write_cards
 from .data import gather_all
 from .folder import claimed, logged
 from .measuring import measured
+from .protection import protect
 from .scoring import as_written, found_circuit
 from .tuning import tuned
 from .work import Work
@@ -74,6 +75,7 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
 
 def _correct(work: Work, stages: "Stages") -> Results:
     with stages.stage("scores"):
+        protect(work)
         how, found = tuned(work) if work.recipe.selection.tune else (as_written(work), found_circuit(work))
     with stages.stage("evaluation"):
         results = measured(work, found, how, stages.seconds)

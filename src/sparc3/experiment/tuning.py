@@ -147,7 +147,7 @@ def tuned(work: Work) -> tuple[How, Found]:
     tried: list[Candidate] = []
     ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
     for how, sets in _ways(work, tune, parts):
-        scores = contrast_of(how, sets)
+        scores = contrast_of(work, how, sets)
         for count in _counts(work, tune):
             if count > candidates(scores):
                 continue

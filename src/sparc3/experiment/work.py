@@ -29,6 +29,7 @@ class Work:
         prepared: the metrics with their test samples, filled by the samples stage.
         warnings: what the reader of the results should know.
         noted: what stages add to the results' provenance.
+        protected: units that no selection takes, because the model breaks without one of them.
         rivals: variant → the best that another method does under the same budget, found by the search.
     """
 
@@ -42,6 +43,7 @@ class Work:
     prepared: list[Prepared] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     noted: dict[str, Any] = field(default_factory=dict)
+    protected: Circuit | None = None
     rivals: dict[str, Change] = field(default_factory=dict)
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
