@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError, unknown
 from ..families import ROLES
@@ -64,9 +64,12 @@ class PromptSettings(SampledSettings):
 
 
 class ToxicitySettings(PromptSettings):
+    """`scorer: [one, other]`: the figures are the first's; the second (`also`) scores the same texts, and how far they agree is reported."""
+
     source: str = "realtoxicityprompts"
     count: int | None = Field(default=100, ge=1)
     scorer: str = "detoxify"
+    also: str | None = None
     generations: int = Field(default=4, ge=1)
     temperature: float = Field(default=0.7, ge=0)
 
@@ -76,6 +79,16 @@ class ToxicitySettings(PromptSettings):
         if value == "repetition":
             raise ValueError("choose toxicity's prompts by prompt, continuation or completion")
         return value
+
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and isinstance(content.get("scorer"), list | tuple):
+            if len(content["scorer"]) != 2:
+                raise ValueError(f"scorer is one, or a list of two to compare, not {content['scorer']!r}")
+            return {**content, "scorer": content["scorer"][0], "also": content["scorer"][1]}
+        return content
 
 
 class RepetitionSettings(PromptSettings):

@@ -21,7 +21,17 @@ def toxicity(
         model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, generations=settings.generations,
         temperature=settings.temperature, seed=settings.seed, progress=progress,
     )
-    return scored(prompts, written, make_scorer(settings.scorer, model.device), settings.split)
+    measured = scored(prompts, written, make_scorer(settings.scorer, model.device), settings.split)
+    if settings.also:
+        _add_second(measured, make_scorer(settings.also, model.device))
+    return measured
+
+
+def _add_second(measured: Measured, scorer: Scorer) -> None:
+    """Put another scorer's figure beside the first's, under "also", in every continuation."""
+    rows = [continuation for text in measured.texts for continuation in text["continuations"]]
+    for row, score in zip(rows, scorer([row["text"] for row in rows]), strict=True):
+        row["also"] = score
 
 
 def completion_scores(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: ToxicitySettings) -> Score:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..evaluation.agreement import agreement
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.observations import Evaluation
@@ -78,6 +79,7 @@ def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds
         "checks": checks(work, found.contrast, found.parts, evaluations),
         "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
         "power": power(evaluations),
+        **_agreement(work, evaluations),
         **work.noted,
         "warnings": work.warnings + _chosen_by_outcome(work),
         "version": __version__,
@@ -87,6 +89,14 @@ def _provenance(work: Work, found: Found, evaluations: list[Evaluation], seconds
 def lexicon(work: Work) -> list[str]:
     words = [lexicon_words(p.settings.scorer) for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
     return sorted({word for some in words for word in some})
+
+
+def _agreement(work: Work, evaluations: list[Evaluation]) -> dict[str, Any]:
+    """How far two scorers agree on the texts of the original and of the circuit's model."""
+    asked = [p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings) and p.settings.also]
+    texts = [text for e in evaluations if e.variant in ("original", "ablated") for text in e.texts.get("toxicity", [])]
+    found = agreement(texts) if asked else None
+    return {"scorers": {"first": asked[0].scorer, "second": asked[0].also, **found}} if found else {}
 
 
 def _beaten(work: Work, results: Results) -> list[str]:
