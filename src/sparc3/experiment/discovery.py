@@ -15,10 +15,13 @@ from ..circuit import Circuit
 from ..circuits import difference, overlap
 from ..errors import UserError
 from ..evaluation.evaluate import evaluated_on, to_results
+from ..evaluation.metrics import IOISettings
 from ..evaluation.observations import Evaluation, Observations
 from ..evaluation.statistics import pooled
 from ..jobs import Discover
+from ..recipe import Recipe
 from ..results import Results
+from ..samples import ReferenceSet, is_path
 from ..scores import Scores
 from ..selection import select, share
 from ..version import __version__
@@ -34,6 +37,16 @@ Ranked = dict[str, list[Scores]]
 def settings(work: Work) -> Discover:
     assert work.recipe.discover is not None
     return work.recipe.discover
+
+
+def require_task(recipe: Recipe) -> None:
+    """Raise UserError where a file of the task lacks a target or a contrast; asked before any model is loaded."""
+    sources = {recipe.references["task"].source, *(m.source for m in recipe.metrics().values() if isinstance(m, IOISettings))}
+    for source in sorted(filter(is_path, sources)):
+        for number, sample in enumerate(ReferenceSet.load(source)):
+            for key in ("target", "contrast"):
+                if getattr(sample, key) is None:
+                    raise UserError(f'{source}: sample {number} has no "{key}"; the job discover needs text, target and contrast in each')
 
 
 def ranked(work: Work) -> Ranked:

@@ -50,6 +50,8 @@ def run(
             evaluation set.
     """
     loaded = load_recipe(recipe)
+    if loaded.job == "discover":
+        discovery.require_task(loaded)
     require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
     folder = Path(out)
     distributed.start()
