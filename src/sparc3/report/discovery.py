@@ -35,7 +35,7 @@ def headline(run: RunFolder) -> Markup:
     if not others:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
     count, method = max(others)
-    return Markup("{}; the next, {}, keeps {} up to {}.").format(said, method, enough, _share(run, count))
+    return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(said, method, enough, _share(run, count))
 
 
 def remarks(run: RunFolder) -> list[Remark]:
