@@ -17,7 +17,7 @@ LAYERS = [
     {"attribution", "selection", "ablation", "damping", "cards", "evaluation", "report"},
     {"jobs", "compression", "doctor"},
     {"recipe"},
-    {"experiment"},
+    {"experiment", "plan", "slurm"},
     {"cli"},
     {"__main__"},
 ]

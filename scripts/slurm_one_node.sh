@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Starts a real SLURM of one node on this machine, for tests: munged, slurmctld and slurmd of Debian's slurm-wlm and munge, as root.
+#     scripts/slurm_one_node.sh start FOLDER     configuration, state and logs go into FOLDER; prints what to export
+#     scripts/slurm_one_node.sh stop FOLDER      ends the three daemons that start began
+set -euo pipefail
+
+action="${1:?start or stop}"
+folder="$(mkdir -p "${2:?a folder for its files}" && cd "$2" && pwd)"
+
+stop() {
+    for daemon in slurmctld slurmd munged; do
+        if [ -s "$folder/$daemon.pid" ]; then
+            kill "$(cat "$folder/$daemon.pid")" 2>/dev/null || true
+            rm -f "$folder/$daemon.pid"
+        fi
+    done
+}
+
+require() {
+    for program in munged slurmctld slurmd sbatch; do
+        command -v "$program" >/dev/null || { echo "no $program here: apt-get install slurm-wlm munge" >&2; exit 3; }
+    done
+    [ "$(id -u)" = 0 ] || { echo "slurmd needs root" >&2; exit 3; }
+}
+
+configuration() {
+    cat <<CONF
+ClusterName=onenode
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$folder/munge.socket
+CryptoType=crypto/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/builtin
+MpiDefault=none
+ReturnToService=2
+KillWait=20
+SlurmctldPort=6817
+SlurmdPort=6818
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/slurmd.log
+SlurmctldParameters=enable_configless
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=1000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
+CONF
+}
+
+start() {
+    require
+    mkdir -p "$folder/state" "$folder/spool"
+    chmod 755 "$folder"
+    configuration >"$folder/slurm.conf"
+    [ -s "$folder/munge.key" ] || dd if=/dev/urandom of="$folder/munge.key" bs=128 count=1 status=none
+    chmod 400 "$folder/munge.key"
+    munged --force --num-threads=2 --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
+        --log-file="$folder/munged.log" --seed-file="$folder/munge.seed"
+    export SLURM_CONF="$folder/slurm.conf"
+    slurmctld -f "$folder/slurm.conf"
+    slurmd -f "$folder/slurm.conf"
+    for _ in $(seq 60); do
+        if [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; then
+            echo "export SLURM_CONF=$SLURM_CONF"
+            return
+        fi
+        sleep 0.5
+    done
+    echo "SLURM did not come up; see the logs in $folder" >&2
+    tail -n 5 "$folder"/*.log >&2
+    stop
+    exit 1
+}
+
+"$action"

@@ -1,0 +1,124 @@
+"""Batch files: their text, and a real SLURM of one node where one is installed."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sparc3 import Results, UserError, load_recipe
+from sparc3.slurm import sbatch, seconds
+
+Call = Callable[..., Any]
+ROOT = Path(__file__).parent.parent
+
+
+def lines(**options: Any) -> list[str]:
+    return sbatch(load_recipe("demo"), "demo", **options).splitlines()
+
+
+def test_one_node() -> None:
+    text = lines(gpus=4, time="02:00:00", partition="gpu", folder="/runs/demo")
+    head = [line for line in text if line.startswith("#SBATCH")]
+    assert {"#SBATCH --nodes=1", "#SBATCH --gpus-per-node=4", "#SBATCH --time=02:00:00", "#SBATCH --partition=gpu", "#SBATCH --requeue"} <= set(head)
+    assert "#SBATCH --signal=B:USR1@120" in head
+    assert "#SBATCH --output=/runs/demo-%j.log" in head
+    assert text[0] == "#!/bin/bash"
+    assert any("--standalone --nproc-per-node=4" in line for line in text)
+    assert any(line.strip() == "-m sparc3 run demo --out /runs/demo &" for line in text)
+
+
+def test_nodes_arrays_and_settings() -> None:
+    text = "\n".join(lines(nodes=2, gpus=0, array=3, folder="a run", sets=("model.dtype=float32",)))
+    assert "--array=1-3" in text
+    assert "gpus-per-node" not in text
+    assert "--rdzv-backend=c10d" in text
+    assert f"--out '{Path('a run').absolute()}'-\"$SLURM_ARRAY_TASK_ID\" --set model.dtype=float32" in text
+    assert '--set references.general.seeds="[$SLURM_ARRAY_TASK_ID]" &' in text
+
+
+@pytest.mark.parametrize("options", [{}, {"nodes": 3, "gpus": 8, "array": 2}, {"gpus": 0, "folder": "it's here"}])
+def test_bash_reads_it(options: dict[str, Any]) -> None:
+    subprocess.run(["bash", "-n"], input="\n".join(lines(**options)), text=True, check=True)
+
+
+@pytest.mark.parametrize(("time", "there"), [
+    ("30", 1800), ("30:15", 1815), ("02:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400), ("2-01:00:05", 176405),
+])  # fmt: skip
+def test_times(time: str, there: int) -> None:
+    assert seconds(time) == there
+
+
+def test_mistakes() -> None:
+    for options, said in (({"time": "soon"}, "is not SLURM's"), ({"time": "3"}, "at least 4 minutes"), ({"nodes": 0}, "make no job")):
+        with pytest.raises(UserError, match=said):
+            lines(**options)
+
+
+def test_the_command(sparc3: Call, mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = sparc3("slurm", "demo", "--gpus", "0")
+    assert (code, out) == (0, "demo.sbatch: submit it with sbatch demo.sbatch\n")
+    assert os.access("demo.sbatch", os.X_OK)
+    assert "did you mean 'demo'" in mistake("slurm", "demoo")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "there is no sbatch here" in mistake("slurm", "demo", "--submit")
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))) or os.geteuid() != 0:
+        pytest.skip("needs Debian's slurm-wlm and munge, and root")
+    folder = tmp_path_factory.mktemp("slurm")
+    begun = subprocess.run([ROOT / "scripts/slurm_one_node.sh", "start", folder], capture_output=True, text=True)
+    if begun.returncode:
+        pytest.skip(f"SLURM did not start: {begun.stderr.strip()[-200:]}")
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    yield
+    subprocess.run(["scancel", "--user=root"], check=False)
+    subprocess.run([ROOT / "scripts/slurm_one_node.sh", "stop", folder], check=True)
+
+
+def wait_for(what: str, there: Callable[[], bool], limit: float = 300) -> None:
+    began = time.monotonic()
+    while not there():
+        assert time.monotonic() - began < limit, f"{what}: not within {limit} s"
+        time.sleep(0.2)
+
+
+def of_job(job: str, field: str) -> str:
+    shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True).stdout
+    return next(part.partition("=")[2] for part in shown.split() if part.startswith(field + "="))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_job_out_of_time_is_queued_again_and_finishes(sparc3: Call, tmp_path: Path) -> None:
+    """The signal that SLURM sends before the time limit comes midway through the scores."""
+    content = load_recipe("demo").resolved()
+    content["references"]["general"]["count"] = 3000
+    content["evaluation"] = {"perplexity": content["evaluation"]["perplexity"]}
+    content["compare"] = {}
+    recipe, folder = tmp_path / "job.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(content))
+    code, out, err = sparc3("slurm", recipe, "--gpus", "0", "--run-out", folder, "--out", tmp_path / "job.sbatch", "--submit")
+    assert code == 0, err
+    job = out.split()[-1]
+    wait_for("the first scores", lambda: "undesired.jsonl" in str(list(folder.glob("samples/*"))) and "samples undesired" in (folder / "log.txt").read_text())
+    time.sleep(4)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    wait_for("queued again", lambda: of_job(job, "Restarts") == "1")
+    assert not (folder / "results.json").exists()
+    assert list(folder.glob("scores/*.partial")), "the sums were not saved"
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    wait_for("the end", lambda: of_job(job, "JobState") in ("COMPLETED", "FAILED"))
+    log = Path(f"{folder}-{job}.log").read_text()
+    assert of_job(job, "JobState") == "COMPLETED", log
+    assert "samples are done" in log
+    assert Results.load(folder / "results.json").find("perplexity", "ablated").value
+    assert not list(folder.glob("scores/*.partial"))
