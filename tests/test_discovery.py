@@ -10,7 +10,8 @@ import pytest
 from sparc3 import Circuit, Results, UserError, ablated, load_recipe, run
 from sparc3.experiment.discovery import area, stability
 from sparc3.ioi import sentences, split_of
-from sparc3.samples import ReferenceSet, Request, gather
+from sparc3.samples import ReferenceSet
+from sparc3.sources import Request, gather
 
 SMALL: dict[str, Any] = {
     "name": "small-ioi",

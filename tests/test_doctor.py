@@ -116,8 +116,8 @@ def test_code_from_a_checkpoint_is_not_run(kind: str, tmp_path: Path, sparc3: Ca
 def test_mistakes_are_one_line(tmp_path: Path, mistake: Call) -> None:
     assert "no model folder at ./nomodel" in mistake("doctor", "./nomodel")
     assert "did you mean 'float32'" in mistake("doctor", "demo", "--dtype", "float23")
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}')
-    assert "not a multiple of the number of attention heads" in mistake("doctor", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_act": "sinus"}')
+    assert "cannot build a llama of this configuration: function sinus not found" in mistake("doctor", tmp_path)
 
 
 # The checks -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from sparc3 import ReferenceSet, UserError, load_recipe, run
 from sparc3.evaluation.repetition import response_scores, uniqueness
-from sparc3.samples import Request, gather
+from sparc3.sources import Request, gather
 
 SMALL: dict[str, Any] = {
     "name": "small-repetition",

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from sparc3 import ReferenceSet, Sample, UserError
-from sparc3 import samples as S
+from sparc3 import sources as S
 from sparc3.batches import encode
 from sparc3.demo.text import INSULTS, KINDS, texts
-from sparc3.samples import Request, corpus, gather, overlap, stream
+from sparc3.sources import Request, corpus, gather, overlap, stream
 
 Rows = Callable[..., Path]
 

@@ -12,7 +12,7 @@ from sparc3.demo.text import split_of
 from sparc3.experiment.pareto import front
 from sparc3.experiment.tuning import Candidate
 from sparc3.files import read_json
-from sparc3.samples import overlap
+from sparc3.sources import overlap
 
 SMALL: dict[str, Any] = {
     "name": "small-tune",

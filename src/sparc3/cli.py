@@ -242,7 +242,8 @@ def _attribute(args: argparse.Namespace) -> None:
     from .attribution.methods import require_method
     from .attribution.shards import parse_shard
     from .models import load_model
-    from .samples import ReferenceSet, Request, gather, is_path, require_source
+    from .samples import ReferenceSet
+    from .sources import Request, gather, is_path, require_source
 
     shard = parse_shard(args.shard) if args.shard else None
     if shard and not require_method(args.method).run:

@@ -18,9 +18,9 @@ from .evaluation.metrics import MetricSettings, SparsitySettings, parse_metrics
 from .files import fingerprint, read_text
 from .jobs import SEQUENTIAL, Compress, Discover
 from .models import ROLES
-from .samples import require_source
 from .schema import Strict, parse
 from .selection import parse_scope
+from .sources import require_source
 
 REFERENCES = ("general", "undesired", "matched")
 JOBS = {"correct": REFERENCES, "discover": ("task",), "compress": ("general",)}

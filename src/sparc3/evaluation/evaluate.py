@@ -10,7 +10,8 @@ from ..errors import UserError
 from ..files import fingerprint
 from ..models import describe
 from ..results import Difference, Results
-from ..samples import ReferenceSet, Request, Sample, corpus, gather
+from ..samples import ReferenceSet, Sample
+from ..sources import Request, corpus, gather
 from ..version import __version__
 from .metrics import (
     Beside,

@@ -9,8 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError, unknown
 from ..families import ROLES
-from ..samples import ReferenceSet, require_source
+from ..samples import ReferenceSet
 from ..schema import Strict, parse
+from ..sources import require_source
 from .observations import Observations
 
 if TYPE_CHECKING:

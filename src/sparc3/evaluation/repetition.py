@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from ..samples import ReferenceSet, Score
+from ..samples import ReferenceSet
+from ..sources import Score
 from .generation import complete
 from .metrics import Measured, Metric, RepetitionSettings, register
 from .observations import Observations

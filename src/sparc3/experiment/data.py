@@ -12,7 +12,8 @@ from ..evaluation.repetition import response_scores
 from ..evaluation.toxicity import completion_scores
 from ..files import file_digest, fingerprint
 from ..recipe import Reference
-from ..samples import ReferenceSet, Request, gather, is_path, overlap
+from ..samples import ReferenceSet
+from ..sources import Request, gather, is_path, overlap
 from ..version import __version__
 from .folder import kept
 from .work import Work

@@ -21,9 +21,10 @@ from ..evaluation.statistics import pooled
 from ..jobs import Discover
 from ..recipe import Recipe
 from ..results import Results
-from ..samples import ReferenceSet, is_path
+from ..samples import ReferenceSet
 from ..scores import Scores
 from ..selection import select, share
+from ..sources import is_path
 from ..version import __version__
 from .measuring import evaluation
 from .scoring import How, parts_of

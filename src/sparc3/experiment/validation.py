@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from ..errors import Sparc3Error, UserError
 from ..evaluation.metrics import KLSettings, MetricSettings, PerplexitySettings, Prepared, PromptSettings, require_metric
 from ..recipe import Tune
-from ..samples import ReferenceSet, Sample, corpus, is_path, overlap
+from ..samples import ReferenceSet, Sample
+from ..sources import corpus, is_path, overlap
 from .data import prepared
 from .work import Work
 
