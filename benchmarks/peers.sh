@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Makes an environment for each peer of benchmarks/attribution.py, with the versions it needs:  benchmarks/peers.sh FOLDER
+set -euo pipefail
+folder="${1:?a folder for the environments}"
+python="${PYTHON:-python3}"
+
+environment() {
+    "$python" -m venv "$folder/$1"
+    # torch first and by its exact version: a range would let pip take a build with CUDA's gigabytes.
+    "$folder/$1/bin/pip" install --quiet torch==2.13.0
+}
+
+environment lxt
+# lxt 2.1 fails to import on later transformers; what it asks for beyond this list it needs for images and quantised models only.
+"$folder/lxt/bin/pip" install --quiet transformers==4.52.4 accelerate tabulate matplotlib zennit
+"$folder/lxt/bin/pip" install --quiet --no-deps lxt==2.1
+environment wanda
+"$folder/wanda/bin/pip" install --quiet llmcompressor
