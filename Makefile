@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check clean
 
 demo: .venv/ready
 	$(BIN)/sparc3 demo --out demo-run
 
 test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+# Everything, the tests of several processes and of long runs included.
+test-all: .venv/ready
 	$(BIN)/python -m pytest
 
 check: .venv/ready

@@ -246,7 +246,8 @@ def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: p
 
 def torchrun(ranks: int, *command: str | Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
-    subprocess.run([str(part) for part in launch], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    done = subprocess.run([str(part) for part in launch], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

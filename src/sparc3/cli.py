@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, distributed
 from .errors import Sparc3Error, UserError, unknown
 
 Command = Callable[[argparse.Namespace], None]
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parsed = _parser().parse_args(arguments)
         _speak()
         parsed.run(parsed)
+        distributed.stop()
     except UserError as error:
         _stop(2, str(error))
     except Sparc3Error as error:
@@ -237,7 +238,6 @@ def _show_variants(results: Any) -> None:
 
 
 def _attribute(args: argparse.Namespace) -> None:
-    from . import distributed
     from .attribution import attribute
     from .attribution.methods import require_method
     from .attribution.shards import parse_shard
@@ -339,7 +339,6 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from . import distributed
     from .ablation import ablated
     from .circuit import Circuit
     from .evaluation import evaluate

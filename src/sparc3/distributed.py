@@ -1,5 +1,6 @@
 """Rank and world. Without torchrun this is rank 0 of 1, and every function below is the plain thing."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -35,14 +36,25 @@ def start() -> None:
     if not dist.is_initialized():
         # gloo moves the sums, a few megabytes, over the CPU: it is there on every machine, and needs no device of its own.
         dist.init_process_group("gloo", timeout=timedelta(hours=12))
+        atexit.register(_leave)
 
 
 def stop() -> None:
+    """Leave the group when every rank is done: one that goes while another still talks to it takes that one down."""
     if world() > 1:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.barrier()
+            _leave()
+
+
+def _leave() -> None:
+    """Without this a process may end while the group's threads still run, and abort."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stride(items: Sequence[T]) -> Sequence[T]:
