@@ -211,7 +211,7 @@ class Cards(Strict):
     """Cards of the removed neurons: how many at most, and how many of them with what removing that neuron alone does (an evaluation each)."""
 
     most: int = Field(default=50, ge=0)
-    alone: int = Field(default=10, ge=0)
+    alone: int = Field(default=0, ge=0)
 
 
 class Recipe(Strict):
