@@ -1,0 +1,50 @@
+"""What every command shares: arguments of models, and a console without other libraries' chatter or terminal escapes."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+Command = Callable[[argparse.Namespace], None]
+Add = Callable[[str, Command, str], argparse.ArgumentParser]
+"""Adds a command: its name, what it runs, its line of help."""
+
+
+def plain(text: str) -> str:
+    """No terminal escapes from file or model names: control characters as visible ones."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+def speak() -> None:
+    """Our log lines on the console, other libraries' chatter not."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(message)s"))
+    logger = logging.getLogger("sparc3")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+
+
+def quiet_transformers() -> None:
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+
+
+def model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="a hub id, or the folder of a checkpoint")
+    precision_arguments(command)
+
+
+def precision_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, float64 (default: %(default)s)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")

@@ -1,0 +1,52 @@
+"""The machine and the cluster: doctor and slurm."""
+
+import argparse
+
+from ..errors import Sparc3Error
+from .console import Add, plain, precision_arguments, quiet_transformers
+
+
+def add_to(add: Add) -> None:
+    doctor = add("doctor", _doctor, "what this machine has, and whether relevance on a model is right")
+    doctor.add_argument("model", nargs="?", help="a hub id, the folder of a checkpoint, a config.json alone (random weights), or demo")
+    precision_arguments(doctor)
+
+    slurm = add("slurm", _slurm, "write a batch file that runs a recipe under SLURM, and goes on after a time-out")
+    slurm.add_argument("recipe", help="a bundled recipe's name, or the path of a YAML file")
+    slurm.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
+    slurm.add_argument("--gpus", type=int, default=1, help="on each node, one rank each; 0 for CPUs alone (default: %(default)s)")
+    slurm.add_argument("--time", default="04:00:00", help="time limit of one go; the job is queued again until it is done (default: %(default)s)")
+    slurm.add_argument("--partition")
+    slurm.add_argument("--array", type=int, metavar="N", help="N runs, with seeds 1 to N of the general set, in numbered run folders")
+    slurm.add_argument("--run-out", metavar="DIR", help="run folder (default: runs/<recipe's name>)")
+    slurm.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change a setting of the recipe; may be repeated")
+    slurm.add_argument("--out", metavar="FILE", help="where the batch file goes (default: <recipe's name>.sbatch)")
+    slurm.add_argument("--submit", action="store_true", help="hand it to sbatch")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from ..doctor import environment, examine
+
+    if not args.model:
+        for what, how in environment():
+            print(f"{what:16} {how}")
+        return
+    quiet_transformers()
+    found = examine(args.model, dtype=args.dtype, device=args.device)
+    print(plain("\n".join(found.lines())))
+    if found.failed:
+        raise Sparc3Error(f"{len(found.failed)} of {len(found.findings)} checks failed: {'; '.join(f.name for f in found.failed)}")
+
+
+def _slurm(args: argparse.Namespace) -> None:
+    from ..recipe import load_recipe
+    from ..slurm import sbatch, submit, write_job
+
+    recipe = load_recipe(args.recipe, args.set)
+    text = sbatch(
+        recipe, args.recipe, nodes=args.nodes, gpus=args.gpus, time=args.time, partition=args.partition, array=args.array, folder=args.run_out,
+        sets=tuple(args.set),
+    )  # fmt: skip
+    path = args.out or f"{recipe.name}.sbatch"
+    write_job(path, text)
+    print(f"{path}: {f'submitted as job {submit(path)}' if args.submit else f'submit it with sbatch {path}'}")

@@ -1,0 +1,90 @@
+"""Circuits: select, combine, compare, take out of a checkpoint."""
+
+import argparse
+
+from ..errors import UserError
+from .console import Add, model_arguments, quiet_transformers
+
+
+def add_to(add: Add) -> None:
+    select = add("select", _select, "contrast two sets of scores and select units")
+    select.add_argument("--general", metavar="A", help="scores on general text")
+    select.add_argument("--undesired", metavar="B", help="scores on the behaviour to remove")
+    select.add_argument("--matched", metavar="C", help="scores on benign completions of the same kind of prompts")
+    select.add_argument("--penalty", type=float, default=1.0, metavar="P", help="weight of general and matched use (with --matched)")
+    select.add_argument("--normalize", help="l1: scale each set of scores to a total of one first")
+    select.add_argument("--scores", metavar="S", help="select by these scores alone, without a contrast")
+    select.add_argument("--count", type=int, metavar="N", help="how many units")
+    select.add_argument("--fraction", type=float, metavar="F", help="or which share of them")
+    select.add_argument("--scope", default="global", help="global or site; of weights also row, or n:m such as 2:4 (default: %(default)s)")
+    select.add_argument("--order", default="lowest", help="lowest or highest (default: %(default)s)")
+    select.add_argument("--out", required=True, help="where the circuit goes (circuit.json; of weights circuit.safetensors)")
+
+    circuits = add("circuits", _circuits, "combine two circuits, or say how far they overlap")
+    circuits.add_argument("operation", choices=["union", "intersection", "difference", "overlap"])
+    circuits.add_argument("one", metavar="A")
+    circuits.add_argument("other", metavar="B")
+    circuits.add_argument("--out", help="where the combined circuit goes")
+
+    ablate = add("ablate", _ablate, "write the model without a circuit as an ordinary Hugging Face checkpoint")
+    model_arguments(ablate)
+    ablate.add_argument("--circuit", required=True, help="circuit.json")
+    ablate.add_argument("--results", help="results.json to put into the model card")
+    ablate.add_argument("--out", required=True, help="a new folder")
+    ablate.add_argument("--force", action="store_true", help="apply a circuit that was made on other weights")
+
+
+def _select(args: argparse.Namespace) -> None:
+    from ..scores import Scores
+    from ..selection import contrast, select
+
+    if bool(args.scores) == bool(args.general or args.undesired):
+        raise UserError("give either --general and --undesired, or --scores")
+    if args.scores:
+        scores = Scores.load(args.scores)
+    elif not (args.general and args.undesired):
+        raise UserError("a contrast needs both --general and --undesired")
+    else:
+        matched = Scores.load(args.matched) if args.matched else None
+        scores = contrast(Scores.load(args.general), Scores.load(args.undesired), matched=matched, penalty=args.penalty, normalize=args.normalize)
+    circuit = select(scores, count=args.count, fraction=args.fraction, scope=args.scope, order=args.order)
+    circuit.save(args.out)
+    print(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s")
+
+
+def _circuits(args: argparse.Namespace) -> None:
+    from ..circuit import Circuit
+    from ..circuits import OPERATIONS, overlap
+
+    if (args.operation == "overlap") == bool(args.out):
+        raise UserError("overlap prints its figures and takes no --out" if args.out else f"{args.operation} makes a circuit; say where with --out")
+    one, other = Circuit.load(args.one), Circuit.load(args.other)
+    if args.out:
+        combined = OPERATIONS[args.operation](one, other)
+        combined.save(args.out)
+        print(f"{args.out}: {len(combined)} {combined.unit}s, of {len(one)} and {len(other)}")
+        return
+    found = overlap(one, other)
+    print(f"{found.both} {one.unit}s in both, of {found.one} and {found.other}; Jaccard {found.jaccard:.4g}")
+    if found.expected is not None:
+        times = [_times(ratio) for ratio in (found.enrichment, found.enrichment_in_sites)]
+        print(f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each site {times[1]}")
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from ..ablation import export
+    from ..circuit import Circuit
+    from ..models import load_model
+    from ..results import Results
+
+    circuit = Circuit.load(args.circuit)
+    results = Results.load(args.results) if args.results else None
+    quiet_transformers()
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    if not args.force:
+        circuit.require_model(model)
+    print(f"{export(model, tokenizer, circuit, args.out, results=results)}: the model without {len(circuit)} {circuit.unit}s")
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.4g} times"
