@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DamagedFile, UserError
 from .files import fingerprint, read_json, whole_file, write_json
+from .hub import fetch, place_of
 from .scores import digest, load_tensors
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMAT = "sparc3.circuit/1"
 UNITS = ("neuron", "head", "weight")
+NAMES = ("circuit.json", "circuit.safetensors")
+"""What a circuit's file is called in a folder or a repository."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +104,18 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Circuit":
-        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where its content makes no sense."""
-        if Path(path).suffix == ".safetensors":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file; a folder that holds circuit.json or circuit.safetensors; or a place on the hub, written as its client writes
+                it: "USER/REPO", "hf://USER/REPO@REVISION/PATH".
+
+        Raises:
+            UserError: nothing there, another kind of file, or the hub is out of reach.
+            DamagedFile: its content makes no sense, or was changed.
+        """
+        path = _file_of(path)
+        if path.suffix == ".safetensors":
             return cls._load_masks(path)
         content = read_json(path, FORMAT)
         members, unit = content.get("members"), content.get("unit")
@@ -125,6 +138,19 @@ class Circuit:
         if header.get("unit") != "weight" or not fits:
             raise DamagedFile(f"{path}: unit, shapes and masks are not as {FORMAT} has them; make it again")
         return cls(header["unit"], {name: mask_of(packed[name], shape) for name, shape in shapes.items()}, header["model"], header["provenance"])
+
+
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    """The local file that `Circuit.load` reads."""
+    place = place_of(os.fspath(path))
+    if place:
+        return fetch(place, NAMES)
+    if Path(path).is_dir():
+        there = [Path(path) / name for name in NAMES if (Path(path) / name).is_file()]
+        if len(there) != 1:
+            raise UserError(f"{path} is a folder with {' and '.join(f.name for f in there) or 'no circuit'} in it; name the circuit's file")
+        return there[0]
+    return Path(path)
 
 
 def packed_bits(mask: "Tensor") -> "Tensor":

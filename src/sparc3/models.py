@@ -2,12 +2,10 @@
 
 import hashlib
 import os
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlparse
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from torch import nn
 from .errors import UnsupportedModel, UserError, unknown
 from .families import ROLES as ROLES
 from .families import Family, require_family
+from .hub import hub_errors, looks_local, require_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -224,7 +223,7 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     alone = name.endswith(".json") and Path(name).is_file()
-    if _looks_local(name) and not Path(name).is_dir() and not alone:
+    if looks_local(name) and not Path(name).is_dir() and not alone:
         raise UserError(f"no model folder at {name}; give a folder with config.json and safetensors, or a hub id")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} has no config.json; give a folder that save_pretrained wrote")
@@ -235,60 +234,6 @@ def load_config(name: str) -> Any:
             except OSError:
                 require_hub(name)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-
-
-def require_hub(name: str, remedy: str = "download it elsewhere and give the folder's path") -> None:
-    """Fail at once, naming the remedy, where the hub's host has no address, instead of after half a minute of retries."""
-    from huggingface_hub import constants
-
-    host = urlparse(constants.ENDPOINT).hostname or ""
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError
-        if not any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-            socket.getaddrinfo(host, 443)
-    except OSError:
-        raise UserError(f"cannot reach the hub for '{name}'; {remedy}") from None
-
-
-class hub_errors:  # noqa: N801  a context manager, used like a function
-    """Turns what the hub's client raises into one line that says what to do."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, UserError):
-            return
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, StrictDataclassError
-
-        chain: list[BaseException] = []
-        link: BaseException | None = error
-        while link is not None and link not in chain:
-            chain.append(link)
-            link = link.__cause__ or link.__context__
-        name = self.name
-        if any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in chain):
-            raise UserError(
-                f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN to a token that may read it"
-            ) from None
-        if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-            raise UserError(f"no model '{name}' on the hub, or no right to see it; check the name, or log in with `hf auth login`") from None
-        if any(isinstance(e, (LocalEntryNotFoundError, HfHubHTTPError)) for e in chain):
-            raise UserError(f"cannot reach the hub for '{name}'; download it elsewhere and give the folder's path") from None
-        if any("trust_remote_code" in str(e) for e in chain):
-            raise UnsupportedModel(f"'{name}' needs Python code from its own repository, which sparc3 does not run") from None
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, StrictDataclassError)):
-            told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-            first = (str(told).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"cannot load '{name}': {first}") from None
 
 
 def _device(device: str) -> torch.device:
@@ -334,7 +279,7 @@ def describe(model: "PreTrainedModel") -> dict[str, str]:
 def model_id(model: "PreTrainedModel") -> str:
     """The hub id, or the name of the local folder (never its whole path, which is nobody else's business)."""
     name = str(getattr(model, "name_or_path", "") or model.config.model_type)
-    return Path(name).resolve().name if _looks_local(name) else name
+    return Path(name).resolve().name if looks_local(name) else name
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
     """
     import datasets
 
-    from .models import hub_errors, require_hub
+    from .hub import hub_errors, require_hub
 
     if not Path(str(where.get("path"))).exists() and "data_files" not in where:
         require_hub(f"the data set {where.get('path')}", "give a JSONL or text file as the source instead")

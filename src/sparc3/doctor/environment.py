@@ -4,7 +4,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import UserError
-from ..models import require_hub
+from ..hub import require_hub
 from ..version import __version__
 
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "huggingface_hub", "numpy")

@@ -99,7 +99,8 @@ def _tried(scorer: Scorer, texts: list[str]) -> list[float | None]:
 def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from ..models import hub_errors, load_config
+    from ..hub import hub_errors
+    from ..models import load_config
 
     load_config(name)
     with hub_errors(name):
