@@ -73,7 +73,8 @@ def results() -> Results:
         "recipe": "demo-toxicity", "model": model, "circuit": circuit().fingerprint, "checks": checks, "stages": stages, "version": "0.1.0",
         "sizes": {site(layer): SIZE for layer in range(LAYERS)}, "lexicon": LEXICON, "warnings": [f"a prompt was cut: {SCRIPT}"],
     }
-    return Results(tuple(rows), (toxicity, perplexity), provenance)
+    net = Difference("toxicity.mean", "random@40", "ablated", -0.721, -0.755, (-0.75, -0.69), 0.0005)
+    return Results(tuple(rows), (toxicity, perplexity, net), provenance)
 
 
 def site(layer: int) -> str:
@@ -259,9 +260,10 @@ def said(run: Path) -> str:
 def test_the_headline_has_figures_and_intervals(run: Path) -> None:
     words = said(run)
     first, last = (Results.load(run / "results.json").find("toxicity.mean", variant) for variant in ("original", "ablated"))
-    started = f"Removing 40 of 2,048 neurons took mean toxicity from {with_interval(first)} to {with_interval(last)}, and perplexity from 2.83"
-    assert words.startswith(started)
-    for remark in ("more than chance", "40 random neurons", "No other method is ahead", "did not measurably move"):
+    random = Results.load(run / "results.json").find("toxicity.mean", "random@40")
+    started = f"Removing 40 of 2,048 neurons took mean toxicity from {with_interval(first)} to {with_interval(last)}; 40 random neurons leave it at "
+    assert words.startswith(started + with_interval(random))
+    for remark in ("more than chance", "net of that the change is \u221272.1 points", "No other method is ahead", "did not measurably move"):
         assert remark in words
 
 
@@ -284,17 +286,19 @@ def test_a_change_for_the_worse_is_called_so(run: Path) -> None:
 
 def test_a_method_that_is_ahead_is_named_with_its_price(run: Path) -> None:
     altered(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
-    assert "wanda is ahead at the same count: 5.0\u202f% [4.0,\u00a06.0] (perplexity 3.28)" in said(run)
+    assert "Wanda is ahead at the same count: 5.0\u202f% [4.0,\u00a06.0] (perplexity 3.283, +16.0\u202f%)" in said(run)
 
 
 def test_a_method_that_is_barely_ahead_is_called_close(run: Path) -> None:
     altered(run, [measurement("toxicity.mean", "wanda@40", 0.23, 0.01)], [])
-    assert "wanda is slightly ahead at the same count" in said(run)
+    assert "Wanda is slightly ahead at the same count" in said(run)
 
 
 def test_random_units_that_do_the_same_are_named(run: Path) -> None:
     altered(run, [measurement("toxicity.mean", "random@40", 0.24, 0.03)], [])
     assert "overlaps the circuit" in said(run)
+    altered(run, [], [Difference("toxicity.mean", "random@40", "ablated", -0.01, -0.05, (-0.03, 0.01), 0.3)])
+    assert "Not told apart from chance removals" in said(run)
 
 
 def test_failures_are_told(run: Path) -> None:
@@ -305,7 +309,7 @@ def test_failures_are_told(run: Path) -> None:
     ("value", "metric", "written"),
     [
         (0.97, "toxicity.mean", "97.0\u202f%"),
-        (2.834, "perplexity", "2.83"),
+        (2.834, "perplexity", "2.834"),
         (12345.6, "perplexity", "12,346"),
         (-1.5, "ioi.logit_difference", "\u22121.50"),
         (None, "x", "–"),

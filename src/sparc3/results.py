@@ -55,6 +55,11 @@ class Difference:
     ci95: tuple[float, float] | None
     p: float | None
 
+    @property
+    def holds_zero(self) -> bool | None:
+        """Whether the interval includes zero; None without an interval."""
+        return None if self.ci95 is None else self.ci95[0] <= 0 <= self.ci95[1]
+
 
 @dataclass(frozen=True)
 class Results:

@@ -1,4 +1,4 @@
-"""Two scorers on the same texts: how far they agree."""
+"""Two scorers on the same texts: what each says, and how far they agree."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .observations import Observations
+from .statistics import difference, measurement
+
 Array = NDArray[np.float64]
+Texts = Sequence[Mapping[str, Any]]
 
 
 def agreement(texts: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None] | None:
@@ -24,6 +28,34 @@ def agreement(texts: Iterable[Mapping[str, Any]]) -> dict[str, float | int | Non
     one, other = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
     same = float(np.mean((one >= 0.5) == (other >= 0.5)))
     return {"n": len(pairs), "pearson": _correlation(one, other), "spearman": _correlation(ranks(one), ranks(other)), "same_verdict": same}
+
+
+def side_by_side(before: Texts, after: Texts) -> list[dict[str, Any]]:
+    """What the first scorer says of the texts before and after, then the second: mean over prompts, 95 % interval, failures.
+
+    Returns:
+        [{"before", "before_ci95", "after", "after_ci95", "change", "change_ci95", "p", "n", "failures"}], two entries; a figure None where
+        nothing was scored.
+    """
+    return [_said(_means(before, key), _means(after, key)) for key in ("score", "also")]
+
+
+def _said(before: Observations, after: Observations) -> dict[str, Any]:
+    one, other = measurement(before, "original"), measurement(after, "ablated")
+    change = difference(before, after, "original", "ablated")
+    return {
+        "before": one.value, "before_ci95": one.ci95, "after": other.value, "after_ci95": other.ci95,
+        "change": change.value if change else None, "change_ci95": change.ci95 if change else None, "p": change.p if change else None,
+        "n": other.n, "failures": one.failures + other.failures,
+    }  # fmt: skip
+
+
+def _means(texts: Texts, key: str) -> Observations:
+    """The mean of one scorer over each prompt's continuations."""
+    scores = [[c[key] for c in text["continuations"] if c.get(key) is not None] for text in texts]
+    means = tuple(float(np.mean(some)) if some else None for some in scores)
+    failures = sum(len(text["continuations"]) for text in texts) - sum(map(len, scores))
+    return Observations("toxicity.mean", "test", "score in [0, 1]", "lower", means, (1.0,) * len(means), failures)
 
 
 def ranks(values: Sequence[float] | Array) -> Array:

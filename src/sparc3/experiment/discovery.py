@@ -27,6 +27,7 @@ from ..selection import select, share
 from ..sources import is_path
 from ..version import __version__
 from .measuring import evaluation
+from .overlaps import of_kept
 from .scoring import How, parts_of
 from .work import Work
 
@@ -81,6 +82,7 @@ def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Result
             "this task; attribute at other sites, or choose a task that the model can do"
         )
     found = [original, empty]
+    first: dict[str, Circuit] = {}
     for method, seeds in ranked.items():
         curves: list[list[float]] = [[] for _ in seeds]
         for count in removed:
@@ -92,6 +94,7 @@ def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Result
             extra += [_of_all("circuit.jaccard", stability(circuits, total), "shared units / units of either")] if len(circuits) > 1 else []
             columns = zip(*(draw.observations for draw in draws), strict=True)
             found.append(Evaluation(at, (*(pooled(list(column)) for column in columns), *extra)))
+            first[at] = circuits[0]
             _save(work, method, count, everything, circuits)
         areas = [area([1 - count / total for count in removed], curve) for curve in curves]
         found.append(Evaluation(method, (
@@ -100,7 +103,8 @@ def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Result
         )))  # fmt: skip
         log.info("%s: CPR %.3f, CMD %.3f", method, *(sum(column) / len(areas) for column in zip(*areas, strict=True)))
     sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
-    return to_results(found, _provenance(work, sizes, seconds))
+    shared = of_kept(first, work.recipe.attribution.method, sizes)
+    return to_results(found, {**_provenance(work, sizes, seconds), "overlaps": shared})
 
 
 def _removed_counts(sparsities: Sequence[float], total: int) -> list[int]:

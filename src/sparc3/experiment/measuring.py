@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..evaluation.agreement import agreement
+from ..evaluation.agreement import agreement, side_by_side
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.observations import Evaluation
@@ -16,6 +16,7 @@ from ..results import Results
 from ..version import __version__
 from .checks import checks
 from .folder import kept
+from .overlaps import overlaps
 from .power import power
 from .scoring import Found, How
 from .variants import changed, variants
@@ -27,6 +28,7 @@ log = logging.getLogger("sparc3")
 def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -> Results:
     """All variants measured; a circuit that is met twice is measured once."""
     known: dict[str, Evaluation] = {}
+    alike: dict[str, list[Change]] = {}
     evaluations = []
     for variant, changes in variants(work, found, how):
         draws = []
@@ -36,9 +38,12 @@ def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -
                 known[one.fingerprint] = evaluation(work, name, one)
             draws.append(replace(known[one.fingerprint], variant=variant))
         evaluations.append(draws[0] if len(draws) == 1 else _pooled(draws))
+        if variant.endswith(f"@{len(found.circuit)}") and not variant.startswith(f"{how.method}@"):
+            alike[variant] = changes
     beside = [*([f"random@{len(found.circuit)}"] if len(found.circuit) else []), *work.rivals]
     results = to_results(evaluations, _provenance(work, found, evaluations, seconds), beside)
     results.provenance["warnings"] += _beaten(work, results)
+    results.provenance["overlaps"] = overlaps(found.circuit, alike, results.provenance["sizes"])
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"
@@ -94,9 +99,11 @@ def lexicon(work: Work) -> list[str]:
 def _agreement(work: Work, evaluations: list[Evaluation]) -> dict[str, Any]:
     """How far two scorers agree on the texts of the original and of the circuit's model."""
     asked = [p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings) and p.settings.also]
-    texts = [text for e in evaluations if e.variant in ("original", "ablated") for text in e.texts.get("toxicity", [])]
-    found = agreement(texts) if asked else None
-    return {"scorers": {"first": asked[0].scorer, "second": asked[0].also, **found}} if found else {}
+    before, after = (next((e.texts.get("toxicity", []) for e in evaluations if e.variant == name), []) for name in ("original", "ablated"))
+    found = agreement([*before, *after]) if asked else None
+    if not found:
+        return {}
+    return {"scorers": {"first": asked[0].scorer, "second": asked[0].also, **found, "means": side_by_side(before, after)}}
 
 
 def _beaten(work: Work, results: Results) -> list[str]:

@@ -8,7 +8,10 @@ from ..evaluation.statistics import detectable
 
 
 def power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """[{"metric", "n", "detects", "said"}] of the circuit against the original, from the variance of their paired differences."""
+    """[{"metric", "n", "detects", "relative", "said"}] of the circuit against the original, from the variance of their paired differences.
+
+    `relative`: whether `detects` is a share of the original's figure.
+    """
     named = {e.variant: e for e in evaluations}
     if not {"original", "ablated"} <= named.keys():
         return []
@@ -21,5 +24,5 @@ def power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         n, x = seen
         size = f"{x:.2g} relative" if before.exponential else f"{x:.2g}"
         said = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
-        found.append({"metric": before.metric, "n": n, "detects": x, "said": said})
+        found.append({"metric": before.metric, "n": n, "detects": x, "relative": before.exponential, "said": said})
     return found

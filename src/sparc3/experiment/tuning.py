@@ -157,7 +157,7 @@ def tuned(work: Work) -> tuple[How, Found]:
             tried.append(candidate)
             ways.append((how, circuit, scores, sets))
     best = _best(tried, trials, original)
-    summary = {**_summary(tried, best, trials, original), "rivals": _rivals(work, trials, ways[best][0], original)}
+    summary = {**_summary(tried, best, trials, original), **_rivals(work, trials, ways[best][0], original)}
     trials.save(**summary)
     work.noted["tune"] = {**summary, "candidates": [c for c in summary["candidates"] if c["pareto"]], "tried": len(tried)}
     how, circuit, scores, sets = ways[best]
@@ -237,11 +237,16 @@ def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
     return best
 
 
-def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> list[dict[str, Any]]:
-    """What each other method reaches under the same budget, at the best of the same counts and contrasted alike; work.rivals holds them."""
-    found = []
+def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> dict[str, Any]:
+    """What each other method reaches under the same budget, at the best of the same counts and contrasted alike; work.rivals holds them.
+
+    Returns:
+        {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that was tried}.
+    """
+    found, others = [], {}
     for method in (m for m in work.recipe.compare.methods if m not in ("random", how.method)):
         tried = [(count, change, trials.of(change, original)) for count, change in by_method(work, how, method, _counts(work, trials.tune))]
+        others[method] = [{"count": count, "figures": figures, "within": trials.within(figures, original)} for count, _, figures in tried]
         fit = [one for one in tried if trials.within(one[2], original)]
         if not fit:
             continue
@@ -249,7 +254,7 @@ def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> list[dic
         work.rivals[f"{method}@{count}"] = change
         found.append({"variant": f"{method}@{count}", "figures": figures, "of": len(tried)})
         log.info("under the same budget %s@%d: %s %.4g", method, count, trials.aim[0], figures.get(trials.aim[0], float("nan")))
-    return found
+    return {"rivals": found, "others": others}
 
 
 def _summary(tried: list[Candidate], best: int, trials: Trials, original: Figures) -> dict[str, Any]:

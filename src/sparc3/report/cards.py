@@ -59,7 +59,9 @@ def _relevances(row: dict[str, Any]) -> list[tuple[str, str, float]]:
 def _context(one: dict[str, Any], mask: Mask) -> Markup:
     prompt = str(one.get("prompt", ""))
     shown = prompt if len(prompt) <= _CONTEXT else "… " + prompt[-_CONTEXT:].partition(" ")[2]
-    return mask.write(shown, mask.spans(shown))
+    token = str(one.get("token", "")).strip()
+    here = [(len(shown.rstrip()) - len(token), len(shown.rstrip()))] if token and shown.rstrip().endswith(token) else []
+    return mask.write(shown, mask.spans(shown), here, "here")
 
 
 def _number(value: Any) -> str:
@@ -70,4 +72,4 @@ def _alone(metric: str, value: float, run: RunFolder) -> tuple[str, str, str]:
     """(what it is in a sentence, with this unit alone removed, on the original model)."""
     original = run.measured(metric, "original")
     name = in_words(metric) if metric in run.metrics() else title(metric).lower()
-    return name, figure(float(value), metric), value_of(original) if original else ""
+    return name, figure(float(value), metric), value_of(original) if original and original.value else ""

@@ -6,8 +6,8 @@ from ..results import Measurement
 from .curves import Figure
 from .folder import RunFolder
 from .numbers import explained, interval_of, is_share, title, value_of
-from .svg import Scale, drawing, tag
-from .variants import Point, colours, points
+from .svg import Scale, drawing, mark, tag
+from .variants import Point, colours, named, parsed, points, rivals
 
 WIDTH, ROW = 480.0, 34.0
 LEFT, RIGHT = 112.0, 304.0
@@ -15,7 +15,23 @@ LEFT, RIGHT = 112.0, 304.0
 
 def comparisons(run: RunFolder) -> list[Figure]:
     """One drawing for every metric that another method was measured on at the same count."""
-    return [_figure(run, metric, rows) for metric in run.metrics() if metric != "sparsity" and len(rows := _rows(run, metric)) > 2]
+    return [_figure(run, metric, rows) for metric in run.drawn() if len(rows := _rows(run, metric)) > 2]
+
+
+def under_budget(run: RunFolder) -> list[Figure]:
+    """What the run is about, and its damage, of every method at the count that was its best within the budget on validation samples."""
+    named_rivals = [str(one.get("variant")) for one in run.search.get("rivals") or []]
+    made = []
+    for metric in dict.fromkeys(filter(None, (run.behaviour, "perplexity"))):
+        original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
+        found = [(name, m) for variant in named_rivals if (m := run.measured(metric, variant)) and (name := parsed(variant))]
+        if original is None or circuit is None or not found:
+            return []
+        own = f"{named(run.method or '')}, {len(run.circuit):,}" if run.circuit else "this circuit"
+        rows = [(f"{named(name[0])}, {name[1]:,}", colours(run).get(name[0], "m6"), m) for name, m in found]
+        null = [("random" + f", {p.count:,}", "mr", p.measurement) for p in rivals(run, metric) if p.method == "random"]
+        made.append(_figure(run, metric, [("original", "m-original", original), (own, "m0", circuit), *rows, *null]))
+    return made
 
 
 def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
@@ -27,7 +43,7 @@ def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     here = [p for p in points(run, metric) if p.count == count and not _same(p, run, circuit)]
     here.sort(key=lambda p: (p.method == "random", p.measurement.value or 0.0))
     given = colours(run)
-    others = [(p.method, given[p.method], p.measurement) for p in here]
+    others = [(named(p.method), given[p.method], p.measurement) for p in here]
     return [("original", "m-original", original), ("this circuit", "m0", circuit), *others]
 
 
@@ -50,7 +66,7 @@ def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float) -> Mark
     parts.append(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
     if m.ci95:
         parts.append(tag("line", x1=scale(m.ci95[0]), x2=scale(m.ci95[1]), y1=y, y2=y, class_="interval"))
-    parts.append(tag("circle", cx=scale(m.value or 0.0), cy=y, r=5.5))
+    parts.append(mark(colour, scale(m.value or 0.0), y, 5.2))
     parts.append(tag("text", value_of(m), tag("tspan", f" {interval_of(m)}", class_="faint"), x=RIGHT + 14, y=y + 4.5, class_="label"))
     return tag("g", *parts, class_=f"series {colour}")
 

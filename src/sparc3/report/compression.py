@@ -4,8 +4,8 @@ from markupsafe import Markup
 
 from .folder import RunFolder
 from .numbers import in_words, listed, percent, relative, value_of, with_interval
-from .variants import Point, methods, points, units
-from .wording import Remark
+from .remark import Remark
+from .variants import Point, methods, named, points, units
 
 
 def headline(run: RunFolder) -> Markup:
@@ -18,7 +18,7 @@ def headline(run: RunFolder) -> Markup:
     total = sum(run.sizes.values())
     share = percent(found[0].count / total) if total else f"{found[0].count:,}"
     where = " in every row" if run.provenance.get("scope") == "row" else ""
-    parts = [Markup("{} {}").format(point.method, Markup('<b class="figure">{}</b>').format(value_of(point.measurement))) for point in found]
+    parts = [Markup("{} {}").format(named(point.method), Markup('<b class="figure">{}</b>').format(value_of(point.measurement))) for point in found]
     said = Markup(", ").join(parts)
     return Markup("{} of {} removed{}: {} {} in the original, {}.").format(
         share, units(None, run), where, in_words(metric), value_of(original), said
@@ -28,7 +28,7 @@ def headline(run: RunFolder) -> Markup:
 def remarks(run: RunFolder) -> list[Remark]:
     metric = _metric(run)
     found = _best_first(run, metric) if metric else []
-    parts = [f"{p.method} {with_interval(p.measurement)}{_relative(run, p)}" for p in found]
+    parts = [f"{named(p.method)} {with_interval(p.measurement)}{_relative(run, p)}" for p in found]
     plain = Remark("plain", Markup("<b>Change from the original:</b> {}.").format(listed(parts)))
     return [*([plain] if parts else []), _rows(run)]
 

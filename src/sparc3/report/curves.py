@@ -6,9 +6,9 @@ from markupsafe import Markup
 
 from ..results import Measurement
 from .folder import RunFolder
-from .numbers import PERCENT, explained, is_share, title, value_of, with_interval
-from .svg import Scale, drawing, number, polyline, spread, tag
-from .variants import Point, colours, methods, points, units
+from .numbers import PERCENT, explained, is_share, percent, title, value_of, with_interval
+from .svg import Scale, drawing, mark, number, polyline, spread, tag
+from .variants import Point, colours, methods, named, points, units
 
 WIDTH, HEIGHT = 480.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 386.0, 14.0, 258.0
@@ -47,7 +47,7 @@ class Plot:
 
 def curves(run: RunFolder) -> list[Figure]:
     """A figure for every metric that was measured at two counts or more; sparsity follows from the count and gets none."""
-    return [_figure(plot) for metric in run.metrics() if metric != "sparsity" and (plot := _plot(run, metric))]
+    return [_figure(plot) for metric in run.drawn() if (plot := _plot(run, metric))]
 
 
 def _plot(run: RunFolder, metric: str) -> Plot | None:
@@ -58,7 +58,9 @@ def _plot(run: RunFolder, metric: str) -> Plot | None:
     lines = {method: line for method in methods(run) if (line := [point for point in found if point.method == method])}
     original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
     low, high = min(counts), max(counts)
-    x = Scale(low, high, LEFT + 14, RIGHT - 10, log=low > 0 and high / low > 5)
+    # Where most units go, what counts is how few are left: even steps there, a logarithm where few go.
+    few = high <= 0.5 * sum(run.sizes.values()) or not run.sizes
+    x = Scale(low, high, LEFT + 14, RIGHT - 10, log=few and low > 0 and high / low > 5)
     shown = [*(point.measurement for point in found), *(m for m in (original, circuit) if m)]
     return Plot(run, metric, lines, original, circuit, x, _heights(shown, original))
 
@@ -91,7 +93,8 @@ def _note(plot: Plot) -> str:
     """What the metric is and which way is better; of a task, whose circuit is found by what its removal breaks, only the first."""
     direction = next(point.measurement.direction for line in plot.lines.values() for point in line)
     better = "" if plot.metric.startswith("ioi.") else f"{direction} is better"
-    return "; ".join(part for part in (explained(plot.metric), better) if part)
+    measured_in = plot.unit if plot.unit.startswith("nats") else ""
+    return "; ".join(part for part in (explained(plot.metric), measured_in, better) if part)
 
 
 def _axes(plot: Plot) -> Markup:
@@ -100,18 +103,27 @@ def _axes(plot: Plot) -> Markup:
         y = plot.y(tick)
         rows.append(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
         rows.append(tag("text", _tick(tick, plot), x=LEFT - 8, y=y + 4, class_="end tick"))
-    for count, x in _readable(plot):
-        rows.append(tag("text", f"{count:,}", x=x, y=BOTTOM + 19, class_="middle tick"))
-    rows.append(tag("text", f"{units(None, plot.run)} removed", x=(LEFT + RIGHT) / 2, y=BOTTOM + 37, class_="middle tick"))
+    for x, text in _readable(plot):
+        rows.append(tag("text", text, x=x, y=BOTTOM + 19, class_="middle tick"))
+    under = f"{'share of ' if _as_shares(plot) else ''}{units(None, plot.run)} removed"
+    rows.append(tag("text", under, x=(LEFT + RIGHT) / 2, y=BOTTOM + 37, class_="middle tick"))
     return tag("g", *rows, aria_hidden="true")
 
 
-def _readable(plot: Plot) -> list[tuple[int, float]]:
-    """Counts whose numbers do not run into the one before."""
-    kept: list[tuple[int, float]] = []
-    for count in plot.counts:
-        if not kept or plot.x(count) - kept[-1][1] > 8 + 4 * (len(f"{count:,}") + len(f"{kept[-1][0]:,}")):
-            kept.append((count, plot.x(count)))
+def _as_shares(plot: Plot) -> bool:
+    total = sum(plot.run.sizes.values())
+    return bool(total) and max(plot.counts) > 0.5 * total
+
+
+def _readable(plot: Plot) -> list[tuple[float, str]]:
+    """(place, text) of the counts, or of round shares where most units go, that do not run into the one before."""
+    total = sum(plot.run.sizes.values())
+    shares = [step / 10 for step in range(11) if plot.x.low <= total * step / 10 <= plot.x.high] if _as_shares(plot) else []
+    every = [(plot.x(share * total), f"{share * 100:.0f}{PERCENT}") for share in shares] or [(plot.x(n), f"{n:,}") for n in plot.counts]
+    kept: list[tuple[float, str]] = []
+    for x, text in every:
+        if not kept or x - kept[-1][0] > 8 + 4 * (len(text) + len(kept[-1][1])):
+            kept.append((x, text))
     return kept
 
 
@@ -143,7 +155,7 @@ def _band(plot: Plot, method: str) -> Markup:
 
 def _line(plot: Plot, method: str) -> Markup:
     places = [(plot.x(p.count), plot.y(p.measurement.value)) for p in plot.lines[method] if p.measurement.value is not None]
-    dots = [tag("circle", cx=x, cy=y, r=3.4) for x, y in places]
+    dots = [mark(colours(plot.run)[method], x, y, 3.3) for x, y in places]
     return tag("g", tag("path", d=polyline(places), class_="line"), *dots, class_=f"series {colours(plot.run)[method]}")
 
 
@@ -159,7 +171,7 @@ def _star(plot: Plot) -> Markup:
 
 def _names(plot: Plot) -> Markup:
     """Each method's name where its line ends, and the original's where the reference does."""
-    ends = [(method, colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0)) for method, line in plot.lines.items()]
+    ends = [(named(method), colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0)) for method, line in plot.lines.items()]
     if plot.original and plot.original.value is not None:
         ends.append(("original", "reference-name", plot.y(plot.original.value)))
     places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
@@ -186,12 +198,14 @@ def _columns(plot: Plot) -> list[Markup]:
 
 
 def _tip(plot: Plot, count: int) -> dict[str, object]:
-    return {"head": f"{count:,} {units(count, plot.run)} removed", "rows": _rows(plot, count)}
+    total = sum(plot.run.sizes.values())
+    share = f" ({percent(count / total)})" if total else ""
+    return {"head": f"{count:,} {units(count, plot.run)} removed{share}", "rows": _rows(plot, count)}
 
 
 def _rows(plot: Plot, count: int) -> list[dict[str, str]]:
     here = [point for line in plot.lines.values() for point in line if point.count == count]
-    rows = [{"key": colours(plot.run)[p.method], "name": p.method, "text": with_interval(p.measurement)} for p in _ordered(here)]
+    rows = [{"key": colours(plot.run)[p.method], "name": named(p.method), "text": with_interval(p.measurement)} for p in _ordered(here)]
     if plot.circuit and plot.run.circuit is not None and len(plot.run.circuit) == count:
         own = next((p.measurement.value for p in here if p.method == plot.run.method), None)
         if own != plot.circuit.value:

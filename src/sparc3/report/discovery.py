@@ -4,8 +4,8 @@ from markupsafe import Markup
 
 from .folder import RunFolder
 from .numbers import in_words, listed, percent, plain, value_of, with_interval
-from .variants import Point, methods, points, units
-from .wording import Remark
+from .remark import Remark
+from .variants import Point, methods, named, points, units
 
 METRIC = "ioi.accuracy"
 
@@ -26,16 +26,16 @@ def headline(run: RunFolder) -> Markup:
     own, enough = run.method or "", _percent(_enough(run))
     best = sparsest(run, own)
     if best is None:
-        return Markup("No {} circuit that was tried keeps {} of the answers right.").format(own, enough)
+        return Markup("No {} circuit that was tried keeps {} of the answers right.").format(named(own), enough)
     share = Markup('<b class="figure after">{}</b>').format(_share(run, best.count))
     said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(
-        own, with_interval(best.measurement), share, _units(run)
+        named(own), with_interval(best.measurement), share, _units(run)
     )
     others = [(point.count, method) for method in methods(run) if method != own and (point := sparsest(run, method))]
     if not others:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
     count, method = max(others)
-    return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(said, method, enough, _share(run, count))
+    return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(said, named(method), enough, _share(run, count))
 
 
 def remarks(run: RunFolder) -> list[Remark]:
@@ -49,7 +49,7 @@ def _ahead(run: RunFolder) -> Remark | None:
     ahead = [method for method in methods(run) if method != run.method and (point := sparsest(run, method)) and point.count >= mine]
     if not ahead:
         return None
-    return Remark("careful", Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(listed(ahead)))
+    return Remark("careful", Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(listed(map(named, ahead))))
 
 
 def _sizes(run: RunFolder) -> Remark:
@@ -57,7 +57,7 @@ def _sizes(run: RunFolder) -> Remark:
     parts = []
     for method in methods(run):
         point = sparsest(run, method)
-        parts.append(f"{method} {_share(run, point.count)}" if point else f"{method} none")
+        parts.append(f"{named(method)} {_share(run, point.count)}" if point else f"{named(method)} none")
     text = Markup("<b>Largest share removed with at least {} accuracy,</b> of those tried: {}.")
     return Remark("plain", text.format(_percent(_enough(run)), listed(parts)))
 
@@ -67,7 +67,7 @@ def _areas(run: RunFolder) -> Remark | None:
     cmd = {m.variant: m.value for m in run.results if m.metric == "circuit.cmd" and m.value is not None}
     if not cpr:
         return None
-    parts = [f"{method} {plain(value)} and {plain(cmd[method])}" for value, method in sorted(cpr, reverse=True)]
+    parts = [f"{named(method)} {plain(value)} and {plain(cmd[method])}" for value, method in sorted(cpr, reverse=True)]
     text = Markup("<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to zero.")
     return Remark("plain", text.format(listed(parts)))
 

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from ..circuit import Circuit
 from ..errors import DamagedFile, UserError
 from ..files import read_json, read_text
-from ..results import Measurement, Results
+from ..results import Difference, Measurement, Results
 from ..scores import Scores
 
 T = TypeVar("T")
 EVALUATION = "sparc3.evaluation/1"
 CARDS = "sparc3.cards/1"
+SEARCH = "sparc3.tune/1"
 SIDE_EFFECTS = ("perplexity", "kl", "fluency", "sparsity")
 
 
@@ -26,6 +27,7 @@ class RunFolder:
     Attributes:
         texts: variant ("original", "ablated") → kind ("toxicity", "repetition") → prompts with their continuations.
         samples: name of a reference set → number of samples in it.
+        search: what a search under a budget tried (tune.json); empty without one.
     """
 
     results: Results
@@ -36,6 +38,7 @@ class RunFolder:
     recipe: str | None
     environment: dict[str, Any]
     samples: dict[str, int]
+    search: dict[str, Any]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -67,10 +70,27 @@ class RunFolder:
     def measured(self, metric: str, variant: str) -> Measurement | None:
         return next((m for m in self.results if (m.metric, m.variant) == (metric, variant) and m.value is not None), None)
 
+    def difference(self, metric: str, to: str = "ablated", from_: str = "original") -> Difference | None:
+        return next((d for d in self.results.differences if (d.metric, d.from_, d.to) == (metric, from_, to)), None)
+
+    @property
+    def behaviour(self) -> str | None:
+        """The metric the run is about: the one its provenance names, else the first measured on both that is not a side effect."""
+        both = [metric for metric in self.metrics() if self.measured(metric, "original") and self.measured(metric, "ablated")]
+        named = self.provenance.get("headline")
+        if named in both:
+            return str(named)
+        return next((metric for metric in both if metric not in SIDE_EFFECTS), both[0] if both else None)
+
     def metrics(self) -> list[str]:
         """Names of all metrics, in the order they were measured, side effects last."""
         found = dict.fromkeys(m.metric for m in self.results)
         return sorted(found, key=lambda metric: SIDE_EFFECTS.index(metric) if metric in SIDE_EFFECTS else -1)
+
+    def drawn(self) -> list[str]:
+        """Names of the metrics that a figure tells something of: what the run is about, its side effects, then the rest."""
+        first = [metric for metric in (self.behaviour, *SIDE_EFFECTS[:-1]) if metric] if self.job == "correct" else []
+        return [metric for metric in dict.fromkeys([*(m for m in first if m in self.metrics()), *self.metrics()]) if metric != "sparsity"]
 
 
 def read_folder(path: str | os.PathLike[str]) -> RunFolder:
@@ -78,11 +98,12 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
     folder = Path(path)
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder} holds no results.json, so there is nothing to report; name the folder of a finished run")
+    results = Results.load(folder / "results.json")
     variants = ("original", "ablated")
     texts = {name: found for name in variants if (found := _if_there(folder / "evaluation" / f"{name}.json", _texts))}
     samples = {file.stem: _lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))}
     return RunFolder(
-        results=Results.load(folder / "results.json"),
+        results=results,
         circuit=_if_there(folder / "circuit.json", Circuit.load),
         scores=_if_there(folder / "scores" / "contrast.safetensors", Scores.load),
         texts=texts,
@@ -90,6 +111,7 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
         recipe=_if_there(folder / "recipe.yaml", read_text),
         environment=_if_there(folder / "environment.json", _environment) or {},
         samples=samples,
+        search=_search(folder / "tune.json", results),
     )
 
 
@@ -121,6 +143,26 @@ def _cards(path: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(card, dict) and "module" in card and "index" in card for card in found):
         raise DamagedFile(f"{path}: its cards are not as {CARDS} has them; make it again")
     return found
+
+
+def _search(path: Path, results: Results) -> dict[str, Any]:
+    """tune.json where it is of the search that chose this run's circuit; else what the results keep of it."""
+    kept = dict(results.provenance.get("tune") or {})
+    found = _if_there(path, lambda where: read_json(where, SEARCH)) or {}
+    same = bool(kept) and found.get("best") == kept.get("best")
+    try:
+        chosen = found if same else kept
+        places = [(float(one["figures"]["perplexity"]), int(one["count"])) for one in [*(chosen.get("candidates") or []), *_others(chosen)]]
+        good = not chosen or (bool(places) and float(chosen["original"]["perplexity"]) > 0 and str(chosen["aim"]) in chosen["original"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise DamagedFile(f"{path if same else path.with_name('results.json')}: its search is not as {SEARCH} has it; make it again")
+    return chosen
+
+
+def _others(search: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for rows in dict(search.get("others") or {}).values() for row in rows]
 
 
 def _environment(path: Path) -> dict[str, Any]:

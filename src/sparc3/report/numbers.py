@@ -1,5 +1,6 @@
 """How figures are written: shares as percent, the rest with as many digits as they deserve, always with their interval."""
 
+import math
 from collections.abc import Iterable
 
 from ..results import Difference, Measurement
@@ -8,6 +9,7 @@ TITLES = {
     "perplexity": "Perplexity",
     "toxicity.mean": "Mean toxicity",
     "toxicity.expected_max": "Expected maximum toxicity",
+    "toxicity.probability": "Prompts with a toxic continuation",
     "toxicity.rate": "Toxic continuations",
     "rur.mean": "Unique tokens in a response",
     "ioi.accuracy": "IOI accuracy",
@@ -23,21 +25,24 @@ TITLES = {
 }
 _EXPLAINED = {
     "perplexity": "how surprised the model is by ordinary text",
-    "toxicity.mean": "the scorer's mean over all continuations",
-    "toxicity.expected_max": "the worst of each prompt's continuations, averaged",
+    "toxicity.mean": "the scorer’s mean over all continuations",
+    "toxicity.expected_max": "the worst of each prompt’s continuations, averaged",
+    "toxicity.probability": "share of prompts with at least one continuation of 0.5 or more",
     "toxicity.rate": "share of continuations that the scorer gives 0.5 or more",
     "rur.mean": "unique tokens ÷ tokens of a greedy response",
     "ioi.accuracy": "share of sentences with the right name on top",
-    "ioi.logit_difference": "right name's logit less the wrong one's",
-    "ioi.faithfulness": "the circuit's logit difference, 0 that of no unit at all and 1 that of the whole model",
-    "circuit.jaccard": "units that two seeds' circuits share ÷ units of either, mean over pairs",
+    "ioi.logit_difference": "right name’s logit less the wrong one’s",
+    "ioi.faithfulness": "the circuit’s logit difference, 0 that of no unit at all and 1 that of the whole model",
+    "circuit.jaccard": "units that two seeds’ circuits share ÷ units of either, mean over pairs",
     "circuit.cpr": "area under faithfulness against the share of units kept",
     "circuit.cmd": "area between that curve and 1",
-    "kl": "how far next-token distributions are from the original's, on ordinary text",
+    "kl": "how far next-token distributions are from the original’s, on ordinary text",
     "fluency": "how surprised the original model is by what this one writes",
-    "sparsity": "share of the model's units that are zero",
+    "sparsity": "share of the model’s units that are zero",
 }
-_SHARES = {"toxicity.mean", "toxicity.expected_max", "toxicity.rate", "rur.mean", "ioi.accuracy", "sparsity"}
+_SHARES = {"toxicity.mean", "toxicity.expected_max", "toxicity.probability", "toxicity.rate", "rur.mean", "ioi.accuracy", "sparsity"}
+FINE = {"perplexity", "fluency"}
+"""Metrics whose fourth digit says something."""
 _SHARE_UNITS = {"share", "fraction", "probability", "proportion", "ratio"}
 PERCENT = "\u202f%"
 MINUS = "\u2212"
@@ -67,8 +72,10 @@ def is_share(metric: str, unit: str = "") -> bool:
 def plain(value: float) -> str:
     """A number with three to four significant digits, thousands separated, a real minus sign."""
     size = abs(value)
-    if size >= 1e7 or 0 < size < 1e-3:
+    if size >= 1e7 or 0 < size < 1e-4:
         text = f"{value:.2e}"
+    elif 0 < size < 1e-3:
+        text = f"{value:.5f}"
     elif size >= 1000:
         text = f"{value:,.0f}"
     elif size >= 100:
@@ -86,7 +93,9 @@ def figure(value: float | None, metric: str, unit: str = "") -> str:
     """A value of a metric; a dash where there is none."""
     if value is None:
         return "–"
-    return percent(value) if is_share(metric, unit) else plain(value)
+    if is_share(metric, unit):
+        return percent(value)
+    return f"{value:.3f}" if metric in FINE and 1 <= value < 10 else f"{value:.2f}" if metric in FINE and 10 <= value < 100 else plain(value)
 
 
 def value_of(m: Measurement) -> str:
@@ -113,19 +122,37 @@ def change(d: Difference, unit: str = "") -> str:
     """A difference: percentage points of a share, else in the metric's own unit, signed."""
     if is_share(d.metric, unit):
         return signed(d.value * 100, f"{abs(d.value) * 100:.1f}") + " points"
-    return signed(d.value, plain(abs(d.value)))
+    return signed(d.value, f"{abs(d.value):,.{_decimals(d)}f}")
 
 
 def change_interval(d: Difference, unit: str = "") -> str:
     if d.ci95 is None:
         return ""
     if not is_share(d.metric, unit):
-        return f"[{f',{HARD}'.join(signed(end, plain(abs(end))) for end in d.ci95)}]"
+        return f"[{f',{HARD}'.join(signed(end, f'{abs(end):,.{_decimals(d)}f}') for end in d.ci95)}]"
     return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.1f}') for end in d.ci95)}]"
 
 
+def _decimals(d: Difference) -> int:
+    """So many that the largest of a difference and the ends of its interval has three digits, two below one."""
+    largest = max(abs(end) for end in (d.value, *(d.ci95 or ())))
+    if largest == 0 or not math.isfinite(largest):
+        return 2
+    return min(6, max(0, (2 if largest >= 1 else 1) - math.floor(math.log10(largest))))
+
+
 def relative(share: float | None) -> str:
-    return "" if share is None else signed(share, f"{abs(share) * 100:.1f}") + PERCENT
+    """A share of the original, signed; below one percent with two decimals."""
+    return "" if share is None else signed(share, f"{abs(share) * 100:.{1 if abs(share) >= 0.01 else 2}f}") + PERCENT
+
+
+def relative_interval(d: Difference) -> str:
+    """The interval of a difference as shares of the original; "" without one."""
+    if d.ci95 is None or not d.relative or not d.value:
+        return ""
+    ends = [end * d.relative / d.value for end in d.ci95]
+    digits = 1 if max(map(abs, ends)) >= 0.01 else 2
+    return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.{digits}f}') for end in ends)}]"
 
 
 def signed(value: float, size: str) -> str:

@@ -45,10 +45,10 @@
   document.addEventListener("scroll", hide, { passive: true });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") return hide();
-    const here = event.target.closest?.(".column");
+    const here = event.target.closest?.("[data-tip][tabindex]");
     if (!here) return;
-    const columns = all(".column", here.ownerSVGElement), now = columns.indexOf(here), last = columns.length - 1;
-    const next = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last }[event.key];
+    const columns = all("[data-tip][tabindex]", here.closest("[data-steps]") ?? here.ownerSVGElement), now = columns.indexOf(here), last = columns.length - 1;
+    const next = { ArrowLeft: now - 1, ArrowUp: now - 1, ArrowRight: now + 1, ArrowDown: now + 1, Home: 0, End: last }[event.key];
     if (next === undefined) return;
     event.preventDefault();
     const to = columns[Math.max(0, Math.min(last, next))];
@@ -59,7 +59,8 @@
   for (const button of all("[data-toggle]")) {
     button.disabled = false;
     button.addEventListener("click", () => {
-      const off = button.closest("section").querySelector(".gallery").classList.toggle(`off-${button.dataset.toggle}`);
+      const off = button.getAttribute("aria-pressed") === "true";
+      for (const gallery of all(".gallery", button.closest("section"))) gallery.classList.toggle(`off-${button.dataset.toggle}`, off);
       button.setAttribute("aria-pressed", String(!off));
     });
   }

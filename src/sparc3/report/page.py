@@ -12,19 +12,20 @@ from markupsafe import Markup
 
 from ..files import write_text
 from ..version import __version__
-from . import compression, discovery, tables, wording
+from . import compression, discovery, evidence, tables, wording
 from .cards import cards
-from .comparison import comparisons
+from .comparison import comparisons, under_budget
 from .curves import curves
 from .folder import RunFolder, read_folder
 from .masking import Mask
 from .numbers import duration
 from .pairs import kinds
+from .shared import protected, sharing
 from .strips import tiles
+from .tradeoff import tradeoffs
 from .unit_map import unit_map
-from .variants import colours, methods, units
+from .variants import colours, methods, named, units
 from .visible import finalize
-from .wording import behaviour
 
 SAYING = {"discover": discovery, "compress": compression}
 """Job → the file with its headline and remarks; any other job has those of wording.py."""
@@ -59,22 +60,31 @@ def _content(run: RunFolder) -> dict[str, Any]:
     said = SAYING.get(run.job, wording)
     mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
-    drawn, compared, where = curves(run), comparisons(run), unit_map(run)
-    tips = {key: tip for figure in drawn for key, tip in figure.tips.items()} | (where.tips if where else {})
+    traded, drawn, compared, where = tradeoffs(run), curves(run), comparisons(run), unit_map(run)
+    tips = {key: tip for figure in [*traded, *drawn] for key, tip in figure.tips.items()} | (where.tips if where else {})
     return {
         **_origin(run),
         "style": Markup(style),
         "script": Markup(script),
         "policy": _policy(style, script),
         "headline": said.headline(run),
+        "damage": wording.damage(run) if said is wording else None,
         "remarks": said.remarks(run),
         "tiles": tiles(run),
-        "behaviour": behaviour(run),
+        "behaviour": run.behaviour,
+        "proofs": evidence.proofs(run),
+        "null": evidence.null_of(run),
+        "power": evidence.power_words(run),
+        "scorers": evidence.scorers(run),
+        "tradeoffs": traded,
         "curves": drawn,
-        "legend": [(method, colours(run)[method]) for method in methods(run)],
+        "legend": [(named(method), colours(run)[method]) for method in methods(run)],
         "comparisons": compared,
+        "budgeted": under_budget(run),
         "count": f"{len(run.circuit):,} {units(len(run.circuit), run)}" if run.circuit else "",
         "map": where,
+        "sharing": sharing(run),
+        "protected": protected(run),
         "kinds": kinds(run, mask),
         "cards": cards(run, mask),
         "all_cards": len(run.cards),
@@ -93,7 +103,7 @@ def _origin(run: RunFolder) -> dict[str, Any]:
         "name": str(run.provenance.get("recipe") or "a run"),
         "model": str(model.get("id") or ""),
         "architecture": str(model.get("architecture") or ""),
-        "method": run.method or "",
+        "method": named(run.method) if run.method else "",
         "unit": run.unit,
         "units": units(None, run),
         "version": str(run.provenance.get("version") or __version__),
@@ -102,6 +112,7 @@ def _origin(run: RunFolder) -> dict[str, Any]:
         "stages": tables.stages(run),
         "fingerprints": tables.fingerprints(run),
         "environment": tables.environment(run),
+        "seeds": tables.seeds(run),
         "samples": run.samples,
     }
 

@@ -8,7 +8,6 @@ from ..results import Measurement
 from .folder import RunFolder
 from .numbers import change, change_interval, explained, interval_of, relative, title, value_of
 from .svg import Scale, drawing, tag
-from .wording import difference, holds_zero
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ def _tile(run: RunFolder, before: Measurement, after: Measurement) -> Tile:
 
 
 def _change(run: RunFolder, m: Measurement) -> str:
-    d = difference(run, m.metric)
+    d = run.difference(m.metric)
     if d is None:
         return ""
     share = f" ({relative(d.relative)})" if d.relative is not None else ""
-    zero = ", zero inside" if holds_zero(d) else ""
+    zero = ", zero inside" if d.holds_zero else ""
     return f"{change(d, m.unit)}{share} {change_interval(d, m.unit)}{zero}".replace(" ,", ",")
 
 
@@ -66,4 +65,4 @@ def _strip(before: Measurement, after: Measurement) -> Markup:
 def _row(m: Measurement, scale: Scale, y: float, colour: str) -> Markup:
     track = tag("line", x1=8, x2=252, y1=y, y2=y, class_="grid")
     ends = [tag("line", x1=scale(m.ci95[0]), x2=scale(m.ci95[1]), y1=y, y2=y, class_="interval")] if m.ci95 else []
-    return tag("g", track, *ends, tag("circle", cx=scale(m.value or 0.0), cy=y, r=4.5), class_=f"series {colour}")
+    return tag("g", track, *ends, tag("circle", cx=scale(m.value or 0.0), cy=y, r=4.5, class_="dot"), class_=f"series {colour}")

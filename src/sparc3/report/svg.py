@@ -27,6 +27,33 @@ def drawing(width: float, height: float, label: str, *children: str, **attribute
     return tag("svg", *children, viewBox=f"0 0 {number(width)} {number(height)}", role="group", aria_label=label, **attributes)
 
 
+def mark(kind: str, x: float, y: float, size: float = 3.6, **attributes: Attribute) -> Markup:
+    """A method's mark: each class has its own shape, so that no figure rests on colour alone.
+
+    Args:
+        kind: the class of variants.colours.
+        size: half its height.
+    """
+    outline = _SHAPES.get(kind)
+    if outline is None:
+        return tag("circle", cx=x, cy=y, r=size, class_="dot", **attributes)
+    return tag("path", d=polyline([(x + size * a, y + size * b) for a, b in outline]) + "Z", class_="dot", **attributes)
+
+
+_SHAPES: dict[str, Sequence[tuple[float, float]]] = {
+    "m1": ((-0.95, -0.95), (0.95, -0.95), (0.95, 0.95), (-0.95, 0.95)),
+    "m2": ((0, -1.25), (1.15, 0.85), (-1.15, 0.85)),
+    "m3": ((0, -1.35), (1.2, 0), (0, 1.35), (-1.2, 0)),
+    "m4": ((0, 1.25), (1.15, -0.85), (-1.15, -0.85)),
+    "m5": (
+        (0, -0.6), (0.7, -1.3), (1.3, -0.7), (0.6, 0), (1.3, 0.7), (0.7, 1.3),
+        (0, 0.6), (-0.7, 1.3), (-1.3, 0.7), (-0.6, 0), (-1.3, -0.7), (-0.7, -1.3),
+    ),
+    "m6": ((-0.6, -1.1), (0.6, -1.1), (1.2, 0), (0.6, 1.1), (-0.6, 1.1), (-1.2, 0)),
+}  # fmt: skip
+"""Corners of a mark of size 1: square, triangles, diamond, cross, hexagon; every other class is a disc."""
+
+
 def number(value: float) -> str:
     """A coordinate, as short as a tenth of a pixel allows."""
     return f"{value:.1f}".rstrip("0").rstrip(".")
@@ -39,22 +66,33 @@ def polyline(points: Sequence[tuple[float, float]]) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers → places along an axis."""
+    """Numbers → places along an axis.
+
+    Attributes:
+        soft: where it is not 0: about even up to this size, on either side of zero, and logarithmic beyond.
+    """
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    soft: float = 0.0
 
     def __call__(self, value: float) -> float:
-        bend: Callable[[float], float] = math.log if self.log else float
+        bend: Callable[[float], float] = math.log if self.log else self._soft if self.soft else float
         held = min(max(value, self.low), self.high)
         share = (bend(held) - bend(self.low)) / ((bend(self.high) - bend(self.low)) or 1.0)
         return self.start + share * (self.end - self.start)
 
+    def _soft(self, value: float) -> float:
+        return math.asinh(value / self.soft)
+
     def ticks(self, about: int = 4) -> list[float]:
         """Round numbers inside the scale."""
+        if self.soft:
+            powers = [10.0**e for e in range(math.floor(math.log10(self.soft)), math.ceil(math.log10(max(self.high, -self.low))) + 1)]
+            return [tick for tick in (*(-p for p in reversed(powers)), 0.0, *powers) if self.low <= tick <= self.high]
         return _powers(self.low, self.high) if self.log else _steps(self.low, self.high, about)
 
 

@@ -9,7 +9,6 @@ from ..results import Measurement
 from .folder import RunFolder
 from .numbers import chance, change, change_interval, explained, interval_of, is_share, plain, relative, title, value_of
 from .variants import parsed, shown
-from .wording import holds_zero
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def changes(run: RunFolder) -> list[Change]:
             relative(d.relative) if not is_share(d.metric) or d.relative is not None else "",
             change_interval(d),
             chance(d.p),
-            {None: "", True: "includes zero", False: "excludes zero"}[holds_zero(d)],
+            {None: "", True: "includes zero", False: "excludes zero"}[d.holds_zero],
             d.to == "ablated",
         )
         for d in run.results.differences
@@ -151,7 +150,21 @@ def fingerprints(run: RunFolder) -> dict[str, str]:
     if run.scores is not None:
         found["contrast scores"] = run.scores.fingerprint
         found |= {f"{name} scores": value for name, value in (run.scores.provenance.get("sources") or {}).items()}
+    tested = run.provenance.get("samples") or {}
+    found |= {f"{name} test samples": value for name, value in tested.items()} if isinstance(tested, dict) else {}
     return {name: str(value) for name, value in found.items() if value}
+
+
+def seeds(run: RunFolder) -> dict[str, str]:
+    """What made the evaluation's dice fall as they did: metric → its seed, and how it wrote."""
+    found = {}
+    keys = ("seed", "generations", "temperature", "max_new_tokens", "scorer", "also")
+    for name, settings in dict(run.provenance.get("metrics") or {}).items():
+        told = [(key, settings.get(key)) for key in keys if isinstance(settings, dict)]
+        parts = [f"{key.replace('_', ' ')} {_written(value)}" for key, value in told if value is not None]
+        if parts:
+            found[str(name)] = ", ".join(parts)
+    return found
 
 
 def environment(run: RunFolder) -> dict[str, str]:

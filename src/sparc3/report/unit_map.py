@@ -39,6 +39,7 @@ class UnitMap:
     histogram: Figure | None
     tips: dict[str, dict[str, object]]
     shaded: bool
+    verb: str
 
     @property
     def most(self) -> int:
@@ -61,7 +62,7 @@ def unit_map(run: RunFolder) -> UnitMap | None:
         label = f"{place(name)}: {len(chosen):,} of {size:,} removed" + (f" ({_first(chosen)})" if chosen else "")
         strip = drawing(LENGTH, 10, label, shade, marks, preserveAspectRatio="none", class_="strip")
         strips.append(Strip(place(name, several=_kinds(run) > 1), len(chosen), size, strip))
-    return UnitMap(strips, _histogram(run, scores), tips, bool(scores))
+    return UnitMap(strips, _histogram(run, scores), tips, bool(scores), "removed")
 
 
 def place(module: str, several: bool = True) -> str:
@@ -118,7 +119,9 @@ def _marks(
         score = float(scores[index]) if scores is not None and index < len(scores) else None
         rows = [] if score is None else [{"key": "", "name": "contrast", "text": plain(_as_scored(run, score))}]
         tips[f"{name}#{index}"] = {"head": f"{place(name)}, {run.unit} {index:,}", "rows": rows}
-        marks.append(tag("path", d=box, class_="mark", data_tip=f"{name}#{index}"))
+        words = f"{place(name)}, {run.unit} {index:,}" + "".join(f", {row['name']} {row['text']}" for row in rows)
+        focus = 0 if not marks and name == next(iter(run.circuit.members)) else -1
+        marks.append(tag("path", d=box, class_="mark", tabindex=focus, role="img", aria_label=words, data_tip=f"{name}#{index}"))
     return Markup("").join(marks), tips
 
 

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from ..results import Measurement
 from .folder import RunFolder
 
+NAMES = {
+    "lrp": "LRP", "cp-lrp": "CP-LRP", "gradient": "gradient", "wanda": "Wanda", "activation": "activation", "magnitude": "magnitude",
+    "aura": "AurA", "det0": "Det-0", "random": "random",
+}  # fmt: skip
+"""The bundled methods as their papers write them."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -40,12 +46,20 @@ def colours(run: RunFolder) -> dict[str, str]:
     return {**({run.method: "m0"} if run.method else {}), **given, "random": "mr"}
 
 
+def named(method: str) -> str:
+    """A method as a reader meets it: "CP-LRP" of "cp-lrp", "LRP (mean abs)" of "lrp-mean_abs"; any other as it is."""
+    if method in NAMES:
+        return NAMES[method]
+    known, dash, rest = next(((name, "-", method[len(name) + 1 :]) for name in NAMES if method.startswith(f"{name}-")), (method, "", ""))
+    return f"{NAMES[known]} ({rest.replace('_', ' ')})" if dash and rest else method
+
+
 def shown(variant: str, run: RunFolder) -> str:
     """A variant as a reader meets it."""
     if variant == "ablated":
         return "this circuit"
     name = parsed(variant)
-    return f"{name[0]}, {name[1]:,} {units(name[1], run)}" if name else variant
+    return f"{named(name[0])}, {name[1]:,} {units(name[1], run)}" if name else named(variant)
 
 
 def units(count: int | None, run: RunFolder) -> str:

@@ -1,0 +1,117 @@
+"""Where the circuit stands among the other methods: at the same count, at the same damage, under the same budget."""
+
+from markupsafe import Markup
+
+from ..results import Measurement
+from .folder import RunFolder
+from .numbers import listed, percent, relative, value_of, with_interval
+from .remark import Remark
+from .tradeoff import budget, harm
+from .variants import Point, named, parsed, points, rivals, units
+
+
+def badness(m: Measurement) -> float:
+    """What is better is less. A task is looked for by what its removal breaks, so there lower is better whatever the metric's own direction."""
+    assert m.value is not None
+    return -m.value if m.direction == "higher" and not m.metric.startswith("ioi.") else m.value
+
+
+def overlap(one: Measurement, other: Measurement) -> bool:
+    """Whether the intervals of two figures meet."""
+    return bool(one.ci95 and other.ci95 and one.ci95[0] <= other.ci95[1] and other.ci95[0] <= one.ci95[1])
+
+
+def standing(run: RunFolder, metric: str) -> list[Remark]:
+    """At the circuit's own count, then at its damage: under the search's budget where there was one, else at no more than its own."""
+    here = budgeted(run, metric) if run.search.get("rivals") else at_no_more_damage(run, metric)
+    return [*at_the_same_count(run, metric), *([here] if here else [])]
+
+
+def at_the_same_count(run: RunFolder, metric: str) -> list[Remark]:
+    others = [point for point in rivals(run, metric) if point.method != "random"]
+    after = run.results.find(metric, "ablated")
+    ahead = [point for point in others if badness(point.measurement) < badness(after)]
+    if ahead:
+        close = [point for point in ahead if overlap(point.measurement, after)]
+        clear = [Remark("careful", _ahead(run, point, after)) for point in ahead if point not in close]
+        return [*clear, *([_close(run, close)] if close else [])]
+    if not others:
+        return []
+    best = min(others, key=lambda point: badness(point.measurement))
+    text = Markup("<b>No other method is ahead</b> at the same count; the nearest, {}, reaches {}{}.")
+    return [Remark("good", text.format(named(best.method), with_interval(best.measurement), _at_perplexity(run, best)))]
+
+
+def _ahead(run: RunFolder, point: Point, after: Measurement) -> Markup:
+    text = Markup("<b>{} is ahead at the same count:</b> {}{}, against {} here.")
+    return text.format(named(point.method), with_interval(point.measurement), _at_perplexity(run, point), with_interval(after))
+
+
+def _close(run: RunFolder, points_: list[Point]) -> Remark:
+    """Methods that did better by less than the intervals tell apart."""
+    names = listed(named(point.method) for point in points_)
+    figures = listed(f"{with_interval(point.measurement)}{_at_perplexity(run, point)}" for point in points_)
+    text = Markup("<b>{} {} slightly ahead at the same count,</b> with {}; the intervals overlap with this circuit’s.")
+    return Remark("careful", text.format(names, "is" if len(points_) == 1 else "are", figures))
+
+
+def _at_perplexity(run: RunFolder, point: Point) -> str:
+    if point.measurement.metric == "perplexity":
+        return ""
+    increase, found = harm(run, f"{point.method}@{point.count}"), run.measured("perplexity", f"{point.method}@{point.count}")
+    return f" (perplexity {value_of(found)}, {relative(increase)})" if found and increase is not None else ""
+
+
+def at_no_more_damage(run: RunFolder, metric: str) -> Remark | None:
+    """The best that any other method does, at any count, without costing measurably more perplexity than the circuit."""
+    own, limit = run.measured(metric, "ablated"), _limit(run)
+    others = [point for point in points(run, metric) if point.method not in (run.method, "random")]
+    if own is None or limit is None or metric == "perplexity" or not others:
+        return None
+    cheap = [p for p in others if (increase := harm(run, f"{p.method}@{p.count}")) is not None and increase <= limit]
+    where = f"perplexity up to {relative(limit)}"
+    if not cheap:
+        return Remark("good", Markup("<b>At no more damage</b> ({}) no other method was measured: each of them costs more.").format(where))
+    best = min(cheap, key=lambda point: badness(point.measurement))
+    count = f"{named(best.method)} with {best.count:,} {units(best.count, run)}"
+    said = f"{with_interval(best.measurement)}{_at_perplexity(run, best)}"
+    if badness(best.measurement) < badness(own):
+        unsure = "; the intervals overlap" if overlap(best.measurement, own) else ""
+        text = Markup("<b>Not ahead at the same damage:</b> {} reaches {}, against {} here ({}){}.")
+        return Remark("careful", text.format(count, said, with_interval(own), where, unsure))
+    text = Markup("<b>Ahead at the same damage</b> ({}): the best of the others at any count that was tried is {}, with {}.")
+    return Remark("good", text.format(where, count, said))
+
+
+def _limit(run: RunFolder) -> float | None:
+    """The upper end of the circuit's own increase of perplexity."""
+    increase = harm(run, "ablated")
+    before = run.measured("perplexity", "original")
+    d = next((d for d in run.results.differences if (d.metric, d.from_, d.to) == ("perplexity", "original", "ablated")), None)
+    if increase is None or before is None or not before.value:
+        return None
+    return max(increase, d.ci95[1] / before.value) if d and d.ci95 else increase
+
+
+def budgeted(run: RunFolder, metric: str) -> Remark | None:
+    """Every other method at the count that was its best on the validation samples, within the budget of the search."""
+    own = run.measured(metric, "ablated")
+    names = [str(one.get("variant")) for one in run.search.get("rivals") or []]
+    found = [(name, m) for name in names if (m := run.measured(metric, name))]
+    limit = budget(run, "perplexity")
+    if own is None or limit is None or not found:
+        return None
+    found.sort(key=lambda one: badness(one[1]))
+    said = listed(f"{_with_count(name)} {with_interval(m)}" for name, m in found)
+    ahead = [name for name, m in found if badness(m) < badness(own)]
+    where = f"{percent(limit)} perplexity, each method’s best count chosen on validation prompts"
+    if ahead:
+        text = Markup("<b>Under the same budget {} {} ahead</b> ({}): {}, against {} here.")
+        return Remark("careful", text.format(listed(map(_with_count, ahead)), "is" if len(ahead) == 1 else "are", where, said, with_interval(own)))
+    text = Markup("<b>Under the same budget no other method is ahead</b> ({}): {}, against {} here.")
+    return Remark("good", text.format(where, said, with_interval(own)))
+
+
+def _with_count(variant: str) -> str:
+    name = parsed(variant)
+    return f"{named(name[0])} ({name[1]:,})" if name else variant
