@@ -53,8 +53,10 @@ def test_the_report_says_it(finished: tuple[Path, Results]) -> None:
     page = (finished[0] / "report.html").read_text()
     headline = page.partition("<h1>")[2].partition("</h1>")[0]
     assert "50.0" in headline
-    assert "removed in every row: perplexity" in headline
-    assert "wanda-sequential" in headline
+    assert "removed in every row: perplexity goes from" in headline
+    most = max(int(m.variant.partition("@")[2]) for m in finished[1] if "@" in m.variant)
+    best = min(m.value for m in finished[1] if m.metric == "perplexity" and m.variant.endswith(f"@{most}"))
+    assert f'<b class="figure after">{best:.3f}</b>' in headline
     assert "Every row was counted" in page
     assert "weights removed" in page
 

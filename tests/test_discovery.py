@@ -79,7 +79,7 @@ def test_the_saved_circuit_is_what_was_kept(finished: tuple[Path, Results], demo
 def test_the_report_says_how_sparse(finished: tuple[Path, Results]) -> None:
     page = (finished[0] / "report.html").read_text()
     headline = page.partition("<h1>")[2].partition("</h1>")[0]
-    assert "of 2,048 neurons removed" in headline or "No lrp circuit" in headline
+    assert "of 2,048 neurons removed" in headline or "No LRP circuit" in headline
     for words in ("CPR", "whole model", "Sparsities were compared on the test prompts", "neurons removed"):
         assert words in page
     assert "this circuit" not in page

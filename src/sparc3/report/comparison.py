@@ -7,7 +7,7 @@ from .curves import Figure
 from .folder import RunFolder
 from .numbers import explained, interval_of, is_share, title, value_of
 from .svg import Scale, drawing, mark, tag
-from .variants import Point, colours, named, parsed, points, rivals
+from .variants import Point, colours, methods, named, parsed, points, rivals
 
 WIDTH, ROW = 480.0, 34.0
 LEFT, RIGHT = 112.0, 304.0
@@ -37,6 +37,9 @@ def under_budget(run: RunFolder) -> list[Figure]:
 def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     """(name, class, measurement): the original, this circuit, then every method at its count that is not this circuit again."""
     original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
+    if original is not None and run.job == "compress":
+        last = {point.method: point for point in points(run, metric)}
+        return [("original", "m-original", original), *((named(m), colours(run)[m], last[m].measurement) for m in methods(run) if m in last)]
     if run.circuit is None or original is None or circuit is None:
         return []
     count = len(run.circuit)

@@ -2,9 +2,11 @@
 
 from markupsafe import Markup
 
+from ..results import Measurement
 from .folder import RunFolder
-from .numbers import in_words, listed, percent, relative, value_of, with_interval
+from .numbers import in_words, interval_of, listed, percent, relative, value_of, with_interval
 from .remark import Remark
+from .standing import overlap
 from .variants import Point, methods, named, points, units
 
 
@@ -15,22 +17,49 @@ def headline(run: RunFolder) -> Markup:
     original = run.measured(metric, "original") if metric else None
     if metric is None or not found or original is None:
         return Markup("{} figures of one run").format(len(run.results.measurements))
-    total = sum(run.sizes.values())
-    share = percent(found[0].count / total) if total else f"{found[0].count:,}"
+    best, *rest = found
+    own = next((point for point in rest if _is_own(run, point)), None) if not _is_own(run, best) else None
+    beside = Markup("; by {} to {}{}").format(named(own.method), value_of(own.measurement), _small(own.measurement)) if own else ""
     where = " in every row" if run.provenance.get("scope") == "row" else ""
-    parts = [Markup("{} {}").format(named(point.method), Markup('<b class="figure">{}</b>').format(value_of(point.measurement))) for point in found]
-    said = Markup(", ").join(parts)
-    return Markup("{} of {} removed{}: {} {} in the original, {}.").format(
-        share, units(None, run), where, in_words(metric), value_of(original), said
-    )
+    return Markup('{} removed{}: {} goes from {}{} to <b class="figure after">{}</b>{} by {}{}{}.').format(
+        _share(run, best), where, in_words(metric), value_of(original), _small(original), value_of(best.measurement), _small(best.measurement),
+        named(best.method), f", the best of {len(found)} ways" if rest else "", beside,
+    )  # fmt: skip
+
+
+def _share(run: RunFolder, point: Point) -> str:
+    total = sum(run.sizes.values())
+    return f"{percent(point.count / total) if total else f'{point.count:,}'} of {units(None, run)}"
+
+
+def _small(m: Measurement) -> Markup:
+    return Markup(" <small>{}</small>").format(interval_of(m)) if m.ci95 else Markup("")
+
+
+def _is_own(run: RunFolder, point: Point) -> bool:
+    """Whether it is a variant of the run's own method."""
+    return bool(run.method) and (point.method == run.method or point.method.startswith(f"{run.method}-"))
 
 
 def remarks(run: RunFolder) -> list[Remark]:
     metric = _metric(run)
     found = _best_first(run, metric) if metric else []
     parts = [f"{named(p.method)} {with_interval(p.measurement)}{_relative(run, p)}" for p in found]
-    plain = Remark("plain", Markup("<b>Change from the original:</b> {}.").format(listed(parts)))
-    return [*([plain] if parts else []), _rows(run)]
+    plain = Remark("plain", Markup("<b>All methods, best first:</b> {}.").format(listed(parts)))
+    return [*([plain] if parts else []), *_behind(run, found), _rows(run)]
+
+
+def _behind(run: RunFolder, found: list[Point]) -> list[Remark]:
+    """That the run's own method is not ahead, where it is not."""
+    own = next((point for point in found if _is_own(run, point)), None)
+    ahead = found[: found.index(own)] if own else []
+    if own is None or not ahead:
+        return []
+    close = all(overlap(point.measurement, own.measurement) for point in ahead)
+    text = Markup("<b>{} is not ahead:</b> {} {} better{}.")
+    names = listed(named(point.method) for point in ahead)
+    unsure = ", by less than the intervals tell apart" if close else ""
+    return [Remark("careful", text.format(named(own.method), names, "is" if len(ahead) == 1 else "are", unsure))]
 
 
 def _metric(run: RunFolder) -> str | None:
@@ -48,7 +77,7 @@ def _best_first(run: RunFolder, metric: str) -> list[Point]:
 def _relative(run: RunFolder, point: Point) -> str:
     variant = f"{point.method}@{point.count}"
     metric = point.measurement.metric
-    d = next((d for d in run.results.differences if (d.metric, d.from_, d.to) == (metric, "original", variant)), None)
+    d = run.difference(metric, variant)
     return f", {relative(d.relative)}" if d and d.relative is not None else ""
 
 

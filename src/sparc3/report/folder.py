@@ -90,7 +90,8 @@ class RunFolder:
     def drawn(self) -> list[str]:
         """Names of the metrics that a figure tells something of: what the run is about, its side effects, then the rest."""
         first = [metric for metric in (self.behaviour, *SIDE_EFFECTS[:-1]) if metric] if self.job == "correct" else []
-        return [metric for metric in dict.fromkeys([*(m for m in first if m in self.metrics()), *self.metrics()]) if metric != "sparsity"]
+        ordered = dict.fromkeys([*(m for m in first if m in self.metrics()), *self.metrics()])
+        return [metric for metric in ordered if not metric.startswith("sparsity")]
 
 
 def read_folder(path: str | os.PathLike[str]) -> RunFolder:

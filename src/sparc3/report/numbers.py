@@ -22,6 +22,8 @@ TITLES = {
     "kl": "KL divergence to the original",
     "fluency": "Perplexity of the continuations",
     "sparsity": "Sparsity",
+    "sparsity.row_min": "Least zeros in a row",
+    "sparsity.row_max": "Most zeros in a row",
 }
 _EXPLAINED = {
     "perplexity": "how surprised the model is by ordinary text",

@@ -60,6 +60,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
     said = SAYING.get(run.job, wording)
     mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
+    pairs, known = kinds(run, mask), cards(run, mask)
     traded, drawn, compared, where = tradeoffs(run), curves(run), comparisons(run), unit_map(run)
     tips = {key: tip for figure in [*traded, *drawn] for key, tip in figure.tips.items()} | (where.tips if where else {})
     return {
@@ -85,8 +86,9 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "map": where,
         "sharing": sharing(run),
         "protected": protected(run),
-        "kinds": kinds(run, mask),
-        "cards": cards(run, mask),
+        "kinds": pairs,
+        "cards": known,
+        "masked": 'class="veil' in f"{pairs}{known}{recipe}",
         "all_cards": len(run.cards),
         "columns": tables.columns(run),
         "rows": tables.rows(run),

@@ -7,7 +7,7 @@ from .folder import RunFolder
 from .numbers import listed, percent, relative, value_of, with_interval
 from .remark import Remark
 from .tradeoff import budget, harm
-from .variants import Point, named, parsed, points, rivals, units
+from .variants import Point, named, parsed, points, rivals
 
 
 def badness(m: Measurement) -> float:
@@ -63,31 +63,31 @@ def _at_perplexity(run: RunFolder, point: Point) -> str:
 
 
 def at_no_more_damage(run: RunFolder, metric: str) -> Remark | None:
-    """The best that any other method does, at any count, without costing measurably more perplexity than the circuit."""
-    own, limit = run.measured(metric, "ablated"), _limit(run)
-    others = [point for point in points(run, metric) if point.method not in (run.method, "random")]
-    if own is None or limit is None or metric == "perplexity" or not others:
+    """The best of every method, at any count, that costs not measurably more perplexity than the circuit."""
+    limit = _limit(run)
+    if limit is None or metric == "perplexity" or run.method is None:
         return None
-    cheap = [p for p in others if (increase := harm(run, f"{p.method}@{p.count}")) is not None and increase <= limit]
-    where = f"perplexity up to {relative(limit)}"
-    if not cheap:
-        return Remark("good", Markup("<b>At no more damage</b> ({}) no other method was measured: each of them costs more.").format(where))
-    best = min(cheap, key=lambda point: badness(point.measurement))
-    count = f"{named(best.method)} with {best.count:,} {units(best.count, run)}"
-    said = f"{with_interval(best.measurement)}{_at_perplexity(run, best)}"
-    if badness(best.measurement) < badness(own):
-        unsure = "; the intervals overlap" if overlap(best.measurement, own) else ""
-        text = Markup("<b>Not ahead at the same damage:</b> {} reaches {}, against {} here ({}){}.")
-        return Remark("careful", text.format(count, said, with_interval(own), where, unsure))
-    text = Markup("<b>Ahead at the same damage</b> ({}): the best of the others at any count that was tried is {}, with {}.")
-    return Remark("good", text.format(where, count, said))
+    best: dict[str, Point] = {}
+    for point in points(run, metric):
+        increase = harm(run, f"{point.method}@{point.count}")
+        if point.method != "random" and increase is not None and increase <= limit:
+            best[point.method] = min(best.get(point.method, point), point, key=lambda p: badness(p.measurement))
+    own, others = best.pop(run.method, None), sorted(best.values(), key=lambda point: badness(point.measurement))
+    if own is None or not others:
+        return None
+    where = f"perplexity up to {relative(limit)}, each method at its best count on these prompts"
+    said = listed(f"{named(p.method)} ({p.count:,}) {with_interval(p.measurement)}" for p in [own, *others])
+    if badness(others[0].measurement) < badness(own.measurement):
+        unsure = "; the intervals overlap" if overlap(others[0].measurement, own.measurement) else ""
+        return Remark("careful", Markup("<b>Not ahead at the same damage</b> ({}): {}{}.").format(where, said, unsure))
+    return Remark("good", Markup("<b>Ahead at the same damage</b> ({}): {}.").format(where, said))
 
 
 def _limit(run: RunFolder) -> float | None:
     """The upper end of the circuit's own increase of perplexity."""
     increase = harm(run, "ablated")
     before = run.measured("perplexity", "original")
-    d = next((d for d in run.results.differences if (d.metric, d.from_, d.to) == ("perplexity", "original", "ablated")), None)
+    d = run.difference("perplexity")
     if increase is None or before is None or not before.value:
         return None
     return max(increase, d.ci95[1] / before.value) if d and d.ci95 else increase

@@ -69,7 +69,7 @@ def _note(shown_in: list[Measurement], several_splits: bool) -> str:
     """What holds for a whole column: its split, which way is better, how many units each figure rests on."""
     m = shown_in[0]
     split = [m.split] if several_splits else []
-    better = [f"{m.direction} is better"] if not m.metric.startswith("ioi.") else []
+    better = [f"{m.direction} is better"] if not m.metric.startswith(("ioi.", "sparsity")) else []
     same = [f"n = {m.n:,}"] if len({one.n for one in shown_in}) == 1 else []
     return ", ".join(split + better + same)
 

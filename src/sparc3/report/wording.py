@@ -20,6 +20,9 @@ from .remark import Remark
 from .standing import overlap, standing
 from .variants import rivals, shown, units
 
+UNSURE = 0.05
+"""From this p on a change is not called more than chance."""
+
 
 def headline(run: RunFolder) -> Markup:
     """The run in one sentence: the effect with its interval, and what as many random units do."""
@@ -97,6 +100,8 @@ def _effect(run: RunFolder, metric: str) -> Remark:
     if not metric.startswith("ioi.") and (d.value > 0) == (m.direction == "lower"):
         better = f"{m.direction} is better"
         return Remark("careful", Markup("<b>The change goes the wrong way:</b> {}, and {}{}.").format(size, better, how))
+    if d.p is not None and d.p >= UNSURE:
+        return Remark("careful", Markup("<b>The evidence is weak:</b> {}, which leaves out zero; but {}, n = {:,}.").format(size, chance(d.p), m.n))
     return Remark("good", Markup("<b>The change is more than chance:</b> {}{}, n = {:,}.").format(size, how, m.n))
 
 
@@ -113,7 +118,8 @@ def _null(run: RunFolder, metric: str) -> Remark | None:
     text = Markup("<b>{}</b> leave {} at {}").format(_random_units(run), in_words(metric), with_interval(null))
     if overlap(null, after) and not net:
         return Remark("careful", Markup("{}, which overlaps the circuit’s {}.").format(text, with_interval(after)))
-    return Remark("good", Markup("{}; net of that the change is {}.").format(text, size) if net else Markup("{}.").format(text))
+    kind = "careful" if net and net.p is not None and net.p >= UNSURE else "good"
+    return Remark(kind, Markup("{}; net of that the change is {}.").format(text, size) if net else Markup("{}.").format(text))
 
 
 def _cost(run: RunFolder, metric: str) -> Remark | None:
