@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.tiny import tiny
 
-from sparc3 import Circuit, Scores, UserError, ablate_, ablated, attribute, contrast, export, load_model, select
+from sparc3 import Circuit, Scores, UserError, ablate_, ablated, contrast, select
 from sparc3.circuits import union
 from sparc3.errors import DamagedFile, NonFinite
 from sparc3.selection import candidates, excluding, random_like
@@ -163,30 +163,6 @@ def test_ablation_restores_bit_for_bit_after_errors_and_when_nested() -> None:
     with pytest.raises(UserError, match="nowhere"), ablated(model, Circuit("neuron", {"nowhere": (0,)})):
         pass
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_an_export_loads_and_gives_the_ablated_logits(demo: tuple[Any, Any], tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model, tokenizer = demo
-    found = attribute(model, ["Tom was angry and yelled,"], tokenizer=tokenizer)
-    circuit = select(found, count=5, order="highest")
-    ids = torch.tensor([[1, 5, 9, 30]])
-    with torch.no_grad(), ablated(model, circuit):
-        expected = model(ids).logits
-    folder = export(model, tokenizer, circuit, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, expected)
-    card = (folder / "README.md").read_text()
-    assert "5 neurons" in card
-    assert all(site in card for site in circuit.members)
-    with pytest.raises(UserError, match="there already"):
-        export(model, tokenizer, circuit, folder)
-    again, _ = load_model(folder)
-    with pytest.raises(UserError, match="made on"):
-        circuit.require_model(again)
-    circuit.require_model(model)
 
 
 def test_for_good_means_for_good() -> None:

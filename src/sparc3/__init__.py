@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .ablation import ablate_, ablated, export
+    from .ablation import ablate_, ablated
     from .attribution import attribute
+    from .checkpoint import export
     from .circuit import Circuit
     from .compression import prune_sequentially
     from .errors import Sparc3Error, UserError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .selection import contrast, select
 
 _HOMES = {
-    "ablate_": "ablation", "ablated": "ablation", "export": "ablation", "attribute": "attribution", "Circuit": "circuit",
+    "ablate_": "ablation", "ablated": "ablation", "export": "checkpoint", "attribute": "attribution", "Circuit": "circuit",
     "Sparc3Error": "errors", "UserError": "errors", "evaluate": "evaluation", "run": "experiment", "load_model": "models",
     "load_recipe": "recipe", "prune_sequentially": "compression", "Results": "results", "ReferenceSet": "samples", "Sample": "samples",
     "Scores": "scores", "contrast": "selection", "select": "selection",

@@ -1,24 +1,18 @@
-"""Removing a circuit: for a trial, for good, or into a checkpoint that others can load."""
+"""Removing a circuit from a model in memory: for a trial, or for good."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .circuit import Circuit
-from .errors import Sparc3Error, UserError
-from .models import ROLES, Site, describe, family_of, model_id, sites_of
-from .results import Results
-from .version import __version__
+from .errors import UserError
+from .models import ROLES, Site, family_of, model_id, sites_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -50,6 +44,31 @@ def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
     with torch.no_grad():
         for tensor, index in _targets(model, circuit):
             _zero_(tensor, index)
+
+
+def masks(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
+    """Parameter name → bool tensor of its shape, true at what `ablated` sets to zero. Raises UserError as `ablated` does."""
+    found: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters())
+    for tensor, index in _targets(model, circuit):
+        name, offset = _place_of(tensor, parameters)
+        if name not in found:
+            found[name] = torch.zeros_like(parameters[name], dtype=torch.bool)
+        view = found[name].as_strided(tensor.shape, tensor.stride(), offset)
+        if _is_mask(index):
+            view.logical_or_(index)
+        else:
+            view[index] = True
+    return found
+
+
+def _place_of(view: Tensor, parameters: dict[str, Tensor]) -> tuple[str, int]:
+    """Which parameter a view looks into, and where in it the view begins, in elements."""
+    for name, parameter in parameters.items():
+        offset = (view.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        if view.device == parameter.device and 0 <= offset < parameter.numel():
+            return name, offset
+    raise AssertionError("a site that is no parameter of its model")
 
 
 def _is_mask(index: Any) -> bool:
@@ -114,84 +133,3 @@ def _of_site(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, An
         return [(weight, (slice(None), columns))]
     rows, bias = site.stored_rows(rows), getattr(site.module, "bias", None)
     return [(weight, rows), *([(bias, rows)] if bias is not None else [])]
-
-
-def export(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", circuit: Circuit, out: str | os.PathLike[str], *, results: Results | None = None
-) -> Path:
-    """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and a model card.
-
-    The folder appears whole or not at all. Raises UserError where `out` exists and is not an empty folder.
-    """
-    path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already; choose a new folder, or remove it first")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise Sparc3Error(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-    try:
-        source = describe(model)
-        with ablated(model, circuit):
-            model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        circuit.save(temporary / f"circuit{circuit.suffix}")
-        (temporary / "README.md").write_text(_model_card(source, circuit, results), encoding="utf-8")
-        temporary.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-    except OSError as error:
-        raise Sparc3Error(f"cannot write {path}: {error.strerror or error}; nothing of it was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
-
-
-def _listed(circuit: Circuit, site: str) -> str:
-    """The site's members by index, or, of weights, how many they are."""
-    units, count = circuit.members[site], circuit.counts[site]
-    return f"{count:,} of {units.numel():,} ({count / units.numel():.1%})" if circuit.unit == "weight" else ", ".join(map(str, units))
-
-
-def _model_card(source: dict[str, str], circuit: Circuit, results: Results | None) -> str:
-    selection = circuit.provenance.get("selection", {})
-    scores = circuit.provenance.get("scores", {})
-    lines = [
-        "---",
-        f"base_model: {source['id']}",
-        "library_name: transformers",
-        "tags: [sparc3, pruned]",
-        "---",
-        "",
-        f"# {source['id']}, without {len(circuit)} {circuit.unit}s",
-        "",
-        f"[{source['id']}] (weights fingerprint {source['fingerprint']}) with {len(circuit)} {circuit.unit}s set to zero, "
-        f"chosen by sparc3 {__version__}. Nothing was trained; every other weight is as it was.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
-        f"| contrast | {scores.get('contrast', '-')} |",
-        f"| selection | {', '.join(f'{k} {v}' for k, v in selection.items() if v is not None) or '-'} |",
-        f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint} |",
-        "",
-        "## What was removed",
-        "",
-        f"| module | {circuit.unit}s |",
-        "|---|---|",
-        *(f"| {site} | {_listed(circuit, site)} |" for site, count in circuit.counts.items() if count),
-        "",
-        "## What it measured",
-        "",
-    ]
-    if results is None:
-        lines.append("Nothing was measured on this checkpoint; `sparc3 evaluate` does that.")
-    else:
-        lines += ["| metric | variant | value | 95 % interval | n |", "|---|---|---|---|---|"]
-        for m in results.measurements:
-            if m.variant in ("original", "ablated"):
-                interval = f"{m.ci95[0]:.4g} to {m.ci95[1]:.4g}" if m.ci95 else "-"
-                lines.append(f"| {m.metric} | {m.variant} | {'-' if m.value is None else f'{m.value:.4g}'} | {interval} | {m.n} |")
-    return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,34 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise Sparc3Error(f"cannot write {path}: {error.strerror or error}; the earlier file, if any, is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it takes the name `path`, on any failure it is removed.
+
+    Raises:
+        UserError: `path` exists and is not an empty folder.
+        Sparc3Error: it cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already; choose a new folder, or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise Sparc3Error(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    except OSError as error:
+        raise Sparc3Error(f"cannot write {path}: {error.strerror or error}; nothing of it was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -87,6 +87,24 @@ def _download(place: Place, path: str, away: bool) -> Path | None:
     return None
 
 
+def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The folder that the hub's cache keeps a model in, with its small files downloaded too where the hub can be reached; None where there is none.
+
+    Args:
+        patterns: which files to see to; of the repository's own folder only.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder: str | None
+    with hub_errors(repo):
+        try:
+            folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=not _reachable())
+        except LocalEntryNotFoundError as error:  # a snapshot that is not complete is named; the weights were loaded from it, so it is there
+            folder = getattr(error, "snapshot_path", None)
+    return Path(folder) if folder else None
+
+
 def _reachable() -> bool:
     try:
         require_hub("")

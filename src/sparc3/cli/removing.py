@@ -72,7 +72,7 @@ def _circuits(args: argparse.Namespace) -> None:
 
 
 def _ablate(args: argparse.Namespace) -> None:
-    from ..ablation import export
+    from ..checkpoint import export
     from ..circuit import Circuit
     from ..models import load_model
     from ..results import Results

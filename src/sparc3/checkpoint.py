@@ -1,0 +1,174 @@
+"""A model without a circuit as an ordinary Hugging Face checkpoint, whose files are the source's wherever nothing was removed."""
+
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .ablation import ablated, masks
+from .circuit import NAMES, Circuit
+from .files import whole_folder
+from .hub import looks_local, snapshot
+from .model_card import model_card
+from .models import DTYPES, describe
+from .results import Results
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+"""What a checkpoint has beside its weights and its card; copied as it is."""
+OURS = (*NAMES, "results.json")
+Stored = Mapping[str, Mapping[str, str]]
+"""File of weights → key in it → name of the model's tensor."""
+
+
+def export(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", circuit: Circuit, out: str | os.PathLike[str], *, results: Results | None = None
+) -> Path:
+    """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and a model card.
+
+    Where the model in memory is still what it was loaded from, a folder or the hub's cache, the new folder is a copy of that one: the same
+    files with the same names, keys, dtype and metadata, and every byte as it was but those of the removed units and of the card. Weights
+    that were changed in memory, or whose source holds them in another form than safetensors or under other names, are written as transformers
+    writes them, in the source's dtype where that loses nothing. The folder appears whole or not at all.
+
+    Raises:
+        UserError: `out` exists and is not an empty folder; or a unit that this model does not have.
+        Sparc3Error: `out` cannot be written.
+    """
+    removed = masks(model, circuit)
+    with whole_folder(out) as temporary:
+        source = source_folder(model)
+        stored = stored_names(source, model) if source else None
+        if source and stored:
+            copy_beside(source, temporary)
+            for file in [*stored, *([] if ALONE in stored else [INDEX])]:
+                shutil.copyfile(source / file, temporary / file)
+            for file, names in stored.items():
+                zero_in_file_(temporary / file, {key: removed[name] for key, name in names.items() if name in removed})
+        else:
+            with ablated(model, circuit):
+                model.save_pretrained(temporary)
+            _keep_dtype(temporary, source)
+            if source and _same_source(model, tokenizer):
+                copy_beside(source, temporary)
+        if not (source and _same_source(model, tokenizer)):
+            tokenizer.save_pretrained(temporary)
+        circuit.save(temporary / f"circuit{circuit.suffix}")
+        base = None if looks_local(model.name_or_path or ".") else model.name_or_path
+        card = model_card(circuit, results, source=describe(model), base=base, matter=front_matter(source))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return Path(out)
+
+
+def source_folder(model: "PreTrainedModel") -> Path | None:
+    """The folder that the model was loaded from: its own, or that of the hub's cache. None where there is none."""
+    name = str(model.name_or_path or "")
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    return None if looks_local(name) else snapshot(name, getattr(model.config, "_commit_hash", None), [*BESIDE, "README.md"])
+
+
+def _same_source(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return bool(tokenizer.name_or_path == model.name_or_path)
+
+
+def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
+    """What the folder's safetensors files hold of the model. None unless they hold exactly the model's values, every parameter of them."""
+    from safetensors import safe_open
+
+    state, found = model.state_dict(), {}
+    seen: set[int] = set()
+    for file in _weight_files(folder):
+        found[file] = dict[str, str]()
+        with safe_open(folder / file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                name = key if key in state else f"{model.base_model_prefix}.{key}"
+                if name not in state:
+                    continue  # such as the causal mask in old checkpoints of GPT-2, which transformers leaves aside too
+                here, there = state[name], opened.get_tensor(key)
+                if here.shape != there.shape or not torch.equal(there.to(here.device, here.dtype), here):
+                    return None
+                found[file][key] = name
+                seen.add(here.data_ptr())
+    return found if all(parameter.data_ptr() in seen for parameter in model.parameters()) else None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold the checkpoint's weights as safetensors, in order."""
+    named = [ALONE]
+    if not (folder / ALONE).is_file() and (folder / INDEX).is_file():
+        named = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    return named if all((folder / file).is_file() for file in named) else []
+
+
+def copy_beside(source: Path, out: Path) -> None:
+    """Copy what a checkpoint has beside its weights; a file that is there already stays."""
+    for path in [*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")]:
+        name = path.relative_to(source)
+        wanted = path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in BESIDE) and path.name not in OURS
+        if wanted and not path.name.endswith(".index.json") and not (out / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out / name)
+
+
+def zero_in_file_(path: Path, removed: Mapping[str, Tensor]) -> None:
+    """Set the masked elements of a safetensors file's tensors to zero, in place; zero is all bits zero in each of its types."""
+    import numpy
+
+    if not removed:
+        return
+    with open(path, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    for key, mask in removed.items():
+        begin, end = header[key]["data_offsets"]
+        elements = numpy.memmap(path, "uint8", "r+", offset=8 + length + begin, shape=(mask.numel(), (end - begin) // mask.numel()))
+        elements[mask.reshape(-1).cpu().numpy()] = 0
+        elements.flush()
+
+
+def _keep_dtype(folder: Path, source: Path | None) -> None:
+    """Store what transformers wrote in the source's dtype where that loses nothing: a float16 model computes in float32 on a CPU."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    if source is None or not (source / "config.json").is_file():
+        return
+    theirs, config = (json.loads((place / "config.json").read_text(encoding="utf-8")) for place in (source, folder))
+    name = theirs.get("dtype", theirs.get("torch_dtype"))
+    if name not in DTYPES or name == config.get("dtype"):
+        return
+    for commit in (False, True):
+        for file in _weight_files(folder):
+            with safe_open(folder / file, "pt") as opened:
+                metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            narrow = {key: tensor.to(DTYPES[name]) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+            if commit:
+                save_file(narrow, folder / file, metadata)
+            elif not all(torch.equal(narrow[key].to(tensor.dtype), tensor) for key, tensor in tensors.items()):
+                return
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": name}, indent=2) + "\n", encoding="utf-8")
+
+
+def front_matter(folder: Path | None) -> dict[str, Any]:
+    """The front matter of a folder's card; empty where there is none that can be read."""
+    import yaml
+
+    card = folder / "README.md" if folder else None
+    if card is None or not card.is_file():
+        return {}
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}

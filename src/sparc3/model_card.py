@@ -1,0 +1,121 @@
+"""The README.md of a repository on the hub: what was removed from which model, how, and what that did."""
+
+from typing import Any
+
+from .circuit import Circuit
+from .results import Results
+from .version import __version__
+
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""What a card takes over from the front matter of the source's card."""
+
+
+def model_card(
+    circuit: Circuit, results: Results | None, *, source: dict[str, str], base: str | None, matter: dict[str, Any], shrunk: str = ""
+) -> str:
+    """The card of a checkpoint.
+
+    Args:
+        source: the source model, as `describe` has it.
+        base: its hub id; None where it is a local folder, whose name means nothing to others.
+        matter: front matter of the source's own card.
+        shrunk: how the shapes changed, as a sentence; empty where they did not.
+    """
+    what = f"{len(circuit):,} {circuit.unit}s"
+    lines = [
+        *_front(base, matter, ["sparc3", "pruned"]),
+        f"# {source['id']}, without {what}",
+        "",
+        f"{_linked(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {what} set to zero, "
+        f"chosen by sparc3 {__version__}. Nothing was trained; every other weight is as it was. {shrunk}".rstrip(),
+        "",
+        *_found(circuit),
+        "## What was removed",
+        "",
+        *_members(circuit),
+        "## What it measured",
+        "",
+        *_measured(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Results | None = None) -> str:
+    """The card of a repository that holds a circuit alone."""
+    name = str(circuit.model.get("id"))
+    lines = [
+        *_front(base, {}, ["sparc3", "circuit"], library=False),
+        f"# {len(circuit):,} {circuit.unit}s of {name}",
+        "",
+        f"A set of {circuit.unit}s of {_linked(name, base)} (weights fingerprint {circuit.model.get('fingerprint')}), found by sparc3 "
+        f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, which the fingerprint sees to:",
+        "",
+        "```",
+        f"sparc3 ablate {base or 'MODEL'} --circuit {repo} --out DIR",
+        "```",
+        "",
+        *_found(circuit),
+        "## Members",
+        "",
+        *_members(circuit),
+        *(["## What it measured", "", *_measured(results)] if results else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front(base: str | None, matter: dict[str, Any], tags: list[str], library: bool = True) -> list[str]:
+    import yaml
+
+    content = {**({"base_model": base} if base else {}), **({"library_name": "transformers"} if library else {})}
+    content |= {key: matter[key] for key in KEPT if key in matter}
+    return ["---", yaml.safe_dump({**content, "tags": tags}, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+
+
+def _linked(name: str, base: str | None) -> str:
+    return f"[{base}](https://huggingface.co/{base})" if base else name
+
+
+def _found(circuit: Circuit) -> list[str]:
+    """How the circuit was found, as a table."""
+    selection, scores = circuit.provenance.get("selection", {}), circuit.provenance.get("scores", {})
+    return [
+        "| | |",
+        "|---|---|",
+        f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
+        f"| contrast | {scores.get('contrast', '-')} |",
+        f"| selection | {', '.join(f'{k} {v}' for k, v in selection.items() if v is not None) or '-'} |",
+        f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint} |",
+        "",
+    ]
+
+
+def _members(circuit: Circuit) -> list[str]:
+    rows = [f"| `{site}` | {_listed(circuit, site)} |" for site, count in circuit.counts.items() if count]
+    return [f"| module | {circuit.unit}s |", "|---|---|", *rows, ""]
+
+
+def _listed(circuit: Circuit, site: str) -> str:
+    """The site's members by index, or, of weights, how many they are."""
+    units, count = circuit.members[site], circuit.counts[site]
+    return f"{count:,} of {units.numel():,} ({count / units.numel():.1%})" if circuit.unit == "weight" else ", ".join(map(str, units))
+
+
+def _measured(results: Results | None) -> list[str]:
+    """A row a metric: before, after, the change with its interval and p."""
+    if results is None:
+        return ["Nothing was measured on this checkpoint; `sparc3 evaluate` does that."]
+    rows = ["| metric | original | ablated | change | 95 % interval of the change | p | n |", "|---|---|---|---|---|---|---|"]
+    before, after = ({m.metric: m for m in results if m.variant == variant} for variant in ("original", "ablated"))
+    change = {d.metric: d for d in results.differences if (d.from_, d.to) == ("original", "ablated")}
+    for metric in {**before, **after}:
+        one, other, d = before.get(metric), after.get(metric), change.get(metric)
+        figures = [_number(m.value if m else None) for m in (one, other)]
+        interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d and d.ci95 else "-"
+        relative = f"{d.relative:+.1%}" if d and d.relative is not None else "-"
+        n = (other or one).n  # type: ignore[union-attr]
+        rows.append(f"| {metric} | {' | '.join(figures)} | {relative} | {interval} | {_number(d.p if d else None)} | {n} |")
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,152 @@
+"""Exported checkpoints: whose files are the source's but for what was removed, and which load elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests.tiny import tiny
+
+from sparc3 import Circuit, UserError, ablate_, ablated, attribute, export, load_model, select
+from sparc3.models import load_weights, sites_of
+
+IDS = torch.tensor([[1, 5, 9, 30]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def saved(folder: Path, name: str, dtype: torch.dtype, **changes: Any) -> Path:
+    """A tiny model in several shards, with all that a checkpoint has beside its weights."""
+    from sparc3.models import DEMO
+
+    model = tiny(name, dtype=dtype, **changes)
+    model.save_pretrained(folder, max_shard_size="5KB")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((Path(DEMO) / file).read_bytes())
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+    (folder / "LICENSE").write_text("To whom it may concern\n")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: a/b\n---\n# Source\n")
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights, not to be handed on")
+    return folder
+
+
+def circuit_of(model: Any) -> Circuit:
+    """Two neurons of the first layer."""
+    from sparc3.models import describe
+
+    return Circuit("neuron", {sites_of(model, ["mlp.up"])[0].name: (1, 4)}, describe(model))
+
+
+@pytest.mark.parametrize(("name", "dtype", "changes"), [
+    ("llama-bias", torch.bfloat16, {}),
+    ("gpt2", torch.float32, {"tie_word_embeddings": True}),
+    ("phi3", torch.float16, {}),
+])  # fmt: skip
+def test_nothing_differs_from_the_source_but_what_was_removed(name: str, dtype: torch.dtype, changes: dict[str, Any], tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", name, dtype, **changes)
+    model, tokenizer = load_model(source)
+    circuit = circuit_of(model)
+    out = export(model, tokenizer, circuit, tmp_path / "out")
+    assert {f.name for f in out.iterdir()} == {f.name for f in source.iterdir()} - {"pytorch_model.bin"} | {"circuit.json"}
+    assert len(list(out.glob("*.safetensors"))) > 1
+    site = sites_of(model, ["mlp.up"])[0]
+    biased = getattr(site.module, "bias", None) is not None
+    changed = 0
+    for file in out.iterdir():
+        if file.name in ("README.md", "circuit.json"):
+            continue
+        old, new = (source / file.name).read_bytes(), file.read_bytes()
+        if file.suffix != ".safetensors":
+            assert old == new, file.name
+            continue
+        assert len(old) == len(new)
+        length = int.from_bytes(new[:8], "little")
+        assert old[: 8 + length] == new[: 8 + length]
+        one, other = load_file(source / file.name), load_file(file)
+        changed += sum(int((one[key] != other[key]).sum()) for key in one)
+    assert changed == 2 * (site.inp + biased)
+    with ablated(model, circuit):
+        assert torch.equal(logits(load_weights(out)), logits(model))
+    card = (out / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "a/b" not in card
+
+
+def test_a_checkpoint_with_other_names_and_more_tensors(tmp_path: Path) -> None:
+    """GPT-2 on the hub: no "transformer." before its names, and a causal mask among the weights."""
+    source = saved(tmp_path / "source", "gpt2", torch.float32, tie_word_embeddings=True)
+    (source / "model.safetensors.index.json").unlink()
+    tensors = {}
+    for shard in sorted(source.glob("*.safetensors")):
+        tensors |= {key.removeprefix("transformer."): value for key, value in load_file(shard).items()}
+        shard.unlink()
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, source / "model.safetensors", {"format": "pt", "by": "hand"})
+    model, tokenizer = load_model(source)
+    circuit = circuit_of(model)
+    out = export(model, tokenizer, circuit, tmp_path / "out")
+    with safe_open(out / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "by": "hand"}
+        assert set(opened.keys()) == {*tensors, "h.0.attn.bias"}
+    with ablated(model, circuit):
+        assert torch.equal(logits(load_weights(out)), logits(model))
+
+
+def test_weights_that_were_changed_in_memory_are_written_from_there(tmp_path: Path) -> None:
+    """In the source's dtype where that loses nothing: float16 computes in float32 on a CPU."""
+    source = saved(tmp_path / "source", "llama-bias", torch.float16)
+    model, tokenizer = load_model(source, device="cpu")
+    assert model.dtype == torch.float32
+    ablate_(model, Circuit("neuron", {sites_of(model, ["mlp.up"])[1].name: (0,)}))
+    circuit = circuit_of(model)
+    out = export(model, tokenizer, circuit, tmp_path / "out")
+    with safe_open(out / "model.safetensors", "pt") as opened:
+        assert {opened.get_tensor(key).dtype for key in opened.keys()} == {torch.float16}  # noqa: SIM118
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+    assert (out / "chat_template.jinja").is_file()
+    assert not (out / "model.safetensors.index.json").exists()
+    with ablated(model, circuit):
+        assert torch.equal(logits(load_weights(out, device="cpu")), logits(model))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1 / 3
+    third = load_file(export(model, tokenizer, circuit, tmp_path / "third") / "model.safetensors")
+    assert {tensor.dtype for tensor in third.values()} == {torch.float32}
+
+
+def test_a_model_without_a_source(tmp_path: Path) -> None:
+    _, tokenizer = load_model("demo")
+    model = tiny("llama", dtype=torch.float32)
+    out = export(model, tokenizer, circuit_of(model), tmp_path / "out")
+    with ablated(model, circuit_of(model)):
+        assert torch.equal(logits(load_weights(out)), logits(model))
+
+
+def test_an_export_loads_and_gives_the_ablated_logits(demo: tuple[Any, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = demo
+    found = attribute(model, ["Tom was angry and yelled,"], tokenizer=tokenizer)
+    circuit = select(found, count=5, order="highest")
+    ids = torch.tensor([[1, 5, 9, 30]])
+    with torch.no_grad(), ablated(model, circuit):
+        expected = model(ids).logits
+    folder = export(model, tokenizer, circuit, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected)
+    card = (folder / "README.md").read_text()
+    assert "5 neurons" in card
+    assert all(site in card for site in circuit.members)
+    with pytest.raises(UserError, match="there already"):
+        export(model, tokenizer, circuit, folder)
+    again, _ = load_model(folder)
+    with pytest.raises(UserError, match="made on"):
+        circuit.require_model(again)
+    circuit.require_model(model)
+
+
