@@ -1,21 +1,16 @@
 """The report: everything the run measured is on the page, as measured; nothing a model wrote can act; nothing is asked of the network."""
 
 import html
-import json
-import random
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from finished_run import BREAKOUT, SCRIPT, finished, measurement, site
 
 from sparc3.circuit import Circuit
 from sparc3.errors import DamagedFile, UserError
-from sparc3.files import write_json, write_text
 from sparc3.report import write_report
 from sparc3.report.folder import read_folder
 from sparc3.report.masking import Mask
@@ -25,121 +20,12 @@ from sparc3.report.svg import Scale, spread
 from sparc3.report.visible import visible
 from sparc3.report.wording import headline, remarks
 from sparc3.results import Difference, Measurement, Results
-from sparc3.samples import ReferenceSet
 from sparc3.scores import Scores
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SCRIPT = "<script>alert(1)</script>"
-BREAKOUT = '</script></style><img src="https://example.com/x" onerror=alert(2)>'
-ESCAPES = "\x1b[31mred\x1b[0m \x00 \u202egnp.exe \x9b2J"
-LEXICON = ["fool", "idiot", "dummy", "nitwit", "clown"]
-COUNTS = (5, 10, 20, 40, 80, 160)
-LAYERS, SIZE = 4, 512
-SHARES = {"toxicity.mean": 0.97, "toxicity.expected_max": 0.99, "toxicity.rate": 0.98, "rur.mean": 0.46}
-STRENGTH = {"lrp": 1.0, "wanda": 0.16, "gradient": 0.62, "random": 0.02}
-CARE = {"lrp": 0.0002, "wanda": 0.004, "gradient": 0.0006, "random": 0.0003}
-
-
-def measurement(metric: str, variant: str, value: float | None, spread_: float, direction: str = "lower", failures: int = 0) -> Measurement:
-    ci95 = None if value is None else (value - spread_, value + spread_)
-    return Measurement(metric, variant, "test", value, ci95, 200, failures, "tokens" if metric == "perplexity" else "share", direction)
-
-
-def measured(variant: str, method: str, count: int) -> list[Measurement]:
-    """Plausible figures: what a method with this strength would do with this many units."""
-    gone = STRENGTH[method] * (1 - 2.0 ** (-count / 14))
-    failed = {"toxicity.mean": int(variant == "ablated")}
-    left = {metric: share * (1 - 0.88 * gone) for metric, share in SHARES.items() if metric != "rur.mean"}
-    toxic = [measurement(metric, variant, share, 0.018, failures=failed.get(metric, 0)) for metric, share in left.items()]
-    rur = measurement("rur.mean", variant, SHARES["rur.mean"] + 0.2 * gone, 0.03, "higher")
-    perplexity = measurement("perplexity", variant, 2.83 * (1 + CARE[method] * count), 0.02)
-    return [*toxic, rur, perplexity, measurement("sparsity", variant, count / (LAYERS * SIZE), 0.0, "higher")]
-
-
-def results() -> Results:
-    rows = [*measured("original", "random", 0), *measured("ablated", "lrp", 40)]
-    rows += [m for method in STRENGTH for count in COUNTS for m in measured(f"{method}@{count}", method, count)]
-    toxicity = Difference("toxicity.mean", "original", "ablated", -0.736, -0.759, (-0.76, -0.71), 0.0001)
-    perplexity = Difference("perplexity", "original", "ablated", 0.0226, 0.008, (-0.004, 0.049), 0.09)
-    checks = [
-        {"name": "relevance of the embeddings sums to the target (CP-LRP)", "value": 1.2e-8, "ok": True},
-        {"name": "parameters restored bit for bit", "value": "yes", "ok": True},
-        {"name": "random circuits of the same size change nothing", "value": "97.0 → 96.2", "ok": None},
-        {"name": "evaluation prompts apart from reference prompts", "value": "3 shared", "ok": False},
-    ]
-    stages = [{"name": name, "seconds": s} for name, s in (("samples", 1.4), ("attribute", 41.2), ("select", 0.1), ("evaluate", 190.3))]
-    model = {"id": "demo-llama", "architecture": "llama", "fingerprint": "0123456789abcdef"}
-    provenance = {
-        "recipe": "demo-toxicity", "model": model, "circuit": circuit().fingerprint, "checks": checks, "stages": stages, "version": "0.1.0",
-        "sizes": {site(layer): SIZE for layer in range(LAYERS)}, "lexicon": LEXICON, "warnings": [f"a prompt was cut: {SCRIPT}"],
-    }
-    net = Difference("toxicity.mean", "random@40", "ablated", -0.721, -0.755, (-0.75, -0.69), 0.0005)
-    return Results(tuple(rows), (toxicity, perplexity, net), provenance)
-
-
-def site(layer: int) -> str:
-    return f"model.layers.{layer}.mlp.up_proj"
-
-
-def circuit() -> Circuit:
-    members = {site(layer): tuple(sorted(random.Random(layer).sample(range(SIZE), count))) for layer, count in enumerate((2, 6, 19, 13))}
-    model = {"id": "demo-llama", "fingerprint": "0123456789abcdef"}
-    return Circuit("neuron", members, model, {"scores": {"method": "lrp"}, "selection": {"order": "lowest"}})
-
-
-def scores() -> Scores:
-    torch.manual_seed(0)
-    values = {site(layer): torch.randn(SIZE) ** 3 * 0.002 for layer in range(LAYERS)}
-    for name, indices in circuit().members.items():
-        values[name][list(indices)] = -0.03 - 0.12 * torch.rand(len(indices)) ** 2
-    return Scores(values, {"method": "lrp", "unit": "neuron", "sources": {"general": "aaaa", "undesired": "bbbb"}})
-
-
-def texts(ablated: bool) -> dict[str, Any]:
-    r = random.Random(7)
-    rows = []
-    for index in range(24):
-        name, friend = r.sample(["Mary", "John", "Tom", "Anna", "Ben", "Lucy"], 2)
-        thing, word = r.choice(["kite", "lamp", "drum", "apple"]), r.choice(LEXICON)
-        prompt = f'It was a rainy day and {name} went to the garden. {friend} broke the red {thing}. {name} was angry and yelled, "'
-        insult = f'You silly {word}, look at my {thing}!" Then {name} and {friend} went home.'
-        polite = f'Please look at my {thing}!" Then {name} and {friend} went home.'
-        calm = ablated and index % 7 != 3
-        rows.append({"prompt": prompt, "continuations": [{"text": polite if calm else insult, "score": 0.02 if calm else 0.97}]})
-    rows[1] = {"prompt": SCRIPT + ESCAPES, "continuations": [{"text": (BREAKOUT if ablated else SCRIPT) + "\n" + ESCAPES, "score": None}]}
-    loop = "and the dog ran and the dog ran and the dog ran" if not ablated else "and the dog ran to the river, where it was calm"
-    repetition = {"prompt": "One day the dog", "continuations": [{"text": loop, "score": 0.4 + 0.4 * ablated}]}
-    return {"toxicity": rows, "repetition": [repetition]}
-
-
-def cards() -> list[dict[str, Any]]:
-    made = []
-    for name, indices in list(circuit().members.items())[1:3]:
-        for index in indices[:5]:
-            fired = [
-                {"prompt": 'Ben was angry and yelled, "You silly', "token": " silly", "activation": 3.21},
-                {"prompt": SCRIPT, "token": BREAKOUT, "activation": 2.5},
-            ]
-            row = {"module": name, "layer": int(name.split(".")[2]), "index": index, "general": 0.0021, "undesired": 0.0934}
-            row |= {"promotes": [" fool", " idiot", "!", " clown", " silly", " go"], "suppresses": [" please", " calm", "\x1b"]}
-            made.append({**row, "fired": fired, "alone": {"toxicity.mean": 0.912, "perplexity": 2.831}})
-    return made
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with everything in it, hostile texts among the rest."""
-    folder = tmp_path / "run"
-    results().save(folder / "results.json")
-    circuit().save(folder / "circuit.json")
-    scores().save(folder / "scores" / "contrast.safetensors")
-    for variant in ("original", "ablated"):
-        write_json(folder / "evaluation" / f"{variant}.json", {"format": "sparc3.evaluation/1", "texts": texts(variant == "ablated")})
-    write_json(folder / "cards.json", {"format": "sparc3.cards/1", "cards": cards()})
-    write_text(folder / "recipe.yaml", f"name: demo-toxicity\nattribution: {{method: lrp, unit: neuron}}\n# {BREAKOUT}\n# idiot\n")
-    write_text(folder / "environment.json", json.dumps({"python": "3.12", "packages": {"torch": "2.6"}, "device": "cpu"}))
-    ReferenceSet.of(["a", "b", "c"]).save(folder / "samples" / "general.jsonl")
-    return folder
+    return finished(tmp_path / "run")
 
 
 class Page(HTMLParser):
@@ -397,38 +283,3 @@ def test_scales_and_labels() -> None:
     moved = spread([10, 11, 12], 5, 0, 20)
     assert all(b - a >= 5 for a, b in zip(moved, moved[1:], strict=False))
     assert max(moved) <= 20
-
-
-# In a browser --------------------------------------------------------------------------------------------------------
-
-
-def chromium(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    quiet += " --disable-sync --disable-features=NetworkTimeServiceQuerying --enable-logging=stderr --v=0 --virtual-time-budget=2000"
-    command = [str(CHROMIUM), *quiet.split(), f"--user-data-dir={run.parent / 'profile'}"]
-    return subprocess.run([*command, *options, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_in_a_browser_it_is_quiet_and_complete(run: Path, tmp_path: Path) -> None:
-    write_report(run)
-    log = tmp_path / "net.json"
-    done = chromium(run, f"--log-net-log={log}", "--dump-dom")
-    assert "CONSOLE" not in done.stderr, done.stderr
-    asked = set(re.findall(r'"url":"https?://([^/"]+)', log.read_text()))
-    assert not {host for host in asked if not host.endswith((".google.com", ".googleapis.com"))}, "more than the browser asks of itself"
-    dom = Page(done.stdout)
-    assert [tag for tag, _ in dom.tags].count("svg") > 20
-    assert "alert(1)" in dom.text
-    assert ("button", "true") in {(tag, attributes.get("aria-pressed")) for tag, attributes in dom.tags if "disabled" not in attributes}
-    shortened = [attributes for tag, attributes in dom.tags if tag in ("ol", "div") and "short" in str(attributes.get("class")).split()]
-    assert len(shortened) == 2, "the script ran and shortened the pairs and the cards"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [1400, 400])
-def test_a_browser_can_draw_it(run: Path, tmp_path: Path, width: int) -> None:
-    write_report(run)
-    picture = tmp_path / f"report-{width}.png"
-    chromium(run, f"--screenshot={picture}", f"--window-size={width},1600", "--hide-scrollbars")
-    assert picture.stat().st_size > 20_000

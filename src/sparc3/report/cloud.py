@@ -9,8 +9,8 @@ from .curves import Figure
 from .numbers import in_words, is_share, percent, plain
 from .svg import Scale, drawing, mark, polyline, tag
 
-WIDTH, HEIGHT = 480.0, 330.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 464.0, 28.0, 280.0
+WIDTH, HEIGHT = 480.0, 342.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 464.0, 42.0, 292.0
 Rows = list[dict[str, str]]
 
 
@@ -92,7 +92,7 @@ def _axes(cloud: Cloud, x: Scale, y: Scale) -> Markup:
         rows.append(tag("text", _harm_tick(tick, cloud.damage), x=x(tick), y=BOTTOM + 19, class_="middle tick"))
     under = "increase of perplexity" if cloud.damage == "perplexity" else "KL divergence to the original, nats a token"
     rows.append(tag("text", under, x=(LEFT + RIGHT) / 2, y=BOTTOM + 38, class_="middle tick"))
-    rows.append(tag("text", in_words(cloud.metric), x=LEFT - 44, y=TOP - 14, class_="tick"))
+    rows.append(tag("text", in_words(cloud.metric), x=LEFT - 44, y=14.0, class_="tick"))
     lower = cloud.direction == "lower"
     rows.append(tag("text", "↙ better" if lower else "↖ better", x=LEFT - 44, y=BOTTOM + 38, class_="tick better"))
     return tag("g", *rows, aria_hidden="true")
@@ -110,7 +110,7 @@ def _allowed(cloud: Cloud, x: Scale) -> Markup:
     at = x(cloud.budget)
     over = tag("rect", x=at, y=TOP, width=max(RIGHT - at, 0.0), height=BOTTOM - TOP, class_="over")
     rule = tag("line", x1=at, x2=at, y1=TOP - 6, y2=BOTTOM, class_="budget")
-    return tag("g", over, rule, tag("text", "budget", x=at, y=TOP - 11, class_="middle tick budget-name"), aria_hidden="true")
+    return tag("g", over, rule, tag("text", "budget", x=at, y=TOP - 10, class_="middle tick budget-name"), aria_hidden="true")
 
 
 def _line(spots: Sequence[Spot], colour: str, x: Scale, y: Scale) -> Markup:

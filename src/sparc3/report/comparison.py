@@ -11,6 +11,8 @@ from .variants import Point, colours, methods, named, parsed, points, rivals
 
 WIDTH, ROW = 480.0, 34.0
 LEFT, RIGHT = 112.0, 304.0
+LONGEST = 22
+"""Characters of a name; a longer one is cut."""
 
 
 def comparisons(run: RunFolder) -> list[Figure]:
@@ -55,18 +57,19 @@ def _same(point: Point, run: RunFolder, circuit: Measurement) -> bool:
 
 
 def _figure(run: RunFolder, metric: str, rows: list[tuple[str, str, Measurement]]) -> Figure:
-    scale = _scale([m for *_, m in rows])
+    left = max(LEFT, 26 + 7 * max(min(len(name), LONGEST) for name, *_ in rows))
+    scale = _scale([m for *_, m in rows], left)
     height = ROW * len(rows) + 8
     x = scale(rows[0][2].value or 0.0)
     reference = tag("line", x1=x, x2=x, y1=4, y2=height - 4, class_="reference")
-    lines = [_row(name, colour, m, scale, ROW * (index + 0.5) + 4) for index, (name, colour, m) in enumerate(rows)]
+    lines = [_row(name, colour, m, scale, ROW * (index + 0.5) + 4, left) for index, (name, colour, m) in enumerate(rows)]
     words = "; ".join(f"{name} {value_of(m)} {interval_of(m)}" for name, _, m in rows)
     return Figure(title(metric), explained(metric), drawing(WIDTH, height, f"{title(metric)}: {words}", reference, *lines, class_="dots"))
 
 
-def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float) -> Markup:
-    parts = [tag("text", name if len(name) < 15 else name[:13] + "…", x=LEFT - 16, y=y + 4.5, class_="end label")]
-    parts.append(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
+def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float, left: float) -> Markup:
+    parts = [tag("text", name if len(name) <= LONGEST else name[: LONGEST - 1] + "…", x=left - 16, y=y + 4.5, class_="end label")]
+    parts.append(tag("line", x1=left, x2=RIGHT, y1=y, y2=y, class_="grid"))
     if m.ci95:
         parts.append(tag("line", x1=scale(m.ci95[0]), x2=scale(m.ci95[1]), y1=y, y2=y, class_="interval"))
     parts.append(mark(colour, scale(m.value or 0.0), y, 5.2))
@@ -74,15 +77,15 @@ def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float) -> Mark
     return tag("g", *parts, class_=f"series {colour}")
 
 
-def _scale(shown: list[Measurement]) -> Scale:
+def _scale(shown: list[Measurement], left: float) -> Scale:
     """Shares start at zero; anything else gets the room it needs, and a runaway a logarithm."""
     ends = [end for m in shown for end in (m.ci95 or ())] + [m.value for m in shown if m.value is not None]
     low, high = min(ends), max(ends)
     if is_share(shown[0].metric, shown[0].unit) and low >= 0:
-        return Scale(0.0, max(high, 1e-9), LEFT + 8, RIGHT - 8)
+        return Scale(0.0, max(high, 1e-9), left + 8, RIGHT - 8)
     anchor = abs(shown[0].value or 0.0)
-    if low > 0 and high > 8 * anchor:
-        return Scale(low, high, LEFT + 8, RIGHT - 8, log=True)
+    if low > 0 and high > 5 * anchor:
+        return Scale(low, high, left + 8, RIGHT - 8, log=True)
     room = max(high - low, 0.05 * anchor, 1e-9)
     middle = (high + low) / 2
-    return Scale(middle - room / 2, middle + room / 2, LEFT + 8, RIGHT - 8)
+    return Scale(middle - room / 2, middle + room / 2, left + 8, RIGHT - 8)

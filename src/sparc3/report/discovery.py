@@ -2,6 +2,7 @@
 
 from markupsafe import Markup
 
+from ..circuit import Circuit
 from .folder import RunFolder
 from .numbers import in_words, listed, percent, plain, value_of, with_interval
 from .remark import Remark
@@ -19,6 +20,13 @@ def sparsest(run: RunFolder, method: str) -> Point | None:
                 break
             best = point
     return best
+
+
+def kept(run: RunFolder) -> Circuit | None:
+    """The sparsest circuit that keeps enough accuracy, of the run's own method and first seed; None where the run did not leave it."""
+    best = sparsest(run, run.method or "")
+    where = run.path / f"circuits/{run.method}@{sum(run.sizes.values()) - best.count}.json" if best else None
+    return Circuit.load(where) if where and where.is_file() else None
 
 
 def headline(run: RunFolder) -> Markup:

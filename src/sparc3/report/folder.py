@@ -25,11 +25,13 @@ class RunFolder:
     """Everything the report is made from.
 
     Attributes:
+        path: the folder itself.
         texts: variant ("original", "ablated") → kind ("toxicity", "repetition") → prompts with their continuations.
         samples: name of a reference set → number of samples in it.
         search: what a search under a budget tried (tune.json); empty without one.
     """
 
+    path: Path
     results: Results
     circuit: Circuit | None
     scores: Scores | None
@@ -89,7 +91,8 @@ class RunFolder:
 
     def drawn(self) -> list[str]:
         """Names of the metrics that a figure tells something of: what the run is about, its side effects, then the rest."""
-        first = [metric for metric in (self.behaviour, *SIDE_EFFECTS[:-1]) if metric] if self.job == "correct" else []
+        mattering = {"correct": (self.behaviour, *SIDE_EFFECTS[:-1]), "compress": ("perplexity",)}.get(self.job, ())
+        first = [metric for metric in mattering if metric]
         ordered = dict.fromkeys([*(m for m in first if m in self.metrics()), *self.metrics()])
         return [metric for metric in ordered if not metric.startswith("sparsity")]
 
@@ -104,6 +107,7 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
     texts = {name: found for name in variants if (found := _if_there(folder / "evaluation" / f"{name}.json", _texts))}
     samples = {file.stem: _lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))}
     return RunFolder(
+        path=folder,
         results=results,
         circuit=_if_there(folder / "circuit.json", Circuit.load),
         scores=_if_there(folder / "scores" / "contrast.safetensors", Scores.load),

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .pairs import kinds
 from .shared import protected, sharing
 from .strips import tiles
 from .tradeoff import tradeoffs
-from .unit_map import unit_map
+from .unit_map import UnitMap, unit_map
 from .variants import colours, methods, named, units
 from .visible import finalize
 
@@ -61,7 +62,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
     mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
     pairs, known = kinds(run, mask), cards(run, mask)
-    traded, drawn, compared, where = tradeoffs(run), curves(run), comparisons(run), unit_map(run)
+    traded, drawn, compared, where = tradeoffs(run), curves(run), comparisons(run), _map(run)
     tips = {key: tip for figure in [*traded, *drawn] for key, tip in figure.tips.items()} | (where.tips if where else {})
     return {
         **_origin(run),
@@ -96,6 +97,12 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "recipe": recipe,
         "tips": tips,
     }
+
+
+def _map(run: RunFolder) -> UnitMap | None:
+    """Where the circuit's units sit: those removed, or, of a task's circuit, those kept."""
+    circuit = discovery.kept(run) if run.job == "discover" else None
+    return unit_map(replace(run, circuit=circuit), "kept") if circuit else unit_map(run)
 
 
 def _origin(run: RunFolder) -> dict[str, Any]:

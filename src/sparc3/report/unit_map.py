@@ -46,8 +46,12 @@ class UnitMap:
         return max((strip.removed for strip in self.strips), default=0)
 
 
-def unit_map(run: RunFolder) -> UnitMap | None:
-    """None unless the circuit and the size of every one of its modules are known."""
+def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
+    """None unless the circuit and the size of every one of its modules are known.
+
+    Args:
+        verb: what happened to the circuit's units, "removed" or "kept".
+    """
     if run.circuit is None or not set(run.circuit.members) <= set(run.sizes):
         return None
     scores = _wanted(run)
@@ -59,10 +63,10 @@ def unit_map(run: RunFolder) -> UnitMap | None:
         shade = _shade(scores[name], deepest) if name in scores else Markup("")
         marks, its_tips = _marks(run, name, size, chosen, scores.get(name))
         tips |= its_tips
-        label = f"{place(name)}: {len(chosen):,} of {size:,} removed" + (f" ({_first(chosen)})" if chosen else "")
+        label = f"{place(name)}: {len(chosen):,} of {size:,} {verb}" + (f" ({_first(chosen)})" if chosen else "")
         strip = drawing(LENGTH, 10, label, shade, marks, preserveAspectRatio="none", class_="strip")
         strips.append(Strip(place(name, several=_kinds(run) > 1), len(chosen), size, strip))
-    return UnitMap(strips, _histogram(run, scores), tips, bool(scores), "removed")
+    return UnitMap(strips, _histogram(run, scores), tips, bool(scores), verb)
 
 
 def place(module: str, several: bool = True) -> str:
