@@ -121,16 +121,15 @@ def attribution(model: Any, ids: Samples, **options: Any) -> None:
 def batches_alone(model: Any, ids: Samples, *, method: str = "lrp", unit: str = "neuron", neuron: str = "abs", reduce: str = "mean",
                   sites: Sequence[str] = ("mlp.up",)) -> None:  # fmt: skip
     """What attribute does for each batch, without what it does once a run: the model's fingerprint, the division, the checks."""
-    from sparc3.attribution.engine import _budget
     from sparc3.attribution.methods import require_method
     from sparc3.attribution.sums import Settings, Sums
-    from sparc3.batches import encode, make_batches
+    from sparc3.batches import encode, make_batches, token_budget
     from sparc3.models import sites_of
     from sparc3.samples import ReferenceSet
 
     settings = Settings(method, unit, "predicted", neuron, reduce)
     encoded = encode(ReferenceSet.of(ids), None, "predicted", context=2**20, vocabulary=2**31)
-    batches = make_batches(encoded, _budget("auto", model.device), model.device)
+    batches = make_batches(encoded, token_budget("auto", model.device.type), model.device)
     run = require_method(method).run
     assert run
     for _ in run(model, batches, sites_of(model, sites), settings, Sums(settings)):

@@ -164,8 +164,26 @@ def _truncated(encoded: Encoded, context: int, target: str) -> Encoded:
     return Encoded(encoded.index, ids, kept, encoded.tokens[: len(kept)])
 
 
+def token_budget(batch_tokens: int | str, device: str) -> int:
+    """Padded tokens of a batch on a device "cpu" or "cuda". auto: what keeps a CPU's caches warm, or a GPU busy.
+
+    Raises:
+        UserError: neither auto nor a positive number.
+    """
+    if batch_tokens == "auto":
+        return 1024 if device == "cpu" else 2048
+    if not isinstance(batch_tokens, int) or batch_tokens < 1:
+        raise UserError(f"batch_tokens is {batch_tokens!r}; give a positive number of tokens, or auto")
+    return batch_tokens
+
+
 def make_batches(encoded: Iterable[Encoded], tokens: int, device: torch.device) -> list[Batch]:
-    """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length, longest first.
+    """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length, longest first."""
+    return [make_batch(group, device) for group in grouped(encoded, tokens)]
+
+
+def grouped(encoded: Iterable[Encoded], tokens: int) -> list[list[Encoded]]:
+    """The samples of each batch of `make_batches`.
 
     Longest first, because what does not fit into memory should fail at the start and not after an hour.
     """
@@ -175,7 +193,7 @@ def make_batches(encoded: Iterable[Encoded], tokens: int, device: torch.device) 
             groups[-1].append(sample)
         else:
             groups.append([sample])
-    return [make_batch(group, device) for group in groups]
+    return groups
 
 
 def make_batch(samples: Sequence[Encoded], device: torch.device) -> Batch:

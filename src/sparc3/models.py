@@ -218,10 +218,15 @@ def _name(name_or_path: str | os.PathLike[str]) -> str:
     return DEMO if name_or_path == "demo" else os.fspath(name_or_path)
 
 
-def load_config(name: str) -> Any:
-    """The configuration of a hub model, a local checkpoint or a config.json, with every way it can fail as one line."""
+def load_config(name: str, remedy: str = "download it elsewhere and give the folder's path") -> Any:
+    """The configuration of a hub model, a local checkpoint, a config.json or "demo", with every way it can fail as one line.
+
+    Args:
+        remedy: what to do where the hub cannot be reached.
+    """
     from transformers import AutoConfig
 
+    name = _name(name)
     alone = name.endswith(".json") and Path(name).is_file()
     if looks_local(name) and not Path(name).is_dir() and not alone:
         raise UserError(f"no model folder at {name}; give a folder with config.json and safetensors, or a hub id")
@@ -232,7 +237,7 @@ def load_config(name: str) -> Any:
             try:
                 return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
             except OSError:
-                require_hub(name)
+                require_hub(name, remedy)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
-from ..batches import Batch, Encoded, encode, make_batches, parse_target
+from ..batches import Batch, Encoded, encode, make_batches, parse_target, token_budget
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
 from ..files import fingerprint
 from ..memory import out_of_memory
@@ -115,7 +115,7 @@ def attribute(
         _require_longer(encoded, skip_positions)
         task = _task(settings, described, model, references, encoded, where, shard)
         share = _share(encoded, task, partial)
-        batches = make_batches(distributed.stride(share), _budget(batch_tokens, model.device), model.device)
+        batches = make_batches(distributed.stride(share), token_budget(batch_tokens, model.device.type), model.device)
         sums = _all_added(model, chosen, where, sums, batches, Keeper(Path(partial), task, save_every) if partial else None, progress)
         if sums.samples == 0:
             raise Sparc3Error(f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32")
@@ -241,15 +241,6 @@ def _device(name: str) -> str:
         return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError):
         raise UserError(f"sums_device is '{name}', which PyTorch does not have here; use cpu, or cuda where there is a GPU") from None
-
-
-def _budget(batch_tokens: int | str, device: torch.device) -> int:
-    """auto: what keeps a CPU's caches warm, or a GPU busy; a single sample may always be longer."""
-    if batch_tokens == "auto":
-        return 1024 if device.type == "cpu" else 2048
-    if not isinstance(batch_tokens, int) or batch_tokens < 1:
-        raise UserError(f"batch_tokens is {batch_tokens!r}; give a positive number of tokens, or auto")
-    return batch_tokens
 
 
 def _provenance(

@@ -1,4 +1,4 @@
-"""The machine and the cluster: doctor and slurm."""
+"""The machine and the cluster: doctor, plan and slurm."""
 
 import argparse
 
@@ -10,6 +10,13 @@ def add_to(add: Add) -> None:
     doctor = add("doctor", _doctor, "what this machine has, and whether relevance on a model is right")
     doctor.add_argument("model", nargs="?", help="a hub id, the folder of a checkpoint, a config.json alone (random weights), or demo")
     precision_arguments(doctor)
+
+    plan = add("plan", _plan, "what a recipe will need, before anything is loaded: memory, time, disk, and whether it fits")
+    plan.add_argument("recipe", help="a bundled recipe's name, or the path of a YAML file")
+    plan.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change a setting of the recipe; may be repeated")
+    plan.add_argument("--hardware", metavar="NAME", help="another device than this machine's, such as h100, a100-80 or rtx4090")
+    plan.add_argument("--gpus", type=int, default=1, help="how many devices share the samples (default: %(default)s)")
+    plan.add_argument("--config", metavar="FILE", help="the model's config.json, where its id cannot be reached")
 
     slurm = add("slurm", _slurm, "write a batch file that runs a recipe under SLURM, and goes on after a time-out")
     slurm.add_argument("recipe", help="a bundled recipe's name, or the path of a YAML file")
@@ -36,6 +43,14 @@ def _doctor(args: argparse.Namespace) -> None:
     print(plain("\n".join(found.lines())))
     if found.failed:
         raise Sparc3Error(f"{len(found.failed)} of {len(found.findings)} checks failed: {'; '.join(f.name for f in found.failed)}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from ..plan import plan
+    from ..recipe import load_recipe
+
+    quiet_transformers()
+    print(plain(plan(load_recipe(args.recipe, args.set), hardware=args.hardware, gpus=args.gpus, config=args.config).text()))
 
 
 def _slurm(args: argparse.Namespace) -> None:

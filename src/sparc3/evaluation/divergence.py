@@ -37,20 +37,25 @@ def divergence(
 
 
 def _of_windows(model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool) -> list[float]:
-    size = max(1, (1024 if model.device.type == "cpu" else 4096) // max(len(ids) for ids, _ in windows))
+    size = max(1, batch_tokens(model.device.type) // max(len(ids) for ids, _ in windows))
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
     with tqdm(total=len(windows), desc="kl", unit="window", disable=not progress or not distributed.is_main()) as bar:
 
         def work(part: Sequence[int]) -> list[float]:
-            return _of_batch(model, [windows[i] for i in part], changed())
+            return of_windows(model, [windows[i] for i in part], changed())
 
         made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update))
     by_window = dict(zip(order, made, strict=True))
     return [by_window[i] for i in range(len(windows))]
 
 
+def batch_tokens(device: str) -> int:
+    """Padded tokens of one batch on a device "cpu" or "cuda"; a single window may be longer."""
+    return 1024 if device == "cpu" else 4096
+
+
 @torch.inference_mode()
-def _of_batch(model: "PreTrainedModel", windows: list[Window], variant: AbstractContextManager[Any]) -> list[float]:
+def of_windows(model: "PreTrainedModel", windows: list[Window], variant: AbstractContextManager[Any]) -> list[float]:
     """Σ KL over the predicted tokens of each window: the batch goes through the original, then through the variant."""
     longest = max(len(ids) for ids, _ in windows)
     ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=model.device)

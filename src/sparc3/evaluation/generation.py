@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class _SeededDraw:
+ROWS = 64
+"""Texts of one batch at the start."""
+
+
+class SeededDraw:
     """A logits processor that samples: for each row one uniform number a step, turned into a token by the inverse distribution.
 
     Original and ablated model meet the same numbers, so what differs between their texts is the model.
@@ -43,7 +47,7 @@ def complete(
     generations: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    batch: int = 64,
+    batch: int = ROWS,
     progress: bool = False,
 ) -> list[list[str]]:
     """For each prompt, `generations` continuations, without the prompt and without special tokens.
@@ -88,7 +92,7 @@ def _generated(
     processors = LogitsProcessorList()
     if temperature > 0:
         draws = [random.Random(f"{seed}/{k}/{ids}") for ids, k in rows]
-        processors.append(_SeededDraw(temperature, [[r.random() for _ in range(new)] for r in draws], width))
+        processors.append(SeededDraw(temperature, [[r.random() for _ in range(new)] for r in draws], width))
     eos = model.generation_config.eos_token_id if model.generation_config is not None else tokenizer.eos_token_id
     config = GenerationConfig(
         max_new_tokens=new, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=eos, repetition_penalty=1.0, use_cache=True

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+ROWS = 32
+"""Texts of one batch at the start."""
+
+
 def ioi(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: ReferenceSet, settings: IOISettings, progress: bool = False
 ) -> Measured:
     """Logit of the target less that of the contrast at the last position, and how often it is above zero; one unit a text."""
     encoded = encode(samples, tokenizer, "contrast", context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0])
-    differences = distributed.in_parallel(encoded, lambda share: in_batches(share, 32, lambda part: _differences(model, part)))
+    differences = distributed.in_parallel(encoded, lambda share: in_batches(share, ROWS, lambda part: logit_differences(model, part)))
     ones = (1.0,) * len(differences)
     return Measured(
         (
@@ -35,7 +39,8 @@ def ioi(
 
 
 @torch.inference_mode()
-def _differences(model: "PreTrainedModel", part: "Sequence[Encoded]") -> list[float]:
+def logit_differences(model: "PreTrainedModel", part: "Sequence[Encoded]") -> list[float]:
+    """One of each text."""
     from ..batches import make_batch
 
     batch = make_batch(part, model.device)

@@ -84,13 +84,13 @@ def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
 
 def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float]:
     """Σ −log p of each window's predicted tokens, in nats."""
-    size = max(1, (1024 if model.device.type == "cpu" else 8192) // max(len(ids) for ids, _ in windows))
+    size = max(1, batch_tokens(model.device.type) // max(len(ids) for ids, _ in windows))
     # Windows of one length stand together; only the first and last ones differ.
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress or not distributed.is_main()) as bar:
 
         def work(part: Sequence[int]) -> list[float]:
-            return _of_batch(model, [windows[i] for i in part])
+            return of_windows(model, [windows[i] for i in part])
 
         made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update))
     by_window = dict(zip(order, made, strict=True))
@@ -100,9 +100,14 @@ def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], pr
     return [by_window[i] for i in range(len(windows))]
 
 
+def batch_tokens(device: str) -> int:
+    """Padded tokens of one batch on a device "cpu" or "cuda"; a single window may be longer."""
+    return 1024 if device == "cpu" else 8192
+
+
 @torch.inference_mode()
-def _of_batch(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
-    """Padding on the right and no mask: with causal attention no real position sees a padded one."""
+def of_windows(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
+    """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no real position sees a padded one."""
     longest = max(len(ids) for ids, _ in windows)
     ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits

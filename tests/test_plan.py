@@ -1,0 +1,256 @@
+"""What `plan` says against what is measured: torch's own allocator, resident memory, and the paper's models by their configurations alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from configs import PARAMETERS, PUBLISHED
+
+from sparc3 import UserError
+from sparc3.attribution.methods import settings_for
+from sparc3.attribution.sums import Settings, Sums
+from sparc3.batches import Encoded, grouped, make_batch
+from sparc3.evaluation import divergence, generation, ioi, perplexity
+from sparc3.models import ROLES, load_config, sites_of
+from sparc3.plan import plan
+from sparc3.plan.hardware import SHEETS, Hardware
+from sparc3.plan.ledger import Shaped
+from sparc3.plan.rehearsal import Rehearsal
+from sparc3.recipe import bundled, load_recipe
+
+HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
+CLOSE = 0.2
+SOME = [Encoded(i, (5,) * length, (length - 1,)) for i, length in enumerate([100] * 20 + [60] * 10)]
+FOLLOWED = [Encoded(i, (5,) * 100, tuple(range(99)), (5,) * 99) for i in range(12)]
+KINDS: dict[str, tuple[tuple[str, str, str, str], tuple[str, ...], list[Encoded]]] = {
+    "neurons, abs": (("lrp", "neuron", "predicted", "abs"), ("mlp.up",), SOME),
+    "neurons, signed": (("lrp", "neuron", "predicted", "signed"), ("mlp.up",), SOME),
+    "neurons, next": (("lrp", "neuron", "next", "signed"), ("mlp.up",), FOLLOWED),
+    "neurons, gradient": (("gradient", "neuron", "predicted", "abs"), ("mlp.up",), SOME),
+    "neurons, wanda": (("wanda", "neuron", "predicted", "abs"), ("mlp.up",), SOME),
+    "heads": (("lrp", "head", "predicted", "abs"), ("attn.o",), SOME),
+    "weights": (("lrp", "weight", "predicted", "abs"), ROLES, SOME),
+}
+
+
+def llama(layers: int = 2, width: int = 256) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama", hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=1000, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module", params=["demo", "llama"])
+def model(request: pytest.FixtureRequest, demo: tuple[Any, Any]) -> Any:
+    return demo[0] if request.param == "demo" else llama()
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator gave out at once during the work."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_an_attribution_is_as_predicted(model: Any, kind: str) -> None:
+    (method, unit, target, neuron), roles, samples = KINDS[kind]
+    chosen, settings = settings_for(Settings(method, unit, target, neuron, "mean"), roles)
+    groups = grouped(samples, 1024)
+
+    def work() -> None:
+        sums, sites = Sums(settings), sites_of(model, roles)
+        for _ in chosen.run(model, [make_batch(group, model.device) for group in groups], sites, settings, sums):
+            pass
+        scores = {site.name: chosen.finish(site, sums.totals.pop(site.name), sums) for site in sites}
+        assert len(scores) == len(sites)
+
+    predicted = Rehearsal(Shaped(model.config, torch.float32), HERE).attribution(settings, roles, groups)
+    assert predicted.live == pytest.approx(allocated(work), rel=CLOSE)
+    assert predicted.operations > 0
+
+
+class _NoTokenizer:
+    pad_token_id, eos_token_id = 0, None
+
+    def decode(self, row: object, skip_special_tokens: bool) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "kl", "greedy", "sampled", "ioi"])
+def test_memory_of_an_evaluation_is_as_predicted(model: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)  # every text gets its full length
+    rehearsal = Rehearsal(Shaped(model.config, torch.float32), HERE)
+    windows = [((5,) * 256, 255)] * 4
+    texts = [Encoded(i, (5,) * 20, (19,), (1,), (2,)) for i in range(32)]
+    rows = [([5] * 20, draw) for draw in range(40)]
+    works: dict[str, tuple[Any, Callable[[], object]]] = {
+        "perplexity": (lambda: rehearsal.windows("perplexity", 256, 10), lambda: perplexity.of_windows(model, windows)),
+        "kl": (lambda: rehearsal.windows("kl", 256, 10), lambda: divergence.of_windows(model, windows, nullcontext())),
+        "greedy": (lambda: rehearsal.generation(40, 20, 24, 0.0), lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.0, 0)),
+        "sampled": (lambda: rehearsal.generation(40, 20, 24, 0.7), lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.7, 0)),
+        "ioi": (lambda: rehearsal.contrasts(texts), lambda: ioi.logit_differences(model, texts)),
+    }
+    predict, work = works[kind]
+    assert predict().live == pytest.approx(allocated(work), rel=CLOSE)
+
+
+def config_file(folder: Path, hub_id: str) -> str:
+    path = folder / f"{hub_id.replace('/', '--')}.json"
+    path.write_text(json.dumps(PUBLISHED[hub_id]))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", [name for name in bundled() if not name.startswith("demo")])
+def test_recipes_of_the_papers_models_fit_their_real_configurations(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    config = load_config(config_file(tmp_path, recipe.model.id))
+    shaped = Shaped(config, torch.bfloat16)
+    assert shaped.model.num_parameters() == PARAMETERS[recipe.model.id]
+    layers = config.num_hidden_layers
+    assert len(shaped.sites(recipe.attribution.sites)) == layers * len(recipe.attribution.sites)
+    for spec in recipe.references.values():
+        assert (spec.seq_len or 0) <= config.max_position_embeddings
+    section = recipe.discover or recipe.compress or recipe.compare
+    for method in (recipe.attribution.method, *section.methods):
+        if method in ("aura", "det0", "wanda-sequential"):
+            continue
+        asked = recipe.attribution
+        settings_for(Settings(method, asked.unit, asked.target, asked.neuron, asked.reduce), asked.sites)
+
+
+def test_the_flagship_is_planned_from_its_configuration_alone(sparc3: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    recipe = ("llama3-8b-toxicity", "--set", "attribution.neuron=signed", "--set", "compare.methods=[random]")
+    config = config_file(tmp_path, "meta-llama/Meta-Llama-3-8B")
+    began = time.process_time()
+    code, out, err = sparc3("plan", *recipe, "--hardware", "h100", "--config", config)
+    assert (code, err) == (0, "")
+    assert time.process_time() - began < 30
+    assert out.splitlines()[0].startswith("llama3-8b-toxicity on h100: fits, about ")
+    assert "458,752 neurons in 32 sites" in out
+    assert "8.03 billion parameters in bfloat16" in out
+    code, out, _ = sparc3("plan", *recipe, "--set", "evaluation={perplexity: {protocol: blocks}}", "--hardware", "t4", "--config", config)
+    assert code == 0
+    assert "does not fit" in out.splitlines()[0]
+
+
+def test_more_devices_take_less_time(tmp_path: Path) -> None:
+    recipe = load_recipe("opt-125m-ioi", ["discover.sparsities=[0.5]", "discover.methods=[lrp, random]"])
+    config = config_file(tmp_path, "facebook/opt-125m")
+    one, four = (plan(recipe, hardware="a100", gpus=gpus, config=config) for gpus in (1, 4))
+    assert four.seconds == pytest.approx(one.seconds / 4)
+    assert four.peak == one.peak
+    assert (one.units, one.sites, one.scores) == (36_864, 12, 4 * 36_864)
+    assert one.dtype == "float16"
+
+
+def test_variants_are_counted_as_the_run_makes_them(tmp_path: Path) -> None:
+    from sparc3 import run
+
+    recipe = load_recipe("demo", ["references.general.count=4", "references.undesired.count=4", "selection.count=10", "compare.counts=[5, 10]",
+        "evaluation={ioi: {source: demo-ioi, count: 4, split: test}}", "compare.random_draws=2", "selection.protect=false", "cards.most=0"])
+    run(recipe, tmp_path / "run")
+    made = len(list((tmp_path / "run/evaluation").glob("*.json")))
+    stage = next(stage for stage in plan(recipe).stages if stage.name == "ioi")
+    single = next(stage for stage in plan(load_recipe(recipe.resolved(), ["compare={}", "selection.count=0", "compare.random_draws=0"])).stages if stage.name == "ioi")
+    assert stage.tokens * 2 == single.tokens * made  # the original, and the circuit, which is empty there
+    files = list((tmp_path / "run/scores").glob("*.safetensors"))
+    assert plan(recipe).disk == plan(recipe).scores * len(files)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("demo", "--hardware", "h10"), "did you mean 'h100'"),
+    (("demoo",), "did you mean 'demo'"),
+    (("llama3-8b-toxicity",), "--config"),
+    (("demo", "--gpus", "0"), "at least 1"),
+    (("demo", "--set", "attribution.sites=[mlp.gate]", "--config", "OPT"), "no site 'mlp.gate'"),
+    (("demo", "--config", "nowhere/config.json"), "no such file"),
+])  # fmt: skip
+def test_mistakes_are_one_line(mistake: Callable[..., str], arguments: Sequence[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    opt = config_file(tmp_path, "facebook/opt-125m")
+    assert said in mistake("plan", *(opt if argument == "OPT" else argument for argument in arguments))
+
+
+def test_hardware_names_are_said(mistake: Callable[..., str]) -> None:
+    said = mistake("plan", "demo", "--hardware", "abacus")
+    assert all(name in said for name in SHEETS)
+
+
+MEASURED = """
+import json, resource, sys, tracemalloc
+from pathlib import Path
+import torch
+import transformers
+import sparc3.attribution, sparc3.evaluation
+from sparc3 import attribute
+from sparc3.evaluation import perplexity
+from sparc3.models import ROLES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+before = resident()
+config = AutoConfig.for_model(**json.loads(sys.argv[1]))
+model = AutoModelForCausalLM.from_config(config).eval()
+sample = torch.randint(3, 4096, (512,), generator=torch.Generator().manual_seed(0)).tolist()
+if sys.argv[2] == "perplexity":
+    perplexity.of_windows(model, [(tuple(sample), 511)] * 2)
+else:
+    unit, sites = ("weight", ROLES) if sys.argv[2] == "weights" else ("neuron", ("mlp.up",))
+    attribute(model, [sample, sample[::-1]], unit=unit, sites=sites, neuron="abs")
+peak = int([line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0].split()[1]) * 1024
+print(peak - before)
+"""
+MEDIUM = {
+    "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["neurons", "weights", "perplexity"])
+def test_resident_memory_of_a_larger_model_is_as_predicted(kind: str) -> None:
+    """1024 wide, 8 layers: what a process of its own grows by, the model among it."""
+    from transformers import AutoConfig
+
+    done = subprocess.run([sys.executable, "-c", MEASURED, json.dumps(MEDIUM), kind], capture_output=True, text=True, check=True, env={**os.environ})
+    measured = int(done.stdout.splitlines()[-1])
+    shaped = Shaped(AutoConfig.for_model(**MEDIUM), torch.float32)
+    rehearsal = Rehearsal(shaped, HERE)
+    groups = grouped([Encoded(i, (5,) * 512, (511,)) for i in range(2)], 1024)
+    if kind == "perplexity":
+        live = rehearsal.windows("perplexity", 512, 2).live
+    else:
+        unit, roles = ("weight", ROLES) if kind == "weights" else ("neuron", ("mlp.up",))
+        live = rehearsal.attribution(Settings("lrp", unit, "predicted", "abs", "mean"), roles, groups).live
+    print(f"{kind}: predicted {(shaped.weights + live) / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert shaped.weights + live == pytest.approx(measured, rel=CLOSE)
+
+
+def test_a_configuration_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**PUBLISHED["meta-llama/Llama-2-7b-hf"], "num_attention_heads": 0}))
+    with pytest.raises(UserError) as caught:
+        plan("llama2-7b-compress", hardware="h100", config=str(path))
+    assert "\n" not in str(caught.value)
