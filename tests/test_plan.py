@@ -250,7 +250,7 @@ def test_resident_memory_of_a_larger_model_is_as_predicted(kind: str) -> None:
 
 def test_a_configuration_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**PUBLISHED["meta-llama/Llama-2-7b-hf"], "num_attention_heads": 0}))
+    path.write_text(json.dumps({**PUBLISHED["meta-llama/Llama-2-7b-hf"], "hidden_act": "nonsense"}))
     with pytest.raises(UserError) as caught:
         plan("llama2-7b-compress", hardware="h100", config=str(path))
     assert "\n" not in str(caught.value)
