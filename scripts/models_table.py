@@ -38,7 +38,7 @@ def table() -> str:
 def row(kind: str, family: Family) -> str:
     figures = [measured(name) for name, (own, _) in CONFIGS.items() if own == kind]
     gap, difference = (max(column) for column in zip(*figures, strict=True))
-    up, out = (f"`{family.roles[role]}`" for role in ("mlp.up", "attn.o"))
+    up, out = (f"`{family.listed(role)}`" for role in ("mlp.up", "attn.o"))
     return f"| `{kind}` | {family.models} | {up} | {out} | {gap:.0e} | {difference:.0e} |"
 
 

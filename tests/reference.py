@@ -4,6 +4,7 @@ A second opinion on the engine, written from the papers and sharing no code with
 z-rule (ε-rule with ε → 0) on linear maps and sums, R_{i←j} = a_i w_ji / z_j · R_j (Bach et al. 2015); identity rule on
 element-wise functions, uniform ½ rule on products, softmax by its Taylor expansion, norms as a linear map at a constant
 statistic (AttnLRP, Achtibat et al. 2024, arXiv 2402.05602); CP-LRP, where attention weights and gates are constants (Ali et al. 2022).
+What a router decides is constant: a token's output is a weighted sum over its experts, which the z-rule shares out.
 """
 
 import math
@@ -145,10 +146,59 @@ def _rotate_back(matrix: Tensor, x: Tensor, relevance: Tensor) -> Tensor:
     return (matrix[:, None] * x[:, :, None, :] * share[..., None]).sum(2)
 
 
+class GatedMlp:
+    """down(silu(gate b) · up b); `names` says what its three maps are called."""
+
+    def __init__(self, run: Propagation, names: dict[str, str]) -> None:
+        self.run, self.gate, self.up, self.down = run, names["gate"], names["up"], names["down"]
+
+    def product(self, b: Tensor) -> Tensor:
+        gate = self.run.linear(self.gate, b)
+        return gate * torch.sigmoid(gate) * self.run.linear(self.up, b)
+
+    def forward(self, b: Tensor) -> Tensor:
+        return self.run.linear(self.down, self.product(b))
+
+    def back(self, b: Tensor, relevance: Tensor) -> Tensor:
+        r_product = self.run.linear_back(self.down, self.product(b), relevance)
+        r_gate, r_up = (torch.zeros_like(r_product), r_product) if self.run.cp else (r_product / 2, r_product / 2)
+        return self.run.linear_back(self.gate, b, r_gate) + self.run.linear_back(self.up, b, r_up)
+
+
+class Mixture:
+    """Experts in fused parameters, each a GatedMlp whose maps are called as its sites are."""
+
+    def __init__(self, run: Propagation, at: str, config: Any) -> None:
+        self.router, self.experts = run.state[f"{at}.gate.weight"], []
+        self.k, self.to_one = config.num_experts_per_tok, getattr(config, "norm_topk_prob", True)
+        for expert, fused in enumerate(run.state[f"{at}.experts.gate_up_proj"]):
+            names = {part: f"{at}.experts.gate_up_proj#{expert}.{part}" for part in ("gate", "up")} | {"down": f"{at}.experts.down_proj#{expert}"}
+            matrices = (*fused.chunk(2), run.state[f"{at}.experts.down_proj"][expert])
+            run.state.update({f"{names[part]}.weight": matrix for part, matrix in zip(("gate", "up", "down"), matrices, strict=True)})
+            self.experts.append(GatedMlp(run, names))
+
+    def weights(self, b: Tensor) -> Tensor:
+        """[T, experts], zero for all but the k likeliest. In float32, as transformers computes them."""
+        likely = (b @ self.router.T).float().softmax(-1)
+        largest, whose = (x[:, : self.k] for x in likely.sort(descending=True))
+        return torch.zeros_like(likely).scatter(1, whose, largest / largest.sum(-1, keepdim=True) if self.to_one else largest).double()
+
+    def forward(self, b: Tensor) -> Tensor:
+        weights = self.weights(b)
+        return torch.stack([weights[:, place, None] * expert.forward(b) for place, expert in enumerate(self.experts)]).sum(0)
+
+    def back(self, b: Tensor, relevance: Tensor) -> Tensor:
+        share, weights, r = per_unit(relevance, self.forward(b)), self.weights(b), torch.zeros_like(b)
+        for place, expert in enumerate(self.experts):
+            mine = weights[:, place] > 0
+            r[mine] += expert.back(b[mine], weights[mine, place, None] * expert.forward(b[mine]) * share[mine])
+        return r
+
+
 def llama(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
-    """Relevance of the largest logit at the last position of a Llama."""
+    """Relevance of the largest logit at the last position of a Llama, or of one with experts, or with norms of queries and keys."""
     run, config = Propagation(model, cp), model.config
-    tokens, width = len(ids), config.hidden_size // config.num_attention_heads
+    tokens, width = len(ids), getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotations = _rotations(tokens, width, config.rope_parameters["rope_theta"])
 
     def norm(name: str, x: Tensor) -> Tensor:  # a scale at each position and feature, so relevance passes it unchanged
@@ -157,19 +207,27 @@ def llama(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
     def heads(x: Tensor) -> Tensor:
         return x.view(tokens, -1, width)
 
+    def normed(name: str, x: Tensor) -> Tensor:  # of each head, or of all together
+        if f"{name}.weight" not in run.state:
+            return x
+        return norm(name, x) if len(run.state[f"{name}.weight"]) == width else heads(norm(name, x.flatten(1)))
+
+    def mlp_of(at: str) -> GatedMlp | Mixture:
+        if f"{at}.experts.down_proj" in run.state:
+            return Mixture(run, at, config)
+        return GatedMlp(run, {part: f"{at}.{part}_proj" for part in ("gate", "up", "down")})
+
     x = run.state["model.embed_tokens.weight"][ids]
     tape = []
     for index in range(config.num_hidden_layers):
-        at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        at, mlp = f"model.layers.{index}.self_attn", mlp_of(f"model.layers.{index}.mlp")
         a = norm(f"model.layers.{index}.input_layernorm", x)
-        q, k, v = (heads(run.linear(f"{at}.{part}_proj", a)) for part in "qkv")
+        q, k, v = (normed(f"{at}.{part}_norm", heads(run.linear(f"{at}.{part}_proj", a))) for part in "qkv")
         mixed = run.attend(_rotate(rotations, q), _rotate(rotations, k), v).flatten(1)
         o = run.linear(f"{at}.o_proj", mixed)
         b = norm(f"model.layers.{index}.post_attention_layernorm", x + o)
-        gate, up = run.linear(f"{mlp}.gate_proj", b), run.linear(f"{mlp}.up_proj", b)
-        product = gate * torch.sigmoid(gate) * up
-        down = run.linear(f"{mlp}.down_proj", product)
-        tape.append((x, a, q, k, v, mixed, o, b, product, down))
+        down = mlp.forward(b)
+        tape.append((x, a, q, k, v, mixed, o, b, mlp, down))
         x = x + o + down
     final = norm("model.norm", x)
     logits = run.linear("lm_head", final)
@@ -177,12 +235,10 @@ def llama(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
     relevance[-1, logits[-1].argmax()] = logits[-1].max()
     run.found.logit = float(logits[-1].max())
     r = run.linear_back("lm_head", final, relevance)
-    for index, (x, a, q, k, v, mixed, o, b, product, down) in reversed(list(enumerate(tape))):
-        at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+    for index, (x, a, q, k, v, mixed, o, b, mlp, down) in reversed(list(enumerate(tape))):
+        at = f"model.layers.{index}.self_attn"
         r_mid, r_down = sum_rule(x + o, down, r)
-        r_product = run.linear_back(f"{mlp}.down_proj", product, r_down)
-        r_gate, r_up = (torch.zeros_like(r_product), r_product) if cp else (r_product / 2, r_product / 2)
-        r_mid = r_mid + run.linear_back(f"{mlp}.gate_proj", b, r_gate) + run.linear_back(f"{mlp}.up_proj", b, r_up)
+        r_mid = r_mid + mlp.back(b, r_down)
         r, r_o = sum_rule(x, o, r_mid)
         r_mixed = heads(run.linear_back(f"{at}.o_proj", mixed, r_o))
         run.found.heads[f"{at}.o_proj"] = r_mixed.sum((0, 2))

@@ -24,6 +24,8 @@ from sparc3.samples import ReferenceSet, Sample
 
 SHARED = Path(__file__).parents[2] / "shared"
 MODELS = ("llama", "llama-bias", "opt")
+REFERENCED = (*MODELS, "mixtral", "qwen3-moe", "olmoe")
+"""What tests/reference.py covers."""
 METHODS = {"lrp": False, "cp-lrp": True}
 
 
@@ -51,13 +53,13 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def explicit(model: Any, ids: list[int], *, cp: bool) -> reference.Relevance:
-    return {"llama": reference.llama, "opt": reference.opt}[model.config.model_type](model, ids, cp=cp)
+    return (reference.opt if model.config.model_type == "opt" else reference.llama)(model, ids, cp=cp)
 
 
 # A second opinion -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REFERENCED)
 def test_the_reference_keeps_its_own_ledger(name: str) -> None:
     model = tiny(name)
     found = explicit(model, samples()[0], cp=True)
@@ -67,22 +69,23 @@ def test_the_reference_keeps_its_own_ledger(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REFERENCED)
 def test_every_weight_agrees_with_explicit_propagation(name: str, method: str) -> None:
     model, ids = tiny(name), samples()[0]
     found = explicit(model, ids, cp=METHODS[method])
     sites = sites_of(model, roles_of(model))
     with lrp_rules(model, cp=METHODS[method]):
         logit = model(torch.tensor([ids])).logits[0, -1].max()
-        grads = torch.autograd.grad(logit, [site.module.weight for site in sites], allow_unused=True)
+        grads = torch.autograd.grad(logit, [getattr(site.module, site.parameter) for site in sites], allow_unused=True)
     assert float(logit.detach()) == pytest.approx(found.logit, rel=1e-12)
     for site, grad in zip(sites, grads, strict=True):
-        relevance = torch.zeros_like(site.weight) if grad is None else site.weight.detach() * grad
+        mine = grad if grad is None or site.expert is None else site.of(grad[site.expert].T).T
+        relevance = torch.zeros_like(site.weight) if mine is None else site.weight.detach() * mine
         assert distance(relevance, found.weights[site.name]) < 1e-8, site.name
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REFERENCED)
 def test_every_neuron_and_head_agrees_with_explicit_propagation(name: str, method: str) -> None:
     model, ids = tiny(name), samples()
     found = [explicit(model, one, cp=METHODS[method]) for one in ids]
@@ -99,7 +102,7 @@ def test_every_neuron_and_head_agrees_with_explicit_propagation(name: str, metho
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", REFERENCED)
 def test_input_tokens_positions_and_biases_agree_with_explicit_propagation(name: str, method: str) -> None:
     model, ids = tiny(name), samples()[0]
     found, mine = explicit(model, ids, cp=METHODS[method]), ledger(model, ids, cp=METHODS[method])

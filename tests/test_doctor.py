@@ -234,6 +234,6 @@ def test_the_committed_table_lists_exactly_the_rows_of_the_code() -> None:
     assert [row[0] for row in rows] == sorted(FAMILIES)
     for kind, models, up, out, gap, difference in rows:
         assert models == FAMILIES[kind].models != ""
-        assert (up, out) == (FAMILIES[kind].roles["mlp.up"], FAMILIES[kind].roles["attn.o"])
+        assert (up, out) == (FAMILIES[kind].listed("mlp.up"), FAMILIES[kind].listed("attn.o"))
         assert float(gap) <= (1e-8 if kind == "bloom" else 1e-12)
         assert float(difference) <= 1e-6

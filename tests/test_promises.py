@@ -12,7 +12,7 @@ import sparc3
 SOURCE = Path(sparc3.__file__).parent
 LAYERS = [
     {"version", "errors", "files", "distributed", "memory", "schema", "families"},
-    {"samples", "sources", "scores", "circuit", "results", "hub", "models", "demo", "ioi"},
+    {"samples", "sources", "scores", "circuit", "results", "experts", "sites", "hub", "models", "demo", "ioi"},
     {"batches", "logits", "circuits", "ranking"},
     {"attribution", "selection", "ablation", "damping", "cards", "evaluation", "report"},
     {"jobs", "compression", "doctor", "model_card"},

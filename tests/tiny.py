@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparc3.families import FAMILIES
+
 torch.set_num_threads(1)  # on matrices this small, threads wait for each other far longer than they work
 
 COMMON: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
 SWIGLU: dict[str, Any] = {**COMMON, "intermediate_size": 24, "num_key_value_heads": 2}
+EXPERTS: dict[str, Any] = {**SWIGLU, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 ROPE_3: dict[str, Any] = {
     **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 8,
@@ -55,6 +58,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SWIGLU, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
     ),
     "gemma3": ("gemma3_text", {**SWIGLU, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}),
+    "mixtral": ("mixtral", {**SWIGLU, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 1}),
+    "qwen2-moe-mixed": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "qwen3-moe": ("qwen3_moe", {**EXPERTS, "head_dim": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {**SWIGLU, "num_experts": 5, "num_experts_per_tok": 2}),
+    "flex-olmo": ("flex_olmo", {**SWIGLU, "num_experts": 5, "num_experts_per_tok": 2}),
     "phi3": ("phi3", {**SWIGLU, "sliding_window": None}),
     "phi": ("phi", {**COMMON, "intermediate_size": 24, "partial_rotary_factor": 0.5}),
     "starcoder2": ("starcoder2", {**SWIGLU, "use_bias": True}),
@@ -85,6 +94,8 @@ def tiny(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **chan
     randomise_(model, seed)
     if dtype == torch.float64:
         exact_norms_(model)
+        if FAMILIES[kind].experts:
+            model.set_experts_implementation("eager")  # transformers' default for experts knows no float64
     return model
 
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from .batches import Batch, encode, joined, make_batches
 from .circuit import Circuit
-from .models import Site, context_length, family_of, sites_of
+from .experts import by_position, tokens_of
+from .models import Site, context_length, down_sites, family_of, sites_of
 from .samples import ReferenceSet
 from .scores import Scores
+from .sites import open_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +81,7 @@ def _written(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sit
     Args:
         sign: −1 for a neuron that fires below zero.
     """
-    down = _down(model, site)
+    down = down_sites(model)[site.mlp]
     head = model.get_output_embeddings()
     if down.quantised or head is None:
         return [], []
@@ -131,10 +133,6 @@ def text_of(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
     return f" {text.lstrip()}" if spaced else text
 
 
-def _down(model: "PreTrainedModel", site: Site) -> Site:
-    return next(down for down in sites_of(model, ("mlp.down",)) if down.layer == site.layer)
-
-
 def _fired(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", units: Sequence[Unit], samples: ReferenceSet) -> list[Fired]:
     """For each unit the samples on which its activation (the input of mlp.down) was largest in size, up to and with the token it was at."""
     whole = ReferenceSet(joined(samples, tokenizer))
@@ -163,10 +161,11 @@ def _largest(model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], wher
     gathered: dict[str, Tensor] = {}
     names = dict.fromkeys(site.name for site, _ in units)
     sites = {site.name: site for site, _ in units}
-    with ExitStack() as stack, torch.no_grad():
+    downs = down_sites(model)
+    with open_experts(model), torch.no_grad(), ExitStack() as stack:
         for name in names:
             wanted = [index for site, index in units if site.name == name]
-            stack.callback(_down(model, sites[name]).module.register_forward_pre_hook(_hook(name, wanted, where, gathered)).remove)
+            stack.callback(downs[sites[name].mlp].hooked.register_forward_pre_hook(_hook(name, wanted, where, gathered)).remove)
         model.base_model(input_ids=batch.ids, use_cache=False)
     taken = dict.fromkeys(names, 0)
     found = []
@@ -180,7 +179,7 @@ def _largest(model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], wher
 
 def _hook(name: str, wanted: list[int], where: Tensor, gathered: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        a = args[0].detach().reshape(*where.shape, -1)[..., wanted].float().cpu()
+        a = by_position(args[0].detach(), tokens_of(args), where.shape)[..., wanted].float().cpu()
         gathered[name] = a.masked_fill(~where[..., None], 0)
 
     return hook

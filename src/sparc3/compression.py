@@ -14,6 +14,7 @@ from .attribution.patching import frozen
 from .batches import Batch, encode, make_batches
 from .circuit import Circuit
 from .errors import UserError
+from .experts import by_position, tokens_of
 from .models import ROLES, Site, context_length, describe, family_of, layers_of, sites_of
 from .samples import ReferenceSet, Sample
 from .scores import Scores
@@ -138,12 +139,12 @@ def _watched(sites: list[Site], batch: Batch, squares: dict[str, Tensor]) -> Ite
 
     def hook_for(site: Site) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            a = args[0].reshape(*batch.ids.shape, -1)[real]
+            a = by_position(args[0], tokens_of(args), batch.ids.shape)[real]
             squares[site.name] += a.double().square().sum(0).cpu() if a.dtype == torch.float64 else a.float().square().sum(0).cpu()
 
         return hook
 
     with ExitStack() as stack:
         for site in sites:
-            stack.callback(site.module.register_forward_pre_hook(hook_for(site)).remove)
+            stack.callback(site.hooked.register_forward_pre_hook(hook_for(site)).remove)
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import fingerprint
-from .models import Site, model_id, sites_of
+from .models import down_sites, model_id, sites_of
 from .scores import digest
 
 if TYPE_CHECKING:
@@ -64,13 +64,8 @@ def damped(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedMo
 
 def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(weight of mlp.down [out, in], its columns to scale, their factors) of each site with any."""
-    downs: dict[str, Site] = {}
-    layer: dict[int, str] = {}
-    for site in sites_of(model, ("mlp.up", "mlp.down")):
-        if site.role == "mlp.up":
-            layer[site.layer] = site.name
-        else:
-            downs[layer[site.layer]] = site
+    of_mlp = down_sites(model)
+    downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
     found = []
     for name, factors in damping.factors.items():
         if name not in downs or downs[name].inp != len(factors):

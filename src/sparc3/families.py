@@ -10,6 +10,10 @@ ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down
 """Canonical names of the prunable matrices of a decoder layer, in the order data meets them."""
 
 
+PARTS = {"mlp.gate": ("gate_up_proj", "gate"), "mlp.up": ("gate_up_proj", "up"), "mlp.down": ("down_proj", "")}
+"""Role → the parameter of a layer's experts that holds it, and which part of its rows."""
+
+
 def _key_value_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
@@ -28,6 +32,9 @@ class Family:
         roles: role → path. "attn.qkv#q" is the part q of the module attn.qkv, which holds several matrices in one.
         activation: path of the MLP's non-linearity.
         gated: path of an MLP that computes down(act(gate(x)) · up(x)); None where it is down(act(up(x))).
+        experts: path of a mixture's experts, in fused parameters (PARTS); a layer that has none has the MLP of `roles`.
+        shared: path of the MLP, gated too, that stands beside the experts for all tokens; None where there is none.
+        constants: paths of linear maps whose output is a constant to relevance: the weight of the shared MLP.
         fused: path of a module with parts → how its output rows are laid out, a key of models.LAYOUTS.
         attention: path of the attention module.
         splits: the attention's method that returns query, key and value; None where it calls transformers' attention interface.
@@ -44,6 +51,9 @@ class Family:
     roles: Mapping[str, str]
     activation: str
     gated: str | None = None
+    experts: str | None = None
+    shared: str | None = None
+    constants: tuple[str, ...] = ()
     fused: Mapping[str, str] = field(default_factory=dict)
     attention: str = "self_attn"
     splits: str | None = None
@@ -53,6 +63,13 @@ class Family:
     key_value_heads: Callable[[Any], int] = _key_value_heads
     refused: Mapping[str, str] = field(default_factory=dict)
     models: str = ""
+
+    def listed(self, role: str) -> str:
+        """Where a role is, for the documentation; E stands for the number of an expert."""
+        if self.experts is None or role not in PARTS:
+            return self.roles[role]
+        parameter, part = PARTS[role]
+        return f"{self.experts}.{parameter}#E{part and '.'}{part}"
 
 
 def _roles(q: str, k: str, v: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
@@ -70,6 +87,7 @@ _LLAMA = Family(
     "Llama", "model.layers", _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"), "mlp.act_fn", gated="mlp"
 )
 _GEMMA = replace(_LLAMA, gain_from_one=True, refused={"use_bidirectional_attention": "attention that looks ahead"})
+_EXPERTS = replace(_LLAMA, experts="mlp.experts")
 _GLM = Family(
     "Glm",
     "model.layers",
@@ -101,6 +119,13 @@ FAMILIES: dict[str, Family] = {
     "gemma": replace(_GEMMA, classes="Gemma", models="Gemma"),
     "gemma2": replace(_GEMMA, classes="Gemma2", models="Gemma 2"),
     "gemma3_text": replace(_GEMMA, classes="Gemma3", models="Gemma 3 (text only)"),
+    "mixtral": replace(_EXPERTS, classes="Mixtral", models="Mixtral 8x7B, 8x22B"),
+    "qwen2_moe": replace(
+        _EXPERTS, classes="Qwen2Moe", shared="mlp.shared_expert", constants=("mlp.shared_expert_gate",), models="Qwen 1.5 MoE, Qwen 2 57B-A14B"
+    ),
+    "qwen3_moe": replace(_EXPERTS, classes="Qwen3Moe", models="Qwen 3 30B-A3B, 235B-A22B"),
+    "olmoe": replace(_EXPERTS, classes="Olmoe", refused={"clip_qkv": "queries, keys and values that are cut off"}, models="OLMoE"),
+    "flex_olmo": replace(_EXPERTS, classes="FlexOlmo", models="FlexOlmo"),
     "phi3": Family(
         "Phi3",
         "model.layers",

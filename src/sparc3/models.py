@@ -1,169 +1,25 @@
-"""Loading a causal language model, and finding its sites."""
+"""Loading a causal language model, and saying which one it is."""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .errors import UnsupportedModel, UserError, unknown
 from .families import ROLES as ROLES
-from .families import Family, require_family
+from .families import require_family
 from .hub import hub_errors, looks_local, require_hub
+from .sites import DTYPES as DTYPES
+from .sites import Site as Site
+from .sites import down_sites as down_sites
+from .sites import family_of as family_of
+from .sites import layers_of as layers_of
+from .sites import sites_of as sites_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Rows = slice | torch.Tensor | None
-"""Which output rows of a module belong to a site; None for all of them."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One prunable matrix of a model.
-
-    Attributes:
-        name: the key in Scores and Circuits: the module's path ("model.layers.0.mlp.up_proj"), with "#up" after it where the
-            module holds several matrices in one.
-        role: canonical role ("mlp.up").
-        layer: index of the decoder layer.
-        module: the linear module; its weight is [out, in], or [in, out] where `transposed`.
-        out, inp: numbers of output and input features of the site.
-        heads: number of attention heads that read or write it (query heads for attn.q and attn.o).
-        transposed: whether the weight is stored [in, out], as GPT-2's Conv1D does.
-        rows: the site's share of the module's output features.
-    """
-
-    name: str
-    role: str
-    layer: int
-    module: nn.Module
-    out: int
-    inp: int
-    heads: int
-    transposed: bool = False
-    rows: Rows = None
-
-    @property
-    def stored(self) -> torch.Tensor:
-        """The module's whole weight as a [module's out, in] view."""
-        weight = self.module.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.T if self.transposed else weight
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The site's weight [out, in]: a view, or a copy where its rows are scattered in the module. Raises UserError where it is quantised."""
-        self.require_values()
-        return self.stored if self.rows is None else self.stored[self._on(self.stored)]
-
-    @property
-    def quantised(self) -> bool:
-        """Whether the module holds its weight in some other form than a matrix of floating-point numbers."""
-        weight: object = getattr(self.module, "weight", None)
-        return not isinstance(weight, torch.Tensor) or type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in DTYPES.values()
-
-    def require_values(self) -> None:
-        """Raise UserError where the weight's values cannot be had."""
-        if self.quantised:
-            weight = getattr(self.module, "weight", None)
-            kind = type(weight).__name__ if weight is not None else type(self.module).__name__
-            raise UserError(
-                f"{self.name} holds its weight quantised ({kind}), and its values are needed; use neuron signed, unit head or method activation, "
-                "which need none, or load the model unquantised"
-            )
-
-    def of(self, output: torch.Tensor) -> torch.Tensor:
-        """The site's features [..., out] of an output of the module [..., module's out]."""
-        return output if self.rows is None else output[..., self._on(output)]
-
-    def stored_rows(self, units: torch.Tensor) -> torch.Tensor:
-        """Which rows of `stored` hold these output features of the site."""
-        return units if self.rows is None else torch.arange(self.stored.shape[0], device=units.device)[self._on(units)][units]
-
-    def _on(self, tensor: torch.Tensor) -> slice | torch.Tensor:
-        assert self.rows is not None
-        return self.rows.to(tensor.device) if isinstance(self.rows, torch.Tensor) else self.rows
-
-
-def _gate_up(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
-    return {"gate": slice(0, out // 2), "up": slice(out // 2, out)}
-
-
-def _qkv(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
-    width = out // (heads + 2 * key_value_heads)
-    ends = (heads * width, (heads + key_value_heads) * width, out)
-    return {"q": slice(0, ends[0]), "k": slice(ends[0], ends[1]), "v": slice(ends[1], ends[2])}
-
-
-def _qkv_by_head(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
-    """For each key head: the queries that share it, the key, the value."""
-    width = out // (heads + 2 * key_value_heads)
-    rows = torch.arange(out).view(key_value_heads, heads // key_value_heads + 2, width)
-    return {"q": rows[:, :-2].reshape(-1), "k": rows[:, -2].reshape(-1), "v": rows[:, -1].reshape(-1)}
-
-
-LAYOUTS: dict[str, Callable[[int, int, int], dict[str, Rows]]] = {"gate, up": _gate_up, "q, k, v": _qkv, "q, k, v by head": _qkv_by_head}
-"""Layout of a module that holds several matrices: (out, heads, key and value heads) → part → its rows."""
-
-
-def family_of(model: "PreTrainedModel") -> Family:
-    """The model's row of the table. Raises UnsupportedModel where there is none."""
-    return require_family(model.config, type(model).__name__)
-
-
-def layers_of(model: "PreTrainedModel") -> Iterable[nn.Module]:
-    layers = model.get_submodule(family_of(model).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
-    """The sites of the given roles, in the order of the layers, then of ROLES.
-
-    Raises:
-        UserError: an unknown role, or one that this architecture does not have.
-        UnsupportedModel: the architecture, or a module at a site, is not one the rules know.
-    """
-    family = family_of(model)
-    wanted = set(roles)
-    for role in wanted:
-        if role not in ROLES:
-            raise unknown("site", role, ROLES)
-        if role not in family.roles:
-            raise UserError(
-                f"{model.config.model_type} has no site '{role}' (its MLP has no gate); it has: {', '.join(sorted(family.roles))}"
-            )
-    if not wanted:
-        raise UserError("no site given; name at least one, such as mlp.up")
-    ordered = [role for role in ROLES if role in wanted]
-    return [_site(model, family, index, layer, role) for index, layer in enumerate(layers_of(model)) for role in ordered]
-
-
-def _site(model: "PreTrainedModel", family: Family, index: int, layer: nn.Module, role: str) -> Site:
-    heads, key_value_heads = model.config.num_attention_heads, family.key_value_heads(model.config)
-    name = f"{family.layers}.{index}.{family.roles[role]}"
-    path, _, part = family.roles[role].partition("#")
-    module = layer.get_submodule(path)
-    out, inp, transposed = _linear_shape(module, name)
-    rows = LAYOUTS[family.fused[path]](out, heads, key_value_heads)[part] if part else None
-    if rows is not None:
-        out = len(range(out)[rows]) if isinstance(rows, slice) else len(rows)
-    return Site(name, role, index, module, out, inp, key_value_heads if role in ("attn.k", "attn.v") else heads, transposed, rows)
-
-
-def _linear_shape(module: nn.Module, name: str) -> tuple[int, int, bool]:
-    if type(module).__name__ == "Conv1D":
-        inp, out = cast(torch.Tensor, module.weight).shape
-        return out, inp, True
-    if hasattr(module, "out_features") and hasattr(module, "in_features"):
-        return int(module.out_features), int(module.in_features), False  # type: ignore[arg-type]
-    raise UnsupportedModel(f"{name} is a {type(module).__name__}, not a linear map that sparc3 knows")
-
 
 def load_model(
     name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
@@ -189,6 +45,8 @@ def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", d
     name, config, wanted, target = _checked(name_or_path, dtype, device)
     with hub_errors(name):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted, trust_remote_code=False)
+    if family_of(model).experts and model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
     # A quantised model may refuse to be moved, even to where it is.
     return (model if model.device == target else model.to(target)).eval()
 
@@ -259,8 +117,6 @@ def _device(device: str) -> torch.device:
 
 DEMO = str(Path(__file__).parent / "demo" / "sparc3-demo")
 """The embedded model, an ordinary checkpoint in the package."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype | str:

@@ -1,6 +1,6 @@
 """Methods that only look at activations: `wanda` and `activation`. One forward each, no gradient, no logits."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch
-from ..models import Site, family_of
+from ..experts import by_position, tokens_of
+from ..models import Site, down_sites
 from .patching import frozen
 from .sums import Settings, Sums
 
@@ -18,25 +19,25 @@ if TYPE_CHECKING:
 
 def wanda(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
     """Σ_t a_tj² at each site's input: a running sum of squares, never a concatenation of activations (Sun et al. 2024)."""
-    return _measured(model, batches, [(site.name, site.module) for site in sites], lambda a: a.square(), sums)
+    return _measured(model, batches, {site.name: site for site in sites}, torch.square, sums)
 
 
 def activation(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
     """Σ_t |h_ti| of each neuron after its non-linearity (and gate): the input of the layer's mlp.down."""
-    family = family_of(model)
-    downs = [(site.name, model.get_submodule(f"{family.layers}.{site.layer}.{family.roles['mlp.down']}")) for site in sites]
-    return _measured(model, batches, downs, torch.abs, sums)
+    downs = down_sites(model)
+    return _measured(model, batches, {site.name: downs[site.mlp] for site in sites}, torch.abs, sums)
 
 
 def _measured(
-    model: "PreTrainedModel", batches: Iterable[Batch], modules: list[tuple[str, nn.Module]], measure: Callable[[Tensor], Tensor], sums: Sums
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: Mapping[str, Site], measure: Callable[[Tensor], Tensor], sums: Sums
 ) -> Iterator[Batch]:
     with frozen(model), torch.no_grad():
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             with ExitStack() as stack:
-                for name, module in modules:
-                    stack.callback(module.register_forward_pre_hook(_input_hook(name, batch, measure, sums.settings.skip_positions, gathered)).remove)
+                for name, site in sites.items():
+                    hook = _input_hook(name, batch, measure, sums.settings.skip_positions, gathered)
+                    stack.callback(site.hooked.register_forward_pre_hook(hook).remove)
                 model.base_model(input_ids=batch.ids, use_cache=False)
             sums.add(batch, gathered)
             yield batch
@@ -49,7 +50,7 @@ def _input_hook(
     summed[:, :skip] = False
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        a = args[0].detach().reshape(*batch.ids.shape, -1)
+        a = by_position(args[0].detach(), tokens_of(args), batch.ids.shape)
         wide = a if a.dtype == torch.float64 else a.float()
         gathered[name] = measure(wide).masked_fill_(~summed.to(a.device)[..., None], 0).sum(1)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..batches import Batch, encode, joined, make_batches
+from ..experts import by_position, tokens_of
 from ..models import Site, context_length, describe, sites_of
 from ..samples import ReferenceSet
 from ..scores import Scores
@@ -34,7 +35,8 @@ def expertise(
 ) -> Scores:
     """AUROC of each mlp.up neuron, as a classifier of undesired against benign samples; 0.5 is chance.
 
-    A neuron's activation on a sample is the largest output of its row of mlp.up over the sample's tokens, its completion included.
+    A neuron's activation on a sample is the largest output of its row of mlp.up over the sample's tokens, its completion included; an expert's
+    neuron has 0 at tokens that are not sent to it.
 
     Returns:
         Scores in [0, 1], one [out] tensor an mlp.up.
@@ -88,7 +90,7 @@ def _largest(model: "PreTrainedModel", samples: ReferenceSet, sites: list[Site],
             gathered: dict[str, Tensor] = {}
             with ExitStack() as stack:
                 for site in sites:
-                    stack.callback(site.module.register_forward_hook(_hook(site, batch, gathered)).remove)
+                    stack.callback(site.hooked.register_forward_hook(_hook(site, batch, gathered)).remove)
                 model.base_model(input_ids=batch.ids, use_cache=False)
             rows = torch.tensor([sample.index for sample in batch.samples])
             for name, largest in gathered.items():
@@ -101,7 +103,7 @@ def _hook(site: Site, batch: Batch, gathered: dict[str, Tensor]) -> Callable[[nn
     mask = batch.mask()
 
     def hook(_: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
-        z = site.of(output.detach()).reshape(*batch.ids.shape, -1).float()
+        z = by_position(site.of(output.detach()), tokens_of(args), batch.ids.shape).float()
         gathered[site.name] = z.masked_fill(~mask.to(z.device)[..., None], -torch.inf).amax(1)
 
     return hook

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch, encode, joined, make_batches
-from ..models import context_length, sites_of
+from ..experts import by_position, tokens_of
+from ..models import context_length, down_sites, sites_of
 from ..samples import ReferenceSet
 from .patching import frozen
 
@@ -21,15 +22,14 @@ def largest_writes(model: "PreTrainedModel", samples: ReferenceSet, tokenizer: "
     vocabulary = model.get_input_embeddings().weight.shape[0]
     whole = ReferenceSet(joined(samples, tokenizer))
     encoded = encode(whole, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True)
-    sites = sites_of(model, ("mlp.up", "mlp.down"))
-    ups = {site.layer: site.name for site in sites if site.role == "mlp.up"}
-    downs = {ups[site.layer]: site for site in sites if site.role == "mlp.down"}
+    of_mlp = down_sites(model)
+    downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
     found: dict[str, Tensor] = {}
     with frozen(model), torch.no_grad():
         for batch in make_batches(encoded, 1024, model.device):
             with ExitStack() as hooks:
                 for name, down in downs.items():
-                    hooks.callback(down.module.register_forward_pre_hook(_hook(name, batch, found)).remove)
+                    hooks.callback(down.hooked.register_forward_pre_hook(_hook(name, batch, found)).remove)
                 model.base_model(input_ids=batch.ids, use_cache=False)
         return {name: found[name] * down.weight.float().norm(dim=0).cpu() for name, down in downs.items()}
 
@@ -38,7 +38,7 @@ def _hook(name: str, batch: Batch, found: dict[str, Tensor]) -> Callable[[nn.Mod
     mask = batch.mask()
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        a = args[0].detach().reshape(*batch.ids.shape, -1).float().abs()
+        a = by_position(args[0].detach(), tokens_of(args), batch.ids.shape).float().abs()
         largest = a.masked_fill(~mask.to(a.device)[..., None], 0).amax((0, 1)).cpu()
         found[name] = torch.maximum(found[name], largest) if name in found else largest
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
+from ..experts import one_by_one
 from ..families import Family
-from ..models import family_of, layers_of
+from ..sites import dense_path, experts_in, family_of, layers_of, non_linearities, open_experts, shadowed
 from . import rules
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ TRANSPARENT = {"ModuleList", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"
 
 CONTAINERS = (
     *("ForCausalLM", "LMHeadModel", "Model", "TextModel", "Decoder", "DecoderLayer", "Layer", "Block", "Attention", "SelfAttention", "MLP"),
+    *("SparseMoeBlock", "TopKRouter"),
     *("RotaryEmbedding", "LearnedPositionalEmbedding", "TextScaledWordEmbedding", "Linear", "LayerNormPerHead"),
 )
 """What a family's own classes may be called after its prefix; their forward is composed of modules and functions met elsewhere."""
@@ -58,6 +60,7 @@ def lrp_rules(model: "PreTrainedModel", *, cp: bool = False) -> Iterator[None]:
     """Inside, gradients through `model` are AttnLRP's modified gradients; CP-LRP's where `cp`. Forward values do not change.
 
     AttnLRP: attention gives ½ to V, ¼ to Q and K each, the gate of a gated MLP gets ½. CP-LRP: Q, K and the gate are constants.
+    In both, what a router decides is constant: which experts a token is sent to, and the weights of what they return.
 
     Raises:
         UnsupportedModel: a module that no rule is known for; nothing has been touched then.
@@ -66,23 +69,8 @@ def lrp_rules(model: "PreTrainedModel", *, cp: bool = False) -> Iterator[None]:
     changes = [*_forwards(model, family, cp), *_attentions(model, family, cp), *_configs(model, family, cp)]
     with ExitStack() as stack:
         for module, name, value in changes:
-            stack.enter_context(_shadowed(module, name, value))
+            stack.enter_context(shadowed(module, name, value))
         yield
-
-
-@contextmanager
-def _shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An instance attribute for a while; the earlier one, or its absence, comes back."""
-    had = name in module.__dict__
-    earlier = module.__dict__.get(name)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            module.__dict__[name] = earlier
-        else:
-            del module.__dict__[name]
 
 
 Change = tuple[nn.Module, str, Any]
@@ -92,14 +80,21 @@ Change = tuple[nn.Module, str, Any]
 def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """Which module gets which forward; refuses a module it does not know."""
     own = {family.classes + suffix for suffix in CONTAINERS}
-    gated = {id(layer.get_submodule(family.gated)) for layer in layers_of(model)} if family.gated else set()
-    inside_gated = {id(layer.get_submodule(family.activation)) for layer in layers_of(model)} if family.gated else set()
+    share = 0.0 if cp else 0.5
+    gated = {id(layer.get_submodule(path)) for layer in layers_of(model) if family.gated and (path := dense_path(layer, family, family.gated))}
+    inside_gated = {id(module) for layer in layers_of(model) for module in non_linearities(layer, family)} if family.gated else set()
+    experts = {id(found) for layer in layers_of(model) if (found := experts_in(layer, family))}
+    constants = {id(layer.get_submodule(path)) for layer in layers_of(model) if experts_in(layer, family) for path in family.constants}
     for name, module in model.named_modules():
         kind, origin = type(module).__name__, type(module).__module__
         if origin.partition(".")[0] not in ORIGINS:
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the weights first")
         if id(module) in gated:
-            yield module, "forward", _gated_mlp(module, family, share=0.0 if cp else 0.5, name=name)
+            yield module, "forward", _gated_mlp(module, family, share=share, name=name)
+        elif id(module) in experts:
+            yield module, "forward", one_by_one(module, _product(module.get_submodule("act_fn"), share, name), constant_routing=True)
+        elif id(module) in constants:
+            yield module, "forward", _constant(module.forward)
         elif kind == family.classes + "RMSNorm":
             yield module, "forward", partial(rules.rms_norm, norm=module.forward, gain=_gain(module, family), eps=_eps(module))
         elif kind in ("LayerNorm", family.classes + "LayerNorm"):
@@ -142,16 +137,26 @@ def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Ca
     inside = {part: family.roles[f"mlp.{part}"].removeprefix(f"{family.gated}.").partition("#") for part in ("gate", "up", "down")}
     gate, up, down = (module.get_submodule(path) for path, _, _ in inside.values())
     activation = module.get_submodule(family.activation.removeprefix(f"{family.gated}."))
-    factor, function = _factor(activation), activation.forward
-    if factor is None:
-        kind = type(activation).__name__
-        raise UnsupportedModel(f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x")
+    product = _product(activation, share, name)
 
     def forward(x: Tensor) -> Tensor:
         g, u = gate(x).chunk(2, dim=-1) if gate is up else (gate(x), up(x))
-        return down(rules.gated_product(g, u, function, factor, share))  # type: ignore[no-any-return]
+        return down(product(g, u))  # type: ignore[no-any-return]
 
     return forward
+
+
+def _product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """(gate, up) → activation(gate) · up, under the rules."""
+    factor = _factor(activation)
+    if factor is None:
+        kind = type(activation).__name__
+        raise UnsupportedModel(f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x")
+    return partial(rules.gated_product, function=activation.forward, factor=factor, share=share)
+
+
+def _constant(plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: plain(x).detach()
 
 
 def _attentions(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
@@ -222,15 +227,15 @@ def _registered(implementation: str, cp: bool) -> str:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient and the model is in eval mode; each gets its earlier state back."""
+def frozen(model: "PreTrainedModel") -> Iterator[None]:
+    """Inside, no parameter asks for a gradient, the model is in eval mode, and experts can be hooked (`Site.hooked`); then all is as before."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
         for parameter, _ in asked:
             parameter.requires_grad_(False)
         model.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), open_experts(model):
             yield
     finally:
         for parameter, was in asked:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch
+from ..experts import by_position, by_sample, tokens_of
 from ..logits import logits_at
 from ..models import Site
 from .patching import frozen, lrp_rules
@@ -74,11 +75,11 @@ def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict
     with ExitStack() as stack:
         for index, site in enumerate(sites):
             if settings.unit == "head":
-                hook = site.module.register_forward_pre_hook(_head_hook(site, batch, settings, gathered))
+                hook = site.hooked.register_forward_pre_hook(_head_hook(site, batch, settings, gathered))
             elif settings.unit == "weight":
-                hook = site.module.register_forward_hook(weight_hook(site, batch, sums, first=not index or sites[index - 1].layer != site.layer))
+                hook = site.hooked.register_forward_hook(weight_hook(site, batch, sums, first=not index or sites[index - 1].layer != site.layer))
             else:
-                hook = site.module.register_forward_hook(_output_hook(site, batch, settings, gathered))
+                hook = site.hooked.register_forward_hook(_output_hook(site, batch, settings, gathered))
             stack.callback(hook.remove)
         yield
 
@@ -113,7 +114,7 @@ def _output_hook(
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
         z = output if output.requires_grad else output.detach().requires_grad_()
-        kept = args[0].detach() if settings.neuron == "abs" else site.of(z.detach())
+        kept, tokens = args[0].detach() if settings.neuron == "abs" else site.of(z.detach()), tokens_of(args)
         gathered[site.name] = torch.zeros(len(batch.samples), site.out, device=z.device)  # stays where CP-LRP holds z constant
 
         def arrived(grad: Tensor | None) -> None:
@@ -121,9 +122,10 @@ def _output_hook(
                 return
             shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions
             if settings.neuron == "abs":
-                gathered[site.name] = absolute_rows(site.weight, grad.reshape(*shape, -1), kept.reshape(*shape, -1), batch.lengths, skip)
+                g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
+                gathered[site.name] = absolute_rows(site.weight, g, a)
             else:
-                gathered[site.name] = (_wide(grad) * _wide(kept)).reshape(*shape, -1)[:, skip:].sum(1)
+                gathered[site.name] = by_position(_wide(grad) * _wide(kept), tokens, shape)[:, skip:].sum(1)
 
         z.register_hook(arrived)
         return z.clone() if site.role == "mlp.down" else z  # Falcon adds the attention's output to it in place
@@ -136,11 +138,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def absolute_rows(weight: Tensor, grad: Tensor, a: Tensor, lengths: Iterable[int], skip: int = 0) -> Tensor:
-    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample, over t ≥ skip: [B, out] of weight [out, in], grad [B, T, out], a [B, T, in]."""
+def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -> Tensor:
+    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out] and a [T, in]."""
     sums = []
-    for sample, length in enumerate(lengths):
-        g, x = grad[sample, skip:length], a[sample, skip:length]
+    for g, x in zip(grad, a, strict=True):
         if g.dtype in (torch.float16, torch.bfloat16) and g.device.type == "cpu":
             g, x = g.float(), x.float()
         pieces = []

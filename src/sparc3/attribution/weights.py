@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch
 from ..errors import NonFinite
+from ..experts import by_sample, tokens_of
 from ..memory import give_back
 from ..models import Site
 from .sums import Sums
@@ -28,12 +29,13 @@ def weight_hook(site: Site, batch: Batch, sums: Sums, *, first: bool) -> Callabl
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
         z = output if output.requires_grad else output.detach().requires_grad_()
-        kept = [args[0].detach()]
+        kept, tokens = [args[0].detach()], tokens_of(args)
 
         def arrived(grad: Tensor | None) -> None:
             a = kept.pop()  # let go here, so that activations leave memory as totals enter it
             if grad is not None:
-                _stream(site, batch, sums, site.of(grad).reshape(*batch.ids.shape, -1), a.reshape(*batch.ids.shape, -1))
+                by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
+                _stream(site, batch, sums, by_sample(site.of(grad), *by), by_sample(a, *by))
             if first:
                 del a
                 give_back()
@@ -44,18 +46,17 @@ def weight_hook(site: Site, batch: Batch, sums: Sums, *, first: bool) -> Callabl
     return hook
 
 
-def _stream(site: Site, batch: Batch, sums: Sums, grad: Tensor, a: Tensor) -> None:
-    """Add a batch, less what was in already when an earlier try at these samples ran out of memory."""
+def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Tensor]) -> None:
+    """Add a batch, of each sample ĝ [T, out] and a [T, in], less what was in already when an earlier try at these samples ran out of memory."""
     fresh = [row for row, sample in enumerate(batch.samples) if (sample.index, site.name) not in sums.streamed]
-    summed = {row: slice(sums.settings.skip_positions, batch.lengths[row]) for row in fresh}
-    pairs = [(grad[row, summed[row]], a[row, summed[row]]) for row in fresh]
+    pairs = [(grad[row], a[row]) for row in fresh]
     for row, (g, x) in zip(fresh, pairs, strict=True):
         if not (g.sum(dtype=torch.float32) + x.sum(dtype=torch.float32)).isfinite():
             raise NonFinite(
                 f"the relevance of sample {batch.samples[row].index} is not finite at {site.name}; look at that sample, leave it out, "
                 "or load the model in bfloat16 or float32"
             )
-    if grad.device.type == "cpu" and grad.dtype in (torch.float16, torch.bfloat16):
+    if grad[0].device.type == "cpu" and grad[0].dtype in (torch.float16, torch.bfloat16):
         pairs = [(g.float(), x.float()) for g, x in pairs]
     if pairs:
         add = add_absolute_ if sums.settings.reduce == "mean_abs" else add_signed_

@@ -109,7 +109,7 @@ def _sites(model: "PreTrainedModel") -> dict[str, tuple[str, int, str, str]]:
     for role in checks.roles_of(model):
         sites = sites_of(model, (role,))
         first = sites[0]
-        modules = first.name.replace(".0.", ".*.", 1)
+        modules = first.name.replace(".0.", ".*.", 1).replace("#0", "#*")
         shapes = sorted({f"{site.out} x {site.inp}" for site in sites})
         units = {"mlp.up": f"{sum(site.out for site in sites):,} neurons", "attn.o": f"{sum(site.heads for site in sites):,} heads"}
         weights = f"{sum(site.out * site.inp for site in sites):,} weights"

@@ -6,7 +6,7 @@ f(x)/x by dividing, and of the family table reads only where an MLP's non-linear
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attribution.patching import frozen
-from ..models import Site, family_of, layers_of
+from ..experts import by_position, tokens_of
+from ..sites import Site, family_of, layers_of, non_linearities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,10 +70,17 @@ def _baddbmm(added: Tensor, batch1: Tensor, batch2: Tensor, beta: float = 1, alp
     return beta * added + alpha * (_half(batch1) @ _half(batch2))
 
 
+def _routed(*args: Any, **kwargs: Any) -> Any:
+    """What a router decides is constant: the largest weights, and whose they are."""
+    values, indices = torch.topk(*args, **kwargs)
+    return values.detach(), indices
+
+
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
 _RULES: dict[Any, Callable[..., Tensor]] = {
     **{function: _product(function) for function in _PRODUCTS},
     **{function: lambda x, f=function: f(x).detach() for function in (torch.rsqrt, Tensor.rsqrt)},
+    **{torch.topk: _routed, Tensor.sigmoid: lambda x: x.detach().sigmoid()},
     **{torch.tanh: _identity(torch.tanh), F.layer_norm: _layer_norm, F.scaled_dot_product_attention: _attention, Tensor.baddbmm: _baddbmm},
 }
 
@@ -114,31 +122,30 @@ class Flow:
 
 def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[str, Flow]:
     """What passes each site on one sequence: site name → Flow. The model is left as it was."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen[module] = (args[0], output)
+        seen[module] = (args[0], output, tokens_of(args))
         return output.clone()  # a model may write into what it gets
 
     def begin(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
-    modules = list(dict.fromkeys(site.module for site in sites))
-    hooks = [module.register_forward_hook(watch) for module in modules]
-    hooks.append(model.get_input_embeddings().register_forward_hook(begin))
-    try:
-        with frozen(model), _activations_by_ratio(model), Rules():
+    with frozen(model), _activations_by_ratio(model), ExitStack() as hooks:
+        modules = {site.name: site.hooked for site in sites}
+        distinct = list(dict.fromkeys(modules.values()))
+        for module in distinct:
+            hooks.callback(module.register_forward_hook(watch).remove)
+        hooks.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
+        with Rules():
             logit = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].max()
-        of_z = torch.autograd.grad(logit, [seen[module][1] for module in modules], retain_graph=True)
-        of_a = torch.autograd.grad(logit, [seen[module][0] for module in modules])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    gradients = dict(zip(modules, zip(of_a, of_z, strict=True), strict=True))
+        of_z = torch.autograd.grad(logit, [seen[module][1] for module in distinct], retain_graph=True)
+        of_a = torch.autograd.grad(logit, [seen[module][0] for module in distinct])
+    gradients = dict(zip(distinct, zip(of_a, of_z, strict=True), strict=True))
     found = {}
     for site in sites:
-        (a, z), (to_a, to_z) = seen[site.module], gradients[site.module]
-        rows = [x.detach().reshape(len(ids), -1) for x in (a, site.of(z), to_a, site.of(to_z))]
+        (a, z, tokens), (to_a, to_z) = seen[modules[site.name]], gradients[modules[site.name]]
+        rows = [by_position(x.detach(), tokens, (1, len(ids)))[0] for x in (a, site.of(z), to_a, site.of(to_z))]
         found[site.name] = Flow(*rows)
     return found
 
@@ -146,8 +153,8 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
 @contextmanager
 def _activations_by_ratio(model: "PreTrainedModel") -> Iterator[None]:
     """The MLPs' non-linearities under the identity rule, whatever function they are."""
-    activation = family_of(model).activation
-    modules = list(dict.fromkeys(layer.get_submodule(activation) for layer in layers_of(model)))
+    family = family_of(model)
+    modules = list(dict.fromkeys(module for layer in layers_of(model) for module in non_linearities(layer, family)))
     earlier = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.forward = _identity(module.forward)

@@ -105,7 +105,10 @@ def _randomise_(model: nn.Module) -> None:
             parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
 
 
-WIDTHS = ("hidden_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "word_embed_proj_dim")
+WIDTHS = (
+    *("hidden_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "word_embed_proj_dim"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+)
 
 
 def shrunk(config: Any) -> tuple[Any, list[str]]:
@@ -139,6 +142,10 @@ def shrunk(config: Any) -> tuple[Any, list[str]]:
         for name, count in kept.items():
             put(name, count)
         cuts.append(f"{kept['num_attention_heads']} of {heads} heads and their share of the width")
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
+    if experts > (fewer := 2 * getattr(config, "num_experts_per_tok", experts)):
+        put("num_local_experts" if hasattr(config, "num_local_experts") else "num_experts", fewer)
+        cuts.append(f"{fewer} of {experts} experts")
     settings.pop("quantization_config", None)
     return type(config).from_dict(settings), cuts
 

@@ -37,8 +37,7 @@ def _card(row: dict[str, Any], run: RunFolder, mask: Mask, toxic: bool) -> Card:
         written = str(text)[:60].replace(" ", "␣", 1) if str(text).startswith(" ") else str(text)[:60]
         return mask.write(written, mask.of_token(written.replace("␣", " "), toxic))
 
-    layer = row.get("layer")
-    where = f"layer {layer}" if layer is not None else place(str(row["module"]))
+    where = place(str(row["module"]), several=row.get("layer") is None)
     return Card(
         f"{where.capitalize()}, {run.unit} {int(row['index']):,}",
         _relevances(row),

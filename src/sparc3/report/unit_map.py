@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LENGTH, BINS, SHADES = 1000.0, 125, 5
 MARKED_APART = 600
 """Up to so many removed units, each has a tip of its own."""
+MOST = 600
+"""Up to so many modules, each has a strip, whether it lost a unit or not."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Strip:
 
 @dataclass(frozen=True)
 class UnitMap:
-    """The strips of all modules, and how the scores of the removed units compare with the rest (None without scores)."""
+    """The strips of all modules, or of those that lost a unit where there are more than MOST; how many were left out; and how the scores
+    of the removed units compare with the rest (None without scores)."""
 
     strips: list[Strip]
     histogram: Figure | None
     tips: dict[str, dict[str, object]]
     shaded: bool
     verb: str
+    left_out: int = 0
 
     @property
     def most(self) -> int:
@@ -58,27 +62,28 @@ def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
     tips: dict[str, dict[str, object]] = {}
     deepest = max((float(values.max(initial=0.0)) for values in scores.values()), default=0.0)
     strips = []
-    for name, size in run.sizes.items():
+    several = len({place(name).rpartition(" ")[2] for name in run.sizes}) > 1
+    lost = run.circuit.counts
+    drawn = [name for name in run.sizes if len(run.sizes) <= MOST or lost.get(name)]
+    for name, size in ((name, run.sizes[name]) for name in drawn):
         chosen = list(run.circuit.members.get(name, ()))
         shade = _shade(scores[name], deepest) if name in scores else Markup("")
         marks, its_tips = _marks(run, name, size, chosen, scores.get(name))
         tips |= its_tips
         label = f"{place(name)}: {len(chosen):,} of {size:,} {verb}" + (f" ({_first(chosen)})" if chosen else "")
         strip = drawing(LENGTH, 10, label, shade, marks, preserveAspectRatio="none", class_="strip")
-        strips.append(Strip(place(name, several=_kinds(run) > 1), len(chosen), size, strip))
-    return UnitMap(strips, _histogram(run, scores), tips, bool(scores), verb)
+        strips.append(Strip(place(name, several=several), len(chosen), size, strip))
+    return UnitMap(strips, _histogram(run, scores), tips, bool(scores), verb, len(run.sizes) - len(drawn))
 
 
 def place(module: str, several: bool = True) -> str:
-    """"layer 3, up_proj" of "model.layers.3.mlp.up_proj"; without `several`, "layer 3"."""
-    found = re.search(r"\.(\d+)\.(?:.*\.)?([^.]+)$", module)
+    """"layer 3, up_proj" of "model.layers.3.mlp.up_proj"; without `several`, "layer 3". An expert is always named."""
+    path, _, part = module.partition("#")
+    found = re.search(r"\.(\d+)\.(?:.*\.)?([^.]+)$", path)
     if not found:
         return module
-    return f"layer {found[1]}, {found[2]}" if several else f"layer {found[1]}"
-
-
-def _kinds(run: RunFolder) -> int:
-    return len({name.rpartition(".")[2] for name in run.sizes})
+    expert, _, inside = part.partition(".") if part[:1].isdigit() else ("", "", part)
+    return ", ".join([f"layer {found[1]}", *([f"expert {expert}"] if expert else []), *([inside or found[2]] if several else [])])
 
 
 def _wanted(run: RunFolder) -> dict[str, "NDArray[np.float64]"]:
