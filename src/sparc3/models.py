@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import UnsupportedModel, UserError, unknown
+from .errors import UserError, unknown
 from .families import ROLES as ROLES
 from .families import require_family
 from .hub import hub_errors, looks_local, require_hub
