@@ -10,9 +10,10 @@ from tiny import samples, tiny
 from torch import Tensor
 from unchanged import fingerprint, require_same
 
-from sparc3.ablation import ablate_, ablated, export
+from sparc3.ablation import ablate_, ablated
 from sparc3.attribution import attribute
 from sparc3.attribution.patching import lrp_rules
+from sparc3.checkpoint import export
 from sparc3.circuit import Circuit
 from sparc3.compression import prune_sequentially
 from sparc3.damping import Damping, damped
