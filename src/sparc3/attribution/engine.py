@@ -19,7 +19,7 @@ from ..version import __version__
 from .methods import Method, needs_weight, require_method, settings_for
 from .resume import Keeper
 from .shards import Task, combined
-from .sums import Settings, Sums
+from .sums import Settings, Sums, all_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,31 +88,18 @@ def attribute(
         UnsupportedModel: a module without a rule.
         NonFinite: a NaN or Inf, named by sample and site.
     """
-    for kind, value, known in (
-        ("unit", unit, UNITS), ("neuron", neuron, ("abs", "signed")), ("reduce", reduce, REDUCTIONS), ("non_finite", non_finite, ("error", "skip")),
-        ("sums_dtype", sums_dtype, SUMS),
-    ):
-        if value not in known:
-            raise unknown(kind, value, known)
-    parse_target(target)
-    roles = (sites,) if isinstance(sites, str) else tuple(sites)
     asked_for = Settings(method, unit, target, neuron, reduce, 0, non_finite, sums_dtype, _device(sums_device), skip_positions)
+    _require_known(asked_for)
+    roles = (sites,) if isinstance(sites, str) else tuple(sites)
     chosen, settings = settings_for(asked_for, roles)
     where = sites_of(model, roles)
     if needs_weight(chosen, settings):
         for site in where:
             site.require_values()
-    sums = Sums(settings)
-    described = describe(model)
-    references = None
+    sums, described, references = Sums(settings), describe(model), None
     if chosen.run:
         references = ReferenceSet.of(samples)
-        # A method that looks at activations alone has no target, and asks the samples for none.
-        asked = target if chosen.targeted else "predicted"
-        encoded = encode(
-            references, tokenizer, asked, context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0], truncate=truncate
-        )
-        _require_longer(encoded, skip_positions)
+        encoded = _encoded(model, references, tokenizer, chosen, settings, truncate)
         task = _task(settings, described, model, references, encoded, where, shard)
         share = _share(encoded, task, partial)
         batches = make_batches(distributed.stride(share), token_budget(batch_tokens, model.device.type), model.device)
@@ -148,11 +135,32 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
     return _finished(chosen, sites, sums, _provenance(described, settings, roles, sums, task.samples_fingerprint))
 
 
+def _require_known(settings: Settings) -> None:
+    for kind, known in (
+        ("unit", UNITS), ("neuron", ("abs", "signed")), ("reduce", REDUCTIONS), ("non_finite", ("error", "skip")), ("sums_dtype", SUMS),
+    ):
+        if (value := getattr(settings, kind)) not in known:
+            raise unknown(kind, value, known)
+    parse_target(settings.target)
+
+
+def _encoded(
+    model: "PreTrainedModel", references: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None", method: Method, settings: Settings,
+    truncate: bool,
+) -> list[Encoded]:  # fmt: skip
+    # A method that looks at activations alone has no target, and asks the samples for none.
+    asked = settings.target if method.targeted else "predicted"
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    encoded = encode(references, tokenizer, asked, context=context_length(model), vocabulary=vocabulary, truncate=truncate)
+    _require_longer(encoded, settings.skip_positions)
+    return encoded
+
+
 def _finished(method: Method, sites: list[Site], sums: Sums, provenance: dict[str, Any]) -> Scores:
     empty = torch.zeros(0, dtype=torch.float64)
     values = {site.name: method.finish(site, sums.totals.pop(site.name, empty), sums).to("cpu", torch.float32) for site in sites}
     for name, tensor in values.items():
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise NonFinite(f"the {method.name} scores of {name} are not finite; look at that weight, or load the model in float32")
     return Scores(values, provenance)
 

@@ -14,6 +14,7 @@ from ..batches import Batch
 from ..experts import by_position, by_sample, tokens_of
 from ..logits import logits_at
 from ..models import Site
+from .packing import packed
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
 from .weights import weight_hook
@@ -47,7 +48,7 @@ def _relevance(
     with frozen(model), rules:
         for batch in batches:
             gathered: dict[str, Tensor] = {}
-            with _watched(sites, batch, settings, gathered, sums):
+            with packed(model, batch), _watched(sites, batch, settings, gathered, sums):
                 y = target_of(model, batch)
                 if y.requires_grad:  # not where CP-LRP holds constant all that the sites compute
                     y.backward()
@@ -140,14 +141,16 @@ def _wide(x: Tensor) -> Tensor:
 
 def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -> Tensor:
     """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out] and a [T, in]."""
-    sums = []
-    for g, x in zip(grad, a, strict=True):
-        if g.dtype in (torch.float16, torch.bfloat16) and g.device.type == "cpu":
-            g, x = g.float(), x.float()
-        pieces = []
-        for start in range(0, weight.shape[0], ROWS):
-            piece = g[:, start : start + ROWS].T @ x
-            piece = piece.mul_(weight[start : start + ROWS])
-            pieces.append(torch.linalg.vector_norm(piece, 1, dim=1, dtype=_wide(piece[:0]).dtype))
-        sums.append(torch.cat(pieces))
-    return torch.stack(sums)
+    pairs = [_for_product(g, x) for g, x in zip(grad, a, strict=True)]
+    sums = torch.empty(len(pairs), weight.shape[0], dtype=torch.promote_types(pairs[0][0].dtype, torch.float32), device=weight.device)
+    for start in range(0, weight.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        for sample, (g, x) in enumerate(pairs):  # all samples while these rows of W are in cache
+            piece = (g[:, rows].T @ x).mul_(weight[rows])
+            sums[sample, rows] = torch.linalg.vector_norm(piece, 1, dim=1, dtype=sums.dtype)
+    return sums
+
+
+def _for_product(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """In float32 where a CPU would compute in 16 bits."""
+    return (g.float(), a.float()) if g.device.type == "cpu" and g.dtype in (torch.float16, torch.bfloat16) else (g, a)

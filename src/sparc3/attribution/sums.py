@@ -12,6 +12,11 @@ from ..errors import NonFinite
 from ..models import Site
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: a finite sum says so in one pass, and only where it overflows is each value looked at."""
+    return bool(values.sum().isfinite() or values.isfinite().all())
+
+
 @dataclass(frozen=True)
 class Settings:
     """What was asked of a method; see `attribute`."""

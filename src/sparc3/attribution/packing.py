@@ -1,0 +1,102 @@
+"""Linear maps at the positions that count, and at no other.
+
+A linear map sees each position by itself. Padding needs none, and after the attention of the last layer only target positions are read:
+relevance everywhere else is zero. So a map gets the rows that count, and zeros stand where the others were.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Batch
+from ..families import Family
+from ..sites import family_of, layers_of, shadowed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LINEAR = {"Linear", "Linear4bit", "Linear8bitLt", "Conv1D"}
+
+READ_ELSEWHERE = {"attn.k", "attn.v"}
+"""Roles whose outputs later positions read, in the last layer too."""
+
+WORTH = 0.9
+"""Rows are picked where at most this share of them counts; else the copies cost more than they save."""
+
+
+@contextmanager
+def packed(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
+    """Inside, the linear maps of the layers work on this batch's real tokens only, and behind the last attention on target positions only."""
+    real, targets = (_rows(batch, last=last) for last in (False, True))
+    layers = list(layers_of(model))
+    with ExitStack() as stack:
+        for layer in layers:
+            for module, cut in _maps(layer, family_of(model)):
+                rows = targets if cut and layer is layers[-1] else real
+                if len(rows) <= WORTH * batch.ids.numel():
+                    stack.enter_context(shadowed(module, "forward", _picking(module.forward, rows.to(batch.ids.device), batch.ids.numel())))
+        yield
+
+
+def _rows(batch: Batch, *, last: bool) -> Tensor:
+    """Places in the flattened batch [B · T] of its real tokens, or of its target positions."""
+    width = batch.ids.shape[1]
+    places = (sorted(set(sample.positions)) if last else range(len(sample.ids)) for sample in batch.samples)
+    return torch.tensor([row * width + place for row, some in enumerate(places) for place in some])
+
+
+def _maps(layer: nn.Module, family: Family) -> Iterator[tuple[nn.Module, bool]]:
+    """The linear modules of a layer's sites, and whether nothing but the position itself reads what they give."""
+    modules = dict(layer.named_modules())
+    read = {family.roles[role].partition("#")[0] for role in READ_ELSEWHERE if role in family.roles}
+    for path in dict.fromkeys(path.partition("#")[0] for path in family.roles.values()):
+        if path in modules and type(modules[path]).__name__ in LINEAR:
+            yield modules[path], path not in read
+
+
+def _picking(plain: Callable[[Tensor], Tensor], rows: Tensor, count: int) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) != count:
+            return plain(x)
+        here = rows.to(x.device)
+        made = plain(_Pick.apply(flat, here))  # type: ignore[no-untyped-call]
+        placed: Tensor = _Place.apply(made, here, count)  # type: ignore[no-untyped-call]
+        return placed.view(*x.shape[:-1], -1)
+
+    return forward
+
+
+class _Pick(torch.autograd.Function):
+    """[N, d] → its rows [n, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.count = rows, len(x)
+        return x[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _placed(grads[0], ctx.rows, ctx.count), None
+
+
+class _Place(torch.autograd.Function):
+    """Rows [n, d] → [N, d] with zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, count: int) -> Tensor:
+        ctx.rows = rows
+        return _placed(x, rows, count)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0][ctx.rows], None, None
+
+
+def _placed(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    whole = x.new_zeros(count, x.shape[-1])
+    whole[rows] = x
+    return whole
