@@ -170,7 +170,7 @@ def _exact_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
     whole = values.shape[dim] // 512 * 512
     many = values.narrow(dim, 0, whole).float().unflatten(dim, (-1, 512)).sum(dim + 1)
     rest: torch.Tensor = values.narrow(dim, whole, values.shape[dim] - whole).sum(dim, dtype=torch.int64)
-    return rest + many.sum(dim, dtype=torch.int64)
+    return rest.add_(many.sum(dim, dtype=torch.int64))
 
 
 def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
