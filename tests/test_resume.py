@@ -41,7 +41,8 @@ def equal(one: Scores, other: Scores) -> bool:
 
 
 def close(one: Scores, other: Scores) -> bool:
-    return list(one) == list(other) and all(torch.allclose(one[name], other[name], rtol=1e-6, atol=1e-9) for name in one)
+    """Within 1e-6 of each site's largest score, which is as far as float32 in batches of other shapes agrees with itself."""
+    return list(one) == list(other) and all((one[name] - other[name]).abs().max() <= 1e-6 * other[name].abs().max() for name in one)
 
 
 @pytest.fixture
