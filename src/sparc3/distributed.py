@@ -2,9 +2,13 @@
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
+
+from .errors import LostRank
 
 T = TypeVar("T")
 Made = TypeVar("Made")
@@ -39,22 +43,42 @@ def start() -> None:
         atexit.register(_leave)
 
 
-def stop() -> None:
-    """Leave the group when every rank is done: one that goes while another still talks to it takes that one down."""
-    if world() > 1:
-        import torch.distributed as dist
+def end(code: int = 0) -> None:
+    """The last line of a program under torchrun: wait for every rank where all is well, and end this process; nothing in a single process.
 
-        if dist.is_initialized():
-            dist.barrier()
-            _leave()
+    The interpreter is not taken down. A thread of gloo may still hold the last collective's tensors, asks for the interpreter's lock to
+    give them back, and finds an interpreter that is being taken down, which ends that thread in a way that aborts the process, after
+    everything is done and written. destroy_process_group does not wait for that thread.
+    """
+    if world() == 1:
+        return
+    import torch.distributed as dist
+
+    if code == 0 and dist.is_initialized():
+        with suppress(LostRank):  # whoever has gone already was done
+            wait()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave() -> None:
-    """Without this a process may end while the group's threads still run, and abort."""
+    """For programs that do not call end()."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A rank that was killed shows as a connection that broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and "onnection" not in str(error):
+            raise
+        raise LostRank(f"rank {rank()} lost another one, which ended before it was done; the same command goes on where it was") from error
 
 
 def stride(items: Sequence[T]) -> Sequence[T]:
@@ -68,8 +92,9 @@ def sum_(tensors: Iterable[Any]) -> None:
         return
     import torch.distributed as dist
 
-    for tensor in tensors:
-        dist.all_reduce(tensor)
+    with _together():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def gather(value: T) -> list[T]:
@@ -79,7 +104,8 @@ def gather(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
+    with _together():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -102,4 +128,5 @@ def wait() -> None:
     if world() > 1:
         import torch.distributed as dist
 
-        dist.barrier()
+        with _together():
+            dist.barrier()

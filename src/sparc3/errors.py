@@ -4,7 +4,8 @@
     ├── UserError               a mistake the user can mend; exit code 2. Also a ValueError
     │   ├── UnsupportedModel    an architecture or module that the rules do not know
     │   └── DamagedFile         a file that is not what it says, or was changed after it was written
-    └── NonFinite               a NaN or Inf in a relevance, named by sample and site
+    ├── NonFinite               a NaN or Inf in a relevance, named by sample and site
+    └── LostRank                another process of the same torchrun ended before its time
 """
 
 import difflib
@@ -29,6 +30,10 @@ class DamagedFile(UserError):
 
 class NonFinite(Sparc3Error, ArithmeticError):
     """A NaN or Inf where a number was needed; the message names the sample and the site."""
+
+
+class LostRank(Sparc3Error):
+    """Another process of the same torchrun ended before its time; the saved work is whole, and a rerun goes on from it."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

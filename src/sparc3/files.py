@@ -1,12 +1,15 @@
 """Whole files or none: everything written under a temporary name and renamed last, and checked when read back."""
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +18,23 @@ from .errors import DamagedFile, Sparc3Error, UserError
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the name `path`, on any failure it is removed.
+    """Yield a temporary path; on success it takes the name `path`, on any failure it is removed.
 
     Raises:
         Sparc3Error: the folder cannot be written, or the disk is full; the message names the file.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise Sparc3Error(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-    temporary = Path(name)
-    try:
+    with _beside(path) as temporary, _told(path, "the earlier file, if any, is untouched"):
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise Sparc3Error(f"cannot write {path}: {error.strerror or error}; the earlier file, if any, is untouched") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the name `path`, on any failure it is removed.
+    """Yield a temporary folder; on success it takes the name `path`, on any failure it is removed.
 
     Raises:
         UserError: `path` exists and is not an empty folder.
@@ -51,21 +43,63 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already; choose a new folder, or remove it first")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise Sparc3Error(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-    try:
+    with _beside(path) as temporary, _told(path, "nothing of it was left behind"):
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         if path.exists():
             path.rmdir()
         temporary.rename(path)
-    except OSError as error:
-        raise Sparc3Error(f"cannot write {path}: {error.strerror or error}; nothing of it was left behind") from error
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of its own beside `path`: safetensors too writes under names of its own making.
+
+    The folder is gone in the end. Of a process that was killed it stays until the next one, but not its lock.
+    """
+    with _told(path, "choose a folder that can be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, glob.escape(path.name))
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _told(path, "choose a folder that can be written"), open(folder / ".lock", "w") as lock:
+            with suppress(OSError):  # a file system without locks: what a killed process leaves stays
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder / path.name
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: str | None = None) -> None:
+    """Remove what killed processes left of writing files with such names (a glob pattern), or any in the folder and below it.
+
+    What is being written stays.
+    """
+    for left in list(folder.glob(f".{names}.????????.tmp") if names else folder.rglob(".*.????????.tmp")):
+        with suppress(OSError):
+            if not any(left.iterdir()):
+                left.rmdir()
+                continue
+            with open(left / ".lock", "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _told(path: Path, end: str) -> Iterator[None]:
+    """A failure to write inside becomes one line that names the file."""
+    try:
+        yield
+    except Sparc3Error:
+        raise
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        number = re.search(r"os error (\d+)", str(error))
+        said = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+        raise Sparc3Error(f"cannot write {path}: {said}; {end}") from error
 
 
 def _umask() -> int:

@@ -1,5 +1,6 @@
 """Partial sums, saved while they grow, so that a run that was killed goes on where it was."""
 
+import glob
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 from .. import distributed
 from ..batches import Batch, make_batch
 from ..errors import DamagedFile
+from ..files import remove_leftovers
 from .shards import Task, load_sums, read_positions, save_sums
 from .sums import Sums
 
@@ -109,6 +111,7 @@ class Keeper:
             for path in self.files():
                 if path != self.path or not self.task.shard:
                     path.unlink(missing_ok=True)
+            remove_leftovers(self.path.parent, f"{glob.escape(self.path.name)}*")
 
     def _remove_others(self) -> None:
         owned = {path for part in distributed.gather([self.own]) for path in part}

@@ -24,12 +24,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; ends the process with its exit code where that is not 0."""
+    """Run one command; ends the process with its exit code where that is not 0, and every rank of torchrun."""
     try:
         parsed = _parser().parse_args(arguments)
         speak()
         parsed.run(parsed)
-        distributed.stop()
+        distributed.end()
     except UserError as error:
         _stop(2, str(error))
     except Sparc3Error as error:
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _stop(code: int, message: str) -> NoReturn:
     print(f"sparc3: {plain(' '.join(message.split()))}", file=sys.stderr)
+    distributed.end(code)
     raise SystemExit(code)
 
 

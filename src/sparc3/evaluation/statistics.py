@@ -16,8 +16,8 @@ def measurement(observed: Observations, variant: str) -> Measurement:
     sums, weights = _measured(observed)
     ci95 = None
     if len(sums) > 1:
-        draws = _resamples(len(sums))
-        ci95 = _interval(_value(observed, draws @ sums, draws @ weights))
+        drawn, drawn_weights = _resampled(sums, weights)
+        ci95 = _interval(_value(observed, drawn, drawn_weights))
     value = float(_value(observed, sums.sum(), weights.sum())) if len(sums) else None
     return Measurement(
         observed.metric, variant, observed.split, value, ci95, len(sums), observed.failures, observed.unit, observed.direction
@@ -39,8 +39,8 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
     before, after = float(_value(one, a.sum(), wa.sum())), float(_value(other, b.sum(), wb.sum()))
     ci95 = p = None
     if both.sum() > 1:
-        draws = _resamples(int(both.sum()))
-        ci95 = _interval(_value(other, draws @ b, draws @ wb) - _value(one, draws @ a, draws @ wa))
+        da, dwa, db, dwb = _resampled(a, wa, b, wb)
+        ci95 = _interval(_value(other, db, dwb) - _value(one, da, dwa))
         p = _permutation_p(one, a, wa, b, wb, after - before)
     return Difference(one.metric, from_, to, after - before, (after - before) / before if before else None, ci95, p)
 
@@ -93,9 +93,20 @@ def _value(observed: Observations, sums: Array | float, weights: Array | float) 
     return np.exp(ratio) if observed.exponential else ratio
 
 
-def _resamples(units: int) -> Array:
-    """[DRAWS, units]: how often each unit is in each bootstrap sample. The same draws for the same number of units."""
-    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=DRAWS).astype(float)
+def _resampled(*columns: Array) -> list[Array]:
+    """[DRAWS] for each column over the units: its sum over each bootstrap sample. The same draws for the same number of units."""
+    units, random = len(columns[0]), np.random.default_rng(0)
+    pieces = []
+    for rows in _pieces(units):
+        draws = random.multinomial(units, np.full(units, 1 / units), size=rows).astype(float)
+        pieces.append([draws @ column for column in columns])
+    return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+
+def _pieces(units: int) -> list[int]:
+    """DRAWS in pieces whose [draws, units] matrix takes no more than a few megabytes, so that memory does not grow with the units."""
+    rows = max(1, min(DRAWS, 2**21 // units))
+    return [min(rows, DRAWS - start) for start in range(0, DRAWS, rows)]
 
 
 def _interval(values: Array) -> tuple[float, float]:
@@ -104,7 +115,11 @@ def _interval(values: Array) -> tuple[float, float]:
 
 
 def _permutation_p(kind: Observations, a: Array, wa: Array, b: Array, wb: Array, seen: float) -> float:
-    swap = np.random.default_rng(1).random((DRAWS, len(a))) < 0.5
-    one = _value(kind, a.sum() + swap @ (b - a), wa.sum() + swap @ (wb - wa))
-    other = _value(kind, b.sum() + swap @ (a - b), wb.sum() + swap @ (wa - wb))
-    return float((1 + (np.abs(other - one) >= abs(seen) - 1e-12).sum()) / (DRAWS + 1))
+    random = np.random.default_rng(1)
+    extreme = 0
+    for rows in _pieces(len(a)):
+        swap = random.random((rows, len(a))) < 0.5
+        one = _value(kind, a.sum() + swap @ (b - a), wa.sum() + swap @ (wb - wa))
+        other = _value(kind, b.sum() + swap @ (a - b), wb.sum() + swap @ (wa - wb))
+        extreme += int((np.abs(other - one) >= abs(seen) - 1e-12).sum())
+    return (1 + extreme) / (DRAWS + 1)

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from .. import distributed
 from ..circuit import Circuit
-from ..errors import DamagedFile, UserError
+from ..errors import DamagedFile, Sparc3Error, UserError
 from ..evaluation.observations import Evaluation
-from ..files import read_text, write_text
+from ..files import read_text, remove_leftovers, write_text
 from ..recipe import Recipe
 from ..samples import ReferenceSet
 from ..scores import Scores
@@ -41,9 +41,12 @@ def claimed(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"another run is going on in {folder}; wait for it, or choose another --out") from None
+        except OSError as error:
+            log.warning("%s keeps no locks (%s): see to it yourself that no other run works in it", folder, error.strerror)
         _require_same(folder, recipe, resume)
+        remove_leftovers(folder)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         distributed.wait()
         yield
@@ -68,7 +71,7 @@ def logged(folder: Path) -> Iterator[None]:
     if not distributed.is_main():
         yield
         return
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler = _LogFile(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     earlier = log.level
@@ -78,7 +81,21 @@ def logged(folder: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(earlier)
-        handler.close()
+
+
+class _LogFile(logging.Handler):
+    """Opens the file for each line, so that a line that cannot be written is an error of that line and of no later one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as opened:
+                opened.write(self.format(record) + "\n")
+        except OSError as error:
+            raise Sparc3Error(f"cannot write {self.path}: {error.strerror}; make room, and the same command goes on") from error
 
 
 def kept(where: Path, made_from: str, load: Callable[[Path], Noun], is_of: Callable[[Noun], object], make: Callable[[], Noun]) -> Noun:
