@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparc3 import Circuit, Results, UserError, ablated, load_recipe, run
-from sparc3.experiment.discovery import area, stability
+from sparc3.experiment.discovery import area, sparsest, stability
 from sparc3.ioi import sentences, split_of
 from sparc3.samples import ReferenceSet
 from sparc3.sources import Request, gather
@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
     "model": {"id": "demo", "dtype": "float32", "device": "cpu"},
     "references": {"task": {"source": "demo-ioi", "count": 16, "seeds": [0, 1]}},
     "attribution": {"target": "contrast", "neuron": "signed"},
-    "discover": {"methods": ["lrp", "random"], "sparsities": [0.3, 0.9]},
+    "discover": {"methods": ["lrp", "random"], "ranks": ["signed", "abs"], "sparsities": [0.3, 0.9]},
     "evaluation": {"ioi": {"source": "demo-ioi", "count": 24}},
 }
 
@@ -54,7 +54,9 @@ def test_stability_is_the_overlap_of_what_is_kept() -> None:
 
 def test_a_run_gives_curves_areas_and_stability(finished: tuple[Path, Results]) -> None:
     folder, results = finished
-    assert {m.variant for m in results} == {"original", "empty", "lrp", "random", "lrp@614", "lrp@1843", "random@614", "random@1843"}
+    # Random scores have no sign, so they are ranked once.
+    methods = ("lrp", "lrp-abs", "random")
+    assert {m.variant for m in results} == {"original", "empty", *methods, *(f"{method}@{count}" for method in methods for count in (614, 1843))}
     assert results.find("ioi.accuracy").value == 1
     full, empty, kept = (results.find("ioi.logit_difference", v).value for v in ("original", "empty", "lrp@614"))
     assert results.find("ioi.faithfulness", "lrp@614").value == pytest.approx((kept - empty) / (full - empty))
@@ -66,6 +68,23 @@ def test_a_run_gives_curves_areas_and_stability(finished: tuple[Path, Results]) 
     test = [sample.text for sample in ReferenceSet.load(folder / "samples/evaluation-ioi.jsonl")]
     assert len(references) == 32
     assert not set(references) & set(test)
+
+
+def test_the_sparsest_circuit_has_no_worse_one_below_it() -> None:
+    assert sparsest([0.3, 0.6, 0.8, 0.9], [1.0, 0.9, 0.7, 0.95], 0.9) == 0.6
+    assert sparsest([0.3, 0.6], [0.8, 1.0], 0.9) == 0
+
+
+def test_rankings_differ_and_methods_are_paired_by_seed(finished: tuple[Path, Results]) -> None:
+    folder, results = finished
+    signed, size = (json.loads((folder / f"evaluation/{name}@1843.seed0.json").read_text())["made_from"] for name in ("lrp", "lrp-abs"))
+    assert signed != size
+    assert results.find("circuit.sparsest", "lrp").n == 2
+    ahead = results.difference("circuit.sparsest", "lrp", "random")
+    assert ahead.value == pytest.approx(results.find("circuit.sparsest", "lrp").value - results.find("circuit.sparsest", "random").value)
+    page = (folder / "report.html").read_text()
+    for words in ("LRP (abs)", "less the others", "the size of the score"):
+        assert words in page
 
 
 def test_the_saved_circuit_is_what_was_kept(finished: tuple[Path, Results], demo: tuple[Any, Any]) -> None:

@@ -22,13 +22,14 @@ class Discover(Strict):
     Attributes:
         methods: whose circuits are compared; the report is about attribution.method, which is one of them.
         sparsities: shares of all units that are removed.
-        rank: units are kept by "abs", the size of their score, or by "signed", the score itself.
+        ranks: units are kept by "signed", the score itself (the paper's Eq. 1 and 2), by "abs", its size, or once by each; a method
+            without negative scores is ranked once.
         enough: the accuracy that a circuit must keep to count as the task's.
     """
 
     methods: tuple[str, ...] = Field(default=("lrp", "gradient", "wanda", "activation", "random"), min_length=1)
     sparsities: tuple[Share, ...] = Field(default=DEFAULT_SPARSITIES, min_length=1)
-    rank: Literal["abs", "signed"] = "abs"
+    ranks: tuple[Literal["signed", "abs"], ...] = Field(default=("signed",), min_length=1)
     enough: float = Field(default=0.9, gt=0, le=1)
 
     @field_validator("methods")

@@ -1,4 +1,4 @@
-"""The job `discover`: of each method and seed, keep the top units of a task, remove the rest, and see how sparse it can get.
+"""The job `discover`: of each method, ranking and seed, keep the top units of a task, remove the rest, and see how sparse it can get.
 
 Faithfulness and its areas are those of the MIB benchmark (Mueller et al. 2025): with m the mean logit difference and C_k the circuit of
 the share k of all units, f(k) = (m(C_k) − m(∅)) / (m(full) − m(∅)), CPR = ∫ f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
@@ -6,8 +6,8 @@ the share k of all units, f(k) = (m(C_k) − m(∅)) / (m(full) − m(∅)), CPR
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, takewhile
 from typing import Any
 
 from .. import distributed
@@ -17,10 +17,11 @@ from ..errors import UserError
 from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.metrics import IOISettings
 from ..evaluation.observations import Evaluation, Observations
+from ..evaluation.statistics import difference as paired
 from ..evaluation.statistics import pooled
 from ..jobs import Discover
 from ..recipe import Recipe
-from ..results import Results
+from ..results import Difference, Results
 from ..samples import ReferenceSet
 from ..scores import Scores
 from ..selection import select, share
@@ -33,7 +34,7 @@ from .work import Work
 
 log = logging.getLogger("sparc3")
 Ranked = dict[str, list[Scores]]
-"""Method → scores by which its units are kept, highest first, one a seed."""
+"""Method, with "-abs" or "-signed" for all but the first ranking → scores by which its units are kept, highest first, one a seed."""
 
 
 def settings(work: Work) -> Discover:
@@ -52,16 +53,22 @@ def require_task(recipe: Recipe) -> None:
 
 
 def ranked(work: Work) -> Ranked:
-    """Scores of every method on the reference set of every seed; `random` draws anew for each."""
-    asked = work.recipe.attribution
+    """Scores of every method on the reference set of every seed, in each ranking; `random` draws anew for each."""
+    first, *others = settings(work).ranks
     made: Ranked = {}
     for method in settings(work).methods:
-        made[method] = []
-        for number, name in enumerate(work.references):
-            target = work.recipe.references["task"].target or asked.target
-            how = How(f"random:{number}" if method == "random" else method, asked.neuron, {name: target}, 1.0, None)
-            made[method].append(_kept_first(parts_of(work, how)[name], settings(work).rank))
+        scores = _of_references(work, method)
+        made[method] = [_kept_first(one, first) for one in scores]
+        if any(float(tensor.min()) < 0 for one in scores for tensor in one.values()):
+            made |= {f"{method}-{rank}": [_kept_first(one, rank) for one in scores] for rank in others}
     return made
+
+
+def _of_references(work: Work, method: str) -> list[Scores]:
+    asked, target = work.recipe.attribution, work.recipe.references["task"].target or work.recipe.attribution.target
+    names = [f"random:{number}" if method == "random" else method for number in range(len(work.references))]
+    ways = (How(name, asked.neuron, {task: target}, 1.0, None) for name, task in zip(names, work.references, strict=True))
+    return [parts_of(work, how)[task] for how, task in zip(ways, work.references, strict=True)]
 
 
 def _kept_first(scores: Scores, rank: str) -> Scores:
@@ -81,30 +88,63 @@ def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Result
             f"the whole model's logit difference {full:.4g} is not above {nothing:.4g}, that without any of these units: they hold no circuit of "
             "this task; attribute at other sites, or choose a task that the model can do"
         )
-    found = [original, empty]
+    found, summaries = [original, empty], []
     first: dict[str, Circuit] = {}
     for method, seeds in ranked.items():
-        curves: list[list[float]] = [[] for _ in seeds]
+        curve = []
         for count in removed:
-            at, circuits = f"{method}@{count}", [select(scores, count=count) for scores in seeds]
-            draws = [evaluation(work, f"{at}.seed{seed}", one) for seed, one in enumerate(circuits)]
-            for curve, draw in zip(curves, draws, strict=True):
-                curve.append((mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing))
-            extra = [_of_seeds("ioi.faithfulness", [curve[-1] for curve in curves], "share of the logit difference", "higher")]
-            extra += [_of_all("circuit.jaccard", stability(circuits, total), "shared units / units of either")] if len(circuits) > 1 else []
-            columns = zip(*(draw.observations for draw in draws), strict=True)
-            found.append(Evaluation(at, (*(pooled(list(column)) for column in columns), *extra)))
-            first[at] = circuits[0]
+            circuits = [select(scores, count=count) for scores in seeds]
+            curve.append(_at(work, f"{method}@{count}", circuits, total, (nothing, full)))
+            first[f"{method}@{count}"] = circuits[0]
             _save(work, method, count, everything, circuits)
-        areas = [area([1 - count / total for count in removed], curve) for curve in curves]
-        found.append(Evaluation(method, (
-            _of_seeds("circuit.cpr", [cpr for cpr, _ in areas], "area under faithfulness", "higher"),
-            _of_seeds("circuit.cmd", [cmd for _, cmd in areas], "area between faithfulness and 1", "lower"),
-        )))  # fmt: skip
-        log.info("%s: CPR %.3f, CMD %.3f", method, *(sum(column) / len(areas) for column in zip(*areas, strict=True)))
+        found += [one.together for one in curve]
+        summaries.append(_summary(method, [count / total for count in removed], curve, settings(work).enough))
     sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
     shared = of_kept(first, work.recipe.attribution.method, sizes)
-    return to_results(found, {**_provenance(work, sizes, seconds), "overlaps": shared})
+    results = to_results([*found, *summaries], {**_provenance(work, sizes, seconds), "overlaps": shared})
+    return replace(results, differences=(*results.differences, *_beside(summaries, work.recipe.attribution.method)))
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One method at one sparsity: what its circuits do, seed by seed and together."""
+
+    accuracies: list[float]
+    faithfulness: list[float]
+    together: Evaluation
+
+
+def _at(work: Work, variant: str, removed: list[Circuit], total: int, ends: tuple[float, float]) -> _Point:
+    """What is left without each of these circuits, one a seed; `ends` are the logit differences of no unit and of the whole model."""
+    nothing, full = ends
+    draws = [evaluation(work, f"{variant}.seed{seed}", one) for seed, one in enumerate(removed)]
+    faithfulness = [(mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing) for draw in draws]
+    extra = [_of_seeds("ioi.faithfulness", faithfulness, "share of the logit difference", "higher")]
+    extra += [_of_all("circuit.jaccard", stability(removed, total), "shared units / units of either")] if len(removed) > 1 else []
+    columns = zip(*(draw.observations for draw in draws), strict=True)
+    together = Evaluation(variant, (*(pooled(list(column)) for column in columns), *extra))
+    return _Point([mean_of(draw, "ioi.accuracy") for draw in draws], faithfulness, together)
+
+
+def _summary(method: str, gone: list[float], curve: list[_Point], enough: float) -> Evaluation:
+    """A method's whole curve as three figures, one unit a seed; `gone` are the shares removed, ascending."""
+    accuracies = zip(*(point.accuracies for point in curve), strict=True)
+    sparse = [sparsest(gone, column, enough) for column in accuracies]
+    areas = [area([1 - removed for removed in gone], column) for column in zip(*(point.faithfulness for point in curve), strict=True)]
+    log.info("%s: keeps enough up to %.1f%%, CPR %.3f", method, 100 * sum(sparse) / len(sparse), sum(cpr for cpr, _ in areas) / len(areas))
+    return Evaluation(method, (
+        _of_seeds("circuit.sparsest", sparse, "share of units removed", "higher"),
+        _of_seeds("circuit.cpr", [cpr for cpr, _ in areas], "area under faithfulness", "higher"),
+        _of_seeds("circuit.cmd", [cmd for _, cmd in areas], "area between faithfulness and 1", "lower"),
+    ))  # fmt: skip
+
+
+def _beside(summaries: list[Evaluation], own: str) -> list[Difference]:
+    """What the report's own method is ahead of each other one, paired by seed."""
+    mine = next(one for one in summaries if one.variant == own)
+    others = [one for one in summaries if one is not mine]
+    found = [paired(o, m, other.variant, own) for other in others for o, m in zip(other.observations, mine.observations, strict=True)]
+    return [one for one in found if one is not None]
 
 
 def _removed_counts(sparsities: Sequence[float], total: int) -> list[int]:
@@ -115,6 +155,12 @@ def mean_of(evaluation: Evaluation, metric: str) -> float:
     """The mean of a metric of one unit a prompt."""
     observed = next(o for o in evaluation.observations if o.metric == metric)
     return sum(s for s in observed.sums if s is not None) / len(observed.sums)
+
+
+def sparsest(gone: Sequence[float], accuracies: Sequence[float], enough: float) -> float:
+    """The largest share removed at which, as at all smaller ones that were tried, the accuracy is `enough`; 0 where it never is."""
+    held = takewhile(lambda point: point[1] >= enough, zip(gone, accuracies, strict=True))
+    return max((removed for removed, _ in held), default=0.0)
 
 
 def area(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
@@ -161,6 +207,7 @@ def _provenance(work: Work, sizes: dict[str, int], seconds: Mapping[str, float])
         "method": work.recipe.attribution.method,
         "unit": work.recipe.attribution.unit,
         "enough": settings(work).enough,
+        "ranks": settings(work).ranks,
         "seeds": len(work.references),
         "sizes": sizes,
         **evaluated_on(work.prepared),

@@ -3,12 +3,14 @@
 from markupsafe import Markup
 
 from ..circuit import Circuit
+from ..results import Difference
 from .folder import RunFolder
-from .numbers import in_words, listed, percent, plain, value_of, with_interval
+from .numbers import MINUS, in_words, listed, percent, plain, value_of, with_interval
 from .remark import Remark
 from .variants import Point, methods, named, points, units
 
 METRIC = "ioi.accuracy"
+SPARSEST = "circuit.sparsest"
 
 
 def sparsest(run: RunFolder, method: str) -> Point | None:
@@ -47,7 +49,7 @@ def headline(run: RunFolder) -> Markup:
 
 
 def remarks(run: RunFolder) -> list[Remark]:
-    return [remark for remark in (_ahead(run), _sizes(run), _areas(run), _whole(run), _choice(run)) if remark]
+    return [remark for remark in (_ahead(run), _sizes(run), _against(run), _rankings(run), _areas(run), _whole(run), _choice(run)) if remark]
 
 
 def _ahead(run: RunFolder) -> Remark | None:
@@ -61,13 +63,40 @@ def _ahead(run: RunFolder) -> Remark | None:
 
 
 def _sizes(run: RunFolder) -> Remark:
-    """The sparsest circuit of every method."""
-    parts = []
-    for method in methods(run):
-        point = sparsest(run, method)
-        parts.append(f"{named(method)} {_share(run, point.count)}" if point else f"{named(method)} none")
-    text = Markup("<b>Largest share removed with at least {} accuracy,</b> of those tried: {}.")
+    """The sparsest circuit of every method, the mean of its reference sets."""
+    found = sorted(((m.value or 0.0, m) for m in run.results if m.metric == SPARSEST), key=lambda one: -one[0])
+    parts = [f"{named(m.variant)} {with_interval(m)}" for _, m in found]
+    text = Markup("<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for itself: {}.")
     return Remark("plain", text.format(_percent(_enough(run)), listed(parts)))
+
+
+def _against(run: RunFolder) -> Remark | None:
+    """How much further the run's own method gets than each other one, paired by reference set."""
+    found = [d for d in run.results.differences if d.metric == SPARSEST and d.to == run.method]
+    if not found:
+        return None
+    parts = [f"{named(d.from_)} {_points_of(d)}" for d in sorted(found, key=lambda d: d.value)]
+    text = Markup("<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}.")
+    return Remark("plain", text.format(named(run.method or ""), listed(parts)))
+
+
+def _points_of(d: Difference) -> str:
+    """"+3.2 [+1.0, +5.0]": a difference of shares in percentage points."""
+
+    def of(value: float) -> str:
+        return f"{100 * value:+.1f}".replace("-", MINUS)
+
+    return of(d.value) + (f" [{of(d.ci95[0])}, {of(d.ci95[1])}]" if d.ci95 else "")
+
+
+def _rankings(run: RunFolder) -> Remark | None:
+    """What the names say, where methods were ranked twice."""
+    first, *others = run.provenance.get("ranks") or ["signed"]
+    if not others:
+        return None
+    said = {"signed": "the score itself, highest first, as the paper’s Eq. 1 and 2 have it", "abs": "the size of the score"}
+    text = Markup("<b>Units are kept by</b> {}; where a name ends in ({}), by {}.")
+    return Remark("plain", text.format(said[first], others[0], said[others[0]]))
 
 
 def _areas(run: RunFolder) -> Remark | None:
@@ -91,8 +120,9 @@ def _whole(run: RunFolder) -> Remark | None:
 
 def _choice(run: RunFolder) -> Remark:
     seeds = int(run.provenance.get("seeds") or 1)
-    text = Markup("<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals are over prompts.")
-    return Remark("plain", text.format(f"each the mean of {seeds} reference sets" if seeds > 1 else "with one reference set"))
+    text = Markup("<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals of the curves are over prompts{}.")
+    several = (f"each the mean of {seeds} reference sets", ", those of the shares, CPR and CMD over reference sets")
+    return Remark("plain", text.format(*(several if seeds > 1 else ("with one reference set", ""))))
 
 
 def _enough(run: RunFolder) -> float:

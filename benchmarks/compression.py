@@ -1,0 +1,64 @@
+"""Half of every row's weights out of a small model of stories: perplexity on text it knows and on text it has never seen the like of.
+
+    OMP_NUM_THREADS=1 python benchmarks/compression.py MODEL STORIES TEXT [--fractions 0.5] [--out DIR]
+
+MODEL is a folder or hub id, STORIES a text file with <|endoftext|> between stories, TEXT any text file. The recipe is demo-compress with
+another model: calibrated on the first 128 stories, measured on the other stories and on the first 100,000 characters of TEXT. Every
+row is counted; a run whose rows are not at their sparsity fails.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sparc3 import Results, load_recipe, run
+
+CALIBRATION = 128
+CHARACTERS = 100_000
+END = "<|endoftext|>"
+
+
+def recipe(model: str, calibration: Path, text: Path, fractions: list[float]) -> dict[str, Any]:
+    content = load_recipe("demo-compress").resolved()
+    content["name"] = f"compress-on-{text.stem}"
+    content["model"]["id"] = model
+    content["references"]["general"] |= {"source": str(calibration), "count": CALIBRATION}
+    content["attribution"]["truncate"] = True
+    content["compress"]["fractions"] = fractions
+    content["evaluation"] = {"perplexity": {"source": str(text), "protocol": "blocks", "seq_len": 2048}, "sparsity": {}}
+    return content
+
+
+def perplexities(results: Results) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    return {m.variant: (m.value or 0.0, m.ci95) for m in results if m.metric == "perplexity"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("stories", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--out", type=Path, default=None, help="folder for the files and the run; a temporary one where none is given")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = args.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        stories = [story.strip() for story in args.stories.read_text(encoding="utf-8").split(END) if story.strip()]
+        texts = {"stories": f"\n{END}\n".join(stories[CALIBRATION:]), "text": args.text.read_text(encoding="utf-8")[:CHARACTERS]}
+        (out / "calibration.txt").write_text(f"\n{END}\n".join(stories[:CALIBRATION]), encoding="utf-8")
+        for name, text in texts.items():
+            (out / f"{name}.txt").write_text(text, encoding="utf-8")
+        found = {name: run(recipe(args.model, out / "calibration.txt", out / f"{name}.txt", args.fractions), out / name) for name in texts}
+    for check in (check for results in found.values() for check in results.provenance["checks"]):
+        assert check["ok"], check
+    rows = {name: perplexities(results) for name, results in found.items()}
+    print(f"\nperplexity{'':20} {'stories':>24} {'text':>26}   (every row counted)")
+    for variant in rows["stories"]:
+        told = (f"{value:9.2f} [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else f"{value:9.2f}" for value, ci in (rows[name][variant] for name in texts))
+        print(f"{variant:30} " + " ".join(f"{one:>26}" for one in told))
+
+
+if __name__ == "__main__":
+    main()
