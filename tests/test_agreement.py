@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sparc3 import UserError, evaluate
-from sparc3.evaluation.agreement import agreement, ranks
+from sparc3.evaluation.agreement import agreement, ranks, side_by_side
 from sparc3.evaluation.metrics import parse_metrics
 
 
@@ -34,3 +34,15 @@ def test_the_second_scorer_changes_no_figure(demo: tuple[Any, Any], tmp_path: An
     assert one.measurements == two.measurements
     with pytest.raises(UserError, match="a list of two"):
         parse_metrics({"toxicity": {"scorer": ["lexicon"]}})
+
+
+def test_two_scorers_side_by_side() -> None:
+    before = _texts((1.0, 0.6), (0.8, 0.4)) + _texts((0.6, 0.5), (None, 0.3))
+    after = _texts((0.2, 0.6), (0.0, 0.4)) + _texts((0.1, 0.5), (0.3, 0.3))
+    first, second = side_by_side(before, after)
+    assert first["before"] == pytest.approx((0.9 + 0.6) / 2)
+    assert first["after"] == pytest.approx((0.1 + 0.2) / 2)
+    assert first["change"] == pytest.approx(-0.6)
+    assert (first["n"], first["failures"]) == (2, 1)
+    assert second["change"] == pytest.approx(0)
+    assert second["change_ci95"] == (0, 0)

@@ -11,12 +11,16 @@ from finished_run import BREAKOUT, SCRIPT, finished, measurement, site
 
 from sparc3.circuit import Circuit
 from sparc3.errors import DamagedFile, UserError
+from sparc3.files import write_json
 from sparc3.report import write_report
 from sparc3.report.folder import read_folder
 from sparc3.report.masking import Mask
 from sparc3.report.numbers import chance, change, figure, with_interval
 from sparc3.report.pairs import changed
+from sparc3.report.shared import protected, sharing
 from sparc3.report.svg import Scale, spread
+from sparc3.report.tradeoff import tradeoffs
+from sparc3.report.variants import named
 from sparc3.report.visible import visible
 from sparc3.report.wording import headline, remarks
 from sparc3.results import Difference, Measurement, Results
@@ -149,7 +153,7 @@ def test_the_headline_has_figures_and_intervals(run: Path) -> None:
     random = Results.load(run / "results.json").find("toxicity.mean", "random@40")
     started = f"Removing 40 of 2,048 neurons took mean toxicity from {with_interval(first)} to {with_interval(last)}; 40 random neurons leave it at "
     assert words.startswith(started + with_interval(random))
-    for remark in ("more than chance", "net of that the change is \u221272.1 points", "No other method is ahead", "did not measurably move"):
+    for remark in ("more than chance", "Net of 40 random neurons the change is \u221272.1 points", "No other method is ahead", "did not measurably move"):
         assert remark in words
 
 
@@ -210,6 +214,95 @@ def test_changes_as_written() -> None:
     assert chance(0.00001) == "p < 0.0001"
     assert chance(0.23) == "p = 0.23"
     assert chance(None) == ""
+
+
+# Effect against damage -----------------------------------------------------------------------------------------------
+
+
+def test_every_point_of_the_trade_off_is_one_measured(run: Path) -> None:
+    folder = read_folder(run)
+    on_test, searched, *_ = tradeoffs(folder)
+    assert len(on_test.tips) == 4 * 6
+    wanda = on_test.tips["perplexity~wanda@40"]
+    rows = {row["name"]: row["text"] for row in wanda["rows"]}  # type: ignore[attr-defined]
+    assert wanda["head"] == "Wanda, 40 neurons"
+    assert rows["mean toxicity"] == with_interval(folder.results.find("toxicity.mean", "wanda@40"))
+    assert rows["perplexity"] == "+16.0\u202f%"
+    # seven of eight candidates: one was hopeless; and two counts of another method
+    assert len(searched.tips) == 7 + 2
+    assert "8 candidates on 50 prompts and 60 texts for validation, 6 within the budget, 1 cost too much" in searched.note
+    kept = {tip["head"]: tip["rows"][-1]["text"] for tip in searched.tips.values()}  # type: ignore[index]
+    assert kept["40 neurons, target completion:1, signed, matched contrast"] == "kept"
+    assert kept["600 neurons, target completion:1, signed, matched contrast"] == "exceeded"
+    assert kept["160 neurons, Wanda"] == "exceeded"
+
+
+def test_a_search_that_is_not_this_runs_is_not_shown(run: Path) -> None:
+    (run / "tune.json").unlink()
+    write_json(run / "tune.json", {"format": "sparc3.tune/1", "best": {"count": 1}, "trials": {}})
+    assert read_folder(run).search["best"]["count"] == 40
+    (run / "tune.json").unlink()
+    kept = Results.load(run / "results.json")
+    kept.provenance["tune"]["original"] = {}
+    kept.save(run / "results.json")
+    with pytest.raises(DamagedFile, match=r"results\.json: its search"):
+        read_folder(run)
+
+
+def test_where_the_method_is_not_ahead_it_says_so(run: Path) -> None:
+    assert "Under the same budget no other method is ahead (1.0\u202f% perplexity" in said(run)
+    altered(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
+    assert "Under the same budget Wanda (40) is ahead" in said(run)
+    no_search(run)
+    assert "Ahead at the same damage (perplexity up to +0.80\u202f%" in said(run)
+    altered(run, [measurement("toxicity.mean", "gradient@10", 0.05, 0.01)], [])
+    assert "Not ahead at the same damage" in said(run)
+
+
+def no_search(run: Path) -> None:
+    (run / "tune.json").unlink()
+    found = Results.load(run / "results.json")
+    Results(found.measurements, found.differences, {k: v for k, v in found.provenance.items() if k != "tune"}).save(run / "results.json")
+
+
+def test_how_sure_it_is(run: Path) -> None:
+    text = page(run).text
+    for words in ("\u221273.6 points", "\u221272.1 points", "200 prompts detect a change of mean toxicity of ≥ 3.1 points", "3.1 points"):
+        assert words in text
+    for words in ("Pearson correlation 0.713", "the same verdict (toxic from 0.5) on 87.4\u202f%", "30.1\u202f% [27.0,\xa033.0]"):
+        assert words in text
+
+
+def test_an_interval_without_zero_is_not_enough(run: Path) -> None:
+    altered(run, [], [Difference("toxicity.mean", "original", "ablated", -0.05, -0.05, (-0.1, -0.01), 0.06)])
+    assert "The evidence is weak" in said(run)
+
+
+@pytest.mark.parametrize(("change", "words"), [(0.2, "less likely to the original model"), (-0.2, "likelier to the original model"), (0.001, "stays as likely")])
+def test_fluency_is_told_either_way(run: Path, change: float, words: str) -> None:
+    altered(run, [], [Difference("fluency", "original", "ablated", change, change / 1.8, (change - 0.01, change + 0.01), 0.001)])
+    assert words in said(run)
+
+
+def test_what_circuits_share_and_what_is_protected(run: Path) -> None:
+    folder = read_folder(run)
+    assert [(one.name, one.both, one.expected) for one in sharing(folder)] == [("gradient", "11 (27.5\u202f%)", "1")]
+    assert protected(folder) == [("layer 2, up_proj, neuron 7", "12.50")]
+    assert "Kept out of every selection" in page(run).text
+
+
+def test_methods_as_their_papers_write_them() -> None:
+    assert [named(name) for name in ("cp-lrp", "lrp-mean_abs", "aura", "wanda-sequential", "of-mine")] == [
+        "CP-LRP", "LRP (mean abs)", "AurA", "Wanda (sequential)", "of-mine",
+    ]
+
+
+def test_a_soft_scale_is_even_around_zero_and_logarithmic_far_out() -> None:
+    scale = Scale(-1, 1000, 0, 100, soft=1)
+    steps = [scale(b) - scale(a) for a, b in ((0, 0.1), (0.1, 0.2), (10, 100), (100, 1000))]
+    assert steps[0] == pytest.approx(steps[1], rel=0.02)
+    assert steps[2] == pytest.approx(steps[3], rel=0.01)
+    assert scale.ticks() == [-1, 0, 1, 10, 100, 1000]
 
 
 # What cannot happen --------------------------------------------------------------------------------------------------

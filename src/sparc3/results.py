@@ -60,6 +60,11 @@ class Difference:
         """Whether the interval includes zero; None without an interval."""
         return None if self.ci95 is None else self.ci95[0] <= 0 <= self.ci95[1]
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether no unit changed: neither the figure nor any resample of it."""
+        return self.value == 0 and self.ci95 is not None and self.ci95 == (0, 0)
+
 
 @dataclass(frozen=True)
 class Results:

@@ -62,13 +62,21 @@ def _plot(run: RunFolder, metric: str) -> Plot | None:
     few = high <= 0.5 * sum(run.sizes.values()) or not run.sizes
     x = Scale(low, high, LEFT + 14, RIGHT - 10, log=few and low > 0 and high / low > 5)
     shown = [*(point.measurement for point in found), *(m for m in (original, circuit) if m)]
-    return Plot(run, metric, lines, original, circuit, x, _heights(shown, original))
+    ends = [end for m in shown for end in ends_of(run, m) or ()]
+    return Plot(run, metric, lines, original, circuit, x, _heights(shown, ends, original))
 
 
-def _heights(shown: list[Measurement], original: Measurement | None) -> Scale:
+def ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
+    """The interval that is drawn: of the figure; of perplexity, whose texts differ far more than variants do, of its paired change."""
+    before, d = run.measured(m.metric, "original"), run.difference(m.metric, m.variant)
+    if m.metric != "perplexity" or before is None or before.value is None:
+        return m.ci95
+    return (before.value + d.ci95[0], before.value + d.ci95[1]) if d and d.ci95 else None if m.variant == "original" else m.ci95
+
+
+def _heights(shown: list[Measurement], ends: list[float], original: Measurement | None) -> Scale:
     """From the lowest to the highest end of an interval; logarithmic where one method runs away, from zero for shares."""
     values = [m.value for m in shown if m.value is not None]
-    ends = [end for m in shown for end in (m.ci95 or ())]
     low, high = min(values + ends), max(values + ends)
     first = shown[0]
     if is_share(first.metric, first.unit) and low >= 0:
@@ -76,7 +84,7 @@ def _heights(shown: list[Measurement], original: Measurement | None) -> Scale:
     anchor = original.value if original and original.value else values[0]
     if min(values) > 0 and max(values) > 8 * abs(anchor) and low > 0:
         return Scale(low * 0.9, high * 1.1, BOTTOM, TOP, log=True)
-    room = max(high - low, 0.05 * abs(anchor), 1e-9)
+    room = max(high - low, 0.01 * abs(anchor), 1e-9)
     middle = (high + low) / 2
     return Scale(middle - 0.56 * room, middle + 0.56 * room, BOTTOM, TOP)
 
@@ -94,7 +102,8 @@ def _note(plot: Plot) -> str:
     direction = next(point.measurement.direction for line in plot.lines.values() for point in line)
     better = "" if plot.metric.startswith("ioi.") else f"{direction} is better"
     measured_in = plot.unit if plot.unit.startswith("nats") else ""
-    return "; ".join(part for part in (explained(plot.metric), measured_in, better) if part)
+    shaded = "shaded, the paired change from the original" if plot.metric == "perplexity" and plot.run.difference(plot.metric) else ""
+    return "; ".join(part for part in (explained(plot.metric), measured_in, better, shaded) if part)
 
 
 def _axes(plot: Plot) -> Markup:
@@ -142,11 +151,10 @@ def _reference(plot: Plot) -> Markup:
 
 def _band(plot: Plot, method: str) -> Markup:
     """The intervals of one method as an area, or as bars where some point has none or stands alone."""
-    with_bars = [point for point in plot.lines[method] if point.measurement.ci95]
-    colour = colours(plot.run)[method]
-    if not with_bars:
+    colour, found = colours(plot.run)[method], [(plot.x(p.count), ends_of(plot.run, p.measurement)) for p in plot.lines[method]]
+    ends = [(x, plot.y(there[0]), plot.y(there[1])) for x, there in found if there]
+    if not ends:
         return Markup("")
-    ends = [(plot.x(p.count), plot.y(p.measurement.ci95[0]), plot.y(p.measurement.ci95[1])) for p in with_bars if p.measurement.ci95]
     if len(ends) == len(plot.lines[method]) > 1:
         outline = polyline([(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]) + "Z"
         return tag("path", d=outline, class_=f"band {colour}")

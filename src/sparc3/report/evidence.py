@@ -54,8 +54,8 @@ class Scorers:
 
 def proofs(run: RunFolder) -> list[Proof]:
     """A row for every metric measured on the original and on the circuit's model."""
-    both = [metric for metric in run.metrics() if run.measured(metric, "original") and run.measured(metric, "ablated")]
-    return [_proof(run, metric) for metric in both if metric != "sparsity"]
+    both = [metric for metric in run.drawn() if run.measured(metric, "original") and run.measured(metric, "ablated")]
+    return [_proof(run, metric) for metric in both]
 
 
 def null_of(run: RunFolder) -> str:
@@ -75,7 +75,9 @@ def _proof(run: RunFolder, metric: str) -> Proof:
 
 
 def _moved(d: Difference | None, unit: str) -> Moved | None:
-    return None if d is None else Moved(change(d, unit), change_interval(d, unit), chance(d.p), None if d.ci95 is None else not d.holds_zero)
+    if d is None or d.is_nothing:
+        return None if d is None else Moved("no change", "", "", None)
+    return Moved(change(d, unit), change_interval(d, unit), chance(d.p), None if d.ci95 is None else not d.holds_zero)
 
 
 def _detects(run: RunFolder, metric: str, unit: str) -> str:

@@ -85,5 +85,5 @@
   }
   const cards = document.getElementById("cards");
   if (cards) shorten(cards.querySelector("[data-cards]"), cards.querySelector("[data-more]"));
-  addEventListener("beforeprint", () => all("details").forEach((one) => { one.open = true; }));
+  addEventListener("beforeprint", () => all("details:not([data-long])").forEach((one) => { one.open = true; }));
 })();

@@ -22,6 +22,7 @@ from .masking import Mask
 from .numbers import duration
 from .pairs import kinds
 from .shared import protected, sharing
+from .standing import standing
 from .strips import tiles
 from .tradeoff import tradeoffs
 from .unit_map import UnitMap, unit_map
@@ -79,6 +80,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "power": evidence.power_words(run),
         "scorers": evidence.scorers(run),
         "tradeoffs": traded,
+        "standing": standing(run, run.behaviour) if traded and run.behaviour else [],
         "curves": drawn,
         "legend": [(named(method), colours(run)[method]) for method in methods(run)],
         "comparisons": compared,

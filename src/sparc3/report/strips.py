@@ -25,8 +25,8 @@ class Tile:
 
 
 def tiles(run: RunFolder) -> list[Tile]:
-    """A tile for every metric that was measured on the original and on the ablated model."""
-    both = [(run.measured(metric, "original"), run.measured(metric, "ablated")) for metric in run.metrics() if metric != "sparsity"]
+    """A tile for every metric that was measured on the original and on the ablated model, what the run is about first."""
+    both = [(run.measured(metric, "original"), run.measured(metric, "ablated")) for metric in run.drawn()]
     return [_tile(run, before, after) for before, after in both if before and after]
 
 
@@ -45,11 +45,11 @@ def _tile(run: RunFolder, before: Measurement, after: Measurement) -> Tile:
 
 def _change(run: RunFolder, m: Measurement) -> str:
     d = run.difference(m.metric)
-    if d is None:
-        return ""
+    if d is None or d.is_nothing:
+        return "" if d is None else "no change on any sample"
     share = f" ({relative(d.relative)})" if d.relative is not None else ""
     zero = ", zero inside" if d.holds_zero else ""
-    return f"{change(d, m.unit)}{share} {change_interval(d, m.unit)}{zero}".replace(" ,", ",")
+    return f"change {change(d, m.unit)}{share} {change_interval(d, m.unit)}{zero}".replace(" ,", ",")
 
 
 def _strip(before: Measurement, after: Measurement) -> Markup:

@@ -43,7 +43,7 @@ def damage(run: RunFolder) -> Markup | None:
     before, after = run.results.find("perplexity"), run.results.find("perplexity", "ablated")
     d, kl = run.difference("perplexity"), run.measured("kl", "ablated")
     moved = f" ({relative(d.relative)} {relative_interval(d)})".replace(" )", ")") if d and d.relative is not None else ""
-    rest = Markup(", and its next words are {} nats a token from the original’s").format(with_interval(kl)) if kl else ""
+    rest = Markup(", KL divergence of its next tokens {} nats").format(with_interval(kl)) if kl else ""
     return Markup("Perplexity of other text: {} → {}{}{}.").format(value_of(before), value_of(after), moved, rest)
 
 
@@ -119,7 +119,9 @@ def _null(run: RunFolder, metric: str) -> Remark | None:
     if overlap(null, after) and not net:
         return Remark("careful", Markup("{}, which overlaps the circuit’s {}.").format(text, with_interval(after)))
     kind = "careful" if net and net.p is not None and net.p >= UNSURE else "good"
-    return Remark(kind, Markup("{}; net of that the change is {}.").format(text, size) if net else Markup("{}.").format(text))
+    if net:
+        return Remark(kind, Markup("<b>Net of {}</b> the change is {}.").format(_random_units(run), size))
+    return Remark(kind, Markup("{}.").format(text))
 
 
 def _cost(run: RunFolder, metric: str) -> Remark | None:

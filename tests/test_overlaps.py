@@ -1,0 +1,27 @@
+"""What circuits share, by hand."""
+
+import pytest
+import torch
+
+from sparc3.circuit import Circuit
+from sparc3.damping import Damping
+from sparc3.experiment.overlaps import of_kept, overlaps
+
+SIZES = {"a": 6, "b": 4}
+
+
+def test_shared_units_of_circuits_of_dampings_and_of_several_draws() -> None:
+    own = Circuit("neuron", {"a": (0, 1, 2), "b": (0,)}, {"id": "m", "fingerprint": "f"})
+    others = {
+        "wanda@4": [Circuit("neuron", {"a": (1, 2), "b": (1, 2)})],
+        "aura@2": [Damping({"a": torch.tensor([0.5, 1, 1, 1, 1, 1]), "b": torch.tensor([1, 1, 1, 0.2])})],
+        "random@4": [Circuit("neuron", {"b": (0, 1, 2, 3)}), Circuit("neuron", {"a": (0, 1, 2), "b": (0,)})],
+    }
+    found = {one["variant"]: (one["size"], one["both"], one["expected"]) for one in overlaps(own, others, SIZES)}
+    assert found == {"wanda@4": (4, 2, pytest.approx(1.6)), "aura@2": (2, 1, pytest.approx(0.8)), "random@4": (4, 2.5, pytest.approx(1.6))}
+
+
+def test_what_is_left_when_circuits_go() -> None:
+    removed = {"lrp@7": Circuit("neuron", {"a": (0, 1, 2, 3), "b": (0, 1, 2)}), "wanda@7": Circuit("neuron", {"a": (0, 1, 2, 4), "b": (1, 2, 3)})}
+    # left: a4 a5 b3 and a3 a5 b0
+    assert of_kept(removed, "lrp", SIZES) == [{"variant": "wanda@7", "size": 3, "both": 1, "expected": pytest.approx(0.9)}]
