@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.tiny import tiny
+from tests.tiny import CONFIGS, tiny
 
 from sparc3 import Circuit, UserError, ablate_, ablated, attribute, export, load_model, select
+from sparc3.errors import Sparc3Error
+from sparc3.families import FAMILIES
 from sparc3.models import load_weights, sites_of
+from sparc3.shrinking import furthest, shrinking
 
 IDS = torch.tensor([[1, 5, 9, 30]])
 
@@ -150,3 +153,71 @@ def test_an_export_loads_and_gives_the_ablated_logits(demo: tuple[Any, Any], tmp
     circuit.require_model(model)
 
 
+
+
+# Shrinking ------------------------------------------------------------------------------------------------------------
+
+PLAIN = sorted(name for name, (kind, _) in CONFIGS.items() if kind != "bloom" and not getattr(FAMILIES[kind], "experts", None))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_shrunk_model_has_the_logits_of_the_zeroed_one(name: str, tmp_path: Path) -> None:
+    _, tokenizer = load_model("demo")
+    source = tiny(name, dtype=torch.float32)
+    source.save_pretrained(tmp_path / "source", max_shard_size="5KB")
+    model = load_weights(tmp_path / "source")
+    ups = sites_of(model, ["mlp.up"])
+    circuit = Circuit("neuron", {site.name: (0, 3, site.out - 1 - i) for i, site in enumerate(ups)})
+    out = export(model, tokenizer, circuit, tmp_path / "out", shrink=True)
+    small = load_weights(out)
+    assert {site.out for site in sites_of(small, ["mlp.up"])} == {ups[0].out - 3}
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    with ablated(model, circuit):
+        torch.testing.assert_close(logits(small), logits(model), rtol=1e-4, atol=1e-5)
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "source", out))
+    assert {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} <= {"intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"}
+    index = "model.safetensors.index.json"
+    if (out / index).is_file():
+        old, new = (json.loads((folder / index).read_text()) for folder in (tmp_path / "source", out))
+        assert old["weight_map"] == new["weight_map"]
+        assert new["metadata"]["total_size"] == sum(t.nbytes for file in out.glob("*.safetensors") for t in load_file(file).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shrinking_from_memory_and_in_sixteen_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    _, tokenizer = load_model("demo")
+    model = tiny("llama-bias", dtype=dtype)
+    circuit = Circuit("neuron", {site.name: (2, 7) for site in sites_of(model, ["mlp.up"])})
+    small = load_weights(export(model, tokenizer, circuit, tmp_path / "out", shrink=True), dtype=str(dtype)[6:])
+    assert small.config.intermediate_size == 22
+    assert furthest(small, model) > 0.02, "a check that cannot tell these neurons from none would pass anything"
+
+
+def test_what_cannot_be_shrunk_says_why(tmp_path: Path) -> None:
+    _, tokenizer = load_model("demo")
+    model = tiny("llama", dtype=torch.float32)
+    one, two = (site.name for site in sites_of(model, ["mlp.up"]))
+    shrink = lambda model, circuit: export(model, tokenizer, circuit, tmp_path / "out", shrink=True)  # noqa: E731
+    with pytest.raises(UserError, match="takes 1 from one and 2 from another; select with --scope site"):
+        shrink(model, Circuit("neuron", {one: (0,), two: (1, 2)}))
+    with pytest.raises(UserError, match="takes 0 from one"):
+        shrink(model, Circuit("neuron", {one: (0,)}))
+    with pytest.raises(UserError, match="this circuit has heads"):
+        shrink(model, Circuit("head", {"model.layers.0.self_attn.o_proj": (0,)}))
+    with pytest.raises(UserError, match="takes 24 of 24"):
+        shrink(model, Circuit("neuron", {name: tuple(range(24)) for name in (one, two)}))
+    bloom = tiny("bloom", dtype=torch.float32)
+    with pytest.raises(UserError, match="configuration of bloom does not say"):
+        shrink(bloom, Circuit("neuron", {site.name: (0,) for site in sites_of(bloom, ["mlp.up"])}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shrunk_model_that_is_not_the_zeroed_one_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the wrong neurons taken out, the logits would say so."""
+    _, tokenizer = load_model("demo")
+    model = tiny("opt", dtype=torch.float32)
+    circuit, other = (Circuit("neuron", {site.name: (unit,) for site in sites_of(model, ["mlp.up"])}) for unit in (3, 4))
+    monkeypatch.setattr("sparc3.checkpoint.shrinking", lambda model, _: shrinking(model, other))
+    with pytest.raises(Sparc3Error, match="not those of the zeroed one"):
+        export(model, tokenizer, circuit, tmp_path / "out", shrink=True)
+    assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .experiment import run
     from .models import load_model
+    from .publishing import push
     from .recipe import load_recipe
     from .results import Results
     from .samples import ReferenceSet, Sample
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablate_": "ablation", "ablated": "ablation", "export": "checkpoint", "attribute": "attribution", "Circuit": "circuit",
     "Sparc3Error": "errors", "UserError": "errors", "evaluate": "evaluation", "run": "experiment", "load_model": "models",
-    "load_recipe": "recipe", "prune_sequentially": "compression", "Results": "results", "ReferenceSet": "samples", "Sample": "samples",
-    "Scores": "scores", "contrast": "selection", "select": "selection",
+    "load_recipe": "recipe", "prune_sequentially": "compression", "push": "publishing", "Results": "results", "ReferenceSet": "samples",
+    "Sample": "samples", "Scores": "scores", "contrast": "selection", "select": "selection",
 }  # fmt: skip
 
 __all__ = [
     "Circuit", "ReferenceSet", "Results", "Sample", "Scores", "Sparc3Error", "UserError", "__version__", "ablate_", "ablated",
-    "attribute", "contrast", "evaluate", "export", "load_model", "load_recipe", "prune_sequentially", "run", "select",
+    "attribute", "contrast", "evaluate", "export", "load_model", "load_recipe", "prune_sequentially", "push", "run", "select",
 ]  # fmt: skip
 
 

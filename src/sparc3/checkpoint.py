@@ -1,23 +1,29 @@
 """A model without a circuit as an ordinary Hugging Face checkpoint, whose files are the source's wherever nothing was removed."""
 
+import copy
 import fnmatch
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .ablation import ablated, masks
 from .circuit import NAMES, Circuit
+from .errors import Sparc3Error
 from .files import whole_folder
 from .hub import looks_local, snapshot
 from .model_card import model_card
-from .models import DTYPES, describe
+from .models import DTYPES, describe, load_weights
 from .results import Results
+from .shrinking import Shrinking, furthest, shrinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,12 +32,20 @@ ALONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 """What a checkpoint has beside its weights and its card; copied as it is."""
 OURS = (*NAMES, "results.json")
+ROUNDINGS = 16
+"""How many roundings of its dtype the logits of a shrunk model may be away, relative to their norm: sums of other lengths are rounded otherwise."""
 Stored = Mapping[str, Mapping[str, str]]
 """File of weights → key in it → name of the model's tensor."""
 
 
 def export(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", circuit: Circuit, out: str | os.PathLike[str], *, results: Results | None = None
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    circuit: Circuit,
+    out: str | os.PathLike[str],
+    *,
+    results: Results | None = None,
+    shrink: bool = False,
 ) -> Path:
     """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and a model card.
 
@@ -40,33 +54,87 @@ def export(
     that were changed in memory, or whose source holds them in another form than safetensors or under other names, are written as transformers
     writes them, in the source's dtype where that loses nothing. The folder appears whole or not at all.
 
+    Args:
+        results: measurements for the model card.
+        shrink: take the circuit's neurons out of their matrices, which needs as many in every layer, and change the MLPs' width in the
+            configuration; then load the result, and compare its logits with those of the model with the neurons at zero.
+
     Raises:
-        UserError: `out` exists and is not an empty folder; or a unit that this model does not have.
-        Sparc3Error: `out` cannot be written.
+        UserError: `out` exists and is not an empty folder; a unit that this model does not have; a circuit or model that cannot be shrunk.
+        Sparc3Error: `out` cannot be written, or the smaller model's logits are not those of the zeroed one.
     """
     removed = masks(model, circuit)
+    smaller = shrinking(model, circuit) if shrink else None
     with whole_folder(out) as temporary:
         source = source_folder(model)
         stored = stored_names(source, model) if source else None
-        if source and stored:
+        if not (source and stored):
+            _write_from_memory(model, circuit, temporary, source, smaller)
+        if source and (stored or _same_source(model, tokenizer)):
             copy_beside(source, temporary)
-            for file in [*stored, *([] if ALONE in stored else [INDEX])]:
-                shutil.copyfile(source / file, temporary / file)
-            for file, names in stored.items():
-                zero_in_file_(temporary / file, {key: removed[name] for key, name in names.items() if name in removed})
-        else:
-            with ablated(model, circuit):
-                model.save_pretrained(temporary)
-            _keep_dtype(temporary, source)
-            if source and _same_source(model, tokenizer):
-                copy_beside(source, temporary)
+        if source and stored:
+            write = partial(_shrink_shards, smaller=smaller) if smaller else partial(_zero_shards, removed=removed)
+            write(source, temporary, stored)
         if not (source and _same_source(model, tokenizer)):
             tokenizer.save_pretrained(temporary)
         circuit.save(temporary / f"circuit{circuit.suffix}")
         base = None if looks_local(model.name_or_path or ".") else model.name_or_path
-        card = model_card(circuit, results, source=describe(model), base=base, matter=front_matter(source))
+        card = model_card(circuit, results, source=describe(model), base=base, matter=front_matter(source), shrunk=str(smaller or ""))
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        if smaller:
+            _require_same_logits(model, circuit, temporary)
     return Path(out)
+
+
+def _zero_shards(source: Path, out: Path, stored: Stored, removed: Mapping[str, Tensor]) -> None:
+    for file in [*stored, *([] if ALONE in stored else [INDEX])]:
+        shutil.copyfile(source / file, out / file)
+    for file, names in stored.items():
+        zero_in_file_(out / file, {key: removed[name] for key, name in names.items() if name in removed})
+
+
+def _shrink_shards(source: Path, out: Path, stored: Stored, smaller: Shrinking) -> None:
+    size = count = 0
+    for file, names in stored.items():
+        metadata, tensors = _read(source / file)
+        tensors = {key: smaller.of(names.get(key, ""), tensor) for key, tensor in tensors.items()}
+        save_file(tensors, out / file, metadata)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        count += sum(tensor.numel() for tensor in tensors.values())
+    smaller.configure_(out / "config.json")
+    if ALONE not in stored:
+        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        counted = {key: value for key, value in {"total_parameters": count, "total_size": size}.items() if key in index.get("metadata", {})}
+        index["metadata"] = {**index.get("metadata", {}), **counted}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_from_memory(model: "PreTrainedModel", circuit: Circuit, out: Path, source: Path | None, smaller: Shrinking | None) -> None:
+    """As transformers writes it, in the source's dtype where that loses nothing."""
+    if smaller is None:
+        with ablated(model, circuit):
+            model.save_pretrained(out)
+    else:
+        config = copy.deepcopy(model.config)
+        setattr(config, smaller.key, smaller.after)
+        with torch.device("meta"):
+            other = type(model)(config)
+        other.load_state_dict({name: smaller.of(name, tensor) for name, tensor in model.state_dict().items()}, assign=True)
+        other.tie_weights()
+        other.save_pretrained(out)
+    _keep_dtype(out, source)
+
+
+def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Path) -> None:
+    """Raise Sparc3Error unless the folder's model has the logits of this one without the circuit, but for the rounding of its dtype."""
+    loaded = load_weights(folder, dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
+    with ablated(model, circuit):
+        difference = furthest(model, loaded)
+    if not difference <= (limit := ROUNDINGS * torch.finfo(model.dtype).eps):
+        raise Sparc3Error(
+            f"the smaller model's logits are not those of the zeroed one (relative difference {difference:.2g}, limit {limit:.2g}), and nothing was "
+            "written; leave out --shrink"
+        )
 
 
 def source_folder(model: "PreTrainedModel") -> Path | None:
@@ -83,8 +151,6 @@ def _same_source(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase")
 
 def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
     """What the folder's safetensors files hold of the model. None unless they hold exactly the model's values, every parameter of them."""
-    from safetensors import safe_open
-
     state, found = model.state_dict(), {}
     seen: set[int] = set()
     for file in _weight_files(folder):
@@ -136,11 +202,14 @@ def zero_in_file_(path: Path, removed: Mapping[str, Tensor]) -> None:
         elements.flush()
 
 
+def _read(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file."""
+    with safe_open(path, "pt") as opened:
+        return opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+
 def _keep_dtype(folder: Path, source: Path | None) -> None:
     """Store what transformers wrote in the source's dtype where that loses nothing: a float16 model computes in float32 on a CPU."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     if source is None or not (source / "config.json").is_file():
         return
     theirs, config = (json.loads((place / "config.json").read_text(encoding="utf-8")) for place in (source, folder))
@@ -149,8 +218,7 @@ def _keep_dtype(folder: Path, source: Path | None) -> None:
         return
     for commit in (False, True):
         for file in _weight_files(folder):
-            with safe_open(folder / file, "pt") as opened:
-                metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata, tensors = _read(folder / file)
             narrow = {key: tensor.to(DTYPES[name]) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
             if commit:
                 save_file(narrow, folder / file, metadata)

@@ -157,14 +157,17 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
         chain = _chain(error)
         name = self.name
         refused = [e.response.status_code for e in chain if isinstance(e, HfHubHTTPError) and getattr(e, "response", None) is not None]
-        if any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in chain):
+        missing = any(isinstance(e, RepositoryNotFoundError) and not isinstance(e, GatedRepoError) for e in chain)
+        if not missing and any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in chain):
             raise UserError(
                 f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN to a token that may read it"
             ) from None
-        if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+        if missing:
             raise UserError(f"no {self.kind} '{name}' on the hub, or no right to see it; check the name, or log in with `hf auth login`") from None
         if {401, 403} & set(refused) or any(isinstance(e, LocalTokenNotFoundError) for e in chain):
             raise UserError(f"the hub gives no right to '{name}'; log in with `hf auth login`, or set HF_TOKEN to a token that has it") from None
+        if refused and refused[0] < 500:
+            raise UserError(f"the hub does not take that for '{name}' (it answers {refused[0]}): {str(error).strip().splitlines()[-1]}") from None
         if any(isinstance(e, (LocalEntryNotFoundError, HTTPError)) for e in chain):
             raise UserError(f"cannot reach the hub for '{name}'; {self.remedy}") from None
         if any("trust_remote_code" in str(e) for e in chain):

@@ -28,10 +28,19 @@ def add_to(add: Add) -> None:
 
     ablate = add("ablate", _ablate, "write the model without a circuit as an ordinary Hugging Face checkpoint")
     model_arguments(ablate)
-    ablate.add_argument("--circuit", required=True, help="circuit.json")
+    ablate.add_argument("--circuit", required=True, help="circuit.json, a folder that holds one, or USER/REPO on the hub")
     ablate.add_argument("--results", help="results.json to put into the model card")
     ablate.add_argument("--out", required=True, help="a new folder")
+    ablate.add_argument("--shrink", action="store_true", help="take neurons out of their matrices; needs as many in every layer")
     ablate.add_argument("--force", action="store_true", help="apply a circuit that was made on other weights")
+
+    push = add("push", _push, "put a circuit, or a folder that ablate wrote, onto the hub")
+    push.add_argument("path", metavar="PATH", help="circuit.json, or the folder of a checkpoint")
+    push.add_argument("repo", metavar="USER/REPO", help="made, private, where it is not there yet; the token is that of hf auth login, or HF_TOKEN")
+    push.add_argument("--public", action="store_true", help="make the repository public, or push to one that is")
+    push.add_argument("--base", metavar="ID", help="hub id of the circuit's model, for its card")
+    push.add_argument("--results", help="results.json to put into a circuit's card")
+    push.add_argument("--message", help="of the commit")
 
 
 def _select(args: argparse.Namespace) -> None:
@@ -83,7 +92,17 @@ def _ablate(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     if not args.force:
         circuit.require_model(model)
-    print(f"{export(model, tokenizer, circuit, args.out, results=results)}: the model without {len(circuit)} {circuit.unit}s")
+    out = export(model, tokenizer, circuit, args.out, results=results, shrink=args.shrink)
+    print(f"{out}: the model without {len(circuit)} {circuit.unit}s")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from ..publishing import push
+    from ..results import Results
+
+    results = Results.load(args.results) if args.results else None
+    address = push(args.path, args.repo, public=args.public, base=args.base, results=results, message=args.message)
+    print(f"{address} ({'public' if args.public else 'private'})")
 
 
 def _times(ratio: float | None) -> str:
