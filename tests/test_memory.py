@@ -1,12 +1,23 @@
 """What is not computed, what is computed twice to save memory, and what happens when memory runs out all the same."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tiny import samples, tiny
+import torch
+from tiny import Words, samples, tiny
 from unchanged import fingerprint, require_same
 
-from sparc3.attribution import attribute
+from sparc3.attribution import attribute, relevance
+from sparc3.evaluation import generation, perplexity
+from sparc3.models import ROLES, family_of
+
+
+class Spoken(Words):
+    pad_token_id = eos_token_id = 0
+
+    def decode(self, ids: torch.Tensor, **_: Any) -> str:
+        return " ".join(f"w{token}" for token in ids.tolist())
 
 
 def rows_seen(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -28,3 +39,94 @@ def test_padding_is_not_computed_and_the_last_layer_only_where_the_target_reads_
     attribute(model, ids, batch_tokens=1000, target="next")
     assert [calls[1] for calls in seen] == [tokens, tokens, tokens - len(ids), tokens]
     require_same(fingerprint(model), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "falcon", "gemma2", "mixtral"])
+@pytest.mark.parametrize("ask", [{"neuron": "signed"}, {"neuron": "abs"}, {"unit": "head", "sites": ("attn.o",)}, {"unit": "weight"}])
+def test_computing_layers_twice_gives_the_same_scores(name: str, ask: dict[str, Any]) -> None:
+    model, ids = tiny(name), samples(4)
+    model.train()
+    before = fingerprint(model)
+    sites = tuple(role for role in ROLES if role in family_of(model).roles)
+    once, twice = (attribute(model, ids, **{"sites": sites, **ask}, gradient_checkpointing=how) for how in (False, True))
+    require_same(fingerprint(model), before)
+    for site in once:
+        assert (once[site] - twice[site]).abs().max() <= 1e-6 * once[site].abs().max()
+
+
+def kept_for_the_backward_pass(model: Any, ids: list[list[int]], **options: Any) -> int:
+    """Bytes that autograd keeps of one sample, each storage once, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attribute(model, ids, **options)
+    return sum(kept.values())
+
+
+def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
+    model, ids = tiny("llama"), samples(4)
+    once, twice = (kept_for_the_backward_pass(model, ids, target="next", gradient_checkpointing=how) for how in (False, True))
+    assert twice < once / 3
+
+
+def test_a_sample_that_does_not_fit_is_computed_twice_and_later_calls_begin_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("llama"), samples(4)
+    expected, tries = attribute(model, ids, gradient_checkpointing=False), []
+    target_of = relevance.target_of
+
+    def short_of_memory(model: Any, batch: Any) -> torch.Tensor:
+        tries.append((len(batch.samples), "forward" in model.model.layers[0].__dict__))
+        if (tries[-1] != (1, True) and max(batch.lengths) > 5) or len(batch.samples) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return target_of(model, batch)
+
+    monkeypatch.setattr(relevance, "target_of", short_of_memory)
+    first = attribute(model, ids)
+    assert (4, False) in tries
+    assert (1, False) in tries
+    tries.clear()
+    second = attribute(model, ids)
+    assert set(tries) == {(1, True)}
+    for site in expected:
+        for found in (first, second):
+            assert (expected[site] - found[site]).abs().max() <= 1e-6 * expected[site].abs().max()
+    with pytest.raises(torch.OutOfMemoryError):
+        attribute(tiny("llama"), ids, gradient_checkpointing=False)
+
+
+def test_generation_and_perplexity_remember_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = tiny("llama"), []
+    model.generation_config.eos_token_id = None
+
+    def short_of_memory(plain: Callable[..., Any], rows: int) -> Callable[..., Any]:
+        def work(*args: Any, **options: Any) -> Any:
+            sizes.append(len(args[rows]))
+            if sizes[-1] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(*args, **options)
+
+        return work
+
+    monkeypatch.setattr(generation, "_generated", short_of_memory(generation._generated, 2))
+    monkeypatch.setattr(perplexity, "of_windows", short_of_memory(perplexity.of_windows, 1))
+    prompts = [f"w{index + 3} w5" for index in range(8)]
+    windows = [(tuple(range(3 + index, 11 + index)), 4) for index in range(8)]
+    expected = [perplexity.of_windows(model, [window])[0] for window in windows]
+    for work in (
+        lambda: generation.complete(model, Spoken(), prompts, max_new_tokens=3, batch=8),  # type: ignore[arg-type]
+        lambda: perplexity.negative_log_likelihoods(model, windows, False),
+    ):
+        sizes.clear()
+        first = work()
+        assert sizes == [8, 4, 2, 2, 2, 2]
+        sizes.clear()
+        assert work() == first
+        assert sizes == [2, 2, 2, 2]
+    assert first == pytest.approx(expected, rel=1e-12)

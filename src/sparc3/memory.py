@@ -4,6 +4,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -32,13 +33,30 @@ def _trim() -> Any:
         return None
 
 
-def in_batches(items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], list[Made]], done: Callable[[int], object] = int) -> list[Made]:
+_ROOM: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
+
+
+def room(model: Any, work: str, most: int) -> int:
+    """How much of this work on this model to do at once: `most`, or less where this process has met the end of memory before."""
+    return min(most, _ROOM.get(model, {}).get(work, most))
+
+
+def remember(model: Any, work: str, fits: int) -> None:
+    """Let later work of this kind on this model begin with what fits."""
+    _ROOM.setdefault(model, {})[work] = fits
+
+
+def in_batches(
+    items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], list[Made]], done: Callable[[int], object] = int, *, of: tuple[Any, str]
+) -> list[Made]:
     """work() over the items in batches of `size`, halved whenever one does not fit into memory; results in the items' order.
 
     Args:
         done: told the number of items after each batch, for a progress bar.
+        of: the model and the kind of work, for which it is remembered what fits.
     """
     made: list[Made] = []
+    size = room(*of, size)
     while len(made) < len(items):
         batch = items[len(made) : len(made) + size]
         try:
@@ -47,6 +65,7 @@ def in_batches(items: Sequence[Item], size: int, work: Callable[[Sequence[Item]]
             if len(batch) == 1 or not (out_of_memory(error) or isinstance(error, MemoryError)):
                 raise
             size = max(1, len(batch) // 2)
+            remember(*of, size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         else:

@@ -1,7 +1,9 @@
 """`attribute`: samples in, scores out. Batching, sharing the work among ranks and reducing belong here and to no method."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from .. import distributed
 from ..batches import Batch, Encoded, encode, make_batches, parse_target, token_budget
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
 from ..files import fingerprint
-from ..memory import out_of_memory
+from ..memory import out_of_memory, remember, room
 from ..models import Site, context_length, describe, sites_of
 from ..samples import ReferenceSet, Sample
 from ..scores import Scores
@@ -23,6 +25,8 @@ from .sums import Settings, Sums, all_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("sparc3")
 
 REDUCTIONS = ("mean", "mean_abs", "abs_mean")
 UNITS = ("neuron", "head", "weight")
@@ -44,6 +48,7 @@ def attribute(
     truncate: bool = False,
     skip_positions: int = 0,
     non_finite: str = "error",
+    gradient_checkpointing: bool | str = "auto",
     sums_dtype: str = "float32",
     sums_device: str = "cpu",
     partial: str | Path | None = None,
@@ -69,6 +74,8 @@ def attribute(
             massive activations on the first token (docs/targets.md). They are still read; targets there still count.
         non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
             weights streams into its sums, so for it there is no skip.
+        gradient_checkpointing: True: decoder layers keep their inputs alone and are computed again in the backward pass, which is less memory
+            for about half as much time again. "auto": from the moment when a single sample does not fit into memory.
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
             memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
@@ -88,7 +95,8 @@ def attribute(
         UnsupportedModel: a module without a rule.
         NonFinite: a NaN or Inf, named by sample and site.
     """
-    asked_for = Settings(method, unit, target, neuron, reduce, 0, non_finite, sums_dtype, _device(sums_device), skip_positions)
+    asked_for = Settings(method, unit, target, neuron, reduce, 0, non_finite, sums_dtype, _device(sums_device), skip_positions,
+                         gradient_checkpointing)  # fmt: skip
     _require_known(asked_for)
     roles = (sites,) if isinstance(sites, str) else tuple(sites)
     chosen, settings = settings_for(asked_for, roles)
@@ -101,8 +109,9 @@ def attribute(
         references = ReferenceSet.of(samples)
         encoded = _encoded(model, references, tokenizer, chosen, settings, truncate)
         task = _task(settings, described, model, references, encoded, where, shard)
-        share = _share(encoded, task, partial)
-        batches = make_batches(distributed.stride(share), token_budget(batch_tokens, model.device.type), model.device)
+        share, budget = _share(encoded, task, partial), token_budget(batch_tokens, model.device.type)
+        budget = room(model, _kind(settings), budget) if batch_tokens == "auto" else budget
+        batches = make_batches(distributed.stride(share), budget, model.device)
         sums = _all_added(model, chosen, where, sums, batches, Keeper(Path(partial), task, save_every) if partial else None, progress)
         if sums.samples == 0:
             raise Sparc3Error(f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32")
@@ -138,9 +147,10 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
 def _require_known(settings: Settings) -> None:
     for kind, known in (
         ("unit", UNITS), ("neuron", ("abs", "signed")), ("reduce", REDUCTIONS), ("non_finite", ("error", "skip")), ("sums_dtype", SUMS),
+        ("gradient_checkpointing", (True, False, "auto")),
     ):
         if (value := getattr(settings, kind)) not in known:
-            raise unknown(kind, value, known)
+            raise unknown(kind, value, map(str, known))
     parse_target(settings.target)
 
 
@@ -215,22 +225,38 @@ def _add_all(
     from tqdm import tqdm
 
     assert method.run
-    waiting = list(reversed(batches))
+    waiting, settings = list(reversed(batches)), sums.settings
+    longest = max((length for batch in batches for length in batch.lengths), default=0)
+    if settings.gradient_checkpointing == "auto" and longest > room(model, _kind(settings, alone=True), longest):
+        settings = replace(settings, gradient_checkpointing=True)
     with tqdm(total=sum(len(b.samples) for b in batches), desc=method.name, unit="sample", disable=not progress or not distributed.is_main()) as bar:
         while waiting:
             try:
-                for done in method.run(model, _taken_from(waiting), sites, sums.settings, sums):
+                for done in method.run(model, _taken_from(waiting), sites, settings, sums):
                     waiting.pop()
                     bar.update(len(done.samples))
                     if keeper:
                         keeper.after(done, sums)
             except RuntimeError as error:
-                if not out_of_memory(error) or len(waiting[-1].samples) == 1:
+                if not out_of_memory(error):
                     raise
-                too_large = waiting[-1].ids.numel()
-                waiting = [half for batch in waiting for half in (reversed(batch.halves()) if _at_least(batch, too_large) else [batch])]
+                if len(waiting[-1].samples) > 1:
+                    too_large = waiting[-1].ids.numel()
+                    remember(model, _kind(settings), too_large // 2)
+                    waiting = [half for batch in waiting for half in (reversed(batch.halves()) if _at_least(batch, too_large) else [batch])]
+                elif settings.gradient_checkpointing == "auto" and method.targeted:
+                    settings = replace(settings, gradient_checkpointing=True)
+                    remember(model, _kind(settings, alone=True), waiting[-1].lengths[0] - 1)
+                    log.info("a sample of %d tokens does not fit into memory; from here on layers are computed twice", waiting[-1].lengths[0])
+                else:
+                    raise
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _kind(settings: Settings, *, alone: bool = False) -> str:
+    """The kind of work for which it is remembered how many tokens fit into memory at once."""
+    return f"{settings.method} {settings.unit} {settings.neuron}{', one sample' if alone else ''}"
 
 
 def _at_least(batch: Batch, tokens: int) -> bool:

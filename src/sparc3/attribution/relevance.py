@@ -5,6 +5,7 @@ No weight ever has a gradient: what a site needs is gathered in a hook on its ou
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from ..models import Site
 from .packing import packed
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
+from .watching import checkpointed, watched
 from .weights import weight_hook
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def _relevance(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums, rules: AbstractContextManager[None]
 ) -> Iterator[Batch]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
-    with frozen(model), rules:
+    with frozen(model), rules, checkpointed(model) if settings.gradient_checkpointing is True else nullcontext():
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             with packed(model, batch), _watched(sites, batch, settings, gathered, sums):
@@ -90,19 +92,14 @@ def _head_hook(
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (design, 2.4)."""
 
+    def arrived(grad: Tensor, a: Tensor) -> None:
+        relevance = (_wide(grad) * _wide(a)).reshape(*batch.ids.shape, site.heads, -1)
+        gathered[site.name] = relevance[:, settings.skip_positions :].sum((1, 3))
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        a = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-        value = a.detach()
-        gathered[site.name] = torch.zeros(len(batch.samples), site.heads, device=a.device)
-
-        def arrived(grad: Tensor | None) -> None:
-            if grad is None:
-                return
-            relevance = (_wide(grad) * _wide(value)).reshape(*batch.ids.shape, site.heads, -1)
-            gathered[site.name] = relevance[:, settings.skip_positions :].sum((1, 3))
-
-        a.register_hook(arrived)
-        return (a, *args[1:])
+        a = args[0]
+        gathered.setdefault(site.name, torch.zeros(len(batch.samples), site.heads, device=a.device))
+        return (watched(a, a, arrived), *args[1:])
 
     return hook
 
@@ -112,24 +109,18 @@ def _output_hook(
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Neuron relevance at the site's output z = W a + b (design, 2.4)."""
 
+    def arrived(tokens: Tensor | None, grad: Tensor, kept: Tensor) -> None:
+        shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions
+        if settings.neuron == "abs":
+            g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
+            gathered[site.name] = absolute_rows(site.weight, g, a)
+        else:
+            gathered[site.name] = by_position(_wide(grad) * _wide(kept), tokens, shape)[:, skip:].sum(1)
+
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
-        z = output if output.requires_grad else output.detach().requires_grad_()
-        kept, tokens = args[0].detach() if settings.neuron == "abs" else site.of(z.detach()), tokens_of(args)
-        gathered[site.name] = torch.zeros(len(batch.samples), site.out, device=z.device)  # stays where CP-LRP holds z constant
-
-        def arrived(grad: Tensor | None) -> None:
-            if grad is None:
-                return
-            shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions
-            if settings.neuron == "abs":
-                g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
-                gathered[site.name] = absolute_rows(site.weight, g, a)
-            else:
-                gathered[site.name] = by_position(_wide(grad) * _wide(kept), tokens, shape)[:, skip:].sum(1)
-
-        z.register_hook(arrived)
-        return z.clone() if site.role == "mlp.down" else z  # Falcon adds the attention's output to it in place
+        gathered.setdefault(site.name, torch.zeros(len(batch.samples), site.out, device=output.device))  # stays where CP-LRP holds z constant
+        kept = args[0] if settings.neuron == "abs" else site.of(output)
+        return watched(output, kept, partial(arrived, tokens_of(args)), copied=site.role == "mlp.down")  # Falcon adds to it in place
 
     return hook
 

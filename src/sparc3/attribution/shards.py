@@ -46,8 +46,8 @@ class Task:
         return fingerprint(self.asked())
 
     def asked(self) -> dict[str, Any]:
-        """As plain data, without where it is computed: sums from a GPU and from a CPU add up."""
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "sums_device"}
+        """As plain data, without where and how it is computed: sums from a GPU and from a CPU add up."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in ("sums_device", "gradient_checkpointing")}
         return {**asdict(self), "settings": settings}
 
     def stand_ins(self) -> list[Site]:

@@ -31,6 +31,7 @@ class Settings:
     sums_dtype: str = "float32"
     sums_device: str = "cpu"
     skip_positions: int = 0
+    gradient_checkpointing: bool | str = False
 
 
 @dataclass

@@ -4,6 +4,7 @@ R_W = W ⊙ Σ_t ĝ_t a_tᵀ (design, 2.3), and W is the same for every sample: 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..experts import by_sample, tokens_of
 from ..memory import give_back
 from ..models import Site
 from .sums import Sums
+from .watching import watched
 
 PIECE = 2**22
 """Elements of one sample's matrix that are handled at once on a CPU: more would be memory, fewer would be threads that wait for each other."""
@@ -26,22 +28,14 @@ def weight_hook(site: Site, batch: Batch, sums: Sums, *, first: bool) -> Callabl
         first: whether no earlier site of its layer is watched, so that the backward pass leaves the layer's sites with it.
     """
 
+    def arrived(tokens: Tensor | None, grad: Tensor, a: Tensor) -> None:
+        by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
+        _stream(site, batch, sums, by_sample(site.of(grad), *by), by_sample(a, *by))
+        if first:
+            give_back()
+
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Below the lowest site nothing asks for a gradient, so the graph begins, and the backward pass ends, there.
-        z = output if output.requires_grad else output.detach().requires_grad_()
-        kept, tokens = [args[0].detach()], tokens_of(args)
-
-        def arrived(grad: Tensor | None) -> None:
-            a = kept.pop()  # let go here, so that activations leave memory as totals enter it
-            if grad is not None:
-                by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
-                _stream(site, batch, sums, by_sample(site.of(grad), *by), by_sample(a, *by))
-            if first:
-                del a
-                give_back()
-
-        z.register_hook(arrived)
-        return z.clone() if site.role == "mlp.down" else z  # Falcon adds the attention's output to it in place
+        return watched(output, args[0], partial(arrived, tokens_of(args)), copied=site.role == "mlp.down")  # Falcon adds to it in place
 
     return hook
 

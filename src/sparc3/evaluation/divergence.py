@@ -37,14 +37,15 @@ def divergence(
 
 
 def _of_windows(model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool) -> list[float]:
-    size = max(1, batch_tokens(model.device.type) // max(len(ids) for ids, _ in windows))
+    longest = max(len(ids) for ids, _ in windows)
+    size = max(1, batch_tokens(model.device.type) // longest)
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
     with tqdm(total=len(windows), desc="kl", unit="window", disable=not progress or not distributed.is_main()) as bar:
 
         def work(part: Sequence[int]) -> list[float]:
             return of_windows(model, [windows[i] for i in part], changed())
 
-        made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update))
+        made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update, of=(model, f"kl {longest}")))
     by_window = dict(zip(order, made, strict=True))
     return [by_window[i] for i in range(len(windows))]
 

@@ -74,7 +74,8 @@ def complete(
         def work(part: Sequence[int]) -> list[str]:
             return _generated(model, tokenizer, [(encoded[rows[i][0]], rows[i][1]) for i in part], max_new_tokens, temperature, seed)
 
-        texts = distributed.in_parallel(order, lambda share: in_batches(share, batch, work, bar.update))
+        of = (model, f"generate {longest + max_new_tokens}")
+        texts = distributed.in_parallel(order, lambda share: in_batches(share, batch, work, bar.update, of=of))
     by_row = dict(zip(order, texts, strict=True))
     return [[by_row[p * generations + k] for k in range(generations)] for p in range(len(prompts))]
 

@@ -28,7 +28,9 @@ def ioi(
 ) -> Measured:
     """Logit of the target less that of the contrast at the last position, and how often it is above zero; one unit a text."""
     encoded = encode(samples, tokenizer, "contrast", context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0])
-    differences = distributed.in_parallel(encoded, lambda share: in_batches(share, ROWS, lambda part: logit_differences(model, part)))
+    differences = distributed.in_parallel(
+        encoded, lambda share: in_batches(share, ROWS, lambda part: logit_differences(model, part), of=(model, "ioi"))
+    )
     ones = (1.0,) * len(differences)
     return Measured(
         (

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..errors import NonFinite, UserError
+from ..logits import logits_at
 from ..memory import in_batches
 from ..models import context_length
 from ..samples import ReferenceSet
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+PIECE = 512
+"""Positions whose logits are in float32 at once."""
+
 Window = tuple[tuple[int, ...], int]
 """Token ids, and how many of the last ones are predicted."""
 
@@ -84,7 +88,8 @@ def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
 
 def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float]:
     """Σ −log p of each window's predicted tokens, in nats."""
-    size = max(1, batch_tokens(model.device.type) // max(len(ids) for ids, _ in windows))
+    longest = max(len(ids) for ids, _ in windows)
+    size = max(1, batch_tokens(model.device.type) // longest)
     # Windows of one length stand together; only the first and last ones differ.
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress or not distributed.is_main()) as bar:
@@ -92,7 +97,7 @@ def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], pr
         def work(part: Sequence[int]) -> list[float]:
             return of_windows(model, [windows[i] for i in part])
 
-        made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update))
+        made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update, of=(model, f"perplexity {longest}")))
     by_window = dict(zip(order, made, strict=True))
     bad = [i for i, value in by_window.items() if not value < float("inf")]
     if bad:
@@ -110,14 +115,13 @@ def of_windows(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
     """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no real position sees a padded one."""
     longest = max(len(ids) for ids, _ in windows)
     ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits
-    sums = []
-    for row, (tokens, predicted) in enumerate(windows):
-        end = len(tokens)
-        wanted = logits[row, end - 1 - predicted : end - 1].float()
-        nll = torch.nn.functional.cross_entropy(wanted, ids[row, end - predicted : end], reduction="none")
-        sums.append(float(nll.double().sum()))
-    return sums
+    places = [(row, place) for row, (tokens, predicted) in enumerate(windows) for place in range(len(tokens) - 1 - predicted, len(tokens) - 1)]
+    rows, columns = [row for row, _ in places], [place for _, place in places]
+    logits = logits_at(model, ids, rows, columns)
+    labels = ids[rows, [place + 1 for place in columns]].to(logits.device)
+    pairs = zip(logits.split(PIECE), labels.split(PIECE), strict=True)  # in float32 only so many at a time
+    nll = torch.cat([torch.nn.functional.cross_entropy(some.float(), true, reduction="none") for some, true in pairs]).double()
+    return [float(part.sum()) for part in nll.split([predicted for _, predicted in windows])]
 
 
 register(Metric("perplexity", PerplexitySettings, perplexity, prompts=False, gives=("perplexity",)))

@@ -111,7 +111,7 @@ def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
     separate = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
     def score(texts: Sequence[str]) -> list[float | None]:
-        return in_batches(texts, 64, lambda part: _probabilities(model, tokenizer, part, column, separate))
+        return in_batches(texts, 64, lambda part: _probabilities(model, tokenizer, part, column, separate), of=(model, "score"))
 
     return score
 

@@ -75,7 +75,7 @@ def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str)
     """Scores of one reference set."""
     settings = work.recipe.attribution
     changed = {"method": how.method, "target": how.targets[name], "neuron": how.neuron}
-    asked = {**settings.model_dump(exclude={"batch_tokens", *changed}), **changed}
+    asked = {**settings.model_dump(exclude={"batch_tokens", "gradient_checkpointing", *changed}), **changed}
     made_from = fingerprint(
         {**asked, "samples": work.references[name].fingerprint, "model": work.described["fingerprint"],
          "without": before.fingerprint if before else None, "version": __version__}
@@ -88,8 +88,8 @@ def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str)
         began = time.perf_counter()
         with ablated(work.model, before or Circuit(settings.unit, {})):
             made = attribute(
-                work.model, work.references[name], tokenizer=work.tokenizer, **asked, batch_tokens=settings.batch_tokens, progress=work.progress,
-                partial=work.folder / f"{path}.partial",
+                work.model, work.references[name], tokenizer=work.tokenizer, **asked, batch_tokens=settings.batch_tokens,
+                gradient_checkpointing=settings.gradient_checkpointing, progress=work.progress, partial=work.folder / f"{path}.partial",
             )  # fmt: skip
         took = time.perf_counter() - began
         seen = made.provenance

@@ -156,7 +156,8 @@ class Stages:
             target = "next"
         encoded = self.sets[name].encoded(target if require_method(method).targeted else "predicted", self.context)
         groups = grouped(encoded, token_budget(asked.batch_tokens, self.rehearsal.hardware.kind))
-        settings = Settings(method, asked.unit, target, way.neuron, asked.reduce, 0, asked.non_finite, asked.sums_dtype, asked.sums_device)
+        settings = Settings(method, asked.unit, target, way.neuron, asked.reduce, 0, asked.non_finite, asked.sums_dtype, asked.sums_device,
+                            gradient_checkpointing=asked.gradient_checkpointing)  # fmt: skip
         cost = self.rehearsal.attribution(settings, asked.sites, groups)
         tokens = sum(len(group) * len(group[0].ids) for group in groups) * way.times * self.repeats(spec)
         yield _stage(f"scores, {way.method}", cost, tokens)
