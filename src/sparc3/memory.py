@@ -3,10 +3,13 @@
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+
+from .errors import Sparc3Error
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -14,7 +17,30 @@ Made = TypeVar("Made")
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def too_large(what: str, error: BaseException) -> Sparc3Error:
+    """The error for one sample alone that does not fit."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return Sparc3Error(f"{what} alone does not fit into memory; shorten it, load the model in bfloat16, or use a device with more ({said})")
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device: what is free on a GPU; of a CPU what its machine or its control group has left, None if untold."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        left = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        return min(left, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return left
 
 
 def give_back() -> None:
@@ -62,8 +88,10 @@ def in_batches(
         try:
             made += work(batch)
         except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not (out_of_memory(error) or isinstance(error, MemoryError)):
+            if not out_of_memory(error):
                 raise
+            if len(batch) == 1:
+                raise too_large("a sample", error) from error
             size = max(1, len(batch) // 2)
             remember(*of, size)
             if torch.cuda.is_available():

@@ -11,6 +11,7 @@ from .errors import UserError, unknown
 from .families import ROLES as ROLES
 from .families import require_family
 from .hub import hub_errors, looks_local, require_hub
+from .memory import available
 from .sites import DTYPES as DTYPES
 from .sites import Site as Site
 from .sites import down_sites as down_sites
@@ -32,7 +33,8 @@ def load_model(
         device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1".
 
     Raises:
-        UserError: no such folder or hub model, no access to it, or no such device; the message says what to do.
+        UserError: no such folder or hub model, no access to it, no such device, or weights that are larger than what the device has left; the
+            message says what to do.
         UnsupportedModel: an architecture without a row in FAMILIES, found out before any weight is read.
     """
     return load_weights(name_or_path, dtype=dtype, device=device), load_tokenizer(name_or_path)
@@ -44,11 +46,30 @@ def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", d
 
     name, config, wanted, target = _checked(name_or_path, dtype, device)
     with hub_errors(name):
+        _require_room(name, config, wanted, target)
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted, trust_remote_code=False)
     if family_of(model).experts and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
     # A quantised model may refuse to be moved, even to where it is.
     return (model if model.device == target else model.to(target)).eval()
+
+
+def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
+    """Raise UserError, before a weight is read, where the weights alone are larger than what the device has left."""
+    from transformers import AutoModelForCausalLM
+
+    free = available(device)
+    if free is None or getattr(config, "quantization_config", None):
+        return
+    kept = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
+    with torch.device("meta"):
+        needed = sum(weight.nbytes for weight in AutoModelForCausalLM.from_config(config, dtype=kept).parameters())
+    if needed > free:
+        kind = str(kept).removeprefix("torch.")
+        raise UserError(
+            f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {kind}, and {device} has {free / 2**30:.3g} GiB left; "
+            f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use a device with more"
+        )
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":

@@ -13,7 +13,7 @@ from .. import distributed
 from ..batches import Batch, Encoded, encode, make_batches, parse_target, token_budget
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
 from ..files import fingerprint
-from ..memory import out_of_memory, remember, room
+from ..memory import out_of_memory, remember, room, too_large
 from ..models import Site, context_length, describe, sites_of
 from ..samples import ReferenceSet, Sample
 from ..scores import Scores
@@ -237,19 +237,19 @@ def _add_all(
                     bar.update(len(done.samples))
                     if keeper:
                         keeper.after(done, sums)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 if len(waiting[-1].samples) > 1:
-                    too_large = waiting[-1].ids.numel()
-                    remember(model, _kind(settings), too_large // 2)
-                    waiting = [half for batch in waiting for half in (reversed(batch.halves()) if _at_least(batch, too_large) else [batch])]
+                    large = waiting[-1].ids.numel()
+                    remember(model, _kind(settings), large // 2)
+                    waiting = [half for batch in waiting for half in (reversed(batch.halves()) if _at_least(batch, large) else [batch])]
                 elif settings.gradient_checkpointing == "auto" and method.targeted:
                     settings = replace(settings, gradient_checkpointing=True)
                     remember(model, _kind(settings, alone=True), waiting[-1].lengths[0] - 1)
                     log.info("a sample of %d tokens does not fit into memory; from here on layers are computed twice", waiting[-1].lengths[0])
                 else:
-                    raise
+                    raise too_large(f"sample {waiting[-1].samples[0].index}, {waiting[-1].lengths[0]} tokens,", error) from error
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
