@@ -8,6 +8,7 @@ import torch
 from tiny import Words, samples, tiny
 from unchanged import fingerprint, require_same
 
+from sparc3 import Sparc3Error
 from sparc3.attribution import attribute, relevance
 from sparc3.evaluation import generation, perplexity
 from sparc3.models import ROLES, family_of
@@ -97,7 +98,7 @@ def test_a_sample_that_does_not_fit_is_computed_twice_and_later_calls_begin_so(m
     for site in expected:
         for found in (first, second):
             assert (expected[site] - found[site]).abs().max() <= 1e-6 * expected[site].abs().max()
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(Sparc3Error, match="alone does not fit into memory"):
         attribute(tiny("llama"), ids, gradient_checkpointing=False)
 
 

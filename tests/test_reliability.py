@@ -4,6 +4,7 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from sparc3.memory import available
 
 Call = Callable[..., Any]
 PROMPTS = [f"Mary had a {word} ball." for word in ("red", "blue", "green", "old", "new", "small", "big", "round")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparc3.memory._ROOM", WeakKeyDictionary())
 
 
 @pytest.fixture
