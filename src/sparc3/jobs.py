@@ -48,12 +48,14 @@ class Compress(Strict):
         reduces: of methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, or both.
         scope: "row", "site", "global", or n:m, which has no fractions.
         fractions: shares of the weights that go.
+        samples: numbers of reference samples to compare, each of every seed's set; methods that look at no sample are as without it.
     """
 
     methods: tuple[str, ...] = Field(default=("magnitude", "wanda", "lrp"), min_length=1)
     reduces: tuple[Literal["mean_abs", "abs_mean"], ...] = Field(default=("mean_abs",), min_length=1)
     scope: str = "row"
     fractions: tuple[Share, ...] = ()
+    samples: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
     @field_validator("methods")
     @classmethod
@@ -70,6 +72,8 @@ class Compress(Strict):
                 raise ValueError(f"scope {self.scope} says how many weights go; leave fractions out")
         elif not self.fractions:
             raise ValueError("give fractions, such as [0.5]")
+        if self.samples and (len(self.fractions) > 1 or SEQUENTIAL in self.methods):
+            raise ValueError(f"samples compares numbers of reference samples at one fraction; give one, and leave {SEQUENTIAL} out")
         if self.scope == "global" and SEQUENTIAL in self.methods:
             raise ValueError(f"{SEQUENTIAL} has no scope global, since later layers are not known yet; use row or site")
         return self

@@ -277,6 +277,8 @@ class Recipe(Strict):
             raise ValueError(f"job compress prunes weights; write attribution.unit weight for '{asked.unit}'")
         if self.job == "discover" and asked.method not in section.methods:
             raise ValueError(f"discover.methods lacks attribution.method {asked.method}, which the report is about")
+        if self.compress and max(self.compress.samples, default=0) > self.references["general"].count:
+            raise ValueError(f"compress.samples asks for {max(self.compress.samples)} samples, and references.general.count is less; raise it")
         for method in section.methods:
             if method != SEQUENTIAL:
                 settings_for(Settings(method, asked.unit, asked.target, asked.neuron, asked.reduce), asked.sites)

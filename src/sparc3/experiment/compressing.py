@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..attribution.methods import require_method
 from ..circuit import Circuit
 from ..compression import prune_sequentially
 from ..errors import Sparc3Error
@@ -13,12 +14,14 @@ from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.observations import Evaluation
 from ..files import fingerprint
 from ..jobs import SEQUENTIAL, Compress
+from ..models import sites_of
 from ..results import Results
 from ..scores import Scores
 from ..selection import parse_scope, select, share
 from ..version import __version__
 from .folder import kept
 from .measuring import evaluation
+from .sampling import by_samples
 from .scoring import How, parts_of
 from .work import Work
 
@@ -36,7 +39,7 @@ def settings(work: Work) -> Compress:
 def pruned(work: Work) -> Pruned:
     """What each method removes at each fraction, saved as circuits/METHOD@COUNT.safetensors for `sparc3 ablate`."""
     found: Pruned = []
-    for name, method, reduce in _ways(work):
+    for name, method, reduce in _ways(work, sampled=False):
         for fraction in settings(work).fractions or (None,):
             where, circuit = _sequential(work, fraction) if method == SEQUENTIAL else _at_once(work, name, method, reduce, fraction)
             log.info("%s: %d weights in %d sites", name, len(circuit), len(circuit.members))
@@ -44,10 +47,16 @@ def pruned(work: Work) -> Pruned:
     return found
 
 
-def _ways(work: Work) -> Iterator[tuple[str, str, str]]:
-    """(name, method, reduce); a relevance has its reduction in its name where there are two."""
+def _ways(work: Work, sampled: bool) -> Iterator[tuple[str, str, str]]:
+    """(name, method, reduce); a relevance has its reduction in its name where there are two.
+
+    Args:
+        sampled: those that are compared by number of samples, or the others.
+    """
     reduces = settings(work).reduces
     for method in settings(work).methods:
+        if sampled != bool(settings(work).samples and require_method(method).run):
+            continue
         for reduce in reduces if method in TARGETED else reduces[:1]:
             yield f"{method}-{reduce}" if method in TARGETED and len(reduces) > 1 else method, method, reduce
 
@@ -98,7 +107,9 @@ def measured(work: Work, pruned: Pruned, seconds: Mapping[str, float]) -> Result
         sizes = sizes or dict(circuit.provenance["sizes"])
         found.append(evaluation(work, variant, circuit))
         checks.append(_every_row(work, found[-1], circuit))
-    return to_results(found, _provenance(work, sizes, checks, seconds))
+    by_number, drawn = by_samples(work, list(_ways(work, sampled=True)))
+    sizes = sizes or {site.name: site.out * site.inp for site in sites_of(work.model, work.recipe.attribution.sites)}
+    return to_results([*found, *by_number], {**_provenance(work, sizes, checks, seconds), **(drawn if by_number else {})})
 
 
 def _every_row(work: Work, evaluation: Evaluation, circuit: Circuit) -> dict[str, Any]:

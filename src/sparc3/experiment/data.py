@@ -32,10 +32,15 @@ def gather_all(work: Work) -> None:
 
 
 def _sets(work: Work) -> Iterator[tuple[str, Reference]]:
-    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of each other."""
+    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of each other.
+
+    So also where a compression compares numbers of samples: general, general.1, general.2, …
+    """
     for name, spec in work.recipe.references.items():
         if work.recipe.job == "discover":
             yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
+        elif work.recipe.compress and work.recipe.compress.samples:
+            yield from ((f"{name}.{place}" if place else name, spec.model_copy(update={"seeds": (seed,)})) for place, seed in enumerate(spec.seeds))
         else:
             yield name, spec
 

@@ -55,7 +55,7 @@ class Way:
     method: str
     neuron: str
     target: str | None = None
-    times: int = 1
+    times: float = 1
 
 
 class Stages:
@@ -73,7 +73,7 @@ class Stages:
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
         self.units = sum(site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out for site in self.sites)
-        self.sets = {name: of_samples(spec, tokenizer) for name, spec in recipe.references.items()}
+        self.sets = {name: of_samples(self._each(spec), tokenizer) for name, spec in recipe.references.items()}
         self.notes = [f"samples of {name} taken to have {found.longest} tokens" for name, found in self.sets.items() if found.assumed]
 
     def all(self) -> list[Stage]:
@@ -85,7 +85,7 @@ class Stages:
         if recipe.discover:
             return [Way(method, asked.neuron) for method in recipe.discover.methods]
         if recipe.compress:
-            return [Way(m, asked.neuron, None, 2 if m == SEQUENTIAL else self._reduces(m)) for m in recipe.compress.methods]
+            return [Way(m, asked.neuron, None, 2 if m == SEQUENTIAL else self._reduces(m) * self._draws(m)) for m in recipe.compress.methods]
         others = [Way(method, asked.neuron) for method in dict.fromkeys(recipe.compare.methods) if method not in ("random", asked.method)]
         tune = recipe.selection.tune
         if not tune:
@@ -97,10 +97,25 @@ class Stages:
         assert self.recipe.compress
         return len(self.recipe.compress.reduces) if require_method(method).targeted else 1
 
+    def _each(self, spec: Reference) -> Reference:
+        """One seed's set, where the run draws one for each seed."""
+        apart = self.recipe.discover or (self.recipe.compress and self.recipe.compress.samples)
+        return spec.model_copy(update={"seeds": spec.seeds[:1]}) if apart else spec
+
+    def _draws(self, method: str) -> float:
+        """How many whole sets a method goes through where numbers of samples are compared."""
+        compress, general = self.recipe.compress, self.recipe.references["general"]
+        if not compress or not self._sampled(method):
+            return 1
+        return sum(compress.samples) * len(general.seeds) / general.count
+
+    def _sampled(self, method: str) -> bool:
+        return bool(self.recipe.compress and self.recipe.compress.samples and require_method(method).run)
+
     def score_files(self) -> int:
         """How many files of scores the run leaves."""
-        one = sum(way.times for way in self.ways() if way.method != SEQUENTIAL)
-        return one * sum(self.repeats(spec) for spec in self.recipe.references.values()) + (self.recipe.job == "correct")
+        one = sum(way.times for way in self.ways() if way.method != SEQUENTIAL and not self._sampled(way.method))
+        return round(one) * sum(self.repeats(spec) for spec in self.recipe.references.values()) + (self.recipe.job == "correct")
 
     def variants(self) -> int:
         """How many models are evaluated on the test samples, the original among them."""
@@ -108,8 +123,9 @@ class Stages:
         if recipe.discover:
             return 2 + len(recipe.discover.methods) * len(recipe.discover.sparsities) * len(recipe.references["task"].seeds)
         if recipe.compress:
-            ways = sum(1 if m == SEQUENTIAL else self._reduces(m) for m in recipe.compress.methods)
-            return 1 + ways * max(1, len(recipe.compress.fractions))
+            again = len(recipe.compress.samples) * len(recipe.references["general"].seeds)
+            ways = [1 if m == SEQUENTIAL else self._reduces(m) * (again if self._sampled(m) else 1) for m in recipe.compress.methods]
+            return 1 + sum(ways) * max(1, len(recipe.compress.fractions))
         counts = len({*recipe.compare.counts, recipe.selection.count or -1})
         others = [m for m in dict.fromkeys(recipe.compare.methods) if m not in ("random", recipe.attribution.method)]
         draws = recipe.compare.random_draws * (counts if "random" in recipe.compare.methods else 1)
@@ -159,7 +175,7 @@ class Stages:
         settings = Settings(method, asked.unit, target, way.neuron, asked.reduce, 0, asked.non_finite, asked.sums_dtype, asked.sums_device,
                             gradient_checkpointing=asked.gradient_checkpointing)  # fmt: skip
         cost = self.rehearsal.attribution(settings, asked.sites, groups)
-        tokens = sum(len(group) * len(group[0].ids) for group in groups) * way.times * self.repeats(spec)
+        tokens = round(sum(len(group) * len(group[0].ids) for group in groups) * way.times) * self.repeats(spec)
         yield _stage(f"scores, {way.method}", cost, tokens)
 
     def _evaluation(self) -> Iterator[Stage]:

@@ -21,6 +21,7 @@ from .folder import RunFolder, read_folder
 from .masking import Mask
 from .numbers import duration
 from .pairs import kinds
+from .samples_figure import by_samples
 from .shared import protected, sharing
 from .standing import standing
 from .strips import tiles
@@ -82,6 +83,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "tradeoffs": traded,
         "standing": standing(run, run.behaviour) if traded and run.behaviour else [],
         "curves": drawn,
+        "by_samples": by_samples(run),
         "legend": [(named(method), colours(run)[method]) for method in methods(run)],
         "comparisons": compared,
         "budgeted": under_budget(run),
