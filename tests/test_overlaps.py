@@ -6,6 +6,7 @@ import torch
 from sparc3.circuit import Circuit
 from sparc3.damping import Damping
 from sparc3.experiment.overlaps import of_kept, overlaps
+from sparc3.scores import Scores
 
 SIZES = {"a": 6, "b": 4}
 
@@ -21,7 +22,8 @@ def test_shared_units_of_circuits_of_dampings_and_of_several_draws() -> None:
     assert found == {"wanda@4": (4, 2, pytest.approx(1.6)), "aura@2": (2, 1, pytest.approx(0.8)), "random@4": (4, 2.5, pytest.approx(1.6))}
 
 
-def test_what_is_left_when_circuits_go() -> None:
-    removed = {"lrp@7": Circuit("neuron", {"a": (0, 1, 2, 3), "b": (0, 1, 2)}), "wanda@7": Circuit("neuron", {"a": (0, 1, 2, 4), "b": (1, 2, 3)})}
-    # left: a4 a5 b3 and a3 a5 b0
-    assert of_kept(removed, "lrp", SIZES) == [{"variant": "wanda@7", "size": 3, "both": 1, "expected": pytest.approx(0.9)}]
+def test_what_is_left_when_units_go() -> None:
+    lrp = Scores({"a": torch.tensor([0.0, 1, 2, 3, 9, 8]), "b": torch.tensor([0.0, 1, 2, 7])})  # keeps a4 a5 b3 of 3
+    wanda = Scores({"a": torch.tensor([0.0, 1, 2, 9, 3, 8]), "b": torch.tensor([7.0, 1, 2, 0])})  # keeps a3 a5 b0
+    assert of_kept({"lrp": lrp, "wanda": wanda}, "lrp", [7]) == [{"variant": "wanda@7", "size": 3, "both": 1, "expected": pytest.approx(0.9)}]
+    assert of_kept({"wanda": wanda}, "lrp", [7]) == []

@@ -89,18 +89,16 @@ def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Result
             "this task; attribute at other sites, or choose a task that the model can do"
         )
     found, summaries = [original, empty], []
-    first: dict[str, Circuit] = {}
     for method, seeds in ranked.items():
         curve = []
         for count in removed:
             circuits = [select(scores, count=count) for scores in seeds]
             curve.append(_at(work, f"{method}@{count}", circuits, total, (nothing, full)))
-            first[f"{method}@{count}"] = circuits[0]
             _save(work, method, count, everything, circuits)
         found += [one.together for one in curve]
         summaries.append(_summary(method, [count / total for count in removed], curve, settings(work).enough))
     sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
-    shared = of_kept(first, work.recipe.attribution.method, sizes)
+    shared = of_kept({method: seeds[0] for method, seeds in ranked.items()}, work.recipe.attribution.method, removed)
     results = to_results([*found, *summaries], {**_provenance(work, sizes, seconds), "overlaps": shared})
     return replace(results, differences=(*results.differences, *_beside(summaries, work.recipe.attribution.method)))
 

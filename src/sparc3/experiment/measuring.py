@@ -28,7 +28,8 @@ log = logging.getLogger("sparc3")
 def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -> Results:
     """All variants measured; a circuit that is met twice is measured once."""
     known: dict[str, Evaluation] = {}
-    alike: dict[str, list[Change]] = {}
+    shared: list[dict[str, Any]] = []
+    sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     evaluations = []
     for variant, changes in variants(work, found, how):
         draws = []
@@ -39,11 +40,11 @@ def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -
             draws.append(replace(known[one.fingerprint], variant=variant))
         evaluations.append(draws[0] if len(draws) == 1 else _pooled(draws))
         if variant.endswith(f"@{len(found.circuit)}") and not variant.startswith(f"{how.method}@"):
-            alike[variant] = changes
+            shared += overlaps(found.circuit, {variant: changes}, sizes)
     beside = [*([f"random@{len(found.circuit)}"] if len(found.circuit) else []), *work.rivals]
     results = to_results(evaluations, _provenance(work, found, evaluations, seconds), beside)
     results.provenance["warnings"] += _beaten(work, results)
-    results.provenance["overlaps"] = overlaps(found.circuit, alike, results.provenance["sizes"])
+    results.provenance["overlaps"] = shared
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"

@@ -7,6 +7,8 @@ from typing import Any
 from ..circuit import Circuit
 from ..circuits import overlap
 from ..damping import Damping
+from ..scores import Scores
+from ..selection import select
 from .work import Change
 
 
@@ -26,21 +28,21 @@ def overlaps(own: Circuit, others: Mapping[str, Sequence[Change]], sizes: Mappin
     return found
 
 
-def of_kept(removed: Mapping[str, Circuit], method: str, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The same of what is left when circuits are removed: each method's beside that of `method` at the same count.
+def of_kept(ranked: Mapping[str, Scores], method: str, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """The same of what is left when so many units are removed: each method's beside that of `method`.
 
     Args:
-        removed: "<method>@<count>" → the units that were removed.
+        ranked: method → scores by which its units are kept, highest first.
     """
-    total, found = sum(sizes.values()), []
-    for variant, circuit in removed.items():
-        own = removed.get(f"{method}@{variant.rpartition('@')[2]}")
-        if own is None or own is circuit:
-            continue
-        seen = overlap(_bare(own), _bare(circuit), sizes=sizes)
-        left = total - len(circuit)
-        both = total - len(own) - len(circuit) + seen.both
-        found.append({"variant": variant, "size": left, "both": both, "expected": left * (total - len(own)) / total})
+    found = []
+    sizes = {name: tensor.numel() for name, tensor in ranked[method].items()} if method in ranked else {}
+    total = sum(sizes.values())
+    for count in counts if sizes else ():
+        own = _bare(select(ranked[method], count=count))
+        for other, scores in ranked.items():
+            if other != method:
+                both = overlap(own, _bare(select(scores, count=count)), sizes=sizes).both + total - 2 * count
+                found.append({"variant": f"{other}@{count}", "size": total - count, "both": both, "expected": (total - count) ** 2 / total})
     return found
 
 

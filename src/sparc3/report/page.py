@@ -28,7 +28,7 @@ from .strips import tiles
 from .tradeoff import tradeoffs
 from .unit_map import UnitMap, unit_map
 from .variants import colours, methods, named, units
-from .visible import finalize
+from .visible import finalize, visible
 
 SAYING = {"discover": discovery, "compress": compression}
 """Job → the file with its headline and remarks; any other job has those of wording.py."""
@@ -99,7 +99,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "rows": tables.rows(run),
         "changes": tables.changes(run),
         "recipe": recipe,
-        "tips": tips,
+        "tips": _visible(tips),
     }
 
 
@@ -107,6 +107,13 @@ def _map(run: RunFolder) -> UnitMap | None:
     """Where the circuit's units sit: those removed, or, of a task's circuit, those kept."""
     circuit = discovery.kept(run) if run.job == "discover" else None
     return unit_map(replace(run, circuit=circuit), "kept") if circuit else unit_map(run)
+
+
+def _visible(tips: Any) -> Any:
+    """The same with every text in it made visible."""
+    if isinstance(tips, dict):
+        return {key: value if key == "key" else _visible(value) for key, value in tips.items()}
+    return [_visible(one) for one in tips] if isinstance(tips, list) else visible(str(tips))
 
 
 def _origin(run: RunFolder) -> dict[str, Any]:
