@@ -1,6 +1,5 @@
 """Circuit: a set of units of one model. The third noun on disk (`sparc3.circuit/1`: circuit.json, or circuit.safetensors for weights)."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DamagedFile, UserError
-from .files import fingerprint, read_json, whole_file, write_json
+from .files import fingerprint, read_json, write_json
 from .hub import fetch, place_of
-from .scores import digest, load_tensors
+from .scores import UNITS, is_model
+from .tensors import digest, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 FORMAT = "sparc3.circuit/1"
-UNITS = ("neuron", "head", "weight")
 NAMES = ("circuit.json", "circuit.safetensors")
 """What a circuit's file is called in a folder or a repository."""
 
@@ -93,14 +92,9 @@ class Circuit:
         write_json(path, {"format": FORMAT, "unit": self.unit, "model": self.model, "members": members, "provenance": self.provenance})
 
     def _save_masks(self, path: str | os.PathLike[str]) -> None:
-        from safetensors.torch import save_file
-
         packed = {name: packed_bits(mask) for name, mask in self.members.items()}
         shapes = {name: list(mask.shape) for name, mask in self.members.items()}
-        header = {"format": FORMAT, "unit": self.unit, "shapes": shapes, "model": self.model, "provenance": self.provenance}
-        header["sha256"] = _checksum(header, packed)
-        with whole_file(path) as temporary:
-            save_file(packed, temporary, {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()})
+        save_tensors(path, FORMAT, packed, {"unit": self.unit, "shapes": shapes, "model": self.model, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Circuit":
@@ -116,28 +110,40 @@ class Circuit:
         """
         path = _file_of(path)
         if path.suffix == ".safetensors":
-            return cls._load_masks(path)
-        content = read_json(path, FORMAT)
-        members, unit = content.get("members"), content.get("unit")
-        good = unit in UNITS[:2] and isinstance(members, dict) and all(
-            isinstance(v, list) and all(type(i) is int and i >= 0 for i in v) and len(set(v)) == len(v) for v in members.values()
-        )
-        if not good or not isinstance(content.get("model"), dict) or not isinstance(content.get("provenance"), dict):
+            members: Mapping[str, Any] | None
+            packed, header = load_tensors(path, FORMAT)
+            members = _masks(packed, header.get("shapes")) if header.get("unit") == "weight" else None
+        else:
+            header = read_json(path, FORMAT, by_hand=("format", "unit", "model", "members", "provenance"))
+            members = _indices(header.get("members")) if header.get("unit") in UNITS[:2] else None
+        model, provenance = header.get("model"), header.get("provenance")
+        if members is None or not is_model(model) or not _is_provenance(provenance):
             raise DamagedFile(f"{path}: unit, members, model and provenance are not as {FORMAT} has them; make it again")
-        assert isinstance(members, dict)
-        return cls(str(unit), {k: tuple(sorted(v)) for k, v in members.items()}, content["model"], content["provenance"])
+        return cls(header["unit"], members, header["model"], header["provenance"])
 
-    @classmethod
-    def _load_masks(cls, path: str | os.PathLike[str]) -> "Circuit":
-        packed, header = load_tensors(path, FORMAT)
-        checksum = header.pop("sha256", None)
-        if checksum != _checksum({"format": FORMAT, **header}, packed):
-            raise DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
-        shapes = header.get("shapes", {})
-        fits = shapes.keys() == packed.keys() and all(packed[name].numel() == -(-out * inp // 8) for name, (out, inp) in shapes.items())
-        if header.get("unit") != "weight" or not fits:
-            raise DamagedFile(f"{path}: unit, shapes and masks are not as {FORMAT} has them; make it again")
-        return cls(header["unit"], {name: mask_of(packed[name], shape) for name, shape in shapes.items()}, header["model"], header["provenance"])
+
+def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
+    """Members as a file has them, in order; None where they make no sense."""
+    if not isinstance(members, dict):
+        return None
+    good = all(isinstance(v, list) and all(type(i) is int and i >= 0 for i in v) and len(set(v)) == len(v) for v in members.values())
+    return {name: tuple(sorted(indices)) for name, indices in members.items()} if good else None
+
+
+def _masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"] | None:
+    """Masks as a file has them; None where their shapes make no sense."""
+    if not isinstance(shapes, dict) or shapes.keys() != packed.keys():
+        return None
+    for name, shape in shapes.items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
+            return None
+        if str(packed[name].dtype) != "torch.uint8" or tuple(packed[name].shape) != (-(-shape[0] * shape[1] // 8),):
+            return None
+    return {name: mask_of(packed[name], shape) for name, shape in shapes.items()}
+
+
+def _is_provenance(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(part) or {}, dict) for part in ("selection", "scores", "sizes"))
 
 
 def _file_of(path: str | os.PathLike[str]) -> Path:
@@ -168,7 +174,3 @@ def mask_of(packed: "Tensor", shape: list[int]) -> "Tensor":
 
     count = shape[0] * shape[1]
     return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count)).view(torch.bool).view(*shape)
-
-
-def _checksum(header: dict[str, Any], packed: Mapping[str, "Tensor"]) -> str:
-    return fingerprint({"header": header, "masks": digest({name: packed[name] for name in sorted(packed)})})

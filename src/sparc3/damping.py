@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import UserError
 from .files import fingerprint
 from .models import down_sites, model_id, sites_of
-from .scores import digest
+from .tensors import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,9 +11,14 @@
 import difflib
 from collections.abc import Iterable
 
+from .visible import one_line
+
 
 class Sparc3Error(Exception):
     """Base of every error that sparc3 raises on purpose. The message is one line: the thing, then the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class UserError(Sparc3Error, ValueError):

@@ -4,16 +4,17 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from .errors import DamagedFile, Sparc3Error, UserError
+from .errors import DamagedFile, NonFinite, Sparc3Error, UserError
 
 
 @contextmanager
@@ -113,50 +114,105 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file the user named; UserError where it is missing, a folder, or not UTF-8."""
+LARGEST = 2**30
+"""Longest text that is read whole, in bytes."""
+
+
+def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
+    """The text of a file the user named, however its lines end, without a byte order mark.
+
+    Raises:
+        UserError: it is missing, a folder, or longer than `largest` bytes.
+        DamagedFile: it is not UTF-8 text.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as opened:
+            raw = opened.read(largest + 1)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path") from None
+    if len(raw) > largest:
+        raise UserError(f"{path} is longer than {largest:,} bytes; give a smaller file")
+    try:
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; convert it first") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise DamagedFile(f"{path} is not UTF-8 text; convert it, or make it again") from None
+    if "\0" in text:
+        raise DamagedFile(f"{path} holds NUL bytes, so it is not a text file; convert it, or make it again")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write `content` as readable JSON with a checksum of itself under "sha256"."""
+    """Write `content` as readable JSON with a checksum of itself under "sha256". Raises NonFinite for a NaN or Inf in it."""
     body = {**content, "sha256": fingerprint(content)}
-    write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise NonFinite(f"cannot write {path}: a figure in it is not finite ({error}); load the model in bfloat16 or float32") from None
+    write_text(path, text + "\n")
 
 
-def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
-    """Read what `write_json` wrote, or a file a person wrote by hand without a checksum.
+def read_json(path: str | os.PathLike[str], format: str, by_hand: Collection[str] = ()) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Args:
+        by_hand: the keys of a format that a person may write too: without a checksum, and then with no other keys.
 
     Raises:
         UserError: no such file, or it is another kind of file.
-        DamagedFile: not JSON, or its checksum does not fit its content.
+        DamagedFile: not JSON, or its checksum is missing or does not fit its content.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not JSON ({error}); make it again") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
-        raise UserError(f"{path} is not a {format} file (its format is {found!r})")
+        raise UserError(f"{path} is not a {format} file (its format is {found!r}); name one, or make it again")
     checksum = content.pop("sha256", None)
+    if checksum is None and (not by_hand or (odd := sorted(content.keys() - by_hand))):
+        raise DamagedFile(f"{path} has {f'an unknown key {odd[0]!r} and ' if by_hand else ''}no checksum; make it again")
     if checksum is not None and checksum != fingerprint(content):
         raise DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
     return dict(content)
 
 
+def parse_json(text: str) -> Any:
+    """JSON as its standard has it: no key twice, no NaN, no number without end. Raises ValueError or RecursionError."""
+    return json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is too large")
+    return value
+
+
+def canonical(value: Any) -> str:
+    """A JSON-able value as one text, whatever the order of its keys."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
 def fingerprint(value: Any) -> str:
     """A short, stable name of a JSON-able value: the first 16 hex digits of the SHA-256 of its canonical JSON."""
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from .errors import UnsupportedModel, UserError
+from .integrity import CONVERT
 
 PREFIX = "hf://"
 _ID = r"[\w.-]+/[\w.-]+"
@@ -170,12 +171,16 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
             raise UserError(f"the hub does not take that for '{name}' (it answers {refused[0]}): {str(error).strip().splitlines()[-1]}") from None
         if any(isinstance(e, (LocalEntryNotFoundError, HTTPError)) for e in chain):
             raise UserError(f"cannot reach the hub for '{name}'; {self.remedy}") from None
+        if any("cannot be loaded with `safetensors`" in str(e) for e in chain):
+            raise UserError(f"'{name}' has its weights as pickle alone, which sparc3 does not read; {CONVERT}") from None
         if any("trust_remote_code" in str(e) for e in chain):
             raise UnsupportedModel(f"'{name}' needs Python code from its own repository, which sparc3 does not run") from None
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, StrictDataclassError)):
+        # A damaged file can raise anything, and a panic of the tokenizers' Rust is not even an Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-            first = (str(told).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"cannot load '{name}': {first}") from None
+            first = (str(told).strip().splitlines() or [""])[0]
+            what = first if first and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {first}"
+            raise UserError(f"cannot load '{name}': {what.strip()}; if its files are damaged, download it again") from None
 
 
 def _chain(error: BaseException) -> list[BaseException]:

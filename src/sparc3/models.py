@@ -11,6 +11,7 @@ from .errors import UserError, unknown
 from .families import ROLES as ROLES
 from .families import require_family
 from .hub import hub_errors, looks_local, require_hub
+from .integrity import require_safe, require_whole
 from .memory import available
 from .sites import DTYPES as DTYPES
 from .sites import Site as Site
@@ -45,9 +46,13 @@ def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", d
     from transformers import AutoModelForCausalLM
 
     name, config, wanted, target = _checked(name_or_path, dtype, device)
+    require_safe(name)
     with hub_errors(name):
         _require_room(name, config, wanted, target)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=wanted, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=wanted, trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    require_whole(name, model, found, family_of(model).layers)
     if family_of(model).experts and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
     # A quantised model may refuse to be moved, even to where it is.

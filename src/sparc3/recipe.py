@@ -18,11 +18,13 @@ from .evaluation.metrics import MetricSettings, SparsitySettings, parse_metrics
 from .files import fingerprint, read_text
 from .jobs import SEQUENTIAL, Compress, Discover
 from .models import ROLES
-from .schema import Strict, parse
+from .schema import Strict, parse, short
 from .selection import parse_scope
 from .sources import require_source
 
 REFERENCES = ("general", "undesired", "matched")
+LARGEST = 1_000_000
+"""Longest recipe that is read, in bytes."""
 JOBS = {"correct": REFERENCES, "discover": ("task",), "compress": ("general",)}
 """Job → the reference sets it knows."""
 
@@ -329,8 +331,16 @@ def load_recipe(recipe: "str | os.PathLike[str] | Mapping[str, Any] | Recipe", s
     """
     if isinstance(recipe, Recipe):
         return recipe
-    content = dict(recipe) if isinstance(recipe, Mapping) else _read(os.fspath(recipe))
-    return parse(Recipe, with_settings(content, sets), "")
+    if isinstance(recipe, Mapping):
+        return parse(Recipe, with_settings(dict(recipe), sets), "")
+    name = os.fspath(recipe)
+    content = with_settings(_read(name), sets)
+    try:
+        return parse(Recipe, content, "")
+    except UserError as error:
+        if not _is_file(name):
+            raise
+        raise UserError(f"{name}: {error}") from None
 
 
 def with_settings(content: dict[str, Any], sets: Sequence[str]) -> dict[str, Any]:
@@ -340,9 +350,13 @@ def with_settings(content: dict[str, Any], sets: Sequence[str]) -> dict[str, Any
     return content
 
 
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml") or "/" in name
+
+
 def _read(name: str) -> dict[str, Any]:
-    if Path(name).suffix in (".yaml", ".yml") or "/" in name:
-        text = read_text(name)
+    if _is_file(name):
+        text = read_text(name, LARGEST)
     elif name in (known := bundled()):
         text = (resources.files("sparc3") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
@@ -350,15 +364,33 @@ def _read(name: str) -> dict[str, Any]:
     return _yaml(text, name)
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data only: no key twice, and no alias, with which a few lines can stand for more than fits into memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is not read: write out what it stands for", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        made = super().construct_mapping(node, deep)
+        if len(made) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
+        return made
+
+
 def _yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        content = _Loader(text).get_single_data()
+    except Exception as error:  # a scalar with a tag of its own can make the safe loader raise nearly anything
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{place} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}") from None
+        raise UserError(f"{where}{place} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}; mend that place") from None
     if not isinstance(content, dict):
         raise UserError(f"{where} holds no recipe; a recipe is a YAML mapping with name, model, references, …")
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise UserError(f"{where} has the key {short(odd[0])}, which is no name; a recipe is a YAML mapping with name, model, references, …")
     return dict(content)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import DamagedFile, UserError
 from .files import read_json, write_json
+from .schema import typed
 
 FORMAT = "sparc3.results/1"
 
@@ -101,17 +102,14 @@ class Results:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":
-        content = read_json(path, FORMAT)
+        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where its content makes no sense."""
+        content = read_json(path, FORMAT, by_hand=("format", "measurements", "differences", "provenance"))
         try:
-            measurements = tuple(Measurement(**{**m, "ci95": _pair(m["ci95"])}) for m in content["measurements"])
-            differences = tuple(
-                Difference(**{("from_" if key == "from" else key): value for key, value in d.items()} | {"ci95": _pair(d["ci95"])})
-                for d in content["differences"]
+            differences = [{("from_" if key == "from" else key): value for key, value in d.items()} for d in content["differences"]]
+            return cls(
+                typed(tuple[Measurement, ...], [asdict(Measurement(**m)) for m in content["measurements"]]),
+                typed(tuple[Difference, ...], [asdict(Difference(**d)) for d in differences]),
+                typed(dict[str, Any], content["provenance"]),
             )
-            return cls(measurements, differences, dict(content["provenance"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"{path}: not as {FORMAT} has it ({error}); make it again") from None
-
-
-def _pair(value: Any) -> tuple[float, float] | None:
-    return None if value is None else (float(value[0]), float(value[1]))

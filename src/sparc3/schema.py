@@ -1,9 +1,10 @@
 """Settings that users write, checked strictly: an unknown key is an error that suggests the near one."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from .errors import UserError, unknown
 
@@ -11,16 +12,22 @@ from .errors import UserError, unknown
 class Strict(BaseModel):
     """A section of a recipe. Unknown keys are refused; values keep the type they have."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Section = TypeVar("Section", bound=Strict)
+Kind = TypeVar("Kind")
+
+
+def typed(kind: type[Kind], value: object) -> Kind:
+    """A value out of a file as the type it should have. Raises ValueError where it does not."""
+    return TypeAdapter(kind).validate_python(value)
 
 
 def parse(schema: type[Section], content: object, where: str) -> Section:
     """`content` as a `schema`. Raises UserError, one line, naming the key and what it should be."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{where} should hold settings (key: value), not {content!r}")
+        raise UserError(f"{where} should hold settings (key: value), not {short(content)}")
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
@@ -41,7 +48,12 @@ def _explained(schema: type[Strict], error: ValidationError, where: str) -> User
         return UserError(f"{place} is missing; add it")
     said = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
-    return UserError(f"{place or 'the recipe'}: {said}" if isinstance(given, Mapping) else f"{place} is {given!r}: {said[:1].lower()}{said[1:]}")
+    return UserError(f"{place or 'the recipe'}: {said}" if isinstance(given, Mapping) else f"{place} is {short(given)}: {said[:1].lower()}{said[1:]}")
+
+
+def short(value: object) -> str:
+    """A value as a message shows it, whatever its size."""
+    return reprlib.repr(value)
 
 
 def _keys(schema: Any, path: list[str]) -> list[str]:

@@ -1,20 +1,19 @@
 """Scores: one number per unit, with where they came from. The second noun on disk (safetensors, `sparc3.scores/1`)."""
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DamagedFile, UserError
-from .files import fingerprint, whole_file
+from .errors import DamagedFile
+from .files import fingerprint
+from .tensors import digest, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "sparc3.scores/1"
+UNITS = ("neuron", "head", "weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,56 +54,21 @@ class Scores(Mapping[str, "Tensor"]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; the header holds the format, the order of the sites, the provenance and a checksum."""
-        from safetensors.torch import save_file
-
-        tensors = {name: tensor.contiguous() for name, tensor in self.values_.items()}
-        header = {"format": FORMAT, "sites": list(tensors), **self.provenance, "sha256": digest(tensors)}
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()})
+        save_tensors(path, FORMAT, self.values_, {"sites": list(self.values_), **self.provenance})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
         """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where the content does not fit."""
         tensors, header = load_tensors(path, FORMAT)
-        checksum, names = header.pop("sha256", None), header.pop("sites", None)
-        if not isinstance(names, list) or set(names) != set(tensors):
+        names, unit, model = header.pop("sites", None), header.get("unit", "neuron"), header.get("model") or {}
+        if not isinstance(names, list) or set(map(str, names)) != set(tensors) or len(names) != len(tensors):
             raise DamagedFile(f"{path}: its list of sites does not fit its tensors; make it again")
-        ordered = {name: tensors[name] for name in names}
-        if checksum != digest(ordered):
-            raise DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
-        return cls(ordered, header)
+        shaped = all(tensor.is_floating_point() and tensor.dim() == (2 if unit == "weight" else 1) for tensor in tensors.values())
+        if unit not in UNITS or not shaped or not is_model(model):
+            raise DamagedFile(f"{path}: unit, model and tensors are not as {FORMAT} has them; make it again")
+        return cls({name: tensors[name] for name in names}, header)
 
 
-def load_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Tensors and header of one of our safetensors files, the header's JSON values parsed, its `format` checked and taken off."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise UserError(f"no such file: {path}; check the path")
-    try:
-        with safe_open(path, "pt") as opened:
-            header: dict[str, Any] = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DamagedFile(f"{path} is not a readable safetensors file ({str(error).splitlines()[0]}); make it again") from None
-    if header.pop("format", None) != format:
-        raise UserError(f"{path} is a safetensors file, but not a {format} file")
-    return tensors, {key: _parsed(value) for key, value in header.items()}
-
-
-def _parsed(value: str) -> Any:
-    try:
-        return json.loads(value) if value[:1] in '{["-0123456789tfn' else value
-    except (json.JSONDecodeError, RecursionError):
-        return value
-
-
-def digest(tensors: Mapping[str, "Tensor"]) -> str:
-    """The SHA-256 of names, shapes, types and values, in their order."""
-    import torch
-
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+def is_model(value: object) -> bool:
+    """Whether a value says which model something was made on: names by key."""
+    return isinstance(value, dict) and all(isinstance(part, str) for part in value.values())

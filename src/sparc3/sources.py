@@ -2,14 +2,14 @@
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import UserError, unknown
 from .files import read_text
-from .samples import ReferenceSet, Sample, read_rows, sample_of
+from .samples import ReferenceSet, Rows, Sample, is_rows, sample_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,19 +116,43 @@ def _repetitive(request: Request, read: "Source", tokenizer: "PreTrainedTokenize
 
 def _from_file(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
     if request.seq_len:
-        return _cut_each_seed(request, tokenizer, lambda seed: _shuffled(corpus(request.source), seed))
-    rows = read_rows(request.source)
+        return _cut_each_seed(request, tokenizer, lambda seed: _in_order_of(corpus(request.source), seed))
+    rows = Rows(request.source)
     if request.choose_by:
-        return toxic_prompts(_shuffled([row for _, row in rows], request.seeds[0]), request, score)
-    samples = [sample_of(row, f"{request.source}, line {number}") for number, row in rows]
-    fresh = [sample for sample in samples if sample.text not in request.taken]
-    return fresh if len(fresh) <= request.count else _shuffled(fresh, request.seeds[0])[: request.count]
+        return toxic_prompts((row for _, row in _in_order_of(rows, request.seeds[0])), request, score)
+
+    def sample(place: int) -> Sample:
+        number, row = rows[place]
+        return sample_of(row, f"{request.source}, line {number}")
+
+    fresh = [place for place in range(len(rows)) if sample(place).text not in request.taken]
+    return [sample(place) for place in (fresh if len(fresh) <= request.count else list(_in_order_of(fresh, request.seeds[0]))[: request.count])]
 
 
-def _shuffled(items: list[Any], seed: int) -> list[Any]:
-    shuffled = list(items)
-    random.Random(f"sparc3/{seed}").shuffle(shuffled)
-    return shuffled
+def _in_order_of(items: Sequence[Any], seed: int) -> Iterator[Any]:
+    """The items, shuffled; those of a file are read one by one."""
+    places = list(range(len(items)))
+    random.Random(f"sparc3/{seed}").shuffle(places)
+    return (items[place] for place in places)
+
+
+class _Texts(Sequence[str]):
+    """The texts of a file's rows, read when they are asked for."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.rows = path, Rows(path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        number, row = self.rows[place]
+        text = sample_of(row, where := f"{self.path}, line {number}").text
+        if text is None:
+            raise UserError(f"{where} holds token ids where a text is needed; give it as \"text\"")
+        return text
 
 
 @source("c4")
@@ -211,7 +235,7 @@ def _wikitext_lines(split: str) -> list[str]:
     return [row["text"] for row in stream(None, path="Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)]
 
 
-def corpus(name: str, split: str = "test", count: int | None = None) -> list[str]:
+def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence[str]:
     """The texts that perplexity is measured on: of a source, or of a file (a text file without marks is one text)."""
     require_source(name)
     if name == "wikitext2":
@@ -222,9 +246,10 @@ def corpus(name: str, split: str = "test", count: int | None = None) -> list[str
     if name in _SOURCES:
         found = gather(Request(name, count or 300, split=split)).samples
         return [(sample.text or "") + (sample.completion or "") for sample in found]
-    if Path(name).suffix not in (".jsonl", ".json", ".ndjson") and "<|endoftext|>" not in (text := read_text(name)):
-        return [text][:count]
-    return [sample_of(row, f"{name}, line {number}").text or "" for number, row in read_rows(name)][:count]
+    if not is_rows(name):
+        return [read_text(name)][:count]
+    texts = _Texts(name)
+    return texts if count is None else texts[:count]
 
 
 def _cut_each_seed(

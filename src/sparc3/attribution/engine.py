@@ -108,6 +108,7 @@ def attribute(
     if chosen.run:
         references = ReferenceSet.of(samples)
         encoded = _encoded(model, references, tokenizer, chosen, settings, truncate)
+        _tell(references, encoded, truncate, context_length(model))
         task = _task(settings, described, model, references, encoded, where, shard)
         share, budget = _share(encoded, task, partial), token_budget(batch_tokens, model.device.type)
         budget = room(model, _kind(settings), budget) if batch_tokens == "auto" else budget
@@ -207,6 +208,15 @@ def _all_added(
     if keeper:
         keeper.end(whole)
     return whole
+
+
+def _tell(references: ReferenceSet, encoded: list[Encoded], truncate: bool, context: int) -> None:
+    """What the reader of the scores should know of the samples."""
+    if references.repeated and distributed.is_main():
+        log.warning("%d of %d samples are the same as an earlier one, and count again", references.repeated, len(references))
+    if truncate and distributed.is_main():
+        full = sum(len(e.ids) == context for e in encoded)
+        log.info("%d of %d samples fill the model's context of %d tokens, longer ones cut to it", full, len(encoded), context)
 
 
 def _require_longer(encoded: list[Encoded], skip: int) -> None:

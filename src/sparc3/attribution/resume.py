@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import distributed
 from ..batches import Batch, make_batch
-from ..errors import DamagedFile
+from ..errors import UserError
 from ..files import remove_leftovers
 from .shards import Task, load_sums, read_positions, save_sums
 from .sums import Sums
@@ -71,7 +71,7 @@ class Keeper:
                     found.append((path, positions))
                 else:
                     log.warning("%s is of another model, other samples or settings; starting anew", path.name)
-            except DamagedFile as error:
+            except UserError as error:
                 log.warning("%s; starting anew", error)
         held: set[int] = set()
         usable = []

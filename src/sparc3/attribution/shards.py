@@ -1,19 +1,18 @@
 """Sums on disk: what an interrupted attribution goes on from, and what the shards of a job array leave for `merge`."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import DamagedFile, UserError
-from ..files import fingerprint, whole_file
+from ..files import fingerprint
 from ..models import Site
-from ..scores import digest, load_tensors
+from ..scores import is_model
+from ..tensors import load_tensors, read_header, save_tensors
 from .sums import Settings, Sums
 
 FORMAT = "sparc3.shard/1"
@@ -70,17 +69,9 @@ def parse_shard(shard: str) -> tuple[int, int]:
 
 def save_sums(path: str | os.PathLike[str], task: Task, sums: Sums, positions: Iterable[int]) -> None:
     """Write sums, with their task and the places of the samples they are over; all of it or nothing."""
-    from safetensors.torch import save_file
-
-    tensors = {name: total.cpu().contiguous() for name, total in sums.totals.items()}
     counts = {"samples": sums.samples, "tokens": sums.tokens, "targets": sums.targets, "skipped": sums.skipped}
-    header = {**task.asked(), **counts, "positions": sorted(positions), "task": task.fingerprint, "sha256": digest(_ordered(tensors))}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, **{key: json.dumps(value) for key, value in header.items()}})
-
-
-def _ordered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return dict(sorted(tensors.items()))
+    header = {**task.asked(), **counts, "positions": sorted(positions), "task": task.fingerprint}
+    save_tensors(path, FORMAT, {name: total.cpu() for name, total in sums.totals.items()}, header)
 
 
 def load_sums(path: str | os.PathLike[str]) -> tuple[Task, Sums, frozenset[int]]:
@@ -93,24 +84,32 @@ def load_sums(path: str | os.PathLike[str]) -> tuple[Task, Sums, frozenset[int]]
             tuple(tuple(site) for site in header["sites"]), tuple(shard) if shard else None,
         )  # fmt: skip
         sums = Sums(task.settings, tensors, header["samples"], header["tokens"], header["targets"], list(header["skipped"]))
-        known, positions, checksum = header["task"], frozenset(header["positions"]), header["sha256"]
+        positions = frozenset(header["positions"])
+        good = header["task"] == task.fingerprint and is_model(task.model) and _fit(task, sums, positions)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{path} lacks what a shard file has ({error}); make it again") from None
-    if checksum != digest(_ordered(tensors)) or known != task.fingerprint:
-        raise DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
+    if not good:
+        raise DamagedFile(f"{path}: its task, sums and counts are not as {FORMAT} has them; make it again")
     return task, sums, positions
+
+
+def _fit(task: Task, sums: Sums, positions: frozenset[int]) -> bool:
+    """Whether the parts of a shard file fit each other."""
+    names = {name for name, _, _, _, _, _ in task.sites}
+    counts = (task.count, sums.samples, sums.tokens, sums.targets, *sums.skipped, *positions)
+    return (
+        all(type(count) is int and count >= 0 for count in counts) and sums.samples + len(sums.skipped) == len(positions)
+        and positions <= set(task.share()) and all(name in names and total.is_floating_point() for name, total in sums.totals.items())
+    )  # fmt: skip
 
 
 def read_positions(path: Path) -> tuple[str, frozenset[int]]:
     """The fingerprint of the task and the places of the samples of a shard file, without its tensors."""
-    from safetensors import SafetensorError, safe_open
-
+    header = read_header(path)
     try:
-        with safe_open(path, "pt") as opened:
-            header = opened.metadata() or {}
-        return json.loads(header["task"]), frozenset(json.loads(header["positions"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DamagedFile(f"{path} is not a readable shard file ({error})") from None
+        return str(header["task"]), frozenset(header["positions"])
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} lacks what a shard file has ({error}); make it again") from None
 
 
 def combined(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]:

@@ -13,7 +13,7 @@ from ..memory import in_batches
 from ..models import context_length
 from ..samples import ReferenceSet
 from .metrics import Beside, KLSettings, Measured, Metric, register
-from .observations import Observations
+from .observations import Observations, finite
 from .perplexity import Window, windows_of
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def divergence(
     """Mean KL(original ‖ variant) of the next token, in nats a token; one unit a window of perplexity's protocol."""
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     changed = beside.changed if beside else None
-    sums = tuple(_of_windows(model, windows, changed, progress)) if changed else (0.0,) * len(windows)
+    sums = tuple(map(finite, _of_windows(model, windows, changed, progress))) if changed else (0.0,) * len(windows)
     weights = tuple(float(predicted) for _, predicted in windows)
-    return Measured((Observations("kl", settings.split, "nats a token", "lower", sums, weights),))
+    return Measured((Observations("kl", settings.split, "nats a token", "lower", sums, weights, sums.count(None)),))
 
 
 def _of_windows(model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool) -> list[float]:

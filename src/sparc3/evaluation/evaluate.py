@@ -1,11 +1,13 @@
 """`evaluate`: metrics on a model, and on variants of it, over the same samples."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .. import distributed
 from ..errors import UserError
 from ..files import fingerprint
 from ..models import describe
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+log = logging.getLogger("sparc3")
 Changed = Callable[[], AbstractContextManager[Any]]
 """Gives a context inside which the model is a variant of itself."""
 
@@ -137,6 +140,9 @@ def measure(
     for one in (p for p in prepared if p.metric.compares):
         observed[one.metric.name] = one.measure(model, tokenizer, progress, beside).observations
     observations = tuple(o for one in prepared for o in observed[one.metric.name])
+    for o in observations:
+        if o.failures and distributed.is_main():
+            log.warning("%s of %s: %d failures, which are in no mean (n = %d)", o.metric, variant, o.failures, len(o.sums) - o.sums.count(None))
     return Evaluation(variant, observations, texts, made_from, time.perf_counter() - began)
 
 

@@ -37,9 +37,10 @@ def fluency(
     nll = negative_log_likelihoods(model, windows, progress) if windows else []
     sums, weights = [0.0] * len(rows), [0.0] * len(rows)
     for owner, (_, predicted), value in zip(owners, windows, nll, strict=True):
-        sums[owner] += value
-        weights[owner] += predicted
-    failures = sum(len(row["continuations"]) for row in rows) - len(windows)
+        if value is not None:
+            sums[owner] += value
+            weights[owner] += predicted
+    failures = sum(len(row["continuations"]) for row in rows) - len(windows) + nll.count(None)
     measured = tuple(value if weight else None for value, weight in zip(sums, weights, strict=True))
     filled = tuple(weight or 1.0 for weight in weights)
     split = seen.splits.get(settings.of, "test")

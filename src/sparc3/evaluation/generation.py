@@ -38,6 +38,18 @@ class SeededDraw:
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
+class _Finite:
+    """A logits processor that changes nothing and notes the rows in which a logit was NaN or Inf: what they go on to write is no text."""
+
+    def __init__(self) -> None:
+        self.lost: Tensor | None = None
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        lost = ~scores.amax(-1).isfinite()  # a NaN or +Inf anywhere; −Inf everywhere
+        self.lost = lost if self.lost is None else self.lost | lost
+        return torch.where(lost[:, None], 0.0, scores)
+
+
 def complete(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -52,15 +64,19 @@ def complete(
 ) -> list[list[str]]:
     """For each prompt, `generations` continuations, without the prompt and without special tokens.
 
+    A continuation in which the model gave a logit that is NaN or Inf is empty, which every metric counts as a failure.
+
     Args:
         temperature: 0 is greedy; otherwise plain sampling from the softmax at this temperature.
         batch: rows of one batch at the start; halved when they do not fit into memory.
 
     Raises:
-        UserError: a prompt so long that its continuation would leave the model's context.
+        UserError: a prompt without a token, or one so long that its continuation would leave the model's context.
     """
     rows = [(prompt, k) for prompt in prompts for k in range(generations)]
     encoded = {prompt: list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts}
+    if empty := [place for place, prompt in enumerate(prompts) if not encoded[prompt]]:
+        raise UserError(f"prompt {empty[0]} has no token for this tokenizer; leave it out, or use a tokenizer that begins with one of its own")
     longest = max((len(ids) for ids in encoded.values()), default=0)
     if longest + max_new_tokens > context_length(model):
         raise UserError(
@@ -90,7 +106,8 @@ def _generated(
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows], device=model.device)
-    processors = LogitsProcessorList()
+    finite = _Finite()
+    processors = LogitsProcessorList([finite])
     if temperature > 0:
         draws = [random.Random(f"{seed}/{k}/{ids}") for ids, k in rows]
         processors.append(SeededDraw(temperature, [[r.random() for _ in range(new)] for r in draws], width))
@@ -99,4 +116,5 @@ def _generated(
         max_new_tokens=new, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=eos, repetition_penalty=1.0, use_cache=True
     )
     made: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in made[:, width:]]
+    lost = finite.lost.tolist() if finite.lost is not None else [False] * len(rows)
+    return ["" if gone else tokenizer.decode(row, skip_special_tokens=True) for row, gone in zip(made[:, width:], lost, strict=True)]

@@ -11,7 +11,7 @@ from ..memory import in_batches
 from ..models import context_length
 from ..samples import ReferenceSet
 from .metrics import IOISettings, Measured, Metric, register
-from .observations import Observations
+from .observations import Observations, finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,14 +28,14 @@ def ioi(
 ) -> Measured:
     """Logit of the target less that of the contrast at the last position, and how often it is above zero; one unit a text."""
     encoded = encode(samples, tokenizer, "contrast", context=context_length(model), vocabulary=model.get_input_embeddings().weight.shape[0])
-    differences = distributed.in_parallel(
-        encoded, lambda share: in_batches(share, ROWS, lambda part: logit_differences(model, part), of=(model, "ioi"))
-    )
-    ones = (1.0,) * len(differences)
+    found = distributed.in_parallel(encoded, lambda share: in_batches(share, ROWS, lambda part: logit_differences(model, part), of=(model, "ioi")))
+    differences = tuple(map(finite, found))
+    right = tuple(None if d is None else float(d > 0) for d in differences)
+    ones, failures = (1.0,) * len(differences), differences.count(None)
     return Measured(
         (
-            Observations("ioi.accuracy", settings.split, "share of texts", "higher", tuple(float(d > 0) for d in differences), ones),
-            Observations("ioi.logit_difference", settings.split, "logits", "higher", tuple(differences), ones),
+            Observations("ioi.accuracy", settings.split, "share of texts", "higher", right, ones, failures),
+            Observations("ioi.logit_difference", settings.split, "logits", "higher", differences, ones, failures),
         )
     )
 

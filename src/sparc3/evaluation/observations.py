@@ -1,11 +1,13 @@
 """What a metric observed: one figure per unit (prompt, window), before any average. Kept on disk, one file a variant."""
 
+import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import DamagedFile
 from ..files import read_json, write_json
+from ..schema import typed
 
 FORMAT = "sparc3.evaluation/1"
 
@@ -35,6 +37,11 @@ class Observations:
     exponential: bool = False
 
 
+def finite(value: float) -> float | None:
+    """A measured number, or None for a NaN or Inf, which is a failure and no number."""
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Everything observed on one variant of the model, and the texts it wrote on the way.
@@ -57,9 +64,8 @@ class Evaluation:
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
         content = read_json(path, FORMAT)
         try:
-            observations = tuple(
-                Observations(**{**o, "sums": tuple(o["sums"]), "weights": tuple(o["weights"])}) for o in content["observations"]
-            )
-            return cls(content["variant"], observations, content["texts"], content["made_from"], content["seconds"])
-        except (KeyError, TypeError) as error:
+            made = cls(**{key: value for key, value in content.items() if key != "format"})
+            observations = typed(tuple[Observations, ...], [asdict(Observations(**o)) for o in content["observations"]])
+            return replace(typed(cls, asdict(replace(made, observations=()))), observations=observations)
+        except (KeyError, TypeError, ValueError) as error:
             raise DamagedFile(f"{path}: not as {FORMAT} has it ({error}); make it again") from None

@@ -8,13 +8,13 @@ import torch
 from tqdm import tqdm
 
 from .. import distributed
-from ..errors import NonFinite, UserError
+from ..errors import UserError
 from ..logits import logits_at
 from ..memory import in_batches
 from ..models import context_length
 from ..samples import ReferenceSet
 from .metrics import Measured, Metric, PerplexitySettings, register
-from .observations import Observations
+from .observations import Observations, finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +30,14 @@ Window = tuple[tuple[int, ...], int]
 def perplexity(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: ReferenceSet, settings: PerplexitySettings, progress: bool = False
 ) -> Measured:
-    """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the paper's protocol have it."""
+    """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the paper's protocol have it.
+
+    A window whose likelihood is NaN or Inf is a failure.
+    """
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     nll = negative_log_likelihoods(model, windows, progress)
     weights = tuple(float(predicted) for _, predicted in windows)
-    return Measured((Observations("perplexity", settings.split, "perplexity", "lower", tuple(nll), weights, exponential=True),))
+    return Measured((Observations("perplexity", settings.split, "perplexity", "lower", tuple(nll), weights, nll.count(None), exponential=True),))
 
 
 def windows_of(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int) -> list[Window]:
@@ -86,8 +89,8 @@ def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
     return windows
 
 
-def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float]:
-    """Σ −log p of each window's predicted tokens, in nats."""
+def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float | None]:
+    """Σ −log p of each window's predicted tokens, in nats; None where it is not finite."""
     longest = max(len(ids) for ids, _ in windows)
     size = max(1, batch_tokens(model.device.type) // longest)
     # Windows of one length stand together; only the first and last ones differ.
@@ -99,10 +102,7 @@ def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], pr
 
         made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update, of=(model, f"perplexity {longest}")))
     by_window = dict(zip(order, made, strict=True))
-    bad = [i for i, value in by_window.items() if not value < float("inf")]
-    if bad:
-        raise NonFinite(f"the perplexity of window {bad[0]} is not finite; load the model in bfloat16 or float32")
-    return [by_window[i] for i in range(len(windows))]
+    return [finite(by_window[i]) for i in range(len(windows))]
 
 
 def batch_tokens(device: str) -> int:

@@ -1,12 +1,12 @@
 """Scorers of toxicity: from texts to numbers in [0, 1], or None where a text could not be scored."""
 
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import UserError, unknown
@@ -79,21 +79,34 @@ def _careful(scorer: Scorer) -> Scorer:
         filled = [index for index, text in enumerate(texts) if text.strip()]
         scores: list[float | None] = [None] * len(texts)
         for index, score in zip(filled, _tried(scorer, [texts[index] for index in filled]), strict=True):
-            scores[index] = score if score is not None and math.isfinite(score) and 0 <= score <= 1 else None
+            scores[index] = _valid(score)
         return scores
 
     return careful
 
 
-def _tried(scorer: Scorer, texts: list[str]) -> list[float | None]:
+def _valid(score: Any) -> float | None:
+    return float(score) if isinstance(score, int | float | np.floating) and 0 <= score <= 1 else None
+
+
+def _tried(scorer: Scorer, texts: list[str]) -> list[Any]:
+    """The scorer's answers; of a batch for which it has none that fits, each text is asked for alone."""
+    answers, why = _asked(scorer, texts)
+    if answers is not None:
+        return answers
+    alone = [_asked(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
+    lost = alone.count(None)
+    log.warning("the scorer failed on %d texts at once (%s), and on %d of them alone, which count as failures", len(texts), why, lost)
+    return [answer[0] if answer is not None else None for answer in alone]
+
+
+def _asked(scorer: Scorer, texts: list[str]) -> tuple[list[Any] | None, str]:
+    """As many answers as texts; or None, and why."""
     try:
-        scores = scorer(texts)
-        if len(scores) == len(texts):
-            return scores
-        log.warning("the scorer gave %d scores for %d texts", len(scores), len(texts))
-    except Exception as error:
-        log.warning("the scorer failed: %s", error)
-    return [_tried(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None] * len(texts)
+        answers = list(scorer(texts))
+    except Exception as error:  # a scorer is anyone's code
+        return None, f"{type(error).__name__}: {error}"
+    return (answers, "") if len(answers) == len(texts) else (None, f"{len(answers)} answers")
 
 
 def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
@@ -104,14 +117,16 @@ def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
 
     load_config(name)
     with hub_errors(name):
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     column = _toxic_column(name, model.config, label)
     # A model of several labels that do not exclude each other says so; softmax over them would be wrong.
     separate = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
     def score(texts: Sequence[str]) -> list[float | None]:
-        return in_batches(texts, 64, lambda part: _probabilities(model, tokenizer, part, column, separate), of=(model, "score"))
+        # Without a padding token, a text has to be read alone.
+        size = 64 if tokenizer.pad_token is not None else 1
+        return in_batches(texts, size, lambda part: _probabilities(model, tokenizer, part, column, separate), of=(model, "score"))
 
     return score
 
@@ -119,7 +134,7 @@ def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
 @torch.inference_mode()
 def _probabilities(model: Any, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], column: int, separate: bool) -> list[float | None]:
     longest = min(int(tokenizer.model_max_length), 512)
-    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+    encoded = tokenizer(list(texts), padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
     logits = model(**encoded).logits.float()
     return (logits.sigmoid() if separate else logits.softmax(-1))[:, column].tolist()  # type: ignore[no-any-return]
 

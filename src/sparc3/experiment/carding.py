@@ -6,7 +6,7 @@ from typing import Any
 from .. import distributed
 from ..cards import FORMAT, cards_of
 from ..circuit import Circuit
-from ..errors import DamagedFile
+from ..errors import UserError
 from ..evaluation.statistics import measurement
 from ..files import fingerprint, read_json, write_json
 from ..version import __version__
@@ -52,6 +52,6 @@ def write_cards(work: Work, found: Found) -> None:
 def _made_from(work: Work) -> object:
     try:
         return read_json(work.folder / "cards.json", FORMAT).get("made_from")
-    except DamagedFile as error:
+    except UserError as error:
         log.warning("%s; making it again", error)
         return None

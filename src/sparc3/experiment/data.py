@@ -77,6 +77,9 @@ def _samples(work: Work, name: str, asked: dict[str, Any], source: str, make: Ca
     where = work.folder / f"samples/{name}.jsonl"
     found = kept(where, made_from, ReferenceSet.load, lambda s: s.source.get("made_from"), lambda: marked(make(), made_from))
     log.info("samples %s: %d from %s", name, len(found), Path(source).name)
+    if found.repeated:
+        work.warnings.append(f"{found.repeated} of the {len(found)} samples of {name} are the same as an earlier one, and count again")
+        log.warning(work.warnings[-1])
     return found
 
 

@@ -9,12 +9,13 @@ from typing import TypeVar
 
 from .. import distributed
 from ..circuit import Circuit
-from ..errors import DamagedFile, Sparc3Error, UserError
+from ..errors import Sparc3Error, UserError
 from ..evaluation.observations import Evaluation
 from ..files import read_text, remove_leftovers, write_text
 from ..recipe import Recipe
 from ..samples import ReferenceSet
 from ..scores import Scores
+from ..visible import LineFormatter
 
 log = logging.getLogger("sparc3")
 Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
@@ -72,7 +73,7 @@ def logged(folder: Path) -> Iterator[None]:
         yield
         return
     handler = _LogFile(folder / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     earlier = log.level
     log.setLevel(min(earlier or logging.INFO, logging.INFO))
@@ -104,7 +105,7 @@ def kept(where: Path, made_from: str, load: Callable[[Path], Noun], is_of: Calla
     if where.is_file():
         try:
             found = load(where)
-        except DamagedFile as error:
+        except UserError as error:  # also another kind of file: under this name, it is not what the run left
             log.warning("%s; making it again", error)
     if distributed.first(found is not None and is_of(found) == made_from):
         log.info("%s is there", Path(*where.parts[-2:]))

@@ -1,6 +1,7 @@
 """Units that the whole model stands on are left out of every selection: those whose removal alone multiplies perplexity."""
 
 import logging
+import math
 
 import torch
 
@@ -9,6 +10,8 @@ from ..ablation import ablated
 from ..attribution.extremes import largest_writes
 from ..batches import joined
 from ..circuit import Circuit
+from ..errors import NonFinite
+from ..evaluation.observations import finite
 from ..evaluation.perplexity import Window, negative_log_likelihoods
 from ..samples import ReferenceSet
 from .work import Work
@@ -33,6 +36,8 @@ def protect(work: Work) -> None:
     if not windows:
         return
     before = _perplexity(work, windows)
+    if not math.isfinite(before):
+        raise NonFinite("the model's perplexity on general samples is not finite; load it in bfloat16 or float32")
     found = {}
     for name, index in _suspects(work, samples):
         with ablated(work.model, Circuit("neuron", {name: (index,)})):
@@ -40,7 +45,7 @@ def protect(work: Work) -> None:
     kept = {unit: ratio for unit, ratio in found.items() if ratio >= RATIO}
     members = {name: tuple(sorted(index for other, index in kept if other == name)) for name in dict.fromkeys(name for name, _ in kept)}
     work.protected = Circuit("neuron", members, work.described) if members else None
-    work.noted["protected"] = [{"module": name, "index": index, "perplexity_ratio": ratio} for (name, index), ratio in kept.items()]
+    work.noted["protected"] = [{"module": name, "index": index, "perplexity_ratio": finite(ratio)} for (name, index), ratio in kept.items()]
     log.info("protected: %d of %d suspects multiply perplexity by %.3g or more (at most %.3g)", len(kept), len(found), RATIO, max(found.values()))
 
 
@@ -52,5 +57,6 @@ def _suspects(work: Work, samples: ReferenceSet) -> list[tuple[str, int]]:
 
 
 def _perplexity(work: Work, windows: list[Window]) -> float:
-    nll = negative_log_likelihoods(work.model, windows, progress=False)
+    """Infinite where the model gave a NaN or Inf: then it is broken indeed."""
+    nll = [math.inf if value is None else value for value in negative_log_likelihoods(work.model, windows, progress=False)]
     return float(torch.tensor(sum(nll) / sum(predicted for _, predicted in windows)).exp())

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import distributed
 from ..circuit import Circuit
-from ..errors import DamagedFile, UserError
+from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import fingerprint_of, measure
 from ..evaluation.metrics import Prepared
 from ..evaluation.statistics import measurement
@@ -87,7 +87,7 @@ class Trials:
         if change.fingerprint not in self.known:
             found = self._figures(change, self.budget)
             limit = max(HOPELESS * self.tune.max_perplexity_increase, 0.05)
-            if original is None or found["perplexity"] / original["perplexity"] - 1 <= limit:
+            if "perplexity" in found and (original is None or found["perplexity"] / original["perplexity"] - 1 <= limit):
                 found |= self._figures(change, self.asked)
             self.known[change.fingerprint] = found
             self.done += 1
@@ -95,7 +95,9 @@ class Trials:
         return self.known[change.fingerprint]
 
     def within(self, figures: Figures, original: Figures) -> bool:
-        """Whether a variant keeps to the budget."""
+        """Whether a variant keeps to the budget, of which every window was measured."""
+        if "perplexity" not in figures or (self.tune.max_kl is not None and "kl" not in figures):
+            return False
         increase = figures["perplexity"] / original["perplexity"] - 1
         return increase <= self.tune.max_perplexity_increase and (self.tune.max_kl is None or figures["kl"] <= self.tune.max_kl)
 
@@ -109,7 +111,9 @@ class Trials:
             return changed(self.work, change)
 
         made = measure(self.work.model, self.work.tokenizer, metrics, "trial", progress=self.work.progress, changed=again if len(change) else None)
-        figures = {o.metric: measurement(o, "trial").value for o in made.observations}
+        # A budget is kept on every window or not at all: without the windows it broke, a broken model would look well.
+        whole = [o for o in made.observations if not (o.failures and metrics is self.budget)]
+        figures = {o.metric: measurement(o, "trial").value for o in whole}
         return {name: value for name, value in figures.items() if value is not None}
 
     def load(self) -> None:
@@ -119,7 +123,7 @@ class Trials:
         if where.is_file():
             try:
                 found = read_json(where, FORMAT)
-            except DamagedFile as error:
+            except UserError as error:
                 log.warning("%s; searching again", error)
         found = distributed.first(found)
         if found.get("made_from") == self.made_from:
@@ -143,6 +147,8 @@ def tuned(work: Work) -> tuple[How, Found]:
     trials = Trials(work, tune, *validation(work, tune))
     trials.load()
     original = trials.of(Circuit(work.recipe.attribution.unit, {}, work.described))
+    if "perplexity" not in original:
+        raise Sparc3Error("the validation perplexity of the original is not finite; load the model in bfloat16 or float32")
     parts = {(target, neuron): _parts(work, target, neuron) for target in _targets(work, tune) for neuron in _neurons(work, tune)}
     tried: list[Candidate] = []
     ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
@@ -152,7 +158,12 @@ def tuned(work: Work) -> tuple[How, Found]:
             if count > candidates(scores):
                 continue
             circuit = select(scores, count=count, scope=work.recipe.selection.scope)
-            candidate = _judged(how, circuit, count, trials.of(circuit, original), original, trials)
+            figures = trials.of(circuit, original)
+            if "perplexity" not in figures:
+                work.warnings.append(f"a candidate of {count} units was left out: its perplexity is not finite")
+                log.warning(work.warnings[-1])
+                continue
+            candidate = _judged(how, circuit, count, figures, original, trials)
             _log(candidate, trials.aim[0])
             tried.append(candidate)
             ways.append((how, circuit, scores, sets))

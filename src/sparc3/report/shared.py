@@ -48,4 +48,8 @@ def protected(run: RunFolder) -> list[tuple[str, str]] | None:
     found = run.provenance.get("protected")
     if found is None:
         return None
-    return [(f"{place(str(one['module']))}, {run.unit} {int(one['index']):,}", plain(float(one["perplexity_ratio"]))) for one in found]
+    return [(f"{place(str(one['module']))}, {run.unit} {int(one['index']):,}", _times(one["perplexity_ratio"])) for one in found]
+
+
+def _times(ratio: float | None) -> str:
+    return "beyond all numbers" if ratio is None else plain(float(ratio))
