@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check docs clean
 
 demo: .venv/ready
 	$(BIN)/sparc3 demo --out demo-run
@@ -19,6 +19,14 @@ check: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_promises.py
 
+# The documentation's site, in site/. The variable keeps an announcement of another product out of the output.
+docs: .venv/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch .venv/docs-ready
+
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -28,4 +36,4 @@ check: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv demo-run build dist src/*.egg-info
+	rm -rf .venv demo-run site build dist src/*.egg-info

@@ -43,7 +43,9 @@ def prune_sequentially(
     One pass over the layers, each run twice; the hidden states of all samples are held at once. The model is afterwards as it was.
 
     Args:
-        samples, tokenizer, truncate: as in `attribute`.
+        samples: as in `attribute`.
+        tokenizer: as in `attribute`.
+        truncate: as in `attribute`.
         fraction: the share of every output row, or of every site.
         scope: "row", "site", or "n:m" without a fraction.
         sites: canonical roles; all that the model has where none is given.

@@ -1,0 +1,105 @@
+"""The documentation: its blocks run as they stand, its links lead somewhere, and it names what is there."""
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparc3
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, int]]:
+    """The page's fenced blocks of a language, with the line each begins on."""
+    text = page.read_text(encoding="utf-8")
+    return [(found[2], text[: found.start()].count("\n") + 2) for found in FENCE.finditer(text) if found[1] == language]
+
+
+def run(page: Path, namespace: dict[str, Any]) -> None:
+    for code, line in blocks(page, "python"):
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a page registers is gone after it."""
+    from sparc3 import families, sources
+    from sparc3.attribution import methods
+    from sparc3.evaluation import metrics
+
+    with monkeypatch.context() as patch:
+        for module, name in ((methods, "_METHODS"), (metrics, "_METRICS"), (sources, "_SOURCES")):
+            patch.setattr(module, name, dict(getattr(module, name)))
+        kept = dict(families.FAMILIES)
+        yield
+        families.FAMILIES.clear()
+        families.FAMILIES.update(kept)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "extending.md"], ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert blocks(page, "python")
+    run(page, {"__name__": "page"})
+    if page.name == "quickstart.md":
+        found = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith(("toxicity.rate", "perplexity"))}
+        before, after = (float(part.split()[0]) for part in found["toxicity.rate"].removeprefix("toxicity.rate ").split(" -> "))
+        assert after < before / 2
+
+
+def test_the_commands_of_the_quick_start_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparc3: Callable[..., tuple[int, str, str]]) -> None:
+    import subprocess
+
+    monkeypatch.chdir(tmp_path)
+    ((script, _),) = blocks(ROOT / "docs" / "quickstart.md", "sh")
+    for line in script.splitlines():
+        if line.startswith("sparc3 "):
+            code, _, err = sparc3(*shlex.split(line)[1:])
+            assert code == 0, (line, err)
+        else:
+            subprocess.run(["bash", "-c", line], check=True)
+    assert (tmp_path / "without-insults" / "model.safetensors").is_file()
+
+
+def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path) -> None:
+    from sparc3.recipe import load_recipe
+
+    found = [block for page in PAGES for block, _ in blocks(page, "yaml")]
+    assert found
+    for text in found:
+        for name in re.findall(r"source: ([\w-]+\.\w+)", text):
+            (tmp_path / name).write_text('{"text": "a"}\n')
+        (tmp_path / "recipe.yaml").write_text(re.sub(r"source: (?=[\w-]+\.\w+)", f"source: {tmp_path}/", text))
+        assert load_recipe(str(tmp_path / "recipe.yaml")).name
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_and_commands_exist(page: Path) -> None:
+    from sparc3.cli import _parser
+
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    (commands,) = (action.choices for action in _parser()._actions if action.dest == "command")
+    fenced = "\n".join(found[2] for found in FENCE.finditer(text) if not found[1] or found[1] == "sh")
+    for command in [*re.findall(r"^sparc3 ([a-z]+)", fenced, re.MULTILINE), *re.findall(r"`sparc3 ([a-z]+)", text)]:
+        assert command in commands, command
+    for file in re.findall(r"`((?:src|tests|docs|scripts|benchmarks)/[\w/.-]+\.\w+)`", text):
+        assert (ROOT / file).exists(), file
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    listed = set(re.findall(r"^::: sparc3\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    assert listed == set(sparc3.__all__) - {"__version__"}
+
+
+def test_every_page_is_in_the_navigation_and_asks_for_nothing_from_outside() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert set(re.findall(r": (\w+\.md)$", config, re.MULTILINE)) == {page.name for page in PAGES}
+    assert "font: false" in config
