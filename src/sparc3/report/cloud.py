@@ -67,7 +67,7 @@ def cloud_figure(cloud: Cloud, heading: str, note: str) -> Figure:
 def _across(cloud: Cloud) -> Scale:
     """From no damage, or the least there is, to the most; far beyond the budget the scale turns logarithmic."""
     places = [spot.x for spot in cloud.spots] + [cloud.budget or 0.0, 0.0]
-    low, high = min(places), max(max(places), 1e-6)
+    low, high = min(places), max(*places, 0.002 if cloud.damage == "perplexity" else 1e-6)
     unit = cloud.budget or 3 * sorted(abs(place) for place in places)[len(places) // 2] or high
     room = (high - low) * 0.04
     return Scale(low - room, high + room, LEFT, RIGHT, soft=unit if high > 6 * unit else 0.0)

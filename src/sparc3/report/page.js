@@ -7,8 +7,11 @@
   const make = (name, className, text) => Object.assign(document.createElement(name), { className, textContent: text });
 
   function fill({ head, rows }) {
-    const grid = make("div", "", "");
-    for (const row of rows) grid.append(make("span", row.key ? `swatch ${row.key}` : "", ""), make("span", "", row.name), make("span", "", row.text));
+    const keyed = rows.some((row) => row.key), grid = make("div", keyed ? "keyed" : "", "");
+    for (const row of rows) {
+      if (keyed) grid.append(make("span", row.key ? `swatch ${row.key}` : "", ""));
+      grid.append(make("span", "", row.name), make("span", "", row.text));
+    }
     tip.replaceChildren(make("b", "", head), grid);
   }
 
