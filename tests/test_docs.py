@@ -90,7 +90,7 @@ def test_links_and_commands_exist(page: Path) -> None:
     fenced = "\n".join(found[2] for found in FENCE.finditer(text) if not found[1] or found[1] == "sh")
     for command in [*re.findall(r"^sparc3 ([a-z]+)", fenced, re.MULTILINE), *re.findall(r"`sparc3 ([a-z]+)", text)]:
         assert command in commands, command
-    for file in re.findall(r"`((?:src|tests|docs|scripts|benchmarks)/[\w/.-]+\.\w+)`", text):
+    for file in re.findall(r"`((?:src|tests|docs|scripts|benchmarks|notebooks)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / file).exists(), file
 
 
@@ -103,3 +103,20 @@ def test_every_page_is_in_the_navigation_and_asks_for_nothing_from_outside() -> 
     config = (ROOT / "mkdocs.yml").read_text()
     assert set(re.findall(r": (\w+\.md)$", config, re.MULTILINE)) == {page.name for page in PAGES}
     assert "font: false" in config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_the_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells are plain Python, so that no notebook server is needed here."""
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "notebook"}
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), namespace)
+    rate = {variant: namespace["results"].find("toxicity.rate", variant).value for variant in ("original", "LRP", "random")}
+    assert rate["LRP"] < 0.2 < 0.8 < rate["random"], rate
+    print(capsys.readouterr().out)

@@ -40,7 +40,7 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
 
 
 def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
-    """Set the circuit's units to zero for good (design, 2.9). Raises UserError as `ablated` does."""
+    """Set the circuit's units to zero for good (docs/method.md, 9). Raises UserError as `ablated` does."""
     with torch.no_grad():
         for tensor, index in _targets(model, circuit):
             _zero_(tensor, index)

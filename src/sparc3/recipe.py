@@ -1,4 +1,4 @@
-"""A recipe: a YAML file that describes a whole run (design, section 4). Reading it loads no model and no data."""
+"""A recipe: a YAML file that describes a whole run. Reading it loads no model and no data."""
 
 import os
 from collections.abc import Mapping, Sequence

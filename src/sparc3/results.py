@@ -96,6 +96,7 @@ class Results:
         return ", ".join(sorted({f"{m.metric} on {m.variant}" for m in self.measurements})) or "none"
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write readable JSON with a checksum of itself."""
         differences = [{("from" if key == "from_" else key): value for key, value in asdict(d).items()} for d in self.differences]
         measurements = [asdict(m) for m in self.measurements]
         write_json(path, {"format": FORMAT, "measurements": measurements, "differences": differences, "provenance": self.provenance})

@@ -40,6 +40,7 @@ class Scores(Mapping[str, "Tensor"]):
 
     @property
     def unit(self) -> str:
+        """What was scored: "neuron", "head" or "weight"."""
         return str(self.provenance.get("unit", "neuron"))
 
     @property

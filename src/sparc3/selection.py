@@ -24,13 +24,16 @@ def contrast(
 ) -> Scores:
     """What a unit gives in general, less what it gives to the undesired behaviour; the lowest are to be removed.
 
-    Plain (Eq. 7): R_general − R_undesired. Matched (design, 2.7): penalty · max(|R_general|, |R_matched|) − R_undesired,
+    Plain (Eq. 7): R_general − R_undesired. Matched (docs/method.md, 7): penalty · max(|R_general|, |R_matched|) − R_undesired,
     of which only units below zero are candidates.
 
     Args:
         matched: scores on benign completions of the same kind of prompts.
         penalty: how much a unit's use elsewhere counts against removing it; only with `matched`.
         normalize: "l1" scales each set of scores to a total absolute value of one first.
+
+    Returns:
+        Scores of the same sites and shapes.
 
     Raises:
         UserError: scores of different models, units, sites or shapes (the message names them), or of unlike settings.

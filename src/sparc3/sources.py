@@ -20,7 +20,7 @@ Score = Callable[[list[str]], list[tuple[str, float | None]]]
 
 @dataclass(frozen=True)
 class Request:
-    """What a recipe or the command line asks of a source; the fields of a `references` entry (design, section 4)."""
+    """What a recipe or the command line asks of a source; the fields of a `references` entry."""
 
     source: str
     count: int

@@ -64,7 +64,7 @@ def attribute(
         method: lrp, cp-lrp, gradient, wanda, activation, magnitude, random (random:SEED).
         unit: "neuron", "head" (sites must be attn.o) or "weight".
         sites: canonical roles.
-        target: predicted, label, contrast, completion (completion:N), next; see design section 2.2.
+        target: predicted, label, contrast, completion (completion:N), next; see docs/targets.md.
         neuron: "abs", Σ_j |R_W,ij| of each sample, or "signed", Σ_t ĝ_ti z_ti.
         reduce: "mean" over samples (Eq. 1), "mean_abs" (mean of absolute values), "abs_mean" (absolute value of the mean).
         batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch that does not fit

@@ -44,7 +44,7 @@ class Method:
 
 
 def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
-    """Mean over samples, or over target tokens where a sample has many (design, 2.2 and 2.5)."""
+    """Mean over samples, or over target tokens where a sample has many (docs/method.md, 2 and 5)."""
     many = sums.settings.target.partition(":")[0] in ("completion", "next")
     divisor = sums.targets if many else sums.samples
     if sums.settings.unit == "weight":

@@ -59,7 +59,7 @@ def _relevance(
 
 
 def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
-    """Σ over the batch of y, the target scalar of each sample (design, 2.2). The head is computed at target positions only."""
+    """Σ over the batch of y, the target scalar of each sample (docs/method.md, 2). The head is computed at target positions only."""
     rows = [row for row, sample in enumerate(batch.samples) for _ in sample.positions]
     columns = [position for sample in batch.samples for position in sample.positions]
     logits = logits_at(model, batch.ids, rows, columns)
@@ -90,7 +90,7 @@ def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict
 def _head_hook(
     site: Site, batch: Batch, settings: Settings, gathered: dict[str, Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (design, 2.4)."""
+    """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (docs/method.md, 4)."""
 
     def arrived(grad: Tensor, a: Tensor) -> None:
         relevance = (_wide(grad) * _wide(a)).reshape(*batch.ids.shape, site.heads, -1)
@@ -107,7 +107,7 @@ def _head_hook(
 def _output_hook(
     site: Site, batch: Batch, settings: Settings, gathered: dict[str, Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Neuron relevance at the site's output z = W a + b (design, 2.4)."""
+    """Neuron relevance at the site's output z = W a + b (docs/method.md, 4)."""
 
     def arrived(tokens: Tensor | None, grad: Tensor, kept: Tensor) -> None:
         shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions

@@ -1,6 +1,6 @@
 """Weight relevance: Σ_t ĝ_t a_tᵀ streams from each site's backward step straight into the site's running total, and never into `.grad`.
 
-R_W = W ⊙ Σ_t ĝ_t a_tᵀ (design, 2.3), and W is the same for every sample: it is multiplied in once, at the end (`weighted`).
+R_W = W ⊙ Σ_t ĝ_t a_tᵀ (docs/method.md, 3), and W is the same for every sample: it is multiplied in once, at the end (`weighted`).
 """
 
 from collections.abc import Callable, Sequence
