@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,13 @@ def batches_alone(model: Any, ids: Samples, *, method: str = "lrp", unit: str = 
 
 def cpu_rows(layers: int, repeats: int) -> list[Row]:
     """The rows on a CPU that are ratios of times."""
+    from sparc3.evaluation.generation import complete
+    from sparc3.evaluation.perplexity import negative_log_likelihoods
     from sparc3.models import ROLES
 
     model = build(layers)
+    texts: Any = [" ".join(map(str, prompt)) for prompt in samples([32] * 16)]
+    windows = [(tuple(one), len(one) - 1) for one in LONG]
     one_by_one = {"forward": partial(forward, model, LONG), "short forward": partial(forward, model, SHORT)}
     calls = {
         **one_by_one,
@@ -150,7 +154,11 @@ def cpu_rows(layers: int, repeats: int) -> list[Row]:
         "wanda": partial(batches_alone, model, LONG, method="wanda"),
         "all": partial(attribution, model, LONG),
         "backward": partial(full_backward, model, LONG),
-        "weight": partial(batches_alone, model, LONG, unit="weight", reduce="mean_abs", sites=ROLES),
+        "weight": partial(attribution, model, LONG, unit="weight", reduce="mean_abs", sites=ROLES),
+        "twice": partial(attribution, model, LONG, gradient_checkpointing=True),
+        "perplexity": partial(negative_log_likelihoods, model, windows, False),
+        "bare": partial(decode_bare, model, samples([32] * 16), 16),
+        "generation": partial(complete, model, Numbers(), texts, max_new_tokens=16, batch=16),  # type: ignore[arg-type]
     }
     seconds = in_turns(calls, repeats)
     plain = seconds["forward"]
@@ -158,35 +166,55 @@ def cpu_rows(layers: int, repeats: int) -> list[Row]:
         row("neuron `signed`, 4 × 512 tokens, against the plain forward", seconds["signed"], plain, 2.0),
         row("neuron `abs`, same", seconds["abs"], plain, 2.2),
         row("neuron `abs`, 24 prompts of 8–32 tokens, same", seconds["short"], seconds["short forward"], 1.0),
-        row("weight, mean_abs, all sites, 4 × 512, against forward + full backward", seconds["weight"], seconds["backward"], 1.25),
+        row("weight, mean_abs, all sites, 4 × 512, all of `attribute()`, against forward + full backward", seconds["weight"], seconds["backward"], 1.25),
         row("Wanda, 4 × 512, against the plain forward", seconds["wanda"], plain, 1.15),
     ]
     whole = row("`attribute()` as a whole (fingerprint of the model included), neuron `abs`, 4 × 512", seconds["all"], plain, 0)
-    return [*rows, Row(whole.what, whole.value, whole.low, whole.high, "", None, whole.note)]
+    twice = row("`gradient_checkpointing`, neuron `abs`, 4 × 512, against none", seconds["twice"], seconds["all"], 0)
+    return [
+        *rows,
+        *(replace(r, goal="", reached=None) for r in (whole, twice)),
+        row("perplexity, 4 windows of 512: forward throughput that is reached", plain, seconds["perplexity"], 0.7, least=True),
+        row("generation, 16 × 16 tokens: bare decoding throughput that is reached", seconds["bare"], seconds["generation"], 0.7, least=True),
+    ]
+
+
+MEMORY: dict[str, tuple[dict[str, Any], float]] = {
+    "neuron `abs`": ({"neuron": "abs"}, 0.5),
+    "neuron `signed`": ({"neuron": "signed"}, 0.5),
+    "neuron `abs`, `gradient_checkpointing`": ({"neuron": "abs", "gradient_checkpointing": True}, 0.5),
+    "weight, all sites": ({"unit": "weight", "reduce": "mean_abs", "gradient_checkpointing": False}, 1.0),
+    "weight, all sites, `gradient_checkpointing`": ({"unit": "weight", "reduce": "mean_abs", "gradient_checkpointing": True}, 1.0),
+}
+
+
+HOLES = "; much of it is holes: glibc cannot reuse an aligned block for one of the same size; MALLOC_MMAP_THRESHOLD_=65536 leaves none"
 
 
 def memory_of(what: str, layers: int) -> float:
     """Peak MB above the loaded model of one 512-token sample, in this process."""
+    from sparc3.models import ROLES
+
     model = build(layers)
     forward(model, samples([8]))  # what the first call of any kind sets up is not the method's
     with Peak() as peak:
         if what == "backward":
             full_backward(model, LONG[:1])
         else:
-            attribution(model, LONG[:1], neuron=what)
+            attribution(model, LONG[:1], **({"sites": ROLES} if what.startswith("weight") else {}), **MEMORY[what][0])
     return peak.megabytes
 
 
 def memory_rows(layers: int, repeats: int) -> list[Row]:
     """Each figure from a process of its own."""
-    found: dict[str, list[float]] = {what: [] for what in ("backward", "abs", "signed")}
+    found: dict[str, list[float]] = {what: [] for what in ("backward", *MEMORY)}
     for _ in range(repeats):
         for what, values in found.items():
             command = [sys.executable, __file__, "--only", what, "--layers", str(layers)]
             values.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-    rows = [row(f"peak memory above the loaded model, one 512-token sample, neuron `{what}`, against forward + full backward",
-                found[what], found["backward"], 0.5) for what in ("abs", "signed")]  # fmt: skip
-    return [Row(r.what, r.value, r.low, r.high, r.goal, r.reached, r.note.replace(" s", " MB")) for r in rows]
+    rows = [row(f"peak memory above the loaded model, one 512-token sample, {what}, against forward + full backward", found[what],
+                found["backward"], goal) for what, (_, goal) in MEMORY.items()]  # fmt: skip
+    return [replace(r, note=r.note.replace(" s", " MB") + ("" if r.reached else HOLES)) for r in rows]
 
 
 def peer_rows(folder: Path | None, layers: int, repeats: int) -> tuple[list[Row], list[str]]:
@@ -357,11 +385,13 @@ def main() -> None:
     import torch
     import transformers
 
+    busy = ", ".join(f"{load:.0f}" for load in os.getloadavg()[:2])
+    told = f"{time.strftime('%Y-%m-%d')}, `python benchmarks/attribution.py {' '.join(sys.argv[1:])}`; load average at the start {busy}"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if args.shape:
         rows, peak = device_rows(args.shape, args.device, args.dtype, args.repeats)
         reach = f"Peak memory of neuron scores of `mlp.up`: {peak:.1f} GiB (goal: ≤ 24).\n" if peak else ""
-        body = f"{hardware(args.device)}; {args.shape}, {args.dtype}, random weights; {versions}; {args.repeats} rounds.\n\n"
+        body = f"{hardware(args.device)}; {args.shape}, {args.dtype}, random weights; {versions}; {told}; {args.repeats} rounds.\n\n"
         page(args.device.partition(":")[0] if args.device != "cpu" else f"cpu, {args.shape}", body + table(rows) + f"\n\n{reach}")
     else:
         rows = cpu_rows(args.layers, args.repeats)
@@ -369,7 +399,7 @@ def main() -> None:
         peers, missing = peer_rows(args.peers, args.layers, args.repeats)
         rows += peers
         shape = f"random Llama, 1024 wide, 2816 in the MLP, {args.layers} layers, vocabulary 4096, float32"
-        about = f"{hardware('cpu')}; {shape}; {versions}; {args.repeats} rounds.\n\n"
+        about = f"{hardware('cpu')}; {shape}; {versions}; {told}; {args.repeats} rounds.\n\n"
         page("cpu", about + table(rows) + "".join(f"\n\n{line}." for line in missing))
     for r in rows:
         print(r.line())

@@ -7,10 +7,12 @@ Prints one JSON object: seconds of every repeat, of the library's work and of a 
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 
@@ -35,8 +37,12 @@ def forward(model: Any, samples: list[list[int]]) -> None:
 
 def lxt(layers: int, samples: list[list[int]]) -> tuple[Any, Callable[[], None]]:
     """Σ_j |W_ij ∂y/∂W_ij| of every neuron of mlp.up, one sample at a time, gradients for those weights only."""
-    from lxt.efficient import monkey_patch
     from transformers.models.llama import modeling_llama
+
+    # lxt imports torchvision for its vision transformer, which is not used here; PyPI's build of it needs CUDA.
+    for name in ("torchvision", "torchvision.models", "torchvision.models.vision_transformer"):
+        sys.modules[name] = MagicMock()
+    from lxt.efficient import monkey_patch
 
     plain = build(layers)
     monkey_patch(modeling_llama)
@@ -71,11 +77,18 @@ def wanda(layers: int, samples: list[list[int]]) -> tuple[Any, Callable[[], None
     unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), pad_token="a")
     data = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(ids) for ids in samples]})
 
+    # oneshot reads the configuration again from where the model says it is from.
+    place = tempfile.mkdtemp()
+    plain = build(layers)
+    plain.config.save_pretrained(place)
+
     def work() -> None:
         recipe = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"])
-        oneshot(model=build(layers), processor=unused, dataset=data, recipe=recipe, num_calibration_samples=len(samples), max_seq_length=512)
+        model = build(layers)
+        model.config._name_or_path = model.name_or_path = place
+        oneshot(model=model, processor=unused, dataset=data, recipe=recipe, num_calibration_samples=len(samples), max_seq_length=512)
 
-    return build(layers), work
+    return plain, work
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ environment() {
 }
 
 environment lxt
-# lxt 2.1 fails to import on later transformers; what it asks for beyond this list it needs for images and quantised models only.
-"$folder/lxt/bin/pip" install --quiet transformers==4.52.4 accelerate tabulate matplotlib zennit
-"$folder/lxt/bin/pip" install --quiet --no-deps lxt==2.1
+# lxt 2.1 fails to import on later transformers. zennit, which it imports, would bring torchvision with CUDA's gigabytes; peers.py does without.
+"$folder/lxt/bin/pip" install --quiet transformers==4.52.4 accelerate tabulate matplotlib
+"$folder/lxt/bin/pip" install --quiet --no-deps zennit lxt==2.1
 environment wanda
 "$folder/wanda/bin/pip" install --quiet llmcompressor
