@@ -166,7 +166,7 @@ def cpu_rows(layers: int, repeats: int) -> list[Row]:
         row("neuron `signed`, 4 × 512 tokens, against the plain forward", seconds["signed"], plain, 2.0),
         row("neuron `abs`, same", seconds["abs"], plain, 2.2),
         row("neuron `abs`, 24 prompts of 8–32 tokens, same", seconds["short"], seconds["short forward"], 1.0),
-        row("weight, mean_abs, all sites, 4 × 512, all of `attribute()`, against forward + full backward", seconds["weight"], seconds["backward"], 1.25),
+        row("weight, mean_abs, all sites, 4 × 512, `attribute()`, against forward + full backward", seconds["weight"], seconds["backward"], 1.25),
         row("Wanda, 4 × 512, against the plain forward", seconds["wanda"], plain, 1.15),
     ]
     whole = row("`attribute()` as a whole (fingerprint of the model included), neuron `abs`, 4 × 512", seconds["all"], plain, 0)

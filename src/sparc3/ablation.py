@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .circuit import Circuit
 from .errors import UserError
-from .models import ROLES, Site, family_of, model_id, sites_of
+from .models import ROLES, Site, family_of, model_id, require_present, sites_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
     Raises:
         UserError: a unit that this model does not have; nothing has been touched then.
     """
+    require_present(model)
     targets = _targets(model, circuit)
     kept: list[tuple[Tensor, Any, Tensor]] = []
     try:
@@ -41,6 +42,7 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
 
 def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
     """Set the circuit's units to zero for good (docs/method.md, 9). Raises UserError as `ablated` does."""
+    require_present(model)
     with torch.no_grad():
         for tensor, index in _targets(model, circuit):
             _zero_(tensor, index)

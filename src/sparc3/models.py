@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 def load_model(
     name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a causal language model and its tokenizer, ready to attribute: eval mode, on one device.
+    """Load a causal language model and its tokenizer, ready to attribute: eval mode.
 
     Args:
         name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded model.
         dtype: "auto" (as stored; float16 becomes float32 on a CPU, which computes it poorly), "float32", "bfloat16", "float16", "float64".
-        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1".
+        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1"; "map": its layers over all GPUs there are (accelerate's device
+            map), for a model that is larger than one.
 
     Raises:
         UserError: no such folder or hub model, no access to it, no such device, or weights that are larger than what the device has left; the
@@ -47,16 +48,20 @@ def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", d
 
     name, config, wanted, target = _checked(name_or_path, dtype, device)
     require_safe(name)
+    mapped = device == MAP
     with hub_errors(name):
-        _require_room(name, config, wanted, target)
+        if not mapped:
+            _require_room(name, config, wanted, target)
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=wanted, trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+            name, config=config, dtype=wanted, trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True, **({"device_map": "auto"} if mapped else {}),
+        )  # fmt: skip
+    require_present(model)
     require_whole(name, model, found, family_of(model).layers)
     if family_of(model).experts and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
     # A quantised model may refuse to be moved, even to where it is.
-    return (model if model.device == target else model.to(target)).eval()
+    return (model if mapped or model.device == target else model.to(target)).eval()
 
 
 def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
@@ -74,6 +79,15 @@ def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torc
         raise UserError(
             f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {kind}, and {device} has {free / 2**30:.3g} GiB left; "
             f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use a device with more"
+        )
+
+
+def require_present(model: "PreTrainedModel") -> None:
+    """Raise UserError where accelerate keeps weights away from the model until they are used: they can be neither read nor changed."""
+    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UserError(
+            f"{len(away)} matrices of '{model_id(model)}' are offloaded, the first is {away[0]}: attribution and ablation need them at hand; use "
+            "more GPUs, load it in bfloat16, or on the CPU (device cpu)"
         )
 
 
@@ -126,20 +140,36 @@ def load_config(name: str, remedy: str = "download it elsewhere and give the fol
 
 
 def _device(device: str) -> torch.device:
-    if device == "auto":
+    if device == MAP:
+        _require_mappable()
+    if device in ("auto", MAP):
         from .distributed import local_rank
 
         return torch.device("cuda", local_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise unknown("device", device, ("auto", "cpu", "cuda")) from None
+        raise unknown("device", device, ("auto", "cpu", "cuda", MAP)) from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' was asked for and PyTorch sees no CUDA GPU; use device auto or cpu, or install a CUDA build")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device '{device}' was asked for and there are {torch.cuda.device_count()} GPUs; the first is cuda:0")
     return target
 
+
+def _require_mappable() -> None:
+    from importlib.util import find_spec
+
+    from .distributed import world
+
+    if find_spec("accelerate") is None:
+        raise UserError("device map needs accelerate; pip install 'sparc3[map]'")
+    if world() > 1:
+        raise UserError("device map spreads one model over all GPUs, and each of several processes would; use one process, or device auto")
+
+
+MAP = "map"
+"""The device that means several."""
 
 DEMO = str(Path(__file__).parent / "demo" / "sparc3-demo")
 """The embedded model, an ordinary checkpoint in the package."""
@@ -176,6 +206,7 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
     Each matrix enters by the exact integer sums of its rows and columns, after rounding to bfloat16, so that one checkpoint
     has one fingerprint whether it is loaded in float32 or bfloat16, on CPU or GPU, and one changed weight gives another.
     """
+    require_present(model)
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in ((name, part) for name, whole in model.named_parameters() for part in _plain_parts(whole.detach())):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
