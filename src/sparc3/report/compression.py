@@ -2,9 +2,8 @@
 
 from markupsafe import Markup
 
-from ..results import Measurement
 from .folder import RunFolder
-from .numbers import in_words, interval_of, listed, percent, relative, value_of, with_interval
+from .numbers import in_words, listed, percent, relative, small_interval, value_of, with_interval
 from .remark import Remark
 from .standing import overlap
 from .variants import Point, methods, named, points, units
@@ -19,21 +18,18 @@ def headline(run: RunFolder) -> Markup:
         return Markup("{} figures of one run").format(len(run.results.measurements))
     best, *rest = found
     own = next((point for point in rest if _is_own(run, point)), None) if not _is_own(run, best) else None
-    beside = Markup("; by {} to {}{}").format(named(own.method), value_of(own.measurement), _small(own.measurement)) if own else ""
+    beside = Markup("; by {} to {}{}").format(named(own.method), value_of(own.measurement), small_interval(own.measurement)) if own else ""
     where = " in every row" if run.provenance.get("scope") == "row" else ""
-    return Markup('{} removed{}: {} goes from {}{} to <b class="figure after">{}</b>{} by {}{}{}.').format(
-        _share(run, best), where, in_words(metric), value_of(original), _small(original), value_of(best.measurement), _small(best.measurement),
-        named(best.method), f", the best of {len(found)} ways" if rest else "", beside,
+    text = Markup('{} removed{}: {} goes from {}{} to <b class="figure after">{}</b>{} by {}{}{}.')
+    return text.format(
+        _share(run, best), where, in_words(metric), value_of(original), small_interval(original), value_of(best.measurement),
+        small_interval(best.measurement), named(best.method), f", the best of {len(found)} ways" if rest else "", beside,
     )  # fmt: skip
 
 
 def _share(run: RunFolder, point: Point) -> str:
     total = sum(run.sizes.values())
     return f"{percent(point.count / total) if total else f'{point.count:,}'} of {units(None, run)}"
-
-
-def _small(m: Measurement) -> Markup:
-    return Markup(" <small>{}</small>").format(interval_of(m)) if m.ci95 else Markup("")
 
 
 def _is_own(run: RunFolder, point: Point) -> bool:

@@ -11,7 +11,7 @@ from .svg import Scale, drawing, mark, number, polyline, spread, tag
 from .variants import Point, colours, methods, named, points, units
 
 WIDTH, HEIGHT = 480.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 386.0, 14.0, 258.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 378.0, 14.0, 258.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _names(plot: Plot) -> Markup:
         ends.append(("original", "reference-name", plot.y(plot.original.value)))
     places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
     texts = [
-        tag("text", name if len(name) < 13 else name[:11] + "…", x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
+        tag("text", name if len(name) < 15 else name[:13] + "…", x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
         for (name, colour, _), y in zip(ends, places, strict=True)
     ]
     return tag("g", *texts, aria_hidden="true")

@@ -5,7 +5,7 @@ from markupsafe import Markup
 from ..circuit import Circuit
 from ..results import Difference
 from .folder import RunFolder
-from .numbers import MINUS, in_words, listed, percent, plain, value_of, with_interval
+from .numbers import MINUS, in_words, listed, percent, plain, small_interval, value_of, with_interval
 from .remark import Remark
 from .variants import Point, methods, named, points, units
 
@@ -38,9 +38,8 @@ def headline(run: RunFolder) -> Markup:
     if best is None:
         return Markup("No {} circuit that was tried keeps {} of the answers right.").format(named(own), enough)
     share = Markup('<b class="figure after">{}</b>').format(_share(run, best.count))
-    said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(
-        named(own), with_interval(best.measurement), share, _units(run)
-    )
+    right = Markup("{}{}").format(value_of(best.measurement), small_interval(best.measurement))
+    said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(named(own), right, share, _units(run))
     others = [(point.count, method) for method in methods(run) if method != own and (point := sparsest(run, method))]
     if not others:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)

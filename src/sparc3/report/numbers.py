@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 
+from markupsafe import Markup
+
 from ..results import Difference, Measurement
 
 TITLES = {
@@ -116,6 +118,11 @@ def interval(ci95: tuple[float, float] | None, metric: str, unit: str = "") -> s
         return ""
     low, high = (figure(end, metric, unit).removesuffix(PERCENT) for end in ci95)
     return f"[{low},{HARD}{high}]"
+
+
+def small_interval(m: Measurement) -> Markup:
+    """The interval behind a figure of a headline; empty where there is none."""
+    return Markup(" <small>{}</small>").format(interval_of(m)) if m.ci95 else Markup("")
 
 
 def with_interval(m: Measurement) -> str:

@@ -13,6 +13,7 @@ from .numbers import (
     listed,
     relative,
     relative_interval,
+    small_interval,
     value_of,
     with_interval,
 )
@@ -33,7 +34,7 @@ def headline(run: RunFolder) -> Markup:
     null = _random(run, metric)
     if null is None:
         return Markup("{}.").format(sentence)
-    return Markup("{}; {} leave it at {}{}.").format(sentence, _random_units(run), value_of(null), _small(null))
+    return Markup("{}; {} leave it at {}{}.").format(sentence, _random_units(run), value_of(null), small_interval(null))
 
 
 def damage(run: RunFolder) -> Markup | None:
@@ -63,11 +64,7 @@ def _from_to(run: RunFolder, metric: str) -> Markup:
 
 def _figure(m: Measurement) -> Markup:
     """A figure that never breaks across lines, its interval small behind it."""
-    return Markup('<b class="{}">{}</b>{}').format("figure after" if m.variant == "ablated" else "figure", value_of(m), _small(m))
-
-
-def _small(m: Measurement) -> Markup:
-    return Markup(" <small>{}</small>").format(interval_of(m)) if m.ci95 else Markup("")
+    return Markup('<b class="{}">{}</b>{}').format("figure after" if m.variant == "ablated" else "figure", value_of(m), small_interval(m))
 
 
 def _random(run: RunFolder, metric: str) -> Measurement | None:
