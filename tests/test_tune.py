@@ -108,6 +108,21 @@ def test_what_was_tried_is_not_tried_again(finished: tuple[Path, Results], caplo
     assert json.loads((folder / "tune.json").read_bytes())["best"] == json.loads(before)["best"]
 
 
+def test_rounds_are_a_dimension_of_the_search(tmp_path: Path) -> None:
+    recipe = json.loads(json.dumps(SMALL))
+    recipe["selection"]["tune"] |= {"counts": [6], "targets": [], "contrasts": ["plain"], "penalties": [1.0], "rounds": [1, 2]}
+    recipe["compare"] = {"random_draws": 0}
+    run(recipe, tmp_path / "rounds")
+    tried = read_json(tmp_path / "rounds/tune.json", "sparc3.tune/1")["candidates"]
+    assert [one["rounds"] for one in tried] == [1, 2]
+    assert tried[0]["circuit"] != tried[1]["circuit"]
+    # The second circuit is what the same settings give outside a search.
+    del recipe["selection"]["tune"]
+    recipe["selection"] = {"count": 6, "rounds": 2}
+    del recipe["references"]["matched"]
+    assert run(recipe, tmp_path / "alone").provenance["circuit"] == tried[1]["circuit"]
+
+
 def test_a_file_gives_prompts_that_neither_test_nor_reference_holds(tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"Tom number {i} was angry and yelled,"}) for i in range(30)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))

@@ -105,6 +105,7 @@ class Tune(Strict):
         contrasts: "plain", "matched", or both; all that the reference sets allow where none is given.
         penalties: of the matched contrast.
         normalize: null, "l1", or both.
+        rounds: in how many rounds a circuit is found, as selection.rounds; a candidate attributes again in each.
         prompts: number of validation prompts; as many as there are test prompts where it is not given.
         texts: number of validation texts for perplexity; as many as the test has where it is not given.
         text_source: where they come from, if the perplexity source has no validation split of its own.
@@ -118,6 +119,7 @@ class Tune(Strict):
     contrasts: tuple[Literal["plain", "matched"], ...] = ()
     penalties: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(1.0,), min_length=1)
     normalize: tuple[Literal["l1"] | None, ...] = Field(default=(None,), min_length=1)
+    rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     prompts: int | None = Field(default=None, ge=1)
     texts: int | None = Field(default=None, ge=1)
     text_source: str | None = None
@@ -180,7 +182,9 @@ class Selection(Strict):
 
     def _searched(self, tune: Tune) -> None:
         if self.fraction is not None or self.rounds > 1:
-            raise ValueError("tune tries counts in one round; leave fraction and rounds out")
+            raise ValueError("tune tries counts and tune.rounds; leave fraction and rounds out")
+        if max(tune.rounds) > 1 and self.scope != "global":
+            raise ValueError("tune.rounds above 1 needs scope global")
         if parse_scope(self.scope):
             raise ValueError(f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or site")
         if self.penalty != 1.0 or self.normalize is not None:

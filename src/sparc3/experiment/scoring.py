@@ -10,9 +10,10 @@ from ..ablation import ablated
 from ..attribution import attribute
 from ..circuit import Circuit
 from ..circuits import union
+from ..errors import UserError
 from ..files import fingerprint
 from ..scores import Scores
-from ..selection import contrast, excluding, select
+from ..selection import candidates, contrast, excluding, select
 from ..version import __version__
 from .folder import kept
 from .work import Work
@@ -108,19 +109,35 @@ def found_circuit(work: Work) -> Found:
     """The circuit to remove, found in as many rounds as the recipe says."""
     chosen, how = work.recipe.selection, as_written(work)
     parts = parts_of(work, how)
-    now = first = contrast_of(work, how, parts)
-    circuit = Circuit(work.recipe.attribution.unit, {}, work.described)
-    for turn in range(chosen.rounds):
+    first = contrast_of(work, how, parts)
+    if chosen.count is None:
+        return saved(work, Found(select(first, fraction=chosen.fraction, scope=chosen.scope), first, parts))
+    circuit = in_rounds(work, how, first, chosen.count, chosen.rounds)
+    if circuit is None:
+        raise UserError(
+            f"{chosen.count} {first.unit}s were asked for in {chosen.rounds} rounds, and in a later one the matched contrast has too few candidates "
+            "below zero; ask for fewer, or lower the penalty"
+        )
+    return saved(work, Found(circuit, first, parts))
+
+
+def in_rounds(work: Work, how: How, first: Scores, count: int, rounds: int) -> Circuit | None:
+    """`count` units, a share of them by the contrast `first`, each further share by the contrast on the model without those before.
+
+    None where a matched contrast has too few candidates below zero in a later round.
+    """
+    now, circuit = first, Circuit(work.recipe.attribution.unit, {}, work.described)
+    for turn in range(rounds):
         if turn:
-            now = contrasted(work, how, circuit, f"round{turn + 1}.")
-        if chosen.count is not None:
-            count = chosen.count * (turn + 1) // chosen.rounds - chosen.count * turn // chosen.rounds
-            part = select(now, count=count, scope=chosen.scope)
-        else:
-            part = select(now, fraction=chosen.fraction, scope=chosen.scope)
+            # In a search many circuits are on the way at once; the scores of each are kept under its name.
+            now = contrasted(work, how, circuit, f"round{turn + 1}.{f'{circuit.fingerprint[:12]}.' if how.place else ''}")
+        wanted = count * (turn + 1) // rounds - count * turn // rounds
+        if turn and wanted > candidates(now):
+            return None
+        part = select(now, count=wanted, scope=work.recipe.selection.scope)
         # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
         circuit = replace(union(circuit, replace(part, model=work.described)), provenance=part.provenance)
-    return saved(work, Found(circuit, first, parts))
+    return circuit
 
 
 def saved(work: Work, found: Found) -> Found:

@@ -1,4 +1,7 @@
-"""The search: candidates tried on validation samples under a damage budget. Attribution is done once for each target and kind of neuron score."""
+"""The search: candidates tried on validation samples under a damage budget.
+
+Attribution is done once for each target and kind of neuron score, and again for each further round of a candidate.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,10 +17,10 @@ from ..evaluation.statistics import measurement
 from ..files import fingerprint, read_json, write_json
 from ..recipe import Tune
 from ..scores import Scores
-from ..selection import candidates, select
+from ..selection import candidates
 from ..version import __version__
 from .pareto import front
-from .scoring import Found, How, contrast_of, parts_of, saved
+from .scoring import Found, How, contrast_of, in_rounds, parts_of, saved
 from .validation import validation
 from .variants import by_method, changed
 from .work import Change, Work
@@ -40,6 +43,7 @@ class Candidate:
         figures: metric → value on the validation samples; the aim is missing where the candidate was hopeless.
         perplexity_increase: relative to the original.
         within: whether it keeps to the budget.
+        rounds: in how many it was found.
         pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
     """
 
@@ -54,6 +58,7 @@ class Candidate:
     perplexity_increase: float = 0.0
     within: bool = False
     pareto: bool = False
+    rounds: int = 1
 
 
 @dataclass
@@ -154,16 +159,13 @@ def tuned(work: Work) -> tuple[How, Found]:
     ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
     for how, sets in _ways(work, tune, parts):
         scores = contrast_of(work, how, sets)
-        for count in _counts(work, tune):
-            if count > candidates(scores):
-                continue
-            circuit = select(scores, count=count, scope=work.recipe.selection.scope)
+        for count, rounds, circuit in _circuits(work, tune, how, scores):
             figures = trials.of(circuit, original)
             if "perplexity" not in figures:
                 work.warnings.append(f"a candidate of {count} units was left out: its perplexity is not finite")
                 log.warning(work.warnings[-1])
                 continue
-            candidate = _judged(how, circuit, count, figures, original, trials)
+            candidate = replace(_judged(how, circuit, count, figures, original, trials), rounds=rounds)
             _log(candidate, trials.aim[0])
             tried.append(candidate)
             ways.append((how, circuit, scores, sets))
@@ -220,6 +222,14 @@ def _ways(work: Work, tune: Tune, parts: dict[tuple[str, str], dict[str, Scores]
             for penalty in tune.penalties if kind == "matched" else (1.0,):
                 for normalize in tune.normalize:
                     yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
+
+
+def _circuits(work: Work, tune: Tune, how: How, scores: Scores) -> Iterator[tuple[int, int, Circuit]]:
+    """(count, rounds, circuit) of one way to contrast, as far as there are candidates in every round."""
+    for count in (count for count in _counts(work, tune) if count <= candidates(scores)):
+        for rounds in sorted({min(rounds, count) for rounds in tune.rounds}):
+            if (circuit := in_rounds(work, how, scores, count, rounds)) is not None:
+                yield count, rounds, circuit
 
 
 def _judged(how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials) -> Candidate:
@@ -287,7 +297,8 @@ def _summary(tried: list[Candidate], best: int, trials: Trials, original: Figure
 def _said(one: Candidate, aim: str) -> str:
     gained = f"{aim} {one.figures[aim]:.4g}" if aim in one.figures else f"{aim} not measured"
     penalty = f"penalty {one.penalty:g}" if one.penalty is not None else None
-    way = ", ".join(filter(None, [one.targets["undesired"], one.neuron, one.contrast, penalty, one.normalize]))
+    rounds = f"{one.rounds} rounds" if one.rounds > 1 else None
+    way = ", ".join(filter(None, [one.targets["undesired"], one.neuron, one.contrast, penalty, one.normalize, rounds]))
     return f"{one.count} by {way}: perplexity {one.perplexity_increase:+.2%}, {gained}"
 
 

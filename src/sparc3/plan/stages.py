@@ -121,7 +121,8 @@ class Stages:
         """How many models are evaluated on the test samples, the original among them."""
         recipe = self.recipe
         if recipe.discover:
-            return 2 + len(recipe.discover.methods) * len(recipe.discover.sparsities) * len(recipe.references["task"].seeds)
+            rankings = sum(len(recipe.discover.ranks) if require_method(method).targeted else 1 for method in recipe.discover.methods)
+            return 2 + rankings * len(recipe.discover.sparsities) * len(recipe.references["task"].seeds)
         if recipe.compress:
             again = len(recipe.compress.samples) * len(recipe.references["general"].seeds)
             ways = [1 if m == SEQUENTIAL else self._reduces(m) * (again if self._sampled(m) else 1) for m in recipe.compress.methods]

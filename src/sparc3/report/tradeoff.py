@@ -124,7 +124,8 @@ def way(one: Mapping[str, Any]) -> str:
     """How a candidate was found: "target completion:1, signed, matched contrast"."""
     penalty = f"penalty {one['penalty']:g}" if one.get("penalty") is not None else ""
     parts = [f"target {(one.get('targets') or {}).get('undesired', '')}", str(one.get("neuron", "")), f"{one.get('contrast', '')} contrast", penalty]
-    return ", ".join(filter(None, [*parts, str(one.get("normalize") or "")]))
+    rounds = f"{one['rounds']} rounds" if one.get("rounds", 1) > 1 else ""
+    return ", ".join(filter(None, [*parts, str(one.get("normalize") or ""), rounds]))
 
 
 def _front(spots: Sequence[Spot], direction: str) -> list[Spot]:
