@@ -37,6 +37,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "vocab_size": 4096, "max_position_embeddings": 2048,
     },
+    "tiny": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 96, "max_position_embeddings": 2048,
+    },
 }  # fmt: skip
 Samples = list[list[int]]
 
@@ -358,9 +362,8 @@ def hardware(device: str) -> str:
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
-def page(section: str, body: str) -> None:
-    """Put a section into RESULTS.md, in place of the earlier one of that name; the others stay."""
-    path = HERE / "RESULTS.md"
+def page(path: Path, section: str, body: str) -> None:
+    """Put a section into the page, in place of the earlier one of that name; the others stay."""
     title = "# What attribution costs\n\nWritten by `benchmarks/attribution.py`, which says how each figure is taken. Ratios within one run.\n"
     text = path.read_text() if path.exists() else title + "\n## cuda\n\nNot measured: no GPU was at hand. The script is ready: see its first lines.\n"
     head, *parts = text.split("\n## ")
@@ -377,6 +380,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", help="with --shape")
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="the page to write (default: %(default)s)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -392,7 +396,7 @@ def main() -> None:
         rows, peak = device_rows(args.shape, args.device, args.dtype, args.repeats)
         reach = f"Peak memory of neuron scores of `mlp.up`: {peak:.1f} GiB (goal: ≤ 24).\n" if peak else ""
         body = f"{hardware(args.device)}; {args.shape}, {args.dtype}, random weights; {versions}; {told}; {args.repeats} rounds.\n\n"
-        page(args.device.partition(":")[0] if args.device != "cpu" else f"cpu, {args.shape}", body + table(rows) + f"\n\n{reach}")
+        page(args.out, args.device.partition(":")[0] if args.device != "cpu" else f"cpu, {args.shape}", body + table(rows) + f"\n\n{reach}")
     else:
         rows = cpu_rows(args.layers, args.repeats)
         rows += memory_rows(args.layers, min(3, args.repeats))
@@ -400,7 +404,7 @@ def main() -> None:
         rows += peers
         shape = f"random Llama, 1024 wide, 2816 in the MLP, {args.layers} layers, vocabulary 4096, float32"
         about = f"{hardware('cpu')}; {shape}; {versions}; {told}; {args.repeats} rounds.\n\n"
-        page("cpu", about + table(rows) + "".join(f"\n\n{line}." for line in missing))
+        page(args.out, "cpu", about + table(rows) + "".join(f"\n\n{line}." for line in missing))
     for r in rows:
         print(r.line())
 
