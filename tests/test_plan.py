@@ -257,6 +257,25 @@ def test_resident_memory_of_a_larger_model_is_as_predicted(kind: str) -> None:
     assert shaped.weights + live == pytest.approx(measured, rel=CLOSE)
 
 
+def test_sums_of_weights_are_beside_a_gpu(demo: tuple[Any, Any]) -> None:
+    groups = grouped(SOME, 1024)
+    for method in ("lrp", "wanda"):
+        settings = Settings(method, "weight", "predicted", "abs", "mean")
+        here, there = (Rehearsal(Shaped(demo[0].config, torch.float32), on).attribution(settings, ROLES, groups).live for on in (HERE, SHEETS["h100"]))
+        assert 0 < there < here
+
+
+def test_experts_are_refused_in_one_line() -> None:
+    from tiny import CONFIGS
+    from transformers import AutoConfig
+
+    kind, sizes = CONFIGS["mixtral"]
+    rehearsal = Rehearsal(Shaped(AutoConfig.for_model(kind, **sizes), torch.float32), HERE)
+    with pytest.raises(UserError, match="experts") as caught:
+        rehearsal.windows("perplexity", 8, 1)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_configuration_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**PUBLISHED["meta-llama/Llama-2-7b-hf"], "hidden_act": "nonsense"}))

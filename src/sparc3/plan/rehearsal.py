@@ -10,6 +10,7 @@ import torch
 from ..attribution.methods import Method, settings_for
 from ..attribution.sums import Settings, Sums
 from ..batches import Batch, Encoded, make_batch
+from ..errors import UserError
 from ..evaluation import divergence, generation, ioi, perplexity
 from .hardware import Hardware
 from .ledger import Ledger, Shaped
@@ -71,7 +72,7 @@ class Rehearsal:
         key = (settings, roles, tuple((len(group), len(group[0].ids), len(group[0].positions)) for group in groups))
         with self.shaped.active():
             sites, sums = self.shaped.sites(roles), Sums(settings)
-            apart = [sums.matrix(site) for site in sites] if settings.unit == "weight" and self.hardware.kind == "cuda" else []
+            apart = [sums.matrix(site) for site in sites] if settings.unit == "weight" and method.targeted and self.hardware.kind == "cuda" else []
 
             def work() -> None:
                 batches.extend(make_batch(group, CPU) for group in groups)
@@ -135,8 +136,14 @@ class Rehearsal:
             return self._counted(key, work, tokens, [])
 
     def _counted(self, key: Any, work: Callable[[], object], tokens: int, apart: list[torch.Tensor]) -> Cost:
+        from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
         if key not in self._known:
-            with Ledger(self.hardware, [*self.shaped.held, *apart]) as ledger:
-                work()
+            try:
+                with Ledger(self.hardware, [*self.shaped.held, *apart]) as ledger:
+                    work()
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                kind = self.shaped.model.config.model_type
+                raise UserError(f"what a {kind} computes depends on the content of its tensors ({error}), as experts do, so it cannot be planned") from None
             self._known[key] = Cost(ledger.peak, ledger.operations, ledger.seconds, tokens)
         return self._known[key]

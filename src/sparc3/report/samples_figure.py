@@ -9,10 +9,11 @@ from markupsafe import Markup
 from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure
 from .folder import RunFolder
 from .numbers import explained, plain, title
-from .svg import Scale, drawing, polyline, spread, tag
+from .svg import Scale, drawing, mark, polyline, spread, tag
 from .variants import colours, named
 
 Points = list[tuple[float, float]]
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 THRESHOLDS = (-6, -5, -4, -3, -2, -1)
 
 
@@ -38,7 +39,7 @@ def _against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str
     y = _heights(values)
     marks = []
     for method, line in found.items():
-        dots = [tag("circle", cx=x(count), cy=y(value), r=2.2) for count, some in line.items() for value in some]
+        dots = [mark(_colour(run, method), x(count), y(value), 2.6) for count, some in line.items() for value in some]
         means = [(x(count), y(fmean(some))) for count, some in sorted(line.items())]
         marks.append(tag("g", tag("path", d=polyline(means), class_="line"), *dots, class_=f"series {_colour(run, method)}"))
     marks += [tag("line", x1=LEFT, x2=RIGHT, y1=y(value), y2=y(value), class_="reference") for value in flat.values()]
@@ -80,7 +81,7 @@ def _lines(run: RunFolder, name: str, note: str, words: str, lines: dict[str, Po
     x = Scale(min(a for a, _ in every), max(a for a, _ in every), LEFT + 14, RIGHT - 10)
     top, low = max(b for _, b in every), min(b for _, b in every)
     y = Scale(low * 0.8, top * 1.2, BOTTOM, TOP, log=True) if log else Scale(0.0, top * 1.06, BOTTOM, TOP)
-    across = [(at, f"10^{at}".replace("-", "−")) for at in range(-6, 1, 2) if x.low <= at <= x.high]
+    across = [(at, "10" + str(at).translate(RAISED)) for at in range(-6, 1, 2) if x.low <= at <= x.high]
     up = [(tick, f"{tick:,.0f}" if log else f"{100 * tick:.3g} %") for tick in y.ticks(5)]
     marks = [
         tag("g", tag("path", d=polyline([(x(a), y(b)) for a, b in line]), class_="line"), class_=f"series {_colour(run, method)}")
