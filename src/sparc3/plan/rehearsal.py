@@ -144,6 +144,6 @@ class Rehearsal:
                     work()
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 kind = self.shaped.model.config.model_type
-                raise UserError(f"what a {kind} computes depends on the content of its tensors ({error}), as experts do, so it cannot be planned") from None
+                raise UserError(f"what a {kind} computes depends on its tensors' content, as with experts ({error}); it cannot be planned") from None
             self._known[key] = Cost(ledger.peak, ledger.operations, ledger.seconds, tokens)
         return self._known[key]
