@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ..errors import Sparc3Error, UserError
 from ..models import Site, sites_of
+from ..sites import experts_in, family_of, layers_of
 from .hardware import Hardware
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Shaped:
         weights: bytes of its parameters and buffers.
 
     Raises:
-        UserError: transformers cannot build this configuration.
+        UserError: transformers cannot build this configuration, or it is a mixture of experts.
         UnsupportedModel: an architecture without a row in the family table.
     """
 
@@ -133,6 +134,8 @@ class Shaped:
         except Exception as error:  # a configuration can be wrong in any way that Python can
             why = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"transformers cannot build a {config.model_type} of this configuration: {why}") from error
+        if any(experts_in(layer, family_of(self.model)) for layer in layers_of(self.model)):
+            raise UserError(f"{config.model_type} is a mixture of experts: which of them compute depends on the text, so it cannot be planned")
         self.held = self._without_content()
         self.weights = sum({id(tensor): tensor.nbytes for tensor in self.held}.values())
 

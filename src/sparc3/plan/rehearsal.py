@@ -10,7 +10,6 @@ import torch
 from ..attribution.methods import Method, settings_for
 from ..attribution.sums import Settings, Sums
 from ..batches import Batch, Encoded, make_batch
-from ..errors import UserError
 from ..evaluation import divergence, generation, ioi, perplexity
 from .hardware import Hardware
 from .ledger import Ledger, Shaped
@@ -136,14 +135,8 @@ class Rehearsal:
             return self._counted(key, work, tokens, [])
 
     def _counted(self, key: Any, work: Callable[[], object], tokens: int, apart: list[torch.Tensor]) -> Cost:
-        from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
         if key not in self._known:
-            try:
-                with Ledger(self.hardware, [*self.shaped.held, *apart]) as ledger:
-                    work()
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                kind = self.shaped.model.config.model_type
-                raise UserError(f"what a {kind} computes depends on its tensors' content, as with experts ({error}); it cannot be planned") from None
+            with Ledger(self.hardware, [*self.shaped.held, *apart]) as ledger:
+                work()
             self._known[key] = Cost(ledger.peak, ledger.operations, ledger.seconds, tokens)
         return self._known[key]
