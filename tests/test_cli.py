@@ -149,3 +149,23 @@ def test_it_is_a_program() -> None:
     failed = run("select", "--out", "x")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("sparc3: ")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_folder_without_a_tokenizer_does_for_token_ids_and_says_so_for_texts(
+    kind: str, tmp_path: Path, sparc3: Callable[..., tuple[int, str, str]], mistake: Callable[..., str], jsonl: Any
+) -> None:
+    import torch
+    from tiny import tiny
+
+    tiny(kind, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    model, ids, texts = tmp_path / "model", jsonl("ids.jsonl", [{"input_ids": [3, 4, 5]}]), jsonl("texts.jsonl", [{"text": "once"}])
+    assert sparc3("attribute", model, "--samples", ids, "--out", tmp_path / "s.safetensors")[0] == 0
+    said = mistake("attribute", model, "--samples", texts, "--out", tmp_path / "t.safetensors")
+    assert "has no tokenizer" in said
+    assert "tokenizer.json" in said
+    assert sparc3("select", "--scores", tmp_path / "s.safetensors", "--count", "2", "--out", tmp_path / "c.json")[0] == 0
+    code, _, err = sparc3("ablate", model, "--circuit", tmp_path / "c.json", "--out", tmp_path / "without")
+    assert code == 0
+    assert "the new folder has none either" in err
+    assert (tmp_path / "without" / "model.safetensors").is_file()

@@ -169,3 +169,10 @@ def test_a_neuron_that_is_not_there_is_refused_by_name() -> None:
     model = tiny("olmoe")
     with pytest.raises(UserError, match=r"gate_up_proj#9\.up"), ablated(model, Circuit("neuron", {UP.format(9): (0,)}, describe(model), {})):
         pass
+
+
+def test_computing_layers_again_changes_nothing() -> None:
+    model, ids = tiny("olmoe"), samples()
+    for unit, neuron in (("neuron", "signed"), ("neuron", "abs"), ("weight", "abs")):
+        plain, again = (attribute(model, ids, unit=unit, neuron=neuron, gradient_checkpointing=kept) for kept in (False, True))
+        assert all(torch.equal(again[site], value) for site, value in plain.items())

@@ -312,6 +312,28 @@ def test_a_class_of_the_same_name_from_elsewhere_is_refused() -> None:
 
 def test_an_attention_implementation_without_a_rule_is_refused_by_name() -> None:
     model = tiny("llama")
-    model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(UnsupportedModel, match="flex_attention"):
+    model.config._attn_implementation_internal = "someones_own"
+    with pytest.raises(UnsupportedModel, match="someones_own"):
+        attribute(model, samples())
+
+
+@pytest.mark.parametrize("chosen", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "mixtral"])
+def test_in_the_place_of_fused_attention_stands_one_with_rules(name: str, chosen: str) -> None:
+    model = tiny(name)
+    if name == "gemma2":
+        model.config._attn_implementation_internal = "eager"  # sdpa has no soft-capping
+    wanted = attribute(model, samples(), neuron="signed", sites=roles_of(model))
+    model.config._attn_implementation_internal = chosen
+    before = fingerprint(model)
+    found = attribute(model, samples(), neuron="signed", sites=roles_of(model))
+    require_same(fingerprint(model), before)
+    assert all(torch.equal(found[site], value) for site, value in wanted.items())
+
+
+def test_flash_attention_in_a_class_of_its_own_is_refused_with_the_remedy() -> None:
+    model = tiny("gptj")
+    own = type("GPTJFlashAttention2", (type(model.transformer.h[0].attn),), {"__module__": type(model).__module__})
+    model.transformer.h[0].attn.__class__ = own
+    with pytest.raises(UnsupportedModel, match=r'GPTJFlashAttention2; load with attn_implementation="eager"'):
         attribute(model, samples())

@@ -9,7 +9,7 @@ from test_attribution import distance
 from tiny import samples, tiny
 from torch import Tensor
 
-from sparc3 import Scores, UserError, attribute
+from sparc3 import Scores, UserError, attribute, run
 from sparc3.attribution.patching import lrp_rules
 from sparc3.models import sites_of
 
@@ -88,3 +88,16 @@ def test_nothing_left_of_a_sample_is_the_users_mistake(mistake: Any, jsonl: Any,
     assert "skip_positions 500 leaves none" in mistake(
         "attribute", "demo", "--samples", path, "--skip-positions", "500", "--out", tmp_path / "x.safetensors"
     )  # fmt: skip
+
+
+def test_a_recipe_says_it_too_and_every_set_of_the_run_keeps_to_it(tmp_path: Path) -> None:
+    recipe = {
+        "name": "x", "model": {"id": "demo", "device": "cpu"}, "attribution": {"neuron": "signed", "skip_positions": 2},
+        "references": {"general": {"source": "demo-general", "count": 3}, "undesired": {"source": "demo-angry", "count": 3}},
+        "selection": {"count": 5}, "evaluation": {"perplexity": {"source": "demo-general", "count": 2}},
+    }  # fmt: skip
+    run(recipe, tmp_path / "run")
+    for name in ("general", "undesired"):
+        assert Scores.load(tmp_path / f"run/scores/{name}.safetensors").provenance["skip_positions"] == 2
+    with pytest.raises(UserError, match="skip_positions"):
+        run({**recipe, "attribution": {"skip_positions": -1}}, tmp_path / "other")

@@ -40,7 +40,7 @@ Stored = Mapping[str, Mapping[str, str]]
 
 def export(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     circuit: Circuit,
     out: str | os.PathLike[str],
     *,
@@ -55,6 +55,7 @@ def export(
     writes them, in the source's dtype where that loses nothing. The folder appears whole or not at all.
 
     Args:
+        tokenizer: the model's; None leaves the folder without one.
         results: measurements for the model card.
         shrink: take the circuit's neurons out of their matrices, which needs as many in every layer, and change the MLPs' width in the
             configuration; then load the result, and compare its logits with those of the model with the neurons at zero.
@@ -75,7 +76,7 @@ def export(
         if source and stored:
             write = partial(_shrink_shards, smaller=smaller) if smaller else partial(_zero_shards, removed=removed)
             write(source, temporary, stored)
-        if not (source and _same_source(model, tokenizer)):
+        if tokenizer is not None and not (source and _same_source(model, tokenizer)):
             tokenizer.save_pretrained(temporary)
         circuit.save(temporary / f"circuit{circuit.suffix}")
         base = None if looks_local(model.name_or_path or ".") else model.name_or_path
@@ -145,8 +146,8 @@ def source_folder(model: "PreTrainedModel") -> Path | None:
     return None if looks_local(name) else snapshot(name, getattr(model.config, "_commit_hash", None), [*BESIDE, "README.md"])
 
 
-def _same_source(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> bool:
-    return bool(tokenizer.name_or_path == model.name_or_path)
+def _same_source(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> bool:
+    return tokenizer is not None and bool(tokenizer.name_or_path == model.name_or_path)
 
 
 def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:

@@ -38,6 +38,8 @@ def load_model(
         UserError: no such folder or hub model, no access to it, no such device, or weights that are larger than what the device has left; the
             message says what to do.
         UnsupportedModel: an architecture without a row in FAMILIES, found out before any weight is read.
+
+    A folder without a tokenizer is a UserError too; `sparc3.models.load_weights` loads its model alone, which token ids will do for.
     """
     return load_weights(name_or_path, dtype=dtype, device=device), load_tokenizer(name_or_path)
 
@@ -92,12 +94,20 @@ def require_present(model: "PreTrainedModel") -> None:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `load_model`, without its model."""
+    """The tokenizer of `load_model`, without its model. Raises UserError where there is none, of which transformers may well make an empty one."""
     from transformers import AutoTokenizer
 
     name = _name(name_or_path)
     with hub_errors(name):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except ValueError as error:
+            if "backend tokenizer" not in str(error):
+                raise
+            tokenizer = None
+    if tokenizer is None or not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), or give token ids as samples")
+    return tokenizer
 
 
 def require_loadable(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> None:

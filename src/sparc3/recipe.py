@@ -74,6 +74,7 @@ class Attribution(Strict):
     reduce: Literal["mean", "mean_abs", "abs_mean"] = "mean"
     batch_tokens: int | Literal["auto"] = "auto"
     truncate: bool = False
+    skip_positions: int = Field(default=0, ge=0)
     non_finite: Literal["error", "skip"] = "error"
     sums_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     sums_device: str = "cpu"

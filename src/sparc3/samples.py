@@ -37,6 +37,11 @@ class Sample:
     contrast: str | None = None
     completion: str | None = None
 
+    @property
+    def written(self) -> bool:
+        """Whether some of it is text, which only a tokenizer can read."""
+        return any(part is not None for part in (self.text, self.target, self.contrast, self.completion))
+
     def row(self) -> dict[str, Any]:
         """The sample as a JSONL object: only what is there."""
         return {key: value for key, value in asdict(self).items() if value is not None}

@@ -51,6 +51,9 @@ CONTAINERS = (
 ORIGINS = ("torch", "transformers", "bitsandbytes", "torchao")
 """Packages whose classes the names in these tables mean; the same name from elsewhere (an adapter's Linear) is another thing."""
 
+FUSED = ("flash_attention", "flex_attention")
+"""What the names of attention in one kernel, which has no place for a rule, begin with."""
+
 OURS = "sparc3_"
 """What the names that we register with transformers begin with."""
 
@@ -104,7 +107,8 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
         elif module is model.get_output_embeddings() and (cap := getattr(model.config, "final_logit_softcapping", None)):
             yield module, "forward", _capped_head(module, cap)
         elif kind not in TRANSPARENT and kind not in own and id(module) not in inside_gated:
-            raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; use method gradient, or add its rule")
+            remedy = 'load with attn_implementation="eager"' if "FlashAttention" in kind else "use method gradient, or add its rule"
+            raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; {remedy}")
 
 
 def _factor(activation: nn.Module) -> rules.Factor | None:
@@ -193,20 +197,29 @@ def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Cha
         if id(config) not in copies:
             copies[id(config)] = twin = copy.copy(config)
             if not (family.splits or family.mixes):
-                twin._attn_implementation_internal = _registered(config._attn_implementation or "eager", cp)
+                twin._attn_implementation_internal = _registered(config._attn_implementation or "eager", cp, _capped(config))
             if getattr(twin, "final_logit_softcapping", None):
                 twin.final_logit_softcapping = None
         yield module, "config", copies[id(config)]
 
 
-def _registered(implementation: str, cp: bool) -> str:
-    """The name, in transformers' registries, of `implementation` with LRP's shares on its inputs."""
+def _capped(config: Any) -> bool:
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
+def _registered(implementation: str, cp: bool, capped: bool = False) -> str:
+    """The name, in transformers' registries, of `implementation` with LRP's shares on its inputs.
+
+    Fused kernels (flash, flex) compute what sdpa does, or, where scores are soft-capped, what eager does, which stands in for them.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if implementation.startswith(OURS):  # rules within rules: the inner ones replace the outer ones' shares
         implementation = implementation.removeprefix(OURS).split("_", 1)[1]
+    if implementation.startswith(FUSED):
+        implementation = "eager" if capped else "sdpa"
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedModel(f'no LRP rule for attention implementation \'{implementation}\'; load with attn_implementation="sdpa" or "eager"')
     name = f"{OURS}{'cp' if cp else 'attn'}lrp_{implementation}"

@@ -1,6 +1,7 @@
 """Circuits: select, combine, compare, take out of a checkpoint."""
 
 import argparse
+import sys
 
 from ..errors import UserError
 from .console import Add, model_arguments, quiet_transformers
@@ -83,15 +84,19 @@ def _circuits(args: argparse.Namespace) -> None:
 def _ablate(args: argparse.Namespace) -> None:
     from ..checkpoint import export
     from ..circuit import Circuit
-    from ..models import load_model
+    from ..models import load_tokenizer, load_weights
     from ..results import Results
 
     circuit = Circuit.load(args.circuit)
     results = Results.load(args.results) if args.results else None
     quiet_transformers()
-    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    model, tokenizer = load_weights(args.model, dtype=args.dtype, device=args.device), None
     if not args.force:
         circuit.require_model(model)
+    try:
+        tokenizer = load_tokenizer(args.model)
+    except UserError as error:
+        print(f"sparc3: {error}; the new folder has none either", file=sys.stderr)
     out = export(model, tokenizer, circuit, args.out, results=results, shrink=args.shrink)
     print(f"{out}: the model without {len(circuit)} {circuit.unit}s")
 

@@ -43,7 +43,7 @@ def _attribute(args: argparse.Namespace) -> None:
     from ..attribution import attribute
     from ..attribution.methods import require_method
     from ..attribution.shards import parse_shard
-    from ..models import load_model
+    from ..models import load_tokenizer, load_weights
     from ..samples import ReferenceSet
     from ..sources import Request, gather, is_path, require_source
 
@@ -58,7 +58,9 @@ def _attribute(args: argparse.Namespace) -> None:
     loaded = ReferenceSet.load(args.samples) if whole else None
     quiet_transformers()
     distributed.start()
-    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    model = load_weights(args.model, dtype=args.dtype, device=args.device)
+    text = bool(args.samples) and (loaded is None or any(sample.written for sample in loaded))
+    tokenizer = load_tokenizer(args.model) if text else None
     if args.samples and loaded is None:
         loaded = gather(Request(args.samples, args.count, seq_len=args.seq_len, seeds=(args.seed,)), tokenizer)
     scores = attribute(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UnsupportedModel, UserError
 from ..families import require_family
 from ..models import DTYPES, load_config, require_loadable
 from ..recipe import Recipe, load_recipe
@@ -125,7 +125,8 @@ def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardwar
     """The device, the dtype that the model has on it, its configuration."""
     sheet = named(hardware) if hardware else None
     settings = load_config(source, REMEDY)
-    require_family(settings, source)
+    if require_family(settings, source).experts:
+        raise UnsupportedModel(f"{source} has experts, and how many tokens each gets is known only when it runs, so plan cannot count it")
     device = torch.device("cpu")
     if not sheet:
         require_loadable(source, dtype=recipe.model.dtype, device=recipe.model.device)
