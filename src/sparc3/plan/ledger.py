@@ -129,6 +129,7 @@ class Shaped:
         try:
             with torch.device("meta"):
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            self.model.tie_weights()  # which transformers 5.0 leaves out on "meta"
         except Sparc3Error:
             raise
         except Exception as error:  # a configuration can be wrong in any way that Python can
