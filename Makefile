@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check docs clean
+.PHONY: audit demo test test-all check docs clean
 
 demo: .venv/ready
 	$(BIN)/sparc3 demo --out demo-run
@@ -26,6 +26,11 @@ docs: .venv/docs-ready
 .venv/docs-ready: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch .venv/docs-ready
+
+# Known faults of the packages in constraints.txt; needs a network with PyPI's or OSV's advisories.
+audit: .venv/ready
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --disable-pip --no-deps --requirement constraints.txt
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

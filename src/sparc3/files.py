@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import DamagedFile, NonFinite, Sparc3Error, UserError
+from .visible import shareable
 
 
 @contextmanager
@@ -58,6 +59,8 @@ def _beside(path: Path) -> Iterator[Path]:
 
     The folder is gone in the end. Of a process that was killed it stays until the next one, but not its lock.
     """
+    if "\0" in str(path):
+        raise UserError(f"{path} holds a NUL byte, which no name of a file can; choose another name")
     with _told(path, "choose a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, glob.escape(path.name))
@@ -146,7 +149,8 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write `content` as readable JSON with a checksum of itself under "sha256". Raises NonFinite for a NaN or Inf in it."""
+    """Write `content`, its paths made `shareable`, as readable JSON with a checksum under "sha256". Raises NonFinite for a NaN or Inf in it."""
+    content = shareable(content)
     body = {**content, "sha256": fingerprint(content)}
     try:
         text = json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)

@@ -1,10 +1,13 @@
 """The README.md of a repository on the hub: what was removed from which model, how, and what that did."""
 
+import html
+import re
 from typing import Any
 
 from .circuit import Circuit
 from .results import Results
 from .version import __version__
+from .visible import one_line
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a card takes over from the front matter of the source's card."""
@@ -24,7 +27,7 @@ def model_card(
     what = f"{len(circuit):,} {circuit.unit}s"
     lines = [
         *_front(base, matter, ["sparc3", "pruned"]),
-        f"# {source['id']}, without {what}",
+        f"# {_plainly(source['id'])}, without {what}",
         "",
         f"{_linked(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {what} set to zero, "
         f"chosen by sparc3 {__version__}. Nothing was trained; every other weight is as it was. {shrunk}".rstrip(),
@@ -42,12 +45,12 @@ def model_card(
 
 def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Results | None = None) -> str:
     """The card of a repository that holds a circuit alone."""
-    name = str(circuit.model.get("id"))
+    name = _plainly(circuit.model.get("id"))
     lines = [
         *_front(base, {}, ["sparc3", "circuit"], library=False),
         f"# {len(circuit):,} {circuit.unit}s of {name}",
         "",
-        f"A set of {circuit.unit}s of {_linked(name, base)} (weights fingerprint {circuit.model.get('fingerprint')}), found by sparc3 "
+        f"A set of {circuit.unit}s of {_linked(name, base)} (weights fingerprint {_plainly(circuit.model.get('fingerprint'))}), found by sparc3 "
         f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, which the fingerprint sees to:",
         "",
         "```",
@@ -72,25 +75,31 @@ def _front(base: str | None, matter: dict[str, Any], tags: list[str], library: b
 
 
 def _linked(name: str, base: str | None) -> str:
-    return f"[{base}](https://huggingface.co/{base})" if base else name
+    return f"[{base}](https://huggingface.co/{base})" if base else _plainly(name)
+
+
+def _plainly(value: object) -> str:
+    """A value out of a file as text of a card, in which no markup of Markdown or HTML and no control character acts."""
+    return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(one_line(str(value)), quote=False))
 
 
 def _found(circuit: Circuit) -> list[str]:
     """How the circuit was found, as a table."""
-    selection, scores = circuit.provenance.get("selection", {}), circuit.provenance.get("scores", {})
+    selection = circuit.provenance.get("selection") or {}
+    scores = {key: _plainly(value) for key, value in (circuit.provenance.get("scores") or {}).items()}
     return [
         "| | |",
         "|---|---|",
         f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
         f"| contrast | {scores.get('contrast', '-')} |",
-        f"| selection | {', '.join(f'{k} {v}' for k, v in selection.items() if v is not None) or '-'} |",
+        f"| selection | {', '.join(f'{_plainly(k)} {_plainly(v)}' for k, v in selection.items() if v is not None) or '-'} |",
         f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint} |",
         "",
     ]
 
 
 def _members(circuit: Circuit) -> list[str]:
-    rows = [f"| `{site}` | {_listed(circuit, site)} |" for site, count in circuit.counts.items() if count]
+    rows = [f"| `{_plainly(site)}` | {_listed(circuit, site)} |" for site, count in circuit.counts.items() if count]
     return [f"| module | {circuit.unit}s |", "|---|---|", *rows, ""]
 
 
@@ -113,7 +122,7 @@ def _measured(results: Results | None) -> list[str]:
         interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d and d.ci95 else "-"
         relative = f"{d.relative:+.1%}" if d and d.relative is not None else "-"
         n = (other or one).n  # type: ignore[union-attr]
-        rows.append(f"| {metric} | {' | '.join(figures)} | {relative} | {interval} | {_number(d.p if d else None)} | {n} |")
+        rows.append(f"| {_plainly(metric)} | {' | '.join(figures)} | {relative} | {interval} | {_number(d.p if d else None)} | {n} |")
     return rows
 
 

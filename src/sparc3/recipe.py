@@ -1,6 +1,7 @@
 """A recipe: a YAML file that describes a whole run. Reading it loads no model and no data."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,7 @@ from .models import ROLES
 from .schema import Strict, parse, short
 from .selection import parse_scope
 from .sources import require_source
+from .visible import at_home, shareable
 
 REFERENCES = ("general", "undesired", "matched")
 LARGEST = 1_000_000
@@ -225,7 +227,7 @@ class Cards(Strict):
 class Recipe(Strict):
     """`job`: "correct" removes the units of a behaviour (`selection`), "discover" keeps those of a task alone, "compress" prunes weights."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=100)
     job: Literal["correct", "discover", "compress"] = "correct"
     model: ModelSection
     references: dict[str, Reference]
@@ -236,6 +238,14 @@ class Recipe(Strict):
     evaluation: dict[str, Any] = Field(default_factory=dict)
     compare: Compare = Compare()
     cards: Cards = Cards()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        """On every system: Windows has names of devices, and drops a dot at the end."""
+        if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", value, re.IGNORECASE) or value.endswith("."):
+            raise ValueError("give another name: on some systems this cannot be the name of a folder")
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
@@ -314,7 +324,7 @@ class Recipe(Strict):
         return content
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(shareable(self.resolved()), sort_keys=False, allow_unicode=True, width=120)
 
     @property
     def fingerprint(self) -> str:
@@ -337,9 +347,9 @@ def load_recipe(recipe: "str | os.PathLike[str] | Mapping[str, Any] | Recipe", s
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return parse(Recipe, with_settings(dict(recipe), sets), "")
+        return parse(Recipe, at_home(with_settings(dict(recipe), sets)), "")
     name = os.fspath(recipe)
-    content = with_settings(_read(name), sets)
+    content = at_home(with_settings(_read(name), sets))
     try:
         return parse(Recipe, content, "")
     except UserError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import Sparc3Error, UserError
 from .files import write_text
 from .recipe import Recipe
+from .visible import one_line
 
 GRACE = 120
 """Seconds before the time limit at which the job is told: enough for the batch under way and for saving the sums."""
@@ -67,6 +68,9 @@ def sbatch(
         UserError: numbers or a time that SLURM would not take.
     """
     limit = seconds(time)
+    for word in (name, partition or "", folder or ""):
+        if word != one_line(word) or (word == partition and not re.fullmatch(r"[\w.,-]+", word)):
+            raise UserError(f"{word!r} cannot stand in a batch file; give a name of letters, digits, dots and dashes")
     if nodes < 1 or gpus < 0 or (array is not None and array < 1):
         raise UserError(f"{nodes} nodes with {gpus} GPUs and {array} runs make no job; give at least one node and one run")
     if limit < 2 * GRACE:
@@ -81,7 +85,7 @@ def sbatch(
         job=f"sparc3-{recipe.name}", nodes=nodes, resources=resources, time=time, grace=GRACE, log=f"{out}-{'%A-%a' if array else '%j'}.log"
     )
     return head + BODY.format(
-        what=f"sparc3 run {name} on {nodes} node{'s' if nodes > 1 else ''}, {gpus or 'no'} GPU{'s' if gpus != 1 else ''} each",
+        what=f"sparc3 run {one_line(name)} on {nodes} node{'s' if nodes > 1 else ''}, {gpus or 'no'} GPU{'s' if gpus != 1 else ''} each",
         grace=GRACE, changes=f"cd {shlex.quote(os.getcwd())}", threads=1 if gpus > 1 else "$(nproc)",
         launch=_launch(name, out, nodes, max(1, gpus), array, sets),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DamagedFile, UserError
 from .files import canonical, whole_file
+from .visible import shareable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ def save_tensors(path: str | os.PathLike[str], format: str, tensors: Mapping[str
     """Write tensors (on the CPU) under a header of JSON-able values, to which the format and a checksum of everything are added."""
     from safetensors.torch import save_file
 
-    plain = json.loads(json.dumps({"format": format, **header}))
+    plain = shareable(json.loads(json.dumps({"format": format, **header})))
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     plain["sha256"] = _checksum(plain, whole)
     with whole_file(path) as temporary:

@@ -1,10 +1,13 @@
 """Texts of models, files and users, made safe to show: what would act on a screen is written out, what is secret is left out."""
 
+import getpass
 import logging
 import os
 import re
-from functools import lru_cache
+import socket
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\xad\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
@@ -43,10 +46,54 @@ def _tokens(one: str, other: str, path: str, home: str) -> tuple[str, ...]:
 
 
 class LineFormatter(logging.Formatter):
-    """Log records as one safe line each."""
+    """Log records as one safe line each, without the path of the user's home."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
+        return one_line(super().format(record)).replace(f"{_home()}/", "~/")
+
+
+def shareable(value: Any) -> Any:
+    """Plain data with its paths as they may be shown to others: below the user's home as ~/…, and without a folder that names user or machine."""
+    if isinstance(value, dict):
+        return {key: shareable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(shareable, value))
+    if not isinstance(value, str):
+        return value
+    kind, path = _path_in(value)
+    if path.startswith(f"{_home()}/"):
+        return f"{kind}~{path[len(_home()) :]}"
+    return kind + Path(path).name if path.startswith("/") and _who() & set(Path(path).parts) else value
+
+
+def at_home(value: Any) -> Any:
+    """Plain data with every ~/… as the path it stands for here."""
+    if isinstance(value, dict):
+        return {key: at_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [at_home(part) for part in value]
+    kind, path = _path_in(value) if isinstance(value, str) else ("", "")
+    return f"{kind}{_home()}{path[1:]}" if path.startswith("~/") else value
+
+
+def _path_in(value: str) -> tuple[str, str]:
+    """The path in "lexicon:PATH" or in a plain PATH, and what stands before it."""
+    kind, colon, path = value.partition(":")
+    return (kind + colon, path) if kind == "lexicon" else ("", value)
+
+
+def _home() -> str:
+    return os.path.expanduser("~").rstrip("/")
+
+
+@cache
+def _who() -> frozenset[str]:
+    """The names of the user and of the machine."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):
+        user = ""
+    return frozenset(name for name in (user, socket.gethostname(), socket.gethostname().partition(".")[0]) if name)
 
 
 def _written_out(match: re.Match[str]) -> str:

@@ -3,13 +3,14 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__, distributed
 from ..errors import Sparc3Error, UserError, unknown
 from . import machines, removing, running, scoring
-from .console import Command, plain, speak
+from .console import Command, say, speak
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,10 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(130, "interrupted; the same command goes on where it was")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:  # ours to mend: as Python tells it, without what a message of others may hold
+        say(traceback.format_exc(), error=True)
+        _stop(1, "this should not have happened; please report it with the lines above")
 
 
 def _stop(code: int, message: str) -> NoReturn:
-    print(f"sparc3: {plain(' '.join(message.split()))}", file=sys.stderr)
+    say(f"sparc3: {message}", error=True)
     distributed.end(code)
     raise SystemExit(code)
 

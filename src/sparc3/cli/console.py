@@ -6,25 +6,22 @@ import os
 import sys
 from collections.abc import Callable
 
+from ..visible import LineFormatter, visible, without_secrets
+
 Command = Callable[[argparse.Namespace], None]
 Add = Callable[[str, Command, str], argparse.ArgumentParser]
 """Adds a command: its name, what it runs, its line of help."""
 
 
-def plain(text: str) -> str:
-    """No terminal escapes from file or model names: control characters as visible ones."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
-class _PlainFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return plain(super().format(record))
+def say(text: object = "", error: bool = False) -> None:
+    """Print, without the terminal escapes and secrets that a name of a file, a model or a metric may hold."""
+    print(visible(without_secrets(str(text))), file=sys.stderr if error else sys.stdout)
 
 
 def speak() -> None:
     """Our log lines on the console, other libraries' chatter not."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter("%(message)s"))
+    handler.setFormatter(LineFormatter("%(message)s"))
     logger = logging.getLogger("sparc3")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)

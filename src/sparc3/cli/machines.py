@@ -3,7 +3,7 @@
 import argparse
 
 from ..errors import Sparc3Error
-from .console import Add, plain, precision_arguments, quiet_transformers
+from .console import Add, precision_arguments, quiet_transformers, say
 
 
 def add_to(add: Add) -> None:
@@ -36,11 +36,11 @@ def _doctor(args: argparse.Namespace) -> None:
 
     if not args.model:
         for what, how in environment():
-            print(f"{what:16} {how}")
+            say(f"{what:16} {how}")
         return
     quiet_transformers()
     found = examine(args.model, dtype=args.dtype, device=args.device)
-    print(plain("\n".join(found.lines())))
+    say("\n".join(found.lines()))
     if found.failed:
         raise Sparc3Error(f"{len(found.failed)} of {len(found.findings)} checks failed: {'; '.join(f.name for f in found.failed)}")
 
@@ -50,7 +50,7 @@ def _plan(args: argparse.Namespace) -> None:
     from ..recipe import load_recipe
 
     quiet_transformers()
-    print(plain(plan(load_recipe(args.recipe, args.set), hardware=args.hardware, gpus=args.gpus, config=args.config).text()))
+    say(plan(load_recipe(args.recipe, args.set), hardware=args.hardware, gpus=args.gpus, config=args.config).text())
 
 
 def _slurm(args: argparse.Namespace) -> None:
@@ -64,4 +64,4 @@ def _slurm(args: argparse.Namespace) -> None:
     )  # fmt: skip
     path = args.out or f"{recipe.name}.sbatch"
     write_job(path, text)
-    print(f"{path}: {f'submitted as job {submit(path)}' if args.submit else f'submit it with sbatch {path}'}")
+    say(f"{path}: {f'submitted as job {submit(path)}' if args.submit else f'submit it with sbatch {path}'}")

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from ..errors import UserError
-from .console import Add, model_arguments, quiet_transformers
+from .console import Add, model_arguments, quiet_transformers, say
 
 
 def add_to(add: Add) -> None:
@@ -59,7 +59,7 @@ def _select(args: argparse.Namespace) -> None:
         scores = contrast(Scores.load(args.general), Scores.load(args.undesired), matched=matched, penalty=args.penalty, normalize=args.normalize)
     circuit = select(scores, count=args.count, fraction=args.fraction, scope=args.scope, order=args.order)
     circuit.save(args.out)
-    print(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s")
+    say(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s")
 
 
 def _circuits(args: argparse.Namespace) -> None:
@@ -72,13 +72,13 @@ def _circuits(args: argparse.Namespace) -> None:
     if args.out:
         combined = OPERATIONS[args.operation](one, other)
         combined.save(args.out)
-        print(f"{args.out}: {len(combined)} {combined.unit}s, of {len(one)} and {len(other)}")
+        say(f"{args.out}: {len(combined)} {combined.unit}s, of {len(one)} and {len(other)}")
         return
     found = overlap(one, other)
-    print(f"{found.both} {one.unit}s in both, of {found.one} and {found.other}; Jaccard {found.jaccard:.4g}")
+    say(f"{found.both} {one.unit}s in both, of {found.one} and {found.other}; Jaccard {found.jaccard:.4g}")
     if found.expected is not None:
         times = [_times(ratio) for ratio in (found.enrichment, found.enrichment_in_sites)]
-        print(f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each site {times[1]}")
+        say(f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each site {times[1]}")
 
 
 def _ablate(args: argparse.Namespace) -> None:
@@ -98,7 +98,7 @@ def _ablate(args: argparse.Namespace) -> None:
     except UserError as error:
         print(f"sparc3: {error}; the new folder has none either", file=sys.stderr)
     out = export(model, tokenizer, circuit, args.out, results=results, shrink=args.shrink)
-    print(f"{out}: the model without {len(circuit)} {circuit.unit}s")
+    say(f"{out}: the model without {len(circuit)} {circuit.unit}s")
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -107,7 +107,7 @@ def _push(args: argparse.Namespace) -> None:
 
     results = Results.load(args.results) if args.results else None
     address = push(args.path, args.repo, public=args.public, base=args.base, results=results, message=args.message)
-    print(f"{address} ({'public' if args.public else 'private'})")
+    say(f"{address} ({'public' if args.public else 'private'})")
 
 
 def _times(ratio: float | None) -> str:

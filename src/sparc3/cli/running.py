@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from .. import distributed
-from .console import Add, model_arguments, quiet_transformers
+from .console import Add, model_arguments, quiet_transformers, say
 
 
 def add_to(add: Add) -> None:
@@ -73,20 +73,20 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     results.save(args.out)
     for m in results:
-        print(f"{m.metric:26} {m.variant:10} {'-' if m.value is None else format(m.value, '.4g'):>10}")
+        say(f"{m.metric:26} {m.variant:10} {'-' if m.value is None else format(m.value, '.4g'):>10}")
 
 
 def _report(args: argparse.Namespace) -> None:
     from ..report import write_report
 
-    print(write_report(args.run_dir))
+    say(write_report(args.run_dir))
 
 
 def _recipes(args: argparse.Namespace) -> None:
     from ..recipe import bundled
 
     for name, about in bundled().items():
-        print(f"{name:28} {about}")
+        say(f"{name:28} {about}")
 
 
 def _show(results: Any, out: str) -> None:
@@ -95,16 +95,16 @@ def _show(results: Any, out: str) -> None:
         return
     if not any(m.variant == "ablated" for m in results):
         _show_variants(results)
-        print(f"\nreport: {os.path.join(out, 'report.html')}")
+        say(f"\nreport: {os.path.join(out, 'report.html')}")
         return
-    print(f"{'metric':26} {'original':>10} {'ablated':>10} {'change':>9}  95 % interval of the change")
+    say(f"{'metric':26} {'original':>10} {'ablated':>10} {'change':>9}  95 % interval of the change")
     for d in results.differences:
         if (d.from_, d.to) == ("original", "ablated"):
             before, after = results.find(d.metric).value, results.find(d.metric, "ablated").value
             relative = f"{d.relative:+.1%}" if d.relative is not None else "-"
             interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d.ci95 else "-"
-            print(f"{d.metric:26} {before:10.4g} {after:10.4g} {relative:>9}  {interval}")
-    print(f"\nreport: {os.path.join(out, 'report.html')}")
+            say(f"{d.metric:26} {before:10.4g} {after:10.4g} {relative:>9}  {interval}")
+    say(f"\nreport: {os.path.join(out, 'report.html')}")
 
 
 def _show_variants(results: Any) -> None:
@@ -114,6 +114,6 @@ def _show_variants(results: Any) -> None:
     for m in results:
         rows.setdefault(m.variant, {})[m.metric] = "-" if m.value is None else format(m.value, ".4g")
     width = max(map(len, rows))
-    print(" ".join([" " * width, *columns]))
+    say(" ".join([" " * width, *columns]))
     for variant, found in rows.items():
-        print(" ".join([f"{variant:{width}}", *(f"{found.get(metric, ''):>{len(metric)}}" for metric in columns)]))
+        say(" ".join([f"{variant:{width}}", *(f"{found.get(metric, ''):>{len(metric)}}" for metric in columns)]))

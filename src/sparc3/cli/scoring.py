@@ -5,7 +5,7 @@ import sys
 
 from .. import distributed
 from ..errors import UserError
-from .console import Add, model_arguments, precision_arguments, quiet_transformers
+from .console import Add, model_arguments, precision_arguments, quiet_transformers, say
 
 
 def add_to(add: Add) -> None:
@@ -74,7 +74,7 @@ def _attribute(args: argparse.Namespace) -> None:
         return
     if not shard:
         scores.save(args.out)
-    print(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")
+    say(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -84,4 +84,4 @@ def _merge(args: argparse.Namespace) -> None:
     quiet_transformers()
     scores = merge(args.shards, model=load_weights(args.model, dtype=args.dtype, device=args.device) if args.model else None)
     scores.save(args.out)
-    print(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")
+    say(f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples")

@@ -36,6 +36,7 @@ def claimed(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
         raise UserError(f"{folder} is a file; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_links(folder)
         lock = open(folder / ".lock", "w")  # noqa: SIM115  held until the run ends
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; choose a folder that can be written") from None
@@ -51,6 +52,13 @@ def claimed(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         distributed.wait()
         yield
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise UserError where something in the folder is a link, through which a run would write outside of it."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link, and a run writes inside its folder alone; remove it, or choose another --out")
 
 
 def _require_same(folder: Path, recipe: Recipe, resume: bool) -> None:
