@@ -113,6 +113,13 @@ def test_code_from_a_checkpoint_is_not_run(kind: str, tmp_path: Path, sparc3: Ca
         assert "FalconForCausalLM" in out
 
 
+def test_a_configuration_without_what_its_architecture_needs_is_refused_by_name(tmp_path: Path, mistake: Call) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("hunyuan_v1_dense").save_pretrained(tmp_path)
+    assert "no head_dim" in mistake("doctor", tmp_path)
+
+
 def test_mistakes_are_one_line(tmp_path: Path, mistake: Call) -> None:
     assert "no model folder at ./nomodel" in mistake("doctor", "./nomodel")
     assert "did you mean 'float32'" in mistake("doctor", "demo", "--dtype", "float23")

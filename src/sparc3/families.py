@@ -43,6 +43,7 @@ class Family:
         gain_from_one: whether norms store their gain as its distance from 1.
         key_value_heads: how many heads attn.k and attn.v have, by the configuration.
         refused: flag of the configuration, which no rule covers when it is set → what it does.
+        needed: what the configuration must say, for transformers' own code fails without it.
         models: what the models of this architecture are called, for the documentation.
     """
 
@@ -62,6 +63,7 @@ class Family:
     gain_from_one: bool = False
     key_value_heads: Callable[[Any], int] = _key_value_heads
     refused: Mapping[str, str] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
     models: str = ""
 
     def listed(self, role: str) -> str:
@@ -109,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     "olmo3": replace(_LLAMA, classes="Olmo3", models="OLMo 3"),
     "exaone4": replace(_LLAMA, classes="Exaone4", models="EXAONE 4"),
     "ernie4_5": replace(_LLAMA, classes="Ernie4_5", models="ERNIE 4.5 (dense)"),
-    "hunyuan_v1_dense": replace(_LLAMA, classes="HunYuanDenseV1", models="Hunyuan (dense)"),
+    "hunyuan_v1_dense": replace(_LLAMA, classes="HunYuanDenseV1", needed=("head_dim",), models="Hunyuan (dense)"),
     "seed_oss": replace(_LLAMA, classes="SeedOss", models="Seed-OSS"),
     "helium": replace(_LLAMA, classes="Helium", models="Helium"),
     "stablelm": replace(_LLAMA, classes="StableLm", models="StableLM"),
@@ -229,4 +231,7 @@ def require_family(config: Any, what: str) -> Family:
     for flag, meaning in family.refused.items():
         if getattr(config, flag, None):
             raise UnsupportedModel(f"{what}: {flag} is set in its configuration, and no rule is known for {meaning}")
+    for name in family.needed:
+        if getattr(config, name, None) is None:
+            raise UnsupportedModel(f"{what}: its configuration has no {name}, without which transformers cannot build a {config.model_type}; add it")
     return family
