@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Starts a real SLURM of one node on this machine, for tests: munged, slurmctld and slurmd of Debian's slurm-wlm and munge, as root.
-#     scripts/slurm_one_node.sh start FOLDER     configuration, state and logs go into FOLDER; prints what to export
-#     scripts/slurm_one_node.sh stop FOLDER      ends the three daemons that start began
+#     scripts/slurm_one_node.sh start FOLDER [PID]   configuration, state and logs go into FOLDER; prints what to export
+#     scripts/slurm_one_node.sh stop FOLDER          ends the three daemons that start began
+# With PID they also end when that process does, however it ends. Several may run at a time, on ports of their own.
 set -euo pipefail
 
 action="${1:?start or stop}"
+owner="${3:-}"
 folder="$(mkdir -p "${2:?a folder for its files}" && cd "$2" && pwd)"
 
 stop() {
@@ -23,6 +25,17 @@ require() {
     [ "$(id -u)" = 0 ] || { echo "slurmd needs root" >&2; exit 3; }
 }
 
+free_port() {
+    local port
+    while true; do
+        port=$((RANDOM % 20000 + 20000))
+        if ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+            echo "$port"
+            return
+        fi
+    done
+}
+
 configuration() {
     cat <<CONF
 ClusterName=onenode
@@ -39,8 +52,8 @@ SchedulerType=sched/builtin
 MpiDefault=none
 ReturnToService=2
 KillWait=20
-SlurmctldPort=6817
-SlurmdPort=6818
+SlurmctldPort=$(free_port)
+SlurmdPort=$(free_port)
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
 SlurmctldPidFile=$folder/slurmctld.pid
@@ -68,12 +81,15 @@ start() {
     for _ in $(seq 60); do
         if [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; then
             echo "export SLURM_CONF=$SLURM_CONF"
+            if [ -n "$owner" ]; then
+                (while kill -0 "$owner" 2>/dev/null; do sleep 2; done && stop) >/dev/null 2>&1 </dev/null &
+            fi
             return
         fi
         sleep 0.5
     done
     echo "SLURM did not come up; see the logs in $folder" >&2
-    tail -n 5 "$folder"/*.log >&2
+    for written in "$folder"/*.log; do tail -n 5 "$written" >&2; done
     stop
     exit 1
 }

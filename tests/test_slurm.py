@@ -75,7 +75,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     if not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))) or os.geteuid() != 0:
         pytest.skip("needs Debian's slurm-wlm and munge, and root")
     folder = tmp_path_factory.mktemp("slurm")
-    begun = subprocess.run([ROOT / "scripts/slurm_one_node.sh", "start", folder], capture_output=True, text=True)
+    begun = subprocess.run([ROOT / "scripts/slurm_one_node.sh", "start", folder, str(os.getpid())], capture_output=True, text=True)
     if begun.returncode:
         pytest.skip(f"SLURM did not start: {begun.stderr.strip()[-200:]}")
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))

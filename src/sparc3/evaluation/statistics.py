@@ -104,8 +104,8 @@ def _resampled(*columns: Array) -> list[Array]:
 
 
 def _pieces(units: int) -> list[int]:
-    """DRAWS in pieces whose [draws, units] matrix takes no more than a few megabytes, so that memory does not grow with the units."""
-    rows = max(1, min(DRAWS, 2**21 // units))
+    """DRAWS in pieces whose [draws, units] matrix takes a few megabytes at most, so that memory does not grow with the units."""
+    rows = max(1, min(DRAWS, 2**18 // units))
     return [min(rows, DRAWS - start) for start in range(0, DRAWS, rows)]
 
 
