@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts a real SLURM of one node on this machine, for tests: munged, slurmctld and slurmd of Debian's slurm-wlm and munge, as root.
 #     scripts/slurm_one_node.sh start FOLDER [PID]   configuration, state and logs go into FOLDER; prints what to export
-#     scripts/slurm_one_node.sh stop FOLDER          ends the three daemons that start began
+#     scripts/slurm_one_node.sh stop FOLDER          ends its jobs and the three daemons that start began
 # With PID they also end when that process does, however it ends. Several may run at a time, on ports of their own.
 set -euo pipefail
 
@@ -9,7 +9,19 @@ action="${1:?start or stop}"
 owner="${3:-}"
 folder="$(mkdir -p "${2:?a folder for its files}" && cd "$2" && pwd)"
 
+watch() {
+    while kill -0 "$owner" 2>/dev/null; do sleep 2; done
+    stop
+}
+
 stop() {
+    export SLURM_CONF="$folder/slurm.conf"
+    if [ -s "$folder/slurmctld.pid" ] && timeout 10 scancel --user="$(id -un)" 2>/dev/null; then
+        for _ in $(seq 20); do
+            [ -n "$(timeout 10 squeue --noheader 2>/dev/null)" ] || break
+            sleep 0.5
+        done
+    fi
     for daemon in slurmctld slurmd munged; do
         if [ -s "$folder/$daemon.pid" ]; then
             kill "$(cat "$folder/$daemon.pid")" 2>/dev/null || true
@@ -81,8 +93,8 @@ start() {
     for _ in $(seq 60); do
         if [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; then
             echo "export SLURM_CONF=$SLURM_CONF"
-            if [ -n "$owner" ]; then
-                (while kill -0 "$owner" 2>/dev/null; do sleep 2; done && stop) >/dev/null 2>&1 </dev/null &
+            if [ -n "$owner" ]; then  # in a session of its own, which outlives what ends the owner
+                setsid "$0" watch "$folder" "$owner" >/dev/null 2>&1 </dev/null &
             fi
             return
         fi

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -220,11 +221,13 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int, how: signal.Signals
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("SPARC3_LONG_TESTS"), reason="two minutes; set SPARC3_LONG_TESTS=1")
-def test_kills_at_twenty_random_moments(tmp_path: Path) -> None:
-    for turn in range(4):
-        (tmp_path / str(turn)).mkdir()
-        kill_and_finish(tmp_path / str(turn), 5, signal.SIGKILL)
+@pytest.mark.parametrize("ask", [("--runs", "15"), ("--runs", "4", "--ranks", "2"), ("--runs", "3", "--ranks", "3")], ids=" ".join)
+def test_whole_runs_killed_at_random_moments(ask: tuple[str, ...]) -> None:
+    """Fifteen runs are killed some twenty times; of several ranks one is. What they end with is compared with an uninterrupted run of one process."""
+    campaign = Path(__file__).parent.parent / "scripts/reliability/killed_runs.py"
+    done = subprocess.run([sys.executable, campaign, *ask], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.findall(r"killed (\d+) times", done.stdout)[0]) > 0
 
 
 def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
