@@ -75,7 +75,7 @@ def attribute(
         non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
             weights streams into its sums, so for it there is no skip.
         gradient_checkpointing: True: decoder layers keep their inputs alone and are computed again in the backward pass, which is less memory
-            for about half as much time again. "auto": from the moment when a single sample does not fit into memory.
+            for about a third more time. "auto": from the moment when a single sample does not fit into memory.
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
             memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
