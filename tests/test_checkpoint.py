@@ -170,6 +170,7 @@ def test_a_shrunk_model_has_the_logits_of_the_zeroed_one(name: str, tmp_path: Pa
     circuit = Circuit("neuron", {site.name: (0, 3, site.out - 1 - i) for i, site in enumerate(ups)})
     out = export(model, tokenizer, circuit, tmp_path / "out", shrink=True)
     small = load_weights(out)
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "readable by whoever may read the others"
     assert {site.out for site in sites_of(small, ["mlp.up"])} == {ups[0].out - 3}
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     with ablated(model, circuit):

@@ -48,6 +48,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _beside(path) as temporary, _told(path, "nothing of it was left behind"):
         temporary.mkdir()
         yield temporary
+        for inside in temporary.rglob("*"):  # safetensors writes files that only their owner may read
+            inside.chmod((0o777 if inside.is_dir() else 0o666) & ~_umask())
         if path.exists():
             path.rmdir()
         temporary.rename(path)
