@@ -103,6 +103,7 @@ def test_every_page_is_in_the_navigation_and_asks_for_nothing_from_outside() -> 
     config = (ROOT / "mkdocs.yml").read_text()
     assert set(re.findall(r": (\w+\.md)$", config, re.MULTILINE)) == {page.name for page in PAGES}
     assert "font: false" in config
+    assert "- offline" not in config, "it puts a script of another host into every page"
 
 
 @pytest.mark.slow
