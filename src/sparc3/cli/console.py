@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 from ..visible import LineFormatter, visible, without_secrets
 
@@ -19,7 +21,8 @@ def say(text: object = "", error: bool = False) -> None:
 
 
 def speak() -> None:
-    """Our log lines on the console, other libraries' chatter not."""
+    """Our log lines on the console, other libraries' chatter not; what they log all the same is without secrets."""
+    logging.setLogRecordFactory(_without_secrets)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter("%(message)s"))
     logger = logging.getLogger("sparc3")
@@ -28,6 +31,14 @@ def speak() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+
+
+def _without_secrets(*args: Any, **named: Any) -> logging.LogRecord:
+    """A log record of whatever library: the hub's client names the address it tries again, with the password in it."""
+    record = logging.LogRecord(*args, **named)
+    with suppress(TypeError, ValueError):  # of a library's own mistake, which logging reports in its way
+        record.msg, record.args = without_secrets(record.getMessage()), None
+    return record
 
 
 def quiet_transformers() -> None:
