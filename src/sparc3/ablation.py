@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .circuit import Circuit
 from .errors import UserError
-from .models import ROLES, Site, family_of, model_id, require_present, sites_of
+from .models import ROLES, Site, down_sites, family_of, model_id, require_present, sites_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedModel"]:
-    """Inside, the circuit's units are zero; after it every touched value is back, bit for bit, whatever happened inside.
+    """Inside, the circuit's units are zero, or weaker by its strength; after it every touched value is back, bit for bit.
 
     Raises:
         UserError: a unit that this model does not have; nothing has been touched then.
@@ -29,39 +29,45 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
         with torch.no_grad():
             for tensor, index in targets:
                 kept.append((tensor, index, _values(tensor, index)))
-                _zero_(tensor, index)
+                _weaken_(tensor, index, circuit.strength)
         yield model
     finally:
         with torch.no_grad():
             for tensor, index, values in reversed(kept):
-                if _is_mask(index):
-                    tensor.masked_scatter_(index, values)
-                else:
-                    tensor[index] = values
+                _put_(tensor, index, values)
 
 
 def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
-    """Set the circuit's units to zero for good (docs/method.md, 9). Raises UserError as `ablated` does."""
+    """Set the circuit's units to zero, or weaken them by its strength, for good (docs/method.md, 9). Raises UserError as `ablated` does."""
     require_present(model)
     with torch.no_grad():
         for tensor, index in _targets(model, circuit):
-            _zero_(tensor, index)
+            _weaken_(tensor, index, circuit.strength)
 
 
-def masks(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
-    """Parameter name → bool tensor of its shape, true at what `ablated` sets to zero. Raises UserError as `ablated` does."""
+def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
+    """Parameter name → uint8 tensor of its shape: how many units an element is weakened for. Raises UserError as `ablated` does.
+
+    More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an element of mlp.down.
+    """
     found: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     for tensor, index in _targets(model, circuit):
         name, offset = _place_of(tensor, parameters)
         if name not in found:
-            found[name] = torch.zeros_like(parameters[name], dtype=torch.bool)
+            found[name] = torch.zeros_like(parameters[name], dtype=torch.uint8)
         view = found[name].as_strided(tensor.shape, tensor.stride(), offset)
         if _is_mask(index):
-            view.logical_or_(index)
+            view += index
         else:
-            view[index] = True
+            view[index] += 1
     return found
+
+
+def weakened(values: Tensor, strength: float, times: Tensor | int = 1) -> Tensor:
+    """What is left of the values, (1 − strength) of them for each time, computed in float32 at least and rounded to their dtype."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return (wide * (1 - strength) ** times).to(values.dtype)
 
 
 def _place_of(view: Tensor, parameters: dict[str, Tensor]) -> tuple[str, int]:
@@ -82,25 +88,43 @@ def _values(tensor: Tensor, index: Any) -> Tensor:
     return tensor.masked_select(index) if _is_mask(index) else tensor[index].clone()
 
 
-def _zero_(tensor: Tensor, index: Any) -> None:
+def _put_(tensor: Tensor, index: Any, values: Tensor) -> None:
     if _is_mask(index):
+        tensor.masked_scatter_(index, values)
+    else:
+        tensor[index] = values
+
+
+def _weaken_(tensor: Tensor, index: Any, strength: float) -> None:
+    if strength != 1:
+        _put_(tensor, index, weakened(_values(tensor, index), strength))
+    elif _is_mask(index):
         tensor.masked_fill_(index, 0)
     else:
         tensor[index] = 0
 
 
 def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, Any]]:
-    """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head, or a mask of weights."""
+    """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head, or a mask of weights.
+
+    Below strength 1 the columns of mlp.down that read a neuron of mlp.up, in every family: in a plain MLP a non-linearity stands between
+    mlp.up and the neuron's output, with which a factor does not commute.
+    """
     known = {site.name: site for site in sites_of(model, [role for role in ROLES if role in family_of(model).roles])}
+    readers = down_sites(model) if circuit.unit == "neuron" and circuit.strength != 1 else {}
     targets: list[tuple[Tensor, Any]] = []
     for name, units in circuit.members.items():
         if name not in known:
             raise UserError(f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was made on")
         site = known[name]
         _require_fit(site, circuit.unit, units)
-        if site.quantised:
-            raise UserError(f"{name} holds quantised weights, which cannot be set to zero in place; ablate the unquantised model")
-        targets += [(site.stored, _stored_mask(site, units))] if circuit.unit == "weight" else _of_site(site, circuit.unit, list(units))
+        reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
+        if (reader or site).quantised:
+            raise UserError(f"{(reader or site).name} holds quantised weights, which cannot be changed in place; ablate the unquantised model")
+        if reader:
+            targets.append((reader.stored, (slice(None), torch.tensor(list(units), dtype=torch.long, device=reader.stored.device))))
+        else:
+            targets += [(site.stored, _stored_mask(site, units))] if circuit.unit == "weight" else _of_site(site, circuit.unit, list(units))
     return targets
 
 

@@ -45,7 +45,7 @@ def cards_of(
         parts: scores of "general" and "undesired", which the cards show.
         samples: the texts to look for high activations in.
         most: the largest number of cards.
-        alone, measure: the first so many carry measure(circuit of that unit alone), metric → value.
+        alone, measure: the first so many carry measure(circuit of that unit alone, at the circuit's strength), metric → value.
     """
     if circuit.unit != "neuron":
         return []
@@ -61,7 +61,7 @@ def cards_of(
             "promotes": promotes, "suppresses": suppresses, "fired": seen,
         }  # fmt: skip
         if measure and number < alone:
-            card["alone"] = measure(Circuit(circuit.unit, {site.name: (index,)}, circuit.model))
+            card["alone"] = measure(Circuit(circuit.unit, {site.name: (index,)}, circuit.model, strength=circuit.strength))
         made.append(card)
     return made
 

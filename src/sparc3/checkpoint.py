@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .ablation import ablated, masks
+from .ablation import ablated, touched, weakened
 from .circuit import NAMES, Circuit
-from .errors import Sparc3Error
+from .errors import Sparc3Error, UserError
 from .files import whole_folder
 from .hub import looks_local, snapshot
 from .model_card import model_card
@@ -34,6 +34,7 @@ BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICEN[
 OURS = (*NAMES, "results.json")
 ROUNDINGS = 16
 """How many roundings of its dtype the logits of a shrunk model may be away, relative to their norm: sums of other lengths are rounded otherwise."""
+STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Stored = Mapping[str, Mapping[str, str]]
 """File of weights → key in it → name of the model's tensor."""
 
@@ -50,7 +51,8 @@ def export(
     """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and a model card.
 
     Where the model in memory is still what it was loaded from, a folder or the hub's cache, the new folder is a copy of that one: the same
-    files with the same names, keys, dtype and metadata, and every byte as it was but those of the removed units and of the card. Weights
+    files with the same names, keys, dtype and metadata, and every byte as it was but those of the removed units (at a strength below 1
+    multiplied in the files' own dtype) and of the card. Weights
     that were changed in memory, or whose source holds them in another form than safetensors or under other names, are written as transformers
     writes them, in the source's dtype where that loses nothing. The folder appears whole or not at all.
 
@@ -64,7 +66,7 @@ def export(
         UserError: `out` exists and is not an empty folder; a unit that this model does not have; a circuit or model that cannot be shrunk.
         Sparc3Error: `out` cannot be written, or the smaller model's logits are not those of the zeroed one.
     """
-    removed = masks(model, circuit)
+    removed = touched(model, circuit)
     smaller = shrinking(model, circuit) if shrink else None
     with whole_folder(out) as temporary:
         source = source_folder(model)
@@ -74,7 +76,7 @@ def export(
         if source and (stored or _same_source(model, tokenizer)):
             copy_beside(source, temporary)
         if source and stored:
-            write = partial(_shrink_shards, smaller=smaller) if smaller else partial(_zero_shards, removed=removed)
+            write = partial(_shrink_shards, smaller=smaller) if smaller else partial(_weaken_shards, removed=removed, strength=circuit.strength)
             write(source, temporary, stored)
         if tokenizer is not None and not (source and _same_source(model, tokenizer)):
             tokenizer.save_pretrained(temporary)
@@ -87,11 +89,11 @@ def export(
     return Path(out)
 
 
-def _zero_shards(source: Path, out: Path, stored: Stored, removed: Mapping[str, Tensor]) -> None:
+def _weaken_shards(source: Path, out: Path, stored: Stored, removed: Mapping[str, Tensor], strength: float) -> None:
     for file in [*stored, *([] if ALONE in stored else [INDEX])]:
         shutil.copyfile(source / file, out / file)
     for file, names in stored.items():
-        zero_in_file_(out / file, {key: removed[name] for key, name in names.items() if name in removed})
+        weaken_in_file_(out / file, {key: removed[name] for key, name in names.items() if name in removed}, strength)
 
 
 def _shrink_shards(source: Path, out: Path, stored: Stored, smaller: Shrinking) -> None:
@@ -187,8 +189,15 @@ def copy_beside(source: Path, out: Path) -> None:
             shutil.copyfile(path, out / name)
 
 
-def zero_in_file_(path: Path, removed: Mapping[str, Tensor]) -> None:
-    """Set the masked elements of a safetensors file's tensors to zero, in place; zero is all bits zero in each of its types."""
+def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) -> None:
+    """Weaken elements of a safetensors file's tensors in place, in the file's dtype; zero is all bits zero in each of its types.
+
+    Args:
+        removed: key → how many times each element is weakened.
+
+    Raises:
+        UserError: a strength below 1, and elements that are no floating-point numbers of 16 bits or more.
+    """
     import numpy
 
     if not removed:
@@ -196,10 +205,20 @@ def zero_in_file_(path: Path, removed: Mapping[str, Tensor]) -> None:
     with open(path, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-    for key, mask in removed.items():
+    for key, times in removed.items():
         begin, end = header[key]["data_offsets"]
-        elements = numpy.memmap(path, "uint8", "r+", offset=8 + length + begin, shape=(mask.numel(), (end - begin) // mask.numel()))
-        elements[mask.reshape(-1).cpu().numpy()] = 0
+        elements = numpy.memmap(path, "uint8", "r+", offset=8 + length + begin, shape=(times.numel(), (end - begin) // times.numel()))
+        flat = times.reshape(-1).cpu()
+        places = flat.bool().numpy()
+        if strength == 1:
+            elements[places] = 0
+        else:
+            kind = STORED_AS.get(header[key]["dtype"])
+            if kind is None:
+                raise UserError(f"{key} is stored as {header[key]['dtype']}, of which no share can be taken; use a circuit of strength 1")
+            values = torch.from_numpy(numpy.array(elements[places])).view(kind)[:, 0]
+            left = weakened(values, strength, flat[flat.bool()])
+            elements[places] = left[:, None].view(torch.uint8).numpy()
         elements.flush()
 
 

@@ -24,12 +24,13 @@ NAMES = ("circuit.json", "circuit.safetensors")
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """A set of units; removing it is an ablation.
+    """A set of units; removing it, wholly or by a share, is an ablation. Raises UserError for a strength out of its range.
 
     Attributes:
         unit: "neuron", "head" or "weight".
         members: module name → which of its units: indices, ascending, of neurons (the module is their `mlp.up`) and heads (their
             `attn.o`); of weights a bool tensor [out, in] on the CPU, true at the members.
+        strength: the share of each unit's output, or of each weight, that its removal takes away: above 0, up to 1, which is all of it.
         model: id, architecture and fingerprint of the model it was found on.
         provenance: the selection and the scores it came from.
     """
@@ -38,6 +39,11 @@ class Circuit:
     members: Mapping[str, Any]
     model: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength is {self.strength}; give a number above 0, up to 1")
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -58,12 +64,23 @@ class Circuit:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the set of units, whatever way it was found."""
+        """Names the set of units and, where it is not 1, the strength; whatever way it was found."""
         if self.unit == "weight":
             packed = {name: packed_bits(mask) for name, mask in self.members.items() if self.counts[name]}
             shapes = {name: list(self.members[name].shape) for name in packed}
-            return fingerprint({"unit": self.unit, "shapes": shapes, "bits": {name: digest({"": bits}) for name, bits in packed.items()}})
-        return fingerprint({"unit": self.unit, "members": {k: list(v) for k, v in self.members.items() if v}})
+            bits = {name: digest({"": mask}) for name, mask in packed.items()}
+            return fingerprint({"unit": self.unit, "shapes": shapes, "bits": bits, **self._strength})
+        return fingerprint({"unit": self.unit, "members": {k: list(v) for k, v in self.members.items() if v}, **self._strength})
+
+    @property
+    def _strength(self) -> dict[str, float]:
+        """What a file and the fingerprint say of the strength: nothing where it is 1."""
+        return {"strength": float(self.strength)} if self.strength != 1 else {}
+
+    @property
+    def at_strength(self) -> str:
+        """What follows its name in a sentence: " at strength 0.5"; nothing where the units are set to zero."""
+        return f" at strength {self.strength:g}" if self.strength != 1 else ""
 
     @property
     def suffix(self) -> str:
@@ -89,12 +106,14 @@ class Circuit:
             self._save_masks(path)
             return
         members = {name: list(indices) for name, indices in self.members.items()}
-        write_json(path, {"format": FORMAT, "unit": self.unit, "model": self.model, "members": members, "provenance": self.provenance})
+        header = {"format": FORMAT, "unit": self.unit, **self._strength, "model": self.model}
+        write_json(path, {**header, "members": members, "provenance": self.provenance})
 
     def _save_masks(self, path: str | os.PathLike[str]) -> None:
         packed = {name: packed_bits(mask) for name, mask in self.members.items()}
         shapes = {name: list(mask.shape) for name, mask in self.members.items()}
-        save_tensors(path, FORMAT, packed, {"unit": self.unit, "shapes": shapes, "model": self.model, "provenance": self.provenance})
+        header = {"unit": self.unit, **self._strength, "shapes": shapes, "model": self.model, "provenance": self.provenance}
+        save_tensors(path, FORMAT, packed, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Circuit":
@@ -114,12 +133,12 @@ class Circuit:
             packed, header = load_tensors(path, FORMAT)
             members = _masks(packed, header.get("shapes")) if header.get("unit") == "weight" else None
         else:
-            header = read_json(path, FORMAT, by_hand=("format", "unit", "model", "members", "provenance"))
+            header = read_json(path, FORMAT, by_hand=("format", "unit", "strength", "model", "members", "provenance"))
             members = _indices(header.get("members")) if header.get("unit") in UNITS[:2] else None
-        model, provenance = header.get("model"), header.get("provenance")
-        if members is None or not is_model(model) or not _is_provenance(provenance):
-            raise DamagedFile(f"{path}: unit, members, model and provenance are not as {FORMAT} has them; make it again")
-        return cls(header["unit"], members, header["model"], header["provenance"])
+        model, provenance, strength = header.get("model"), header.get("provenance"), header.get("strength", 1.0)
+        if members is None or not is_model(model) or not _is_provenance(provenance) or not _is_strength(strength):
+            raise DamagedFile(f"{path}: unit, strength, members, model and provenance are not as {FORMAT} has them; make it again")
+        return cls(header["unit"], members, header["model"], header["provenance"], strength)
 
 
 def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
@@ -144,6 +163,10 @@ def _masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"
 
 def _is_provenance(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(part) or {}, dict) for part in ("selection", "scores", "sizes"))
+
+
+def _is_strength(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _file_of(path: str | os.PathLike[str]) -> Path:

@@ -1,7 +1,7 @@
 """Circuits together: union, intersection, difference, and how far two of them overlap beyond chance."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .circuit import Circuit
@@ -34,17 +34,17 @@ class Overlap:
 
 
 def union(one: Circuit, other: Circuit) -> Circuit:
-    """The units of either circuit. Raises UserError where their models, units or shapes differ."""
+    """The units of either circuit. Raises UserError where their models, units, shapes or strengths differ."""
     return _combined("union", one, other)
 
 
 def intersection(one: Circuit, other: Circuit) -> Circuit:
-    """The units of both circuits. Raises UserError where their models, units or shapes differ."""
+    """The units of both circuits. Raises UserError where their models, units, shapes or strengths differ."""
     return _combined("intersection", one, other)
 
 
 def difference(one: Circuit, other: Circuit) -> Circuit:
-    """The units of the first circuit that are not in the second. Raises UserError where their models, units or shapes differ."""
+    """The units of the first circuit that are not in the second. Raises UserError where their models, units, shapes or strengths differ."""
     return _combined("difference", one, other)
 
 
@@ -52,7 +52,7 @@ OPERATIONS = {"union": union, "intersection": intersection, "difference": differ
 
 
 def overlap(one: Circuit, other: Circuit, *, sizes: Mapping[str, int] | None = None) -> Overlap:
-    """How many units two circuits share, and how many two random ones of their sizes would.
+    """How many units two circuits share, whatever their strengths, and how many two random ones of their sizes would.
 
     Args:
         sizes: module name → number of units there were to choose from; as the circuits recorded it where not given.
@@ -60,6 +60,7 @@ def overlap(one: Circuit, other: Circuit, *, sizes: Mapping[str, int] | None = N
     Raises:
         UserError: their models, units or shapes differ, or they were chosen from different sites.
     """
+    one, other = replace(one, strength=1.0), replace(other, strength=1.0)
     both, either = intersection(one, other), len(union(one, other))
     known = dict(sizes) if sizes is not None else _sizes(one, other)
     total = sum(known.values()) if known is not None else None
@@ -80,9 +81,11 @@ def _sizes(one: Circuit, other: Circuit) -> dict[str, int] | None:
 
 
 def require_alike(one: Circuit, other: Circuit) -> None:
-    """Raise UserError unless both circuits hold the same kind of units of the same model."""
+    """Raise UserError unless both circuits hold the same kind of units of the same model, removed at the same strength."""
     if one.unit != other.unit:
         raise UserError(f"a circuit of {one.unit}s and one of {other.unit}s do not go together; make both of the same unit")
+    if one.strength != other.strength:
+        raise UserError(f"circuits of strength {one.strength:g} and {other.strength:g} do not go together; make both at the same strength")
     mine, theirs = one.model.get("fingerprint"), other.model.get("fingerprint")
     if mine and theirs and mine != theirs:
         raise UserError(f"the circuits were made on {one.model.get('id')} ({mine}) and {other.model.get('id')} ({theirs}); make both on one model")
@@ -103,7 +106,7 @@ def _combined(operation: str, one: Circuit, other: Circuit) -> Circuit:
     sizes = [circuit.provenance["sizes"] for circuit in (one, other) if "sizes" in circuit.provenance]
     if sizes:
         provenance["sizes"] = {name: size for part in sizes for name, size in part.items()}
-    return Circuit(one.unit, members, one.model or other.model, provenance)
+    return Circuit(one.unit, members, one.model or other.model, provenance, one.strength)
 
 
 def _indices(operation: str, one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> tuple[int, ...]:

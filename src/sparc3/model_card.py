@@ -25,11 +25,12 @@ def model_card(
         shrunk: how the shapes changed, as a sentence; empty where they did not.
     """
     what = f"{len(circuit):,} {circuit.unit}s"
+    done = f"{circuit.strength * 100:g} % of each of {what} taken away" if circuit.strength != 1 else f"{what} set to zero"
     lines = [
         *_front(base, matter, ["sparc3", "pruned"]),
-        f"# {_plainly(source['id'])}, without {what}",
+        f"# {_plainly(source['id'])}, without {what}{circuit.at_strength}",
         "",
-        f"{_linked(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {what} set to zero, "
+        f"{_linked(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {done}, "
         f"chosen by sparc3 {__version__}. Nothing was trained; every other weight is as it was. {shrunk}".rstrip(),
         "",
         *_found(circuit),
@@ -48,7 +49,7 @@ def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Resu
     name = _plainly(circuit.model.get("id"))
     lines = [
         *_front(base, {}, ["sparc3", "circuit"], library=False),
-        f"# {len(circuit):,} {circuit.unit}s of {name}",
+        f"# {len(circuit):,} {circuit.unit}s of {name}{circuit.at_strength}",
         "",
         f"A set of {circuit.unit}s of {_linked(name, base)} (weights fingerprint {_plainly(circuit.model.get('fingerprint'))}), found by sparc3 "
         f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, which the fingerprint sees to:",
@@ -93,7 +94,7 @@ def _found(circuit: Circuit) -> list[str]:
         f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
         f"| contrast | {scores.get('contrast', '-')} |",
         f"| selection | {', '.join(f'{_plainly(k)} {_plainly(v)}' for k, v in selection.items() if v is not None) or '-'} |",
-        f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint} |",
+        f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint}{circuit.at_strength} |",
         "",
     ]
 

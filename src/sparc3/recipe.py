@@ -109,6 +109,7 @@ class Tune(Strict):
         penalties: of the matched contrast.
         normalize: null, "l1", or both.
         rounds: in how many rounds a circuit is found, as selection.rounds; a candidate attributes again in each.
+        strengths: the share of each unit that is taken away, as selection.strength: 1 sets it to zero, 0.5 halves it.
         prompts: number of validation prompts; as many as there are test prompts where it is not given.
         texts: number of validation texts for perplexity; as many as the test has where it is not given.
         text_source: where they come from, if the perplexity source has no validation split of its own.
@@ -123,6 +124,7 @@ class Tune(Strict):
     penalties: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(1.0,), min_length=1)
     normalize: tuple[Literal["l1"] | None, ...] = Field(default=(None,), min_length=1)
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
+    strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
     prompts: int | None = Field(default=None, ge=1)
     texts: int | None = Field(default=None, ge=1)
     text_source: str | None = None
@@ -146,6 +148,7 @@ class Selection(Strict):
     """How many units (a scope n:m says it itself), and by which contrast.
 
     `rounds`: select a share, ablate it, attribute again, and go on. `tune`: search for all that.
+    `strength`: the share of each unit that is taken away: 1 sets it to zero, 0.5 halves it.
     `protect`: leave out neurons whose removal alone breaks the model, and list them.
     """
 
@@ -155,6 +158,7 @@ class Selection(Strict):
     normalize: Literal["l1"] | None = None
     penalty: float = Field(default=1.0, ge=0)
     rounds: int = Field(default=1, ge=1)
+    strength: float = Field(default=1.0, gt=0, le=1)
     protect: bool = True
     tune: Tune | None = None
 
@@ -190,8 +194,8 @@ class Selection(Strict):
             raise ValueError("tune.rounds above 1 needs scope global")
         if parse_scope(self.scope):
             raise ValueError(f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or site")
-        if self.penalty != 1.0 or self.normalize is not None:
-            raise ValueError("with tune, write tune.penalties and tune.normalize for penalty and normalize")
+        if self.penalty != 1.0 or self.normalize is not None or self.strength != 1.0:
+            raise ValueError("with tune, write tune.penalties, tune.normalize and tune.strengths for penalty, normalize and strength")
         if bool(tune.counts) == (self.count is not None):
             raise ValueError("tune needs the numbers of units to try: tune.counts, or one count")
 

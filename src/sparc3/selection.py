@@ -98,7 +98,13 @@ def _scaled(scores: Scores, normalize: str | None) -> Mapping[str, Tensor]:
 
 
 def select(
-    scores: Scores, *, count: int | None = None, fraction: float | None = None, scope: str = "global", order: str = "lowest"
+    scores: Scores,
+    *,
+    count: int | None = None,
+    fraction: float | None = None,
+    scope: str = "global",
+    order: str = "lowest",
+    strength: float = 1.0,
 ) -> Circuit:
     """The units with the lowest (or highest) scores, as a circuit. Deterministic: ties go by site order, then by index.
 
@@ -108,10 +114,11 @@ def select(
         scope: "global", over all sites together; "site", in each site apart; of weights also "row", in each output row apart, or "n:m"
             such as "2:4": n of every m consecutive inputs, without count or fraction.
         order: "lowest" or "highest".
+        strength: of the circuit: the share of each unit that its removal takes away.
 
     Raises:
         UserError: both or neither of count and fraction, more than there are, or, after a matched contrast, more than there are
-            candidates below zero; a scope that does not fit the units, or an m that does not divide the rows.
+            candidates below zero; a scope that does not fit the units, or an m that does not divide the rows; a strength not above 0 and up to 1.
         NonFinite: a NaN or Inf among the scores.
     """
     groups = parse_scope(scope)
@@ -130,11 +137,11 @@ def select(
             masks |= dict(zip(names, lowest([scores[name] for name in names], wanted, highest=order == "highest"), strict=True))
     members = {name: _members(scores.unit, mask) for name, mask in masks.items() if mask.any()}
     return Circuit(scores.unit, members, dict(scores.provenance.get("model") or {}), {
-        "selection": {"count": count, "fraction": fraction, "scope": scope, "order": order},
+        "selection": {"count": count, "fraction": fraction, "scope": scope, "order": order, **({"strength": strength} if strength != 1 else {})},
         "scores": {**scores.provenance, "fingerprint": scores.fingerprint},
         "sizes": {name: tensor.numel() for name, tensor in scores.items()},
         "version": __version__,
-    })  # fmt: skip
+    }, strength)  # fmt: skip
 
 
 def parse_scope(scope: str) -> tuple[int, int] | None:
@@ -217,7 +224,7 @@ def _wanted(scores: Scores, names: list[str], count: int | None, fraction: float
 
 
 def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circuit:
-    """As many random units in each site as the circuit has there: one draw of its null.
+    """As many random units in each site as the circuit has there, at its strength: one draw of its null.
 
     Args:
         sizes: module name → number of units of that site; not looked at for weights, whose masks say it.
@@ -230,7 +237,7 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
         else:
             members[site] = tuple(torch.randperm(sizes[site], generator=generator)[:count].sort().values.tolist())
     provenance: dict[str, Any] = {"null_of": circuit.fingerprint, "seed": seed, "version": __version__}
-    return Circuit(circuit.unit, members, circuit.model, provenance)
+    return Circuit(circuit.unit, members, circuit.model, provenance, circuit.strength)
 
 
 def excluding(scores: Scores, circuit: Circuit) -> Scores:

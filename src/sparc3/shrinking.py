@@ -58,6 +58,8 @@ def shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
         UserError: the circuit is not of neurons of mlp.up, or does not take the same number from every layer.
         UnsupportedModel: an MLP that is not two or three linear maps, or whose width the configuration does not say.
     """
+    if circuit.strength != 1:
+        raise UserError(f"--shrink takes whole neurons out, and this circuit has strength {circuit.strength:g}; leave it out, or use strength 1")
     kind = model.config.model_type
     ups, downs = sites_of(model, ["mlp.up"]), {site.layer: site for site in sites_of(model, ["mlp.down"])}
     gates = {site.layer: site for site in sites_of(model, ["mlp.gate"])} if _gated(model) else {}

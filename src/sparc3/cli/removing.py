@@ -19,6 +19,7 @@ def add_to(add: Add) -> None:
     select.add_argument("--fraction", type=float, metavar="F", help="or which share of them")
     select.add_argument("--scope", default="global", help="global or site; of weights also row, or n:m such as 2:4 (default: %(default)s)")
     select.add_argument("--order", default="lowest", help="lowest or highest (default: %(default)s)")
+    select.add_argument("--strength", type=float, default=1.0, metavar="S", help="share of each unit that goes: 0.5 halves it (default: 1)")
     select.add_argument("--out", required=True, help="where the circuit goes (circuit.json; of weights circuit.safetensors)")
 
     circuits = add("circuits", _circuits, "combine two circuits, or say how far they overlap")
@@ -57,9 +58,9 @@ def _select(args: argparse.Namespace) -> None:
     else:
         matched = Scores.load(args.matched) if args.matched else None
         scores = contrast(Scores.load(args.general), Scores.load(args.undesired), matched=matched, penalty=args.penalty, normalize=args.normalize)
-    circuit = select(scores, count=args.count, fraction=args.fraction, scope=args.scope, order=args.order)
+    circuit = select(scores, count=args.count, fraction=args.fraction, scope=args.scope, order=args.order, strength=args.strength)
     circuit.save(args.out)
-    say(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s")
+    say(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s{circuit.at_strength}")
 
 
 def _circuits(args: argparse.Namespace) -> None:
@@ -98,7 +99,7 @@ def _ablate(args: argparse.Namespace) -> None:
     except UserError as error:
         print(f"sparc3: {error}; the new folder has none either", file=sys.stderr)
     out = export(model, tokenizer, circuit, args.out, results=results, shrink=args.shrink)
-    say(f"{out}: the model without {len(circuit)} {circuit.unit}s")
+    say(f"{out}: the model without {len(circuit)} {circuit.unit}s{circuit.at_strength}")
 
 
 def _push(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ class How:
 
     Attributes:
         targets: name of each reference set that takes part → its target.
+        strength: of the circuits that it finds.
         place: where its scores are kept: a prefix of the file names in scores/.
     """
 
@@ -36,6 +37,7 @@ class How:
     penalty: float
     normalize: str | None
     place: str = ""
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def as_written(work: Work) -> How:
     """The contrast that the recipe asks for."""
     recipe = work.recipe
     targets = {name: spec.target or recipe.attribution.target for name, spec in recipe.references.items()}
-    return How(recipe.attribution.method, recipe.attribution.neuron, targets, recipe.selection.penalty, recipe.selection.normalize)
+    chosen = recipe.selection
+    return How(recipe.attribution.method, recipe.attribution.neuron, targets, chosen.penalty, chosen.normalize, strength=chosen.strength)
 
 
 def contrasted(work: Work, how: How, before: Circuit | None = None, place: str = "") -> Scores:
@@ -68,7 +71,7 @@ def contrast_of(work: Work, how: How, sets: Mapping[str, Scores], before: Circui
     # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
     normalize = "l1" if how.method == "wanda" else how.normalize
     made = contrast(sets["general"], sets["undesired"], matched=sets.get("matched"), penalty=how.penalty, normalize=normalize)
-    last = union(before, work.protected) if before and work.protected else before or work.protected
+    last = union(replace(before, strength=1.0), work.protected) if before and work.protected else before or work.protected
     return excluding(made, last) if last else made
 
 
@@ -111,7 +114,7 @@ def found_circuit(work: Work) -> Found:
     parts = parts_of(work, how)
     first = contrast_of(work, how, parts)
     if chosen.count is None:
-        return saved(work, Found(select(first, fraction=chosen.fraction, scope=chosen.scope), first, parts))
+        return saved(work, Found(select(first, fraction=chosen.fraction, scope=chosen.scope, strength=how.strength), first, parts))
     circuit = in_rounds(work, how, first, chosen.count, chosen.rounds)
     if circuit is None:
         raise UserError(
@@ -126,7 +129,7 @@ def in_rounds(work: Work, how: How, first: Scores, count: int, rounds: int) -> C
 
     None where a matched contrast has too few candidates below zero in a later round.
     """
-    now, circuit = first, Circuit(work.recipe.attribution.unit, {}, work.described)
+    now, circuit = first, Circuit(work.recipe.attribution.unit, {}, work.described, strength=how.strength)
     for turn in range(rounds):
         if turn:
             # In a search many circuits are on the way at once; the scores of each are kept under its name.
@@ -134,7 +137,7 @@ def in_rounds(work: Work, how: How, first: Scores, count: int, rounds: int) -> C
         wanted = count * (turn + 1) // rounds - count * turn // rounds
         if turn and wanted > candidates(now):
             return None
-        part = select(now, count=wanted, scope=work.recipe.selection.scope)
+        part = select(now, count=wanted, scope=work.recipe.selection.scope, strength=how.strength)
         # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
         circuit = replace(union(circuit, replace(part, model=work.described)), provenance=part.provenance)
     return circuit
@@ -150,5 +153,6 @@ def saved(work: Work, found: Found) -> Found:
     if distributed.is_main():
         found.contrast.save(work.folder / "scores/contrast.safetensors")
         circuit.save(work.folder / f"circuit{circuit.suffix}")
-    log.info("circuit: %d of %d %ss in %d sites", len(circuit), found.contrast.units, circuit.unit, sum(1 for n in circuit.counts.values() if n))
+    sites = sum(1 for n in circuit.counts.values() if n)
+    log.info("circuit: %d of %d %ss%s in %d sites", len(circuit), found.contrast.units, circuit.unit, circuit.at_strength, sites)
     return replace(found, circuit=circuit)

@@ -44,6 +44,7 @@ class Candidate:
         perplexity_increase: relative to the original.
         within: whether it keeps to the budget.
         rounds: in how many it was found.
+        strength: the circuit's.
         pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
     """
 
@@ -59,6 +60,7 @@ class Candidate:
     within: bool = False
     pareto: bool = False
     rounds: int = 1
+    strength: float = 1.0
 
 
 @dataclass
@@ -157,9 +159,9 @@ def tuned(work: Work) -> tuple[How, Found]:
     parts = {(target, neuron): _parts(work, target, neuron) for target in _targets(work, tune) for neuron in _neurons(work, tune)}
     tried: list[Candidate] = []
     ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
-    for how, sets in _ways(work, tune, parts):
-        scores = contrast_of(work, how, sets)
-        for count, rounds, circuit in _circuits(work, tune, how, scores):
+    for contrasted, sets in _ways(work, tune, parts):
+        scores = contrast_of(work, contrasted, sets)
+        for how, count, rounds, circuit in _circuits(work, tune, contrasted, scores):
             figures = trials.of(circuit, original)
             if "perplexity" not in figures:
                 work.warnings.append(f"a candidate of {count} units was left out: its perplexity is not finite")
@@ -224,12 +226,13 @@ def _ways(work: Work, tune: Tune, parts: dict[tuple[str, str], dict[str, Scores]
                     yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
 
 
-def _circuits(work: Work, tune: Tune, how: How, scores: Scores) -> Iterator[tuple[int, int, Circuit]]:
-    """(count, rounds, circuit) of one way to contrast, as far as there are candidates in every round."""
+def _circuits(work: Work, tune: Tune, how: How, scores: Scores) -> Iterator[tuple[How, int, int, Circuit]]:
+    """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates in every round."""
     for count in (count for count in _counts(work, tune) if count <= candidates(scores)):
         for rounds in sorted({min(rounds, count) for rounds in tune.rounds}):
-            if (circuit := in_rounds(work, how, scores, count, rounds)) is not None:
-                yield count, rounds, circuit
+            for one in (replace(how, strength=strength) for strength in dict.fromkeys(tune.strengths)):
+                if (circuit := in_rounds(work, one, scores, count, rounds)) is not None:
+                    yield one, count, rounds, circuit
 
 
 def _judged(how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials) -> Candidate:
@@ -237,7 +240,7 @@ def _judged(how: How, circuit: Circuit, count: int, figures: Figures, original: 
     matched = "matched" in how.targets
     return Candidate(
         how.targets, how.neuron, "matched" if matched else "plain", how.penalty if matched else None, how.normalize, count,
-        circuit.fingerprint, figures, increase, trials.within(figures, original),
+        circuit.fingerprint, figures, increase, trials.within(figures, original), strength=how.strength,
     )  # fmt: skip
 
 
@@ -298,7 +301,8 @@ def _said(one: Candidate, aim: str) -> str:
     gained = f"{aim} {one.figures[aim]:.4g}" if aim in one.figures else f"{aim} not measured"
     penalty = f"penalty {one.penalty:g}" if one.penalty is not None else None
     rounds = f"{one.rounds} rounds" if one.rounds > 1 else None
-    way = ", ".join(filter(None, [one.targets["undesired"], one.neuron, one.contrast, penalty, one.normalize, rounds]))
+    strength = f"strength {one.strength:g}" if one.strength != 1 else None
+    way = ", ".join(filter(None, [one.targets["undesired"], one.neuron, one.contrast, penalty, one.normalize, rounds, strength]))
     return f"{one.count} by {way}: perplexity {one.perplexity_increase:+.2%}, {gained}"
 
 

@@ -35,7 +35,8 @@ def variants(work: Work, found: Found, how: How) -> Iterator[tuple[str, list[Cha
     sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     yield "original", [Circuit(circuit.unit, {}, work.described)]
     yield "ablated", [circuit]
-    counts = {count: select(found.contrast, count=count) for count in compare.counts if _enough(work, found.contrast, count, how.method)}
+    own = [count for count in compare.counts if _enough(work, found.contrast, count, how.method)]
+    counts = {count: select(found.contrast, count=count, strength=how.strength) for count in own}
     if work.recipe.selection.count is not None or work.recipe.selection.tune:
         counts[len(circuit)] = circuit
     for count, chosen in sorted(counts.items()):
@@ -53,14 +54,20 @@ def variants(work: Work, found: Found, how: How) -> Iterator[tuple[str, list[Cha
 
 
 def by_method(work: Work, how: How, method: str, counts: Sequence[int]) -> Iterator[tuple[int, Change]]:
-    """Another method's units at each count, contrasted as `how` says; AurA also with every neuron that is an expert at all."""
+    """Another method's units at each count, contrasted and removed as `how` says.
+
+    AurA damps by strengths of its own, and also every neuron that is an expert at all.
+    """
     if method not in expertise.METHODS:
         theirs = contrasted(work, replace(how, method=method, place=""))
-        yield from ((count, select(theirs, count=count)) for count in counts if _enough(work, theirs, count, method))
+        yield from ((count, select(theirs, count=count, strength=how.strength)) for count in counts if _enough(work, theirs, count, method))
         return
     scores = _expertise(work)
     for count in (count for count in counts if _enough(work, scores, count, method)):
-        yield count, select(scores, count=count, order="highest") if method == "det0" else Damping(expertise.strengths(scores, count))
+        if method == "det0":
+            yield count, select(scores, count=count, order="highest", strength=how.strength)
+        else:
+            yield count, Damping(expertise.strengths(scores, count))
     whole = Damping(expertise.strengths(scores))
     if method == "aura" and len(whole) > max(counts, default=0):
         yield len(whole), whole

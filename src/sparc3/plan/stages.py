@@ -90,7 +90,9 @@ class Stages:
         tune = recipe.selection.tune
         if not tune:
             return [Way(asked.method, asked.neuron, None, recipe.selection.rounds), *others]
-        searched = [Way(asked.method, neuron, target) for target in tune.targets or (None,) for neuron in tune.neurons or (asked.neuron,)]
+        # The first round is shared by all; in each later one every candidate attributes again, on a model of its own.
+        times = 1 + self._candidates() * sum(rounds - 1 for rounds in set(tune.rounds))
+        searched = [Way(asked.method, neuron, target, times) for target in tune.targets or (None,) for neuron in tune.neurons or (asked.neuron,)]
         return [*searched, *others]
 
     def _reduces(self, method: str) -> int:
@@ -207,18 +209,24 @@ class Stages:
         elif isinstance(settings, HarnessSettings):
             self.notes.append("the harness's tasks are not counted")
 
+    def _candidates(self) -> int:
+        """How many circuits the search may find, for one target and kind of neuron score, in any one number of rounds."""
+        tune = self.recipe.selection.tune
+        assert tune
+        plain = "plain" in tune.contrasts or not tune.contrasts
+        matched = "matched" in self.recipe.references and ("matched" in tune.contrasts or not tune.contrasts)
+        contrasts = (plain + matched * len(tune.penalties)) * len(tune.normalize)
+        return contrasts * len(set(tune.counts) or (1,)) * len(set(tune.strengths))
+
     def _searched(self, name: str, stage: Stage) -> Iterator[Stage]:
         """The same metric on the search's validation samples, of as many candidates as it may look at."""
         tune = self.recipe.selection.tune
         if not tune or name not in ("perplexity", "toxicity", "repetition", *(("kl",) if tune.max_kl is not None else ())):
             return
-        plain = "plain" in tune.contrasts or not tune.contrasts
-        matched = "matched" in self.recipe.references and ("matched" in tune.contrasts or not tune.contrasts)
-        contrasts = (plain + matched * len(tune.penalties)) * len(tune.normalize)
-        circuits = len([way for way in self.ways() if way.method == self.recipe.attribution.method]) * contrasts
+        circuits = len([way for way in self.ways() if way.method == self.recipe.attribution.method]) * self._candidates()
         settings = self.recipe.metrics()[name]
         asked, here = (tune.texts if isinstance(settings, PerplexitySettings) else tune.prompts), getattr(settings, "count", None)
-        yield replace(stage * (circuits * len(tune.counts or (1,)) * (asked / here if asked and here else 1.0)), name=f"search, {name}")
+        yield replace(stage * (circuits * len(set(tune.rounds)) * (asked / here if asked and here else 1.0)), name=f"search, {name}")
 
     def _windows(self, name: str, settings: PerplexitySettings) -> Stage:
         whole, assumed = of_text(settings, self.tokenizer)

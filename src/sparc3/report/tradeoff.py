@@ -125,7 +125,8 @@ def way(one: Mapping[str, Any]) -> str:
     penalty = f"penalty {one['penalty']:g}" if one.get("penalty") is not None else ""
     parts = [f"target {(one.get('targets') or {}).get('undesired', '')}", str(one.get("neuron", "")), f"{one.get('contrast', '')} contrast", penalty]
     rounds = f"{one['rounds']} rounds" if one.get("rounds", 1) > 1 else ""
-    return ", ".join(filter(None, [*parts, str(one.get("normalize") or ""), rounds]))
+    strength = f"strength {one['strength']:g}" if one.get("strength", 1) != 1 else ""
+    return ", ".join(filter(None, [*parts, str(one.get("normalize") or ""), rounds, strength]))
 
 
 def _front(spots: Sequence[Spot], direction: str) -> list[Spot]:

@@ -49,12 +49,13 @@ def damage(run: RunFolder) -> Markup | None:
 
 
 def removed(run: RunFolder) -> str:
-    """What was taken out: "40 of 2,048 neurons"."""
+    """What was taken out: "40 of 2,048 neurons", or "50 % of each of 40 of 2,048 neurons"."""
     if run.circuit is None:
         sparsity = run.measured("sparsity", "ablated")
         return f"{value_of(sparsity)} of the {units(None, run)}" if sparsity else "the chosen units"
     count, total = len(run.circuit), sum(run.sizes.values())
-    return f"{count:,} of {total:,} {units(total, run)}" if total else f"{count:,} {units(count, run)}"
+    share = f"{run.circuit.strength * 100:g} % of each of " if run.circuit.strength != 1 else ""
+    return share + (f"{count:,} of {total:,} {units(total, run)}" if total else f"{count:,} {units(count, run)}")
 
 
 def _from_to(run: RunFolder, metric: str) -> Markup:

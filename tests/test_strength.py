@@ -1,0 +1,172 @@
+"""Units that are weakened by a share: exactly so, in memory, in files and in runs; a circuit of strength 1 is what it always was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import test_tune, unchanged
+from tests.test_checkpoint import logits, saved
+from tests.tiny import tiny
+
+from sparc3 import Circuit, Scores, UserError, ablate_, ablated, export, load_model, load_recipe, run, select
+from sparc3.circuits import difference, intersection, overlap, union
+from sparc3.errors import DamagedFile
+from sparc3.files import read_json
+from sparc3.models import down_sites, sites_of
+from sparc3.plan import plan
+from sparc3.selection import random_like
+from sparc3.shrinking import shrinking
+
+MODEL = {"id": "m", "architecture": "llama", "fingerprint": "f"}
+
+
+def some_of(model: Any, unit: str, strength: float) -> Circuit:
+    """Two units of the first site; of neurons also two of mlp.down, which meet those of mlp.up in some weights."""
+    first = sites_of(model, ["attn.o" if unit == "head" else "mlp.up"])[0]
+    if unit == "weight":
+        picked = torch.rand(first.out, first.inp, generator=torch.Generator().manual_seed(0)) < 0.3
+        return Circuit(unit, {first.name: picked}, strength=strength)
+    more = {sites_of(model, ["mlp.down"])[0].name: (0, 3)} if unit == "neuron" else {}
+    return Circuit(unit, {first.name: (1, 2), **more}, strength=strength)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "opt", "gpt2", "phi3", "mixtral"])
+def test_a_halved_neuron_writes_half(name: str) -> None:
+    """What enters mlp.down's output from the neuron is halved, also behind a non-linearity: the activation itself is as it was."""
+    model = tiny(name).double()
+    up = sites_of(model, ["mlp.up"])[0]
+    down = down_sites(model)[up.mlp]
+    before, rows, rest = down.stored[:, 1].clone(), up.stored.clone(), unchanged.fingerprint(model)
+    with ablated(model, Circuit("neuron", {up.name: (1,)}, strength=0.75)):
+        assert torch.equal(down.stored[:, 1], before / 4)
+        assert torch.equal(up.stored, rows)
+    unchanged.require_same(unchanged.fingerprint(model), rest)
+
+
+def test_half_a_neuron_is_half_of_its_effect_on_paper() -> None:
+    """In a plain MLP y = W_down · relu(x): halving neuron 0 takes half of what removing it takes."""
+    model = tiny("opt").double()
+    up = sites_of(model, ["mlp.up"])[-1]
+    mlp, x = down_sites(model)[up.mlp].module, torch.randn(3, up.out, dtype=torch.float64).relu()
+    whole = mlp(x)
+    with ablated(model, Circuit("neuron", {up.name: (0,)}, strength=0.5)):
+        halved = mlp(x)
+    with torch.no_grad():
+        x[:, 0] /= 2
+    assert torch.allclose(halved, mlp(x))
+    assert not torch.allclose(halved, whole)
+
+
+@pytest.mark.parametrize("unit", ["neuron", "head", "weight"])
+@pytest.mark.parametrize(("name", "dtype"), [("llama-bias", torch.bfloat16), ("gpt2", torch.float32), ("phi3", torch.float16)])
+def test_an_export_has_the_trials_logits_and_all_else_comes_back(unit: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, tokenizer = load_model(saved(tmp_path / "source", name, dtype))
+    circuit, rest, original = some_of(model, unit, 0.5), unchanged.fingerprint(model), logits(model)
+    with ablated(model, circuit):
+        halved = logits(model)
+    unchanged.require_same(unchanged.fingerprint(model), rest)
+    assert not torch.equal(halved, original)
+    out = export(model, tokenizer, circuit, tmp_path / "out")
+    assert torch.equal(logits(load_model(out)[0]), halved)
+    assert "at strength 0.5" in (out / "README.md").read_text()
+    assert Circuit.load(out).strength == 0.5
+    ablate_(model, circuit)
+    assert torch.equal(logits(model), halved)
+    model.config._name_or_path = model.name_or_path = ""
+    unchanged_files = export(model, tokenizer, Circuit("neuron", {}), tmp_path / "memory")
+    assert torch.equal(logits(load_model(unchanged_files)[0]), halved)
+
+
+@pytest.mark.parametrize("unit", ["neuron", "weight"])
+def test_files_say_the_strength_where_it_is_not_one(unit: str, tmp_path: Path) -> None:
+    members = {"a": torch.tensor([[True, False]]) if unit == "weight" else (0, 2)}
+    whole, half = (Circuit(unit, members, MODEL, {}, strength) for strength in (1.0, 0.5))
+    for circuit in (whole, half):
+        path = tmp_path / f"{circuit.strength}{circuit.suffix}"
+        circuit.save(path)
+        assert (b"strength" in path.read_bytes()) == (circuit is half)
+        again = Circuit.load(path)
+        assert again == circuit
+        assert again.strength == circuit.strength
+    assert whole.fingerprint != half.fingerprint
+    assert "strength=0.5" in repr(half)
+    if unit == "neuron":
+        assert whole.fingerprint == Circuit(unit, {"a": (0, 2)}).fingerprint
+        (tmp_path / "odd.json").write_text(json.dumps({"format": "sparc3.circuit/1", "unit": unit, "strength": 2, "model": MODEL, "members": {}}))
+        with pytest.raises(DamagedFile, match="strength"):
+            Circuit.load(tmp_path / "odd.json")
+
+
+def test_selection_and_its_null_have_the_strength() -> None:
+    scores = Scores({"a": torch.arange(8.0)}, {"unit": "neuron", "model": MODEL})
+    half = select(scores, count=3, strength=0.5)
+    assert (half.strength, half.provenance["selection"]["strength"]) == (0.5, 0.5)
+    assert random_like(half, {"a": 8}, 0).strength == 0.5
+    assert "strength" not in select(scores, count=3).provenance["selection"]
+    for operation in (union, intersection, difference):
+        assert operation(half, half).strength == 0.5
+        with pytest.raises(UserError, match=r"strength 0\.5 and 1 do not go together"):
+            operation(half, select(scores, count=3))
+    assert overlap(half, select(scores, count=3)).jaccard == 1
+    for strength in (0, -0.5, 1.5, float("nan")):
+        with pytest.raises(UserError, match="above 0, up to 1"):
+            select(scores, count=3, strength=strength)
+
+
+def test_what_cannot_be_weakened_is_refused() -> None:
+    model = tiny("llama")
+    members = {site.name: (0,) for site in sites_of(model, ["mlp.up"])}
+    with pytest.raises(UserError, match=r"--shrink .* strength 0\.5"):
+        shrinking(model, Circuit("neuron", members, strength=0.5))
+    down = sites_of(model, ["mlp.down"])[0]
+    down.module.weight = torch.nn.Parameter(down.module.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=rf"{down.name} holds quantised weights"), ablated(model, Circuit("neuron", members, strength=0.5)):
+        pass
+    for change in ({"tune": {"counts": [1], "strengths": [0.0]}}, {"count": 1, "strength": 1.5}, {"strength": 0.5, "tune": {"counts": [1]}}):
+        with pytest.raises(UserError, match="strength"):
+            load_recipe({**test_tune.SMALL, "selection": change})
+
+
+def test_strengths_are_a_dimension_of_the_search(tmp_path: Path) -> None:
+    recipe = json.loads(json.dumps(test_tune.SMALL))
+    del recipe["references"]["matched"]
+    recipe["selection"]["tune"] |= {"counts": [6], "targets": [], "penalties": [1.0], "strengths": [0.5, 1], "rounds": [1, 2], "max_kl": None}
+    recipe["selection"]["tune"]["max_perplexity_increase"] = 9.0
+    recipe["compare"] = {"methods": ["wanda"], "counts": [4], "random_draws": 1}
+    results = run(recipe, tmp_path / "tune")
+    found = read_json(tmp_path / "tune/tune.json", "sparc3.tune/1")
+    assert [(one["rounds"], one["strength"]) for one in found["candidates"]] == [(1, 0.5), (1, 1), (2, 0.5), (2, 1)]
+    assert len({one["circuit"] for one in found["candidates"]}) == 4
+    assert len(list((tmp_path / "tune/scores").glob("round2.*.safetensors"))) == 4  # two strengths, two reference sets
+    best = found["best"]
+    assert results.provenance["circuit"] == best["circuit"]
+    assert Circuit.load(tmp_path / "tune").strength == best["strength"]
+    # The halved one is what the same settings give outside a search.
+    recipe["selection"] = {"count": 6, "strength": 0.5}
+    alone = run(recipe, tmp_path / "alone")
+    assert alone.provenance["circuit"] == found["candidates"][0]["circuit"]
+    assert "50 % of each of 6 of" in (tmp_path / "alone/report.html").read_text()
+
+
+def test_the_plan_counts_strengths_and_rounds() -> None:
+    """In the first round all candidates share the scores; in a second one each attributes again."""
+    recipe = json.loads(json.dumps(test_tune.SMALL))
+    del recipe["references"]["matched"]
+    recipe["selection"] = {"tune": {"counts": [4, 6]}}
+    one = {stage.name: stage.tokens for stage in plan(load_recipe(recipe)).stages}
+    recipe["selection"]["tune"] |= {"strengths": [1, 0.5], "rounds": [1, 2]}
+    many = {stage.name: stage.tokens for stage in plan(load_recipe(recipe)).stages}
+    assert many["search, perplexity"] == 4 * one["search, perplexity"]
+    assert many["scores, lrp"] == (1 + 2 * 2) * one["scores, lrp"]
+    assert many["perplexity"] == one["perplexity"]
+
+
+def test_the_command_line_selects_at_a_strength(sparc3: Any, mistake: Any, tmp_path: Path) -> None:
+    Scores({"a": torch.arange(8.0)}, {"unit": "neuron", "model": MODEL}).save(tmp_path / "s.safetensors")
+    asked = ("select", "--scores", tmp_path / "s.safetensors", "--count", 2, "--out", tmp_path / "c.json", "--strength")
+    code, out, _ = sparc3(*asked, 0.5)
+    assert (code, "2 of 8 neurons at strength 0.5" in out) == (0, True)
+    assert Circuit.load(tmp_path / "c.json").strength == 0.5
+    assert "strength is 0.0; give a number above 0, up to 1" in mistake(*asked, 0)
