@@ -64,10 +64,9 @@ def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
     return found
 
 
-def weakened(values: Tensor, strength: float, times: Tensor | int = 1) -> Tensor:
-    """What is left of the values, (1 − strength) of them for each time, computed in float32 at least and rounded to their dtype."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return (wide * (1 - strength) ** times).to(values.dtype)
+def weakened(values: Tensor, strength: float) -> Tensor:
+    """What is left of the values, (1 − strength) of them, computed in float32 at least and rounded to their dtype."""
+    return (values.to(torch.promote_types(values.dtype, torch.float32)) * (1 - strength)).to(values.dtype)
 
 
 def _place_of(view: Tensor, parameters: dict[str, Tensor]) -> tuple[str, int]:

@@ -51,10 +51,10 @@ def export(
     """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and a model card.
 
     Where the model in memory is still what it was loaded from, a folder or the hub's cache, the new folder is a copy of that one: the same
-    files with the same names, keys, dtype and metadata, and every byte as it was but those of the removed units (at a strength below 1
-    multiplied in the files' own dtype) and of the card. Weights
-    that were changed in memory, or whose source holds them in another form than safetensors or under other names, are written as transformers
-    writes them, in the source's dtype where that loses nothing. The folder appears whole or not at all.
+    files with the same names, keys, dtype and metadata, and every byte as it was but those of the removed units (at a strength
+    below 1 multiplied in the files' own dtype) and of the card. Weights that were changed in memory, or whose source holds them in another
+    form than safetensors or under other names, are written as transformers writes them, in the source's dtype where that loses nothing.
+    The folder appears whole or not at all.
 
     Args:
         tokenizer: the model's; None leaves the folder without one.
@@ -208,17 +208,15 @@ def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) 
     for key, times in removed.items():
         begin, end = header[key]["data_offsets"]
         elements = numpy.memmap(path, "uint8", "r+", offset=8 + length + begin, shape=(times.numel(), (end - begin) // times.numel()))
-        flat = times.reshape(-1).cpu()
-        places = flat.bool().numpy()
+        flat = times.reshape(-1).cpu().numpy()
         if strength == 1:
-            elements[places] = 0
+            elements[flat > 0] = 0
+        elif (kind := STORED_AS.get(header[key]["dtype"])) is None:
+            raise UserError(f"{key} is stored as {header[key]['dtype']}, of which no share can be taken; use a circuit of strength 1")
         else:
-            kind = STORED_AS.get(header[key]["dtype"])
-            if kind is None:
-                raise UserError(f"{key} is stored as {header[key]['dtype']}, of which no share can be taken; use a circuit of strength 1")
-            values = torch.from_numpy(numpy.array(elements[places])).view(kind)[:, 0]
-            left = weakened(values, strength, flat[flat.bool()])
-            elements[places] = left[:, None].view(torch.uint8).numpy()
+            for turn in range(int(flat.max(initial=0))):
+                values = torch.from_numpy(elements[flat > turn]).view(kind)
+                elements[flat > turn] = weakened(values, strength).view(torch.uint8).numpy()
         elements.flush()
 
 

@@ -88,6 +88,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "comparisons": compared,
         "budgeted": under_budget(run),
         "count": f"{len(run.circuit):,} {units(len(run.circuit), run)}" if run.circuit else "",
+        "at_strength": run.circuit.at_strength if run.circuit else "",
         "map": where,
         "sharing": sharing(run),
         "protected": protected(run),
