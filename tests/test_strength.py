@@ -63,6 +63,8 @@ def test_half_a_neuron_is_half_of_its_effect_on_paper() -> None:
 @pytest.mark.parametrize(("name", "dtype", "strength"), [
     ("llama-bias", torch.bfloat16, 0.3),
     ("gpt2", torch.float32, 0.3),
+    ("opt", torch.float32, 0.3),
+    ("phi3", torch.float32, 0.3),
     ("phi3", torch.float16, 0.5),  # computed in float32 on a CPU, where the file's float16 holds exactly half
 ])  # fmt: skip
 def test_an_export_has_the_trials_logits(unit: str, name: str, dtype: torch.dtype, strength: float, tmp_path: Path) -> None:

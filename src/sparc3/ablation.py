@@ -65,8 +65,8 @@ def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
 
 
 def weakened(values: Tensor, strength: float) -> Tensor:
-    """What is left of the values, (1 − strength) of them, computed in float32 at least and rounded to their dtype."""
-    return (values.to(torch.promote_types(values.dtype, torch.float32)) * (1 - strength)).to(values.dtype)
+    """What is left of the values, (1 − strength) of them, computed in float64 and rounded to their dtype: the same bits for any layout."""
+    return (values.double() * (1 - strength)).to(values.dtype)
 
 
 def _place_of(view: Tensor, parameters: dict[str, Tensor]) -> tuple[str, int]:
