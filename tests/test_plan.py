@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,15 @@ from sparc3.recipe import bundled, load_recipe
 
 HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
 CLOSE = 0.2
-SOME = [Encoded(i, (5,) * length, (length - 1,)) for i, length in enumerate([100] * 20 + [60] * 10)]
-FOLLOWED = [Encoded(i, (5,) * 100, tuple(range(99)), (5,) * 99) for i in range(12)]
+
+
+def some_ids(length: int, seed: int) -> tuple[int, ...]:
+    """Unlike tokens, which routers send to unlike experts."""
+    return tuple(torch.randint(3, 400, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+SOME = [Encoded(i, some_ids(length, i), (length - 1,)) for i, length in enumerate([100] * 20 + [60] * 10)]
+FOLLOWED = [Encoded(i, some_ids(100, i), tuple(range(99)), (5,) * 99) for i in range(12)]
 KINDS: dict[str, tuple[tuple[str, str, str, str], tuple[str, ...], list[Encoded]]] = {
     "neurons, abs": (("lrp", "neuron", "predicted", "abs"), ("mlp.up",), SOME),
     "neurons, signed": (("lrp", "neuron", "predicted", "signed"), ("mlp.up",), SOME),
@@ -41,20 +50,36 @@ KINDS: dict[str, tuple[tuple[str, str, str, str], tuple[str, ...], list[Encoded]
 }
 
 
-def llama(layers: int = 2, width: int = 256) -> Any:
+OWN: dict[str, dict[str, int]] = {
+    "llama": {"intermediate_size": 704},
+    "mixtral": {"intermediate_size": 512, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1
+    },
+    "olmoe": {"intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4},
+}  # fmt: skip
+"""model_type → what its configuration has beside the common."""
+
+
+def random_model(kind: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "llama", hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=1000, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-    )
+        kind, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, vocab_size=1000, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=None, **OWN[kind],
+    )  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.fixture(scope="module", params=["demo", "llama"])
-def model(request: pytest.FixtureRequest, demo: tuple[Any, Any]) -> Any:
-    return demo[0] if request.param == "demo" else llama()
+@pytest.fixture(scope="module")
+def models(demo: tuple[Any, Any]) -> Callable[[str], Any]:
+    return cache(lambda name: demo[0] if name == "demo" else random_model(name))
+
+
+DENSE = ("demo", "llama")
+ATTRIBUTED = [*product(DENSE, KINDS), ("mixtral", "neurons, abs"), ("mixtral", "weights"), ("qwen2_moe", "neurons, signed"), ("olmoe", "neurons, wanda"), ("olmoe", "heads")]
+EVALUATED = [*product(DENSE, ("perplexity", "kl", "greedy", "sampled", "ioi")), ("mixtral", "perplexity"), ("qwen2_moe", "greedy"), ("olmoe", "ioi")]
 
 
 def allocated(work: Callable[[], object]) -> int:
@@ -71,8 +96,9 @@ def allocated(work: Callable[[], object]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_memory_of_an_attribution_is_as_predicted(model: Any, kind: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), ATTRIBUTED)
+def test_memory_of_an_attribution_is_as_predicted(models: Callable[[str], Any], name: str, kind: str) -> None:
+    model = models(name)
     (method, unit, target, neuron), roles, samples = KINDS[kind]
     chosen, settings = settings_for(Settings(method, unit, target, neuron, "mean"), roles)
     groups = grouped(samples, 1024)
@@ -96,13 +122,14 @@ class _NoTokenizer:
         return ""
 
 
-@pytest.mark.parametrize("kind", ["perplexity", "kl", "greedy", "sampled", "ioi"])
-def test_memory_of_an_evaluation_is_as_predicted(model: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "kind"), EVALUATED)
+def test_memory_of_an_evaluation_is_as_predicted(models: Callable[[str], Any], name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models(name)
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)  # every text gets its full length
     rehearsal = Rehearsal(Shaped(model.config, torch.float32), HERE)
-    windows = [((5,) * 256, 255)] * 4
-    texts = [Encoded(i, (5,) * 20, (19,), (1,), (2,)) for i in range(32)]
-    rows = [([5] * 20, draw) for draw in range(40)]
+    windows = [(some_ids(256, i), 255) for i in range(4)]
+    texts = [Encoded(i, some_ids(20, i), (19,), (1,), (2,)) for i in range(32)]
+    rows = [(list(some_ids(20, draw)), draw) for draw in range(40)]
     works: dict[str, tuple[Any, Callable[[], object]]] = {
         "perplexity": (lambda: rehearsal.windows("perplexity", 256, 10), lambda: perplexity.of_windows(model, windows)),
         "kl": (lambda: rehearsal.windows("kl", 256, 10), lambda: divergence.of_windows(model, windows, nullcontext())),
@@ -265,14 +292,23 @@ def test_sums_of_weights_are_beside_a_gpu(demo: tuple[Any, Any]) -> None:
         assert 0 < there < here or (method == "wanda" and there == here)  # whose sums are small
 
 
-def test_experts_are_refused_in_one_line() -> None:
-    from tiny import CONFIGS
+def test_experts_are_planned_with_even_routing(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    kind, sizes = CONFIGS["mixtral"]
-    with pytest.raises(UserError, match="experts") as caught:
-        Shaped(AutoConfig.for_model(kind, **sizes), torch.float32)
-    assert "\n" not in str(caught.value)
+    shared: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes = {"intermediate_size": 128, "num_local_experts": 8, "vocab_size": 512, "max_position_embeddings": 2048}
+    done = {}
+    for active in (2, 4):
+        path = tmp_path / f"{active}.json"
+        AutoConfig.for_model("mixtral", **shared, **sizes, num_experts_per_tok=active).to_json_file(path)
+        recipe = load_recipe("llama2-7b-compress", ["model.dtype=bfloat16"])
+        done[active] = plan(recipe, hardware="h100", config=str(path))
+    assert done[2].units == 2 * (4 * 64 * 64 + 8 * 3 * 64 * 128)
+    assert any("every expert" in note for note in done[2].notes)
+    read = {active: next(s for s in found.stages if s.name == "perplexity") for active, found in done.items()}
+    # Each token's products: twice 2 of 8 experts' matrices more, in both layers.
+    more = 2 * 2 * (3 * 64 * 128) * 2 * read[2].tokens
+    assert read[4].operations - read[2].operations == pytest.approx(more, rel=0.01)
 
 
 def test_a_configuration_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..errors import Sparc3Error, UserError
 from ..models import Site, sites_of
-from ..sites import experts_in, family_of, layers_of
 from .hardware import Hardware
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
 
 
 class Ledger(TorchDispatchMode):
-    """Inside, every operation is counted; what an element of a tensor is asked for, which none here has, is answered with "true" or one.
+    """Inside, every operation is counted; what an element of a tensor is asked for that has no content is answered with "true" or one.
+
+    Content have tensors that are made of Python's numbers, and a router's choice of experts, which is taken to be even: both are small.
 
     Attributes:
         now, peak: bytes of the tensors that live, and the most at any moment, without those that were there before.
@@ -41,6 +44,9 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _have_content((args, list(kwargs.values()))):
+            with no_dispatch():
+                return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is aten.index.Tensor:
@@ -50,7 +56,9 @@ class Ledger(TorchDispatchMode):
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
-        made = func(*args, **kwargs)
+        made = _grouped(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        if func is aten.topk.default:
+            made = made[0], _spread_evenly(made[1], args[0].shape[-1])
         given = list(_tensors(made))
         self._time(func, args, kwargs, made, given)
         for tensor in given:
@@ -79,6 +87,23 @@ class Ledger(TorchDispatchMode):
         self.seconds += self.hardware.seconds(operations, touched, max(2, given[0].element_size()))
 
 
+def _have_content(args: Any) -> bool:
+    """Whether all tensors among the arguments are real ones: made of numbers that Python knew, or of where tokens are routed."""
+    given = list(_tensors(args))
+    return bool(given) and not any(isinstance(tensor, FakeTensor) for tensor in given)
+
+
+def _spread_evenly(chosen: Tensor, experts: int) -> Tensor:
+    """A router's choice [tokens, k], as content: every expert is chosen equally often."""
+    with no_dispatch():
+        return torch.arange(chosen.numel()).remainder_(experts).view(chosen.shape)
+
+
+def _grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """What `_grouped_mm` gives, [tokens, out] of [tokens, in] and [experts, in, out], whose own shape rule knows bfloat16 alone."""
+    return x.new_empty(len(x), weight.shape[-1])
+
+
 def _places(index: Tensor | None) -> list[Tensor | None]:
     """A mask as the places it would name were it true everywhere."""
     if index is None or index.dtype != torch.bool:
@@ -100,6 +125,8 @@ def _operations(func: Any, args: Any, kwargs: Any, made: Any) -> float:
         return float(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return float(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    if packet is aten._grouped_mm:  # every row of [tokens, in] with one of [experts, in, out]
+        return float(2 * args[0].numel() * args[1].shape[-1])
     return float(flop_registry[packet](*args, **kwargs, out_val=made)) if packet in flop_registry else 0.0
 
 
@@ -117,7 +144,7 @@ class Shaped:
         weights: bytes of its parameters and buffers.
 
     Raises:
-        UserError: transformers cannot build this configuration, or it is a mixture of experts.
+        UserError: transformers cannot build this configuration.
         UnsupportedModel: an architecture without a row in the family table.
     """
 
@@ -135,8 +162,6 @@ class Shaped:
         except Exception as error:  # a configuration can be wrong in any way that Python can
             why = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"transformers cannot build a {config.model_type} of this configuration: {why}") from error
-        if any(experts_in(layer, family_of(self.model)) for layer in layers_of(self.model)):
-            raise UserError(f"{config.model_type} is a mixture of experts: which of them compute depends on the text, so it cannot be planned")
         self.held = self._without_content()
         self.weights = sum({id(tensor): tensor.nbytes for tensor in self.held}.values())
 

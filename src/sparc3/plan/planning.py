@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedModel, UserError
+from ..errors import UserError
 from ..families import require_family
 from ..models import DTYPES, load_config, require_loadable
 from ..recipe import Recipe, load_recipe
@@ -110,6 +110,8 @@ def plan(
     shaped = Shaped(settings, dtype)
     stages = Stages(loaded, Rehearsal(shaped, device), tokenizer_at_hand(loaded.model.id))
     done = stages.all()
+    if require_family(settings, source).experts:
+        stages.notes.append("every expert taken to get as many tokens as any other; where it is not so, more memory at once")
     if getattr(settings, "quantization_config", None):
         stages.notes.append("the weights are quantised, and counted as if they were not")
     peak, peak_at, host = _memory(stages, done, shaped.weights, device)
@@ -125,8 +127,7 @@ def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardwar
     """The device, the dtype that the model has on it, its configuration."""
     sheet = named(hardware) if hardware else None
     settings = load_config(source, REMEDY)
-    if require_family(settings, source).experts:
-        raise UnsupportedModel(f"{source} has experts, and how many tokens each gets is known only when it runs, so plan cannot count it")
+    require_family(settings, source)
     device = torch.device("cpu")
     if not sheet:
         require_loadable(source, dtype=recipe.model.dtype, device=recipe.model.device)

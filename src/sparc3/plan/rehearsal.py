@@ -1,7 +1,7 @@
 """The rehearsal: sparc3's own code and the model's run once on one batch that has no content. So no formula for any architecture stands here."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,23 @@ class Rehearsal:
             more = [tensor.new_empty(*tensor.shape[:2], max(0, new - 2), tensor.shape[3]) for tensor in (layer.keys, layer.values)]
             cache.update(*more, index)
         ids, mask = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, prompt + max(0, new - 2) + 1, dtype=torch.int64)
-        logits = self.shaped.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        with self._decoding():
+            logits = self.shaped.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         self._draw(ids, logits, temperature)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """On a GPU, `generate` computes a step's experts from a copy of their matrices for each token."""
+        config = self.shaped.model.config
+        had = getattr(config, "_experts_implementation", None)
+        if self.hardware.kind == "cpu" or had != "grouped_mm":
+            yield
+            return
+        config._experts_implementation = "batched_mm"
+        try:
+            yield
+        finally:
+            config._experts_implementation = had
 
     def _draw(self, ids: torch.Tensor, logits: torch.Tensor, temperature: float) -> None:
         scores = logits[:, -1].to(copy=True, dtype=torch.float32)
