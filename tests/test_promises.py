@@ -12,7 +12,7 @@ import sparc3
 SOURCE = Path(sparc3.__file__).parent
 LAYERS = [
     {"version", "visible", "errors", "files", "tensors", "distributed", "memory", "schema", "families"},
-    {"samples", "sources", "scores", "circuit", "results", "experts", "sites", "hub", "integrity", "models", "demo", "ioi"},
+    {"samples", "sources", "scores", "circuit", "results", "experts", "offloading", "sites", "hub", "integrity", "models", "demo", "ioi"},
     {"batches", "logits", "circuits", "ranking"},
     {"attribution", "selection", "ablation", "damping", "cards", "evaluation", "report"},
     {"jobs", "compression", "doctor", "model_card", "shrinking"},

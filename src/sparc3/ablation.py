@@ -10,6 +10,7 @@ from torch import Tensor
 from .circuit import Circuit
 from .errors import UserError
 from .models import ROLES, Site, down_sites, family_of, model_id, require_present, sites_of
+from .offloading import named_values, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,7 @@ def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
     More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an element of mlp.down.
     """
     found: dict[str, Tensor] = {}
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_values(model))
     for tensor, index in _targets(model, circuit):
         name, offset = _place_of(tensor, parameters)
         if name not in found:
@@ -156,5 +157,5 @@ def _of_site(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, An
         width = site.inp // site.heads
         columns = (rows[:, None] * width + torch.arange(width, device=rows.device)).reshape(-1)
         return [(weight, (slice(None), columns))]
-    rows, bias = site.stored_rows(rows), getattr(site.module, "bias", None)
-    return [(weight, rows), *([(bias, rows)] if bias is not None else [])]
+    rows, biased = site.stored_rows(rows), getattr(site.module, "bias", None) is not None
+    return [(weight, rows), *([(value_of(site.module, "bias"), rows)] if biased else [])]

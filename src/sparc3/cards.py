@@ -11,6 +11,7 @@ from .batches import Batch, encode, joined, make_batches
 from .circuit import Circuit
 from .experts import by_position, tokens_of
 from .models import Site, context_length, down_sites, family_of, sites_of
+from .offloading import device_of, value_of
 from .samples import ReferenceSet
 from .scores import Scores
 from .sites import open_experts
@@ -87,8 +88,7 @@ def _written(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sit
         return [], []
     with torch.no_grad():
         column = _through_final_norm(model, down.stored[:, index].float() * sign)
-        weight = head.weight
-        assert isinstance(weight, Tensor)
+        weight = value_of(head, "weight")
         if column.shape[0] != weight.shape[1]:
             return [], []
         logits = weight.float() @ column.to(weight.device)
@@ -102,12 +102,12 @@ def _through_final_norm(model: "PreTrainedModel", column: Tensor) -> Tensor:
     norms = [child for name, child in parent.named_children() if "Norm" in type(child).__name__ and "embed" not in name]
     if norms:
         kind = type(norms[-1]).__name__
-        gain = getattr(norms[-1], "weight", None)
+        gain = None if getattr(norms[-1], "weight", None) is None else value_of(norms[-1], "weight")
         column = column if "RMS" in kind else column - column.mean()
         if isinstance(gain, Tensor) and gain.shape == column.shape:
             column = column * (gain.float().to(column.device) + (1.0 if family.gain_from_one else 0.0))
     projection = getattr(parent, "project_out", None)
-    return projection.weight.float() @ column if isinstance(projection, nn.Linear) else column
+    return value_of(projection, "weight").float() @ column if isinstance(projection, nn.Linear) else column
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[str]:
@@ -141,7 +141,7 @@ def _fired(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", units
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
     ids = {sample.index: sample.ids for sample in encoded}
     best: list[list[tuple[float, int, int]]] = [[] for _ in units]
-    for batch in make_batches(encoded, 1024, model.device):
+    for batch in make_batches(encoded, 1024, device_of(model)):
         # What fires on the mark at the start fires there always, and says nothing.
         readable = batch.mask().cpu() & ~torch.isin(batch.ids.cpu(), special)
         for place, (values, positions) in enumerate(_largest(model, batch, units, readable)):

@@ -21,7 +21,8 @@ from .errors import Sparc3Error, UserError
 from .files import whole_folder
 from .hub import looks_local, snapshot
 from .model_card import model_card
-from .models import DTYPES, describe, load_weights
+from .models import DTYPES, MAP, describe, load_weights
+from .offloading import is_offloaded, named_values, state_of
 from .results import Results
 from .shrinking import Shrinking, furthest, shrinking
 
@@ -116,13 +117,13 @@ def _write_from_memory(model: "PreTrainedModel", circuit: Circuit, out: Path, so
     """As transformers writes it, in the source's dtype where that loses nothing."""
     if smaller is None:
         with ablated(model, circuit):
-            model.save_pretrained(out)
+            model.save_pretrained(out, state_dict=state_of(model))
     else:
         config = copy.deepcopy(model.config)
         setattr(config, smaller.key, smaller.after)
         with torch.device("meta"):
             other = type(model)(config)
-        other.load_state_dict({name: smaller.of(name, tensor) for name, tensor in model.state_dict().items()}, assign=True)
+        other.load_state_dict({name: smaller.of(name, tensor) for name, tensor in state_of(model).items()}, assign=True)
         other.tie_weights()
         other.save_pretrained(out)
     _keep_dtype(out, source)
@@ -130,7 +131,7 @@ def _write_from_memory(model: "PreTrainedModel", circuit: Circuit, out: Path, so
 
 def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Path) -> None:
     """Raise Sparc3Error unless the folder's model has the logits of this one without the circuit, but for the rounding of its dtype."""
-    loaded = load_weights(folder, dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
+    loaded = load_weights(folder, dtype=str(model.dtype).removeprefix("torch."), device=MAP if is_offloaded(model) else str(model.device))
     with ablated(model, circuit):
         difference = furthest(model, loaded)
     if not difference <= (limit := ROUNDINGS * torch.finfo(model.dtype).eps):
@@ -154,7 +155,7 @@ def _same_source(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase |
 
 def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
     """What the folder's safetensors files hold of the model. None unless they hold exactly the model's values, every parameter of them."""
-    state, found = model.state_dict(), {}
+    state, found = state_of(model), {}
     seen: set[int] = set()
     for file in _weight_files(folder):
         found[file] = dict[str, str]()
@@ -168,7 +169,7 @@ def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
                     return None
                 found[file][key] = name
                 seen.add(here.data_ptr())
-    return found if all(parameter.data_ptr() in seen for parameter in model.parameters()) else None
+    return found if all(value.data_ptr() in seen for _, value in named_values(model)) else None
 
 
 def _weight_files(folder: Path) -> list[str]:

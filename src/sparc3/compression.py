@@ -16,6 +16,7 @@ from .circuit import Circuit
 from .errors import UserError
 from .experts import by_position, tokens_of
 from .models import ROLES, Site, context_length, describe, family_of, layers_of, sites_of
+from .offloading import device_of
 from .samples import ReferenceSet, Sample
 from .scores import Scores
 from .selection import select
@@ -69,7 +70,7 @@ def prune_sequentially(
     described = describe(model)
     members: dict[str, Tensor] = {}
     with frozen(model), torch.no_grad(), ExitStack() as removed:
-        flows = [_entering(model, batch) for batch in make_batches(distributed.stride(encoded), batch_tokens, model.device)]
+        flows = [_entering(model, batch) for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model))]
         for index, layer in enumerate(tqdm(list(layers_of(model)), desc="pruning", unit="layer", disable=not progress or not distributed.is_main())):
             part = select(_scores(layer, [site for site in where if site.layer == index], flows, described), fraction=fraction, scope=scope)
             members |= part.members

@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import UserError
 from .files import parse_json, read_text
+from .offloading import named_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], la
     beyond = [key for key in found["unexpected_keys"] if _layer_of(key, layers) >= len(blocks)]
     if beyond:
         raise UserError(f"'{name}' has weights of more than the {len(blocks)} layers that config.json says ({min(beyond)}); {remedy}")
-    for key, weight in model.named_parameters():
+    for key, weight in named_values(model):
         if weight.is_floating_point() and weight.numel() and not all(bound.isfinite() for bound in weight.detach().aminmax()):
             small = "" if weight.dtype == torch.float32 else f", or load it in float32: {weight.dtype} may be too small for it"
             raise UserError(f"'{name}': {key} holds a NaN or Inf; {remedy}{small}")

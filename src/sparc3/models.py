@@ -1,6 +1,7 @@
 """Loading a causal language model, and saying which one it is."""
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .families import require_family
 from .hub import hub_errors, looks_local, require_hub
 from .integrity import require_safe, require_whole
 from .memory import available
+from .offloading import first_out_of_reach, gpu_room, named_values, offloaded_layers
 from .sites import DTYPES as DTYPES
 from .sites import Site as Site
 from .sites import down_sites as down_sites
@@ -23,6 +25,9 @@ from .sites import sites_of as sites_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger("sparc3")
+
+
 def load_model(
     name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -32,7 +37,7 @@ def load_model(
         name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded model.
         dtype: "auto" (as stored; float16 becomes float32 on a CPU, which computes it poorly), "float32", "bfloat16", "float16", "float64".
         device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1"; "map": its layers over all GPUs there are (accelerate's device
-            map), for a model that is larger than one.
+            map), for a model that is larger than one; those that find no place stay on the CPU and are copied to the GPU for each use.
 
     Raises:
         UserError: no such folder or hub model, no access to it, no such device, or weights that are larger than what the device has left; the
@@ -52,13 +57,16 @@ def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", d
     require_safe(name)
     mapped = device == MAP
     with hub_errors(name):
+        spread = _spread(name, config, wanted) if mapped else {}
         if not mapped:
             _require_room(name, config, wanted, target)
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=wanted, trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True,
-            output_loading_info=True, **({"device_map": "auto"} if mapped else {}),
+            output_loading_info=True, **spread,
         )  # fmt: skip
     require_present(model)
+    if away := offloaded_layers(layers := list(layers_of(model))):
+        log.info("%d of %d layers stay on the CPU and are copied to the GPU for each use, which is slower", away, len(layers))
     require_whole(name, model, found, family_of(model).layers)
     if family_of(model).experts and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
@@ -68,28 +76,46 @@ def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", d
 
 def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
     """Raise UserError, before a weight is read, where the weights alone are larger than what the device has left."""
-    from transformers import AutoModelForCausalLM
-
     free = available(device)
     if free is None or getattr(config, "quantization_config", None):
         return
-    kept = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
-    with torch.device("meta"):
-        needed = sum(weight.nbytes for weight in AutoModelForCausalLM.from_config(config, dtype=kept).parameters())
-    if needed > free:
+    kept = _stored(config, dtype)
+    if (needed := _needed(config, kept)) > free:
         kind = str(kept).removeprefix("torch.")
+        more = "a device with more" + (", or device map, which leaves on the CPU what does not fit" if device.type == "cuda" else "")
         raise UserError(
             f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {kind}, and {device} has {free / 2**30:.3g} GiB left; "
-            f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use a device with more"
+            f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use {more}"
         )
 
 
+def _spread(name: str, config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
+    """What from_pretrained is told to spread a model over devices; of a quantised one transformers knows the sizes."""
+    from accelerate.utils import get_max_memory
+
+    if getattr(config, "quantization_config", None):
+        return {"device_map": "auto"}
+    return {"device_map": "auto", "max_memory": gpu_room(get_max_memory(), _needed(config, _stored(config, dtype)), name)}
+
+
+def _stored(config: Any, dtype: torch.dtype | str) -> torch.dtype:
+    return (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
+
+
+def _needed(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of all weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(weight.nbytes for weight in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters())
+
+
 def require_present(model: "PreTrainedModel") -> None:
-    """Raise UserError where accelerate keeps weights away from the model until they are used: they can be neither read nor changed."""
-    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+    """Raise UserError where weights are not in memory: accelerate can leave them on the disk, and there they cannot be changed."""
+    if away := first_out_of_reach(model):
         raise UserError(
-            f"{len(away)} matrices of '{model_id(model)}' are offloaded, the first is {away[0]}: attribution and ablation need them at hand; use "
-            "more GPUs, load it in bfloat16, or on the CPU (device cpu)"
+            f"{away} of '{model_id(model)}' is offloaded to the disk, and attribution and ablation need it in memory; use a machine with more of "
+            "it, or load the model in bfloat16"
         )
 
 
@@ -218,7 +244,7 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
     """
     require_present(model)
     digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in ((name, part) for name, whole in model.named_parameters() for part in _plain_parts(whole.detach())):
+    for name, parameter in ((name, part) for name, whole in named_values(model) for part in _plain_parts(whole.detach())):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         rows = parameter.reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
         columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)

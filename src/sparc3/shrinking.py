@@ -12,6 +12,7 @@ from torch import Tensor
 from .circuit import Circuit
 from .errors import UnsupportedModel, UserError
 from .models import Site, sites_of
+from .offloading import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,6 +140,6 @@ def _others(count: int, units: Tensor) -> Tensor:
 def furthest(one: Any, other: Any, *, tokens: int = 64) -> float:
     """‖difference‖ / ‖logits‖ of two models on random tokens."""
     length = min(tokens, int(getattr(one.config, "max_position_embeddings", None) or tokens))
-    ids = torch.randint(one.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).to(one.device)
-    a, b = one(ids).logits.double(), other(ids).logits.double()
+    ids = torch.randint(one.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    a, b = (model(ids.to(device_of(model))).logits.double().cpu() for model in (one, other))
     return float((a - b).norm() / a.norm())

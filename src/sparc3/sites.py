@@ -11,6 +11,7 @@ from torch import nn
 from .errors import UnsupportedModel, UserError, unknown
 from .experts import MATRICES, matrices, one_by_one
 from .families import PARTS, ROLES, Family, require_family
+from .offloading import forward_within, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +65,7 @@ class Site:
     @property
     def stored(self) -> torch.Tensor:
         """The module's whole weight as a [module's out, in] view."""
-        weight = getattr(self.module, self.parameter)
-        assert isinstance(weight, torch.Tensor)
+        weight = value_of(self.module, self.parameter)
         weight = weight if self.expert is None else weight[self.expert]
         return weight.T if self.transposed else weight
 
@@ -245,5 +245,5 @@ def open_experts(model: "PreTrainedModel") -> Iterator[None]:
     with ExitStack() as stack:
         for experts in (found for layer in layers_of(model) if (found := experts_in(layer, family))):
             stack.enter_context(shadowed(experts, MATRICES, matrices(experts)))
-            stack.enter_context(shadowed(experts, "forward", one_by_one(experts)))
+            stack.enter_context(shadowed(experts, forward_within(experts), one_by_one(experts)))
         yield

@@ -15,6 +15,7 @@ from ..errors import NonFinite, Sparc3Error, UserError, unknown
 from ..files import fingerprint
 from ..memory import out_of_memory, remember, room, too_large
 from ..models import Site, context_length, describe, sites_of
+from ..offloading import device_of, is_offloaded
 from ..samples import ReferenceSet, Sample
 from ..scores import Scores
 from ..version import __version__
@@ -75,7 +76,8 @@ def attribute(
         non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
             weights streams into its sums, so for it there is no skip.
         gradient_checkpointing: True: decoder layers keep their inputs alone and are computed again in the backward pass, which is less memory
-            for about a third more time. "auto": from the moment when a single sample does not fit into memory.
+            for about a third more time. "auto": from the moment when a single sample does not fit into memory, and of a model with weights on the CPU
+            always: what the backward pass needs of them is kept otherwise.
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
             memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
@@ -110,9 +112,9 @@ def attribute(
         encoded = _encoded(model, references, tokenizer, chosen, settings, truncate)
         _tell(references, encoded, truncate, context_length(model))
         task = _task(settings, described, model, references, encoded, where, shard)
-        share, budget = _share(encoded, task, partial), token_budget(batch_tokens, model.device.type)
+        share, budget = _share(encoded, task, partial), token_budget(batch_tokens, device_of(model).type)
         budget = room(model, _kind(settings), budget) if batch_tokens == "auto" else budget
-        batches = make_batches(distributed.stride(share), budget, model.device)
+        batches = make_batches(distributed.stride(share), budget, device_of(model))
         sums = _all_added(model, chosen, where, sums, batches, Keeper(Path(partial), task, save_every) if partial else None, progress)
         if sums.samples == 0:
             raise Sparc3Error(f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32")
@@ -237,7 +239,8 @@ def _add_all(
     assert method.run
     waiting, settings = list(reversed(batches)), sums.settings
     longest = max((length for batch in batches for length in batch.lengths), default=0)
-    if settings.gradient_checkpointing == "auto" and longest > room(model, _kind(settings, alone=True), longest):
+    tight = is_offloaded(model) or longest > room(model, _kind(settings, alone=True), longest)
+    if settings.gradient_checkpointing == "auto" and tight:
         settings = replace(settings, gradient_checkpointing=True)
     with tqdm(total=sum(len(b.samples) for b in batches), desc=method.name, unit="sample", disable=not progress or not distributed.is_main()) as bar:
         while waiting:

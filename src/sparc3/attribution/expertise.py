@@ -14,6 +14,7 @@ from .. import distributed
 from ..batches import Batch, encode, joined, make_batches
 from ..experts import by_position, tokens_of
 from ..models import Site, context_length, describe, sites_of
+from ..offloading import device_of
 from ..samples import ReferenceSet
 from ..scores import Scores
 from ..version import __version__
@@ -86,7 +87,7 @@ def _largest(model: "PreTrainedModel", samples: ReferenceSet, sites: list[Site],
     encoded = encode(samples, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True)
     made = {site.name: torch.zeros(len(encoded), site.out) for site in sites}
     with frozen(model), torch.no_grad():
-        for batch in make_batches(distributed.stride(encoded), batch_tokens, model.device):
+        for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model)):
             gathered: dict[str, Tensor] = {}
             with ExitStack() as stack:
                 for site in sites:

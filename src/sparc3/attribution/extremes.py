@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..batches import Batch, encode, joined, make_batches
 from ..experts import by_position, tokens_of
 from ..models import context_length, down_sites, sites_of
+from ..offloading import device_of
 from ..samples import ReferenceSet
 from .patching import frozen
 
@@ -26,7 +27,7 @@ def largest_writes(model: "PreTrainedModel", samples: ReferenceSet, tokenizer: "
     downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
     found: dict[str, Tensor] = {}
     with frozen(model), torch.no_grad():
-        for batch in make_batches(encoded, 1024, model.device):
+        for batch in make_batches(encoded, 1024, device_of(model)):
             with ExitStack() as hooks:
                 for name, down in downs.items():
                     hooks.callback(down.hooked.register_forward_pre_hook(_hook(name, batch, found)).remove)

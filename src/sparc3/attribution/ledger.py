@@ -1,7 +1,7 @@
 """The ledger: where the relevance of one target logit ends up. In CP mode nothing is lost, so the parts must add up to the logit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..batches import Encoded, make_batch
 from ..models import family_of
+from ..offloading import device_of, is_offloaded, value_of
 from .patching import frozen, lrp_rules
 from .relevance import target_of
+from .watching import checkpointed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,9 +54,10 @@ def ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> 
     Raises:
         UnsupportedModel: a module without a rule.
     """
-    batch = make_batch([Encoded(0, tuple(ids), (len(ids) - 1,))], model.device)
+    batch = make_batch([Encoded(0, tuple(ids), (len(ids) - 1,))], device_of(model))
     flows: dict[str, list[Tensor]] = {"tokens": [], "positions": [], "biases": []}
-    with frozen(model), lrp_rules(model, cp=cp), _watched(model, flows):
+    again = checkpointed(model) if is_offloaded(model) else nullcontext()
+    with frozen(model), lrp_rules(model, cp=cp), again, _watched(model, flows):
         y = target_of(model, batch)
         y.backward()
     total = {part: sum((flow.sum(0) for flow in flow_list), torch.zeros(1, dtype=torch.float64)) for part, flow_list in flows.items()}
@@ -70,11 +73,11 @@ def _watched(model: "PreTrainedModel", flows: dict[str, list[Tensor]]) -> Iterat
         inputs[model.get_submodule(family.positions)] = "positions"
     with ExitStack() as stack:
         for module in model.modules():
-            bias = module._parameters.get("bias")
+            biased = module._parameters.get("bias") is not None
             if module in inputs:
                 stack.callback(module.register_forward_hook(_input_hook(flows[inputs[module]])).remove)
-            elif bias is not None:
-                stack.callback(module.register_forward_hook(_bias_hook(bias.detach(), flows["biases"])).remove)
+            elif biased:
+                stack.callback(module.register_forward_hook(_bias_hook(value_of(module, "bias").detach(), flows["biases"])).remove)
         yield
 
 
@@ -91,7 +94,7 @@ def _bias_hook(bias: Tensor, flow: list[Tensor]) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, output: Tensor) -> None:
         def arrived(grad: Tensor | None) -> None:
             if grad is not None:  # nothing flows to queries, keys and gates in CP mode
-                flow.append((grad.double() * bias.double()).sum().reshape(1, 1).cpu())
+                flow.append((grad.double() * bias.to(grad.device).double()).sum().reshape(1, 1).cpu())
 
         if output.requires_grad:
             output.register_hook(arrived)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..experts import one_by_one
 from ..families import Family
+from ..offloading import forward_within, renew_
 from ..sites import dense_path, experts_in, family_of, layers_of, non_linearities, open_experts, shadowed
 from . import rules
 
@@ -89,23 +90,24 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
     experts = {id(found) for layer in layers_of(model) if (found := experts_in(layer, family))}
     constants = {id(layer.get_submodule(path)) for layer in layers_of(model) if experts_in(layer, family) for path in family.constants}
     for name, module in model.named_modules():
-        kind, origin = type(module).__name__, type(module).__module__
+        kind, origin, forward = type(module).__name__, type(module).__module__, forward_within(module)
+        plain = getattr(module, forward)
         if origin.partition(".")[0] not in ORIGINS:
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the weights first")
         if id(module) in gated:
-            yield module, "forward", _gated_mlp(module, family, share=share, name=name)
+            yield module, forward, _gated_mlp(module, family, share=share, name=name)
         elif id(module) in experts:
-            yield module, "forward", one_by_one(module, _product(module.get_submodule("act_fn"), share, name), constant_routing=True)
+            yield module, forward, one_by_one(module, _product(module.get_submodule("act_fn"), share, name), constant_routing=True)
         elif id(module) in constants:
-            yield module, "forward", _constant(module.forward)
+            yield module, forward, _constant(plain)
         elif kind == family.classes + "RMSNorm":
-            yield module, "forward", partial(rules.rms_norm, norm=module.forward, gain=_gain(module, family), eps=_eps(module))
+            yield module, forward, _norm(rules.rms_norm, module, plain, family)
         elif kind in ("LayerNorm", family.classes + "LayerNorm"):
-            yield module, "forward", partial(rules.layer_norm, norm=module.forward, gain=_gain(module, family), eps=_eps(module))
+            yield module, forward, _norm(rules.layer_norm, module, plain, family)
         elif (factor := _factor(module)) and id(module) not in inside_gated:
-            yield module, "forward", partial(rules.identity_rule, function=module.forward, factor=factor)
+            yield module, forward, partial(rules.identity_rule, function=plain, factor=factor)
         elif module is model.get_output_embeddings() and (cap := getattr(model.config, "final_logit_softcapping", None)):
-            yield module, "forward", _capped_head(module, cap)
+            yield module, forward, _capped_head(plain, cap)
         elif kind not in TRANSPARENT and kind not in own and id(module) not in inside_gated:
             remedy = 'load with attn_implementation="eager"' if "FlashAttention" in kind else "use method gradient, or add its rule"
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; {remedy}")
@@ -127,9 +129,13 @@ def _eps(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # type: ignore[return-value]
 
 
-def _capped_head(head: nn.Module, cap: float) -> Callable[[Tensor], Tensor]:
+def _norm(rule: Callable[..., Tensor], module: nn.Module, plain: Callable[[Tensor], Tensor], family: Family) -> Callable[[Tensor], Tensor]:
+    # The gain is looked up when it is needed: an offloaded norm has it at hand only then.
+    return lambda x: rule(x, plain, _gain(module, family), _eps(module))
+
+
+def _capped_head(plain: Callable[[Tensor], Tensor], cap: float) -> Callable[[Tensor], Tensor]:
     """The head with the model's logit soft-capping in it, under the identity rule; `_configs` takes it out of the model."""
-    plain = head.forward
 
     def forward(x: Tensor) -> Tensor:
         return rules.soft_cap(plain(x), cap)
@@ -242,16 +248,18 @@ def _registered(implementation: str, cp: bool, capped: bool = False) -> str:
 @contextmanager
 def frozen(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, no parameter asks for a gradient, the model is in eval mode, and experts can be hooked (`Site.hooked`); then all is as before."""
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    renew_(model)
+    places = [(module._parameters, name) for module in model.modules() for name, one in module._parameters.items() if one is not None]
+    asked = [(held, name, held[name].requires_grad) for held, name in places]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for parameter, _ in asked:
-            parameter.requires_grad_(False)
+        for held, name, _ in asked:
+            held[name].requires_grad_(False)
         model.eval()
         with torch.enable_grad(), open_experts(model):
             yield
     finally:
-        for parameter, was in asked:
-            parameter.requires_grad_(was)
+        for held, name, was in asked:  # by name: an offloaded parameter is another one after each forward pass
+            held[name].requires_grad_(was)
         for module, mode in modes:
             module.training = mode

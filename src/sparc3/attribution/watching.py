@@ -1,14 +1,15 @@
 """Looking at what flows back through a tensor, and computing layers a second time in the backward pass instead of keeping what they computed."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from ..offloading import is_offloaded
 from ..sites import layers_of, shadowed
 
 if TYPE_CHECKING:
@@ -44,13 +45,18 @@ def watched(x: Tensor, kept: Tensor, arrived: Arrived, *, copied: bool = False) 
 
 
 @contextmanager
-def checkpointed(model: "PreTrainedModel") -> Iterator[None]:
+def checkpointed(model: "PreTrainedModel", within: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
     """Inside, a decoder layer keeps its input alone, and is computed again when the backward pass comes to it.
 
     transformers' own gradient checkpointing is for training: it needs train mode, in which dropout is on.
+
+    Args:
+        within: makes the context that a layer is computed in again.
     """
     with ExitStack() as stack:
+        # Where torch stops in the middle of a layer, accelerate's hook does not get to take the weights back.
+        stack.enter_context(set_checkpoint_early_stop(not is_offloaded(model)))
         for layer in layers_of(model):
-            again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), within()))
             stack.enter_context(shadowed(layer, "forward", again))
         yield

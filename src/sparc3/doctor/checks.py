@@ -1,6 +1,5 @@
 """The checks: each looks at one promise and says by how much it is kept."""
 
-import copy
 import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from ..circuit import Circuit
 from ..errors import NonFinite
 from ..families import ROLES
 from ..models import describe, family_of, layers_of, sites_of
+from ..offloading import copied, device_of, named_values
 from .exact import quantised
 from .findings import Finding
 from .second_opinion import Flow
@@ -72,7 +72,7 @@ def batched_is_single(exact: "PreTrainedModel", ids: Ids) -> Finding:
 
 def forward_unchanged(model: "PreTrainedModel", ids: Ids) -> Finding:
     """The rules change what flows back, and nothing else; experts and fused attention may be rounded otherwise."""
-    batch = torch.tensor(ids[:1], device=model.device)
+    batch = torch.tensor(ids[:1], device=device_of(model))
     with torch.no_grad():
         plain = model(batch, use_cache=False).logits
         worst = 0.0
@@ -91,7 +91,7 @@ def restored(model: "PreTrainedModel", ids: Ids) -> Finding:
     if not quantised(model):
         members = {site.name: (0, site.out - 1) for site in sites_of(model, ("mlp.up",))}
         with ablated(model, Circuit("neuron", members, describe(model), {})), torch.no_grad():
-            model(torch.tensor(ids[:1], device=model.device), use_cache=False)
+            model(torch.tensor(ids[:1], device=device_of(model)), use_cache=False)
     after = _state(model)
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     note = f"changed: {min(changed)}" if changed else "parameters, buffers, attributes, hooks"
@@ -100,8 +100,10 @@ def restored(model: "PreTrainedModel", ids: Ids) -> Finding:
 
 def _state(model: "PreTrainedModel") -> dict[str, Any]:
     found: dict[str, Any] = {"config": (_Same(model.config), model.config._attn_implementation)}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        found[f"{name} (value)"] = (_digest(tensor), tensor.requires_grad)
+    for name, tensor in [*named_values(model), *model.named_buffers()]:
+        found[f"{name} (value)"] = _digest(tensor)
+    for name, tensor in model.named_parameters():
+        found[f"{name} (flag)"] = tensor.requires_grad
     for name, module in model.named_modules():
         hooks = {key: tuple(value) for key, value in module.__dict__.items() if "hook" in key and isinstance(value, dict)}
         found[f"{name or 'the model'} (attributes)"] = ({key: _Same(value) for key, value in module.__dict__.items()}, hooks)
@@ -128,7 +130,7 @@ def _digest(tensor: Tensor) -> str:
 
 def low_precision(model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype) -> Finding:
     """Whether relevance is finite in 16 bits, and how far it is from what the exact copy gives (rounded weights included)."""
-    low = model if model.dtype == dtype or quantised(model) else copy.deepcopy(model).to(dtype)
+    low = model if model.dtype == dtype or quantised(model) else copied(model).to(dtype)
     name = f"relevance is finite in {spelt(dtype)}"
     limit = 0.0 if dtype == torch.bfloat16 else None
     try:
@@ -171,7 +173,7 @@ def largest_activation(model: "PreTrainedModel", ids: Ids) -> Finding:
     ]
     try:
         with torch.no_grad():
-            model(torch.tensor(ids[:1], device=model.device), use_cache=False)
+            model(torch.tensor(ids[:1], device=device_of(model)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

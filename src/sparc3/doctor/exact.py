@@ -1,6 +1,5 @@
 """A copy of a model that computes in float64 throughout, so that what is left of a gap is a mistake and not rounding."""
 
-import copy
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..models import ROLES, family_of, sites_of
+from ..offloading import copied, is_offloaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,12 +33,12 @@ def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
     """A copy in float64, or in float32 where that does not fit into memory; the model itself where neither does, or it is quantised."""
     if quantised(model):
         return model
-    room, now = _room(model.device), _size(model, model.dtype.itemsize)
+    room, now = _room(torch.device("cpu") if is_offloaded(model) else model.device), _size(model, model.dtype.itemsize)
     for dtype in (torch.float64, torch.float32):
         if dtype == model.dtype == torch.float32:
             return model
         if now + 1.3 * _size(model, dtype.itemsize) < room:
-            twin = copy.deepcopy(model).to(dtype)
+            twin = copied(model).to(dtype)
             if dtype == torch.float64:
                 twin.forward = _in_float64(twin.forward)
             return twin

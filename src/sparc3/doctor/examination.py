@@ -10,6 +10,7 @@ import torch
 from ..attribution.patching import lrp_rules
 from ..errors import Sparc3Error, UnsupportedModel
 from ..models import context_length, model_id, sites_of
+from ..offloading import device_of, named_values
 from . import checks
 from .exact import exact_copy
 from .findings import Finding
@@ -97,10 +98,10 @@ def _tried(name: str, check: Callable[[], Finding]) -> Finding:
 
 
 def _about(model: "PreTrainedModel") -> list[str]:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(value.numel() for _, value in named_values(model))
     return [
         f"{model_id(model)}: {model.config.model_type} ({type(model).__name__}), {parameters:,} parameters, "
-        f"{checks.spelt(model.dtype)} on {model.device}, attention {model.config._attn_implementation or 'its own'}"
+        f"{checks.spelt(model.dtype)} on {device_of(model)}, attention {model.config._attn_implementation or 'its own'}"
     ]
 
 

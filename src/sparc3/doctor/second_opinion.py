@@ -6,7 +6,7 @@ f(x)/x by dividing, and of the family table reads only where an MLP's non-linear
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attribution.patching import frozen
+from ..attribution.watching import checkpointed
 from ..experts import by_position, tokens_of
+from ..offloading import device_of, is_offloaded
 from ..sites import Site, family_of, layers_of, non_linearities
 
 if TYPE_CHECKING:
@@ -125,20 +127,21 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
     seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen[module] = (args[0], output, tokens_of(args))
+        seen.setdefault(module, (args[0], output, tokens_of(args)))  # the first time: a checkpointed layer comes by again
         return output.clone()  # a model may write into what it gets
 
     def begin(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
-    with frozen(model), _activations_by_ratio(model), ExitStack() as hooks:
+    again = checkpointed(model, Rules) if is_offloaded(model) else nullcontext()
+    with frozen(model), _activations_by_ratio(model), again, ExitStack() as hooks:
         modules = {site.name: site.hooked for site in sites}
         distinct = list(dict.fromkeys(modules.values()))
         for module in distinct:
             hooks.callback(module.register_forward_hook(watch).remove)
         hooks.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
         with Rules():
-            logit = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].max()
+            logit = model(torch.tensor([ids], device=device_of(model)), use_cache=False).logits[0, -1].max()
         of_z = torch.autograd.grad(logit, [seen[module][1] for module in distinct], retain_graph=True)
         of_a = torch.autograd.grad(logit, [seen[module][0] for module in distinct])
     gradients = dict(zip(distinct, zip(of_a, of_z, strict=True), strict=True))

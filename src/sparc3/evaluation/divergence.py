@@ -11,6 +11,7 @@ from tqdm import tqdm
 from .. import distributed
 from ..memory import in_batches
 from ..models import context_length
+from ..offloading import device_of
 from ..samples import ReferenceSet
 from .metrics import Beside, KLSettings, Measured, Metric, register
 from .observations import Observations, finite
@@ -38,7 +39,7 @@ def divergence(
 
 def _of_windows(model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool) -> list[float]:
     longest = max(len(ids) for ids, _ in windows)
-    size = max(1, batch_tokens(model.device.type) // longest)
+    size = max(1, batch_tokens(device_of(model).type) // longest)
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
     with tqdm(total=len(windows), desc="kl", unit="window", disable=not progress or not distributed.is_main()) as bar:
 
@@ -59,7 +60,7 @@ def batch_tokens(device: str) -> int:
 def of_windows(model: "PreTrainedModel", windows: list[Window], variant: AbstractContextManager[Any]) -> list[float]:
     """Σ KL over the predicted tokens of each window: the batch goes through the original, then through the variant."""
     longest = max(len(ids) for ids, _ in windows)
-    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=model.device)
+    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
     before = model(input_ids=ids, use_cache=False).logits
     with variant:
         after = model(input_ids=ids, use_cache=False).logits

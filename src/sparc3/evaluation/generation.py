@@ -12,6 +12,7 @@ from .. import distributed
 from ..errors import UserError
 from ..memory import in_batches
 from ..models import context_length
+from ..offloading import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,8 +105,8 @@ def _generated(
 
     width = max(len(ids) for ids, _ in rows)
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows], device=model.device)
+    ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in rows], device=device_of(model))
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device_of(model))
     finite = _Finite()
     processors = LogitsProcessorList([finite])
     if temperature > 0:

@@ -9,6 +9,7 @@ from ..batches import Encoded, encode
 from ..logits import logits_at
 from ..memory import in_batches
 from ..models import context_length
+from ..offloading import device_of
 from ..samples import ReferenceSet
 from .metrics import IOISettings, Measured, Metric, register
 from .observations import Observations, finite
@@ -45,7 +46,7 @@ def logit_differences(model: "PreTrainedModel", part: "Sequence[Encoded]") -> li
     """One of each text."""
     from ..batches import make_batch
 
-    batch = make_batch(part, model.device)
+    batch = make_batch(part, device_of(model))
     logits = logits_at(model, batch.ids, list(range(len(part))), [sample.positions[0] for sample in part]).float()
     return [
         float(row[(sample.tokens or (0,))[0]] - row[(sample.against or (0,))[0]]) for row, sample in zip(logits, part, strict=True)

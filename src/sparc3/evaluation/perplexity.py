@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..logits import logits_at
 from ..memory import in_batches
 from ..models import context_length
+from ..offloading import device_of
 from ..samples import ReferenceSet
 from .metrics import Measured, Metric, PerplexitySettings, register
 from .observations import Observations, finite
@@ -92,7 +93,7 @@ def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
 def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float | None]:
     """Σ −log p of each window's predicted tokens, in nats; None where it is not finite."""
     longest = max(len(ids) for ids, _ in windows)
-    size = max(1, batch_tokens(model.device.type) // longest)
+    size = max(1, batch_tokens(device_of(model).type) // longest)
     # Windows of one length stand together; only the first and last ones differ.
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress or not distributed.is_main()) as bar:
@@ -114,7 +115,7 @@ def batch_tokens(device: str) -> int:
 def of_windows(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
     """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no real position sees a padded one."""
     longest = max(len(ids) for ids, _ in windows)
-    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=model.device)
+    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
     places = [(row, place) for row, (tokens, predicted) in enumerate(windows) for place in range(len(tokens) - 1 - predicted, len(tokens) - 1)]
     rows, columns = [row for row, _ in places], [place for _, place in places]
     logits = logits_at(model, ids, rows, columns)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from ..offloading import device_of
 from ..samples import ReferenceSet
 from ..sources import Score
 from .generation import complete
@@ -23,9 +24,9 @@ def toxicity(
         model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, generations=settings.generations,
         temperature=settings.temperature, seed=settings.seed, progress=progress,
     )
-    measured = scored(prompts, written, make_scorer(settings.scorer, model.device), settings.split)
+    measured = scored(prompts, written, make_scorer(settings.scorer, device_of(model)), settings.split)
     if settings.also:
-        _add_second(measured, make_scorer(settings.also, model.device))
+        _add_second(measured, make_scorer(settings.also, device_of(model)))
     return measured
 
 
@@ -41,7 +42,7 @@ def completion_scores(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerB
 
     def score(prompts: list[str]) -> list[tuple[str, float | None]]:
         written = [texts[0] for texts in complete(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens)]
-        return list(zip(written, make_scorer(settings.scorer, model.device)(written), strict=True))
+        return list(zip(written, make_scorer(settings.scorer, device_of(model))(written), strict=True))
 
     return score
 

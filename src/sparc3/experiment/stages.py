@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import distributed
 from ..files import write_json
 from ..models import describe, load_model, require_loadable
+from ..offloading import device_of, named_values
 from ..recipe import Recipe, load_recipe
 from ..report import write_report
 from ..results import Results
@@ -120,8 +121,9 @@ def _loaded(recipe: Recipe, folder: Path, progress: bool) -> Work:
     described = describe(model)
     if distributed.is_main():
         write_json(folder / "environment.json", environment(model))
-    log.info("model %s: %s, fingerprint %s, %s on %s", described["id"], f"{model.num_parameters():,} parameters", described["fingerprint"],
-             str(model.dtype).removeprefix("torch."), model.device)  # fmt: skip
+    parameters = sum(value.numel() for _, value in named_values(model))
+    log.info("model %s: %s, fingerprint %s, %s on %s", described["id"], f"{parameters:,} parameters", described["fingerprint"],
+             str(model.dtype).removeprefix("torch."), device_of(model))  # fmt: skip
     return Work(recipe, folder, progress, model, tokenizer, described)
 
 
@@ -137,7 +139,7 @@ def environment(model: "PreTrainedModel") -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "device": torch.cuda.get_device_name(device_of(model)) if device_of(model).type == "cuda" else device_of(model).type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ranks": distributed.world(),
