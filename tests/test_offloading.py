@@ -24,6 +24,7 @@ from sparc3.evaluation.generation import complete
 from sparc3.evaluation.perplexity import negative_log_likelihoods
 from sparc3.models import ROLES, family_of, load_weights, model_fingerprint, sites_of
 from sparc3.offloading import RESERVE, copied, gpu_room, is_offloaded, named_values
+from sparc3.plan import plan
 from sparc3.shrinking import furthest
 from sparc3.sites import shadowed
 
@@ -254,6 +255,11 @@ def test_the_front_door_offloads_and_says_so(small_gpu: None, caplog: pytest.Log
     for temperature in (0.0, 1.0):
         texts = [complete(each, tokenizer, prompts, max_new_tokens=12, temperature=temperature) for each in (model, plain)]
         assert texts[0] == texts[1]
+
+
+def test_a_plan_for_a_map() -> None:
+    one, two = (plan({**SMALL, "model": {**SMALL["model"], "device": device}}) for device in ("cpu", "map"))
+    assert one.peak == two.peak
 
 
 @pytest.mark.slow

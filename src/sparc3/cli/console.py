@@ -55,4 +55,4 @@ def model_arguments(command: argparse.ArgumentParser) -> None:
 
 def precision_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, float64 (default: %(default)s)")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, or map: layers over all GPUs (default: %(default)s)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, or map: layers over all GPUs and the CPU (default: %(default)s)")

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UserError
 from ..families import require_family
-from ..models import DTYPES, load_config, require_loadable
+from ..models import DTYPES, MAP, load_config, require_loadable
 from ..recipe import Recipe, load_recipe
 from .hardware import RUNTIME, Hardware, named, this_machine
 from .ledger import Shaped
@@ -132,7 +132,7 @@ def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardwar
     if not sheet:
         require_loadable(source, dtype=recipe.model.dtype, device=recipe.model.device)
         wanted = recipe.model.device
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted in ("auto", MAP) else wanted)
     dtype = settings.dtype or torch.float32
     if recipe.model.dtype != "auto":
         dtype = DTYPES[recipe.model.dtype]
