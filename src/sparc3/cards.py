@@ -107,7 +107,7 @@ def _through_final_norm(model: "PreTrainedModel", column: Tensor) -> Tensor:
         if isinstance(gain, Tensor) and gain.shape == column.shape:
             column = column * (gain.float().to(column.device) + (1.0 if family.gain_from_one else 0.0))
     projection = getattr(parent, "project_out", None)
-    return value_of(projection, "weight").float() @ column if isinstance(projection, nn.Linear) else column
+    return value_of(projection, "weight").float().to(column.device) @ column if isinstance(projection, nn.Linear) else column
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[str]:
