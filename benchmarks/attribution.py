@@ -186,47 +186,43 @@ def cpu_rows(layers: int, repeats: int) -> list[Row]:
 MEMORY: dict[str, tuple[dict[str, Any], float]] = {
     "neuron `abs`": ({"neuron": "abs"}, 0.5),
     "neuron `signed`": ({"neuron": "signed"}, 0.5),
+    "neuron `abs`, eight samples one by one": ({"neuron": "abs", "batch_tokens": 512}, 0.0),
+    "neuron `signed`, eight samples one by one": ({"neuron": "signed", "batch_tokens": 512}, 0.0),
     "neuron `abs`, `gradient_checkpointing`": ({"neuron": "abs", "gradient_checkpointing": True}, 0.5),
     "weight, all sites": ({"unit": "weight", "reduce": "mean_abs", "gradient_checkpointing": False}, 1.0),
     "weight, all sites, `gradient_checkpointing`": ({"unit": "weight", "reduce": "mean_abs", "gradient_checkpointing": True}, 1.0),
 }
 
 
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
-"""glibc then hands every large block back to the system when it is freed. Otherwise it keeps holes between aligned blocks that no block of the
-same size fits into, so that the peak says as much of glibc as of what runs. It takes about a third more time, on either side."""
-
-
-GLIBC = "Large blocks handed back at once: with MALLOC_MMAP_THRESHOLD_=1048576 in both processes, which glibc otherwise keeps, with holes."
-
-
 def memory_of(what: str, layers: int) -> float:
-    """Peak MB above the loaded model of one 512-token sample, in this process."""
+    """Peak MB above the loaded model of one 512-token sample, or of eight, in this process."""
     from sparc3.models import ROLES
 
     model = build(layers)
     forward(model, samples([8]))  # what the first call of any kind sets up is not the method's
+    ids = LONG * 2 if "eight" in what else LONG[:1]
     with Peak() as peak:
-        if what == "backward":
-            full_backward(model, LONG[:1])
+        if what.startswith("backward"):
+            full_backward(model, ids)
         else:
-            attribution(model, LONG[:1], **({"sites": ROLES} if what.startswith("weight") else {}), **MEMORY[what][0])
+            attribution(model, ids, **({"sites": ROLES} if what.startswith("weight") else {}), **MEMORY[what][0])
     return peak.megabytes
 
 
 def memory_rows(layers: int, repeats: int) -> list[Row]:
-    """Each figure from a process of its own; as glibc comes, and with large blocks handed back at once on both sides."""
-    rows = []
-    for how, environment in (("", {}), (", large blocks handed back at once", AT_ONCE)):
-        found: dict[str, list[float]] = {what: [] for what in ("backward", *MEMORY)}
-        for _ in range(repeats):
-            for what, values in found.items():
-                command = [sys.executable, __file__, "--only", what, "--layers", str(layers)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
-                values.append(float(done.stdout.split()[-1]))
-        for what, (_, goal) in MEMORY.items():
-            title = f"peak memory above the loaded model, one 512-token sample, {what}, against forward + full backward{how}"
-            rows.append(row(title, found[what], found["backward"], goal))
+    """Each figure from a process of its own."""
+    rows: list[Row] = []
+    found: dict[str, list[float]] = {what: [] for what in ("backward", "backward, eight", *MEMORY)}
+    for _ in range(repeats):
+        for what, values in found.items():
+            command = [sys.executable, __file__, "--only", what, "--layers", str(layers)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            values.append(float(done.stdout.split()[-1]))
+    for what, (_, goal) in MEMORY.items():
+        one = "" if "eight" in what else "one 512-token sample, "
+        title = f"peak memory above the loaded model, {one}{what}, against forward + full backward{' of them' * (not one)}"
+        made = row(title, found[what], found["backward" if one else "backward, eight"], goal)
+        rows.append(made if goal else replace(made, goal="", reached=None))
     return [replace(r, note=r.note.replace(" s", " MB")) for r in rows]
 
 
@@ -413,7 +409,7 @@ def main() -> None:
         rows += peers
         shape = f"random Llama, 1024 wide, 2816 in the MLP, {args.layers} layers, vocabulary 4096, float32"
         about = f"{hardware('cpu')}; {shape}; {versions}; {told}; {args.repeats} rounds.\n\n"
-        page(args.out, "cpu", about + table(rows) + f"\n\n{GLIBC}" + "".join(f"\n\n{line}." for line in missing))
+        page(args.out, "cpu", about + table(rows) + "".join(f"\n\n{line}." for line in missing))
     for r in rows:
         print(r.line())
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparc3 import Sparc3Error, attribute, evaluate, load_model
-from sparc3.memory import available
+from sparc3.memory import _Growth, available, few_holes
 
 Call = Callable[..., Any]
 PROMPTS = [f"Mary had a {word} ball." for word in ("red", "blue", "green", "old", "new", "small", "big", "round")]
@@ -97,3 +97,23 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers(mistake: Call, tmp_
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(Sparc3Error, match="use a device with more"):
         load_model("demo", dtype="bfloat16", device="cpu")
+
+
+def test_holes_are_handed_back_while_a_process_grows_and_no_more_when_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, handed_back = [10 * 2**30], []
+    monkeypatch.setattr("sparc3.memory.resident", lambda: held[0])
+    monkeypatch.setattr("sparc3.memory.give_back", lambda: handed_back.append(held[0]))
+    for name in ("began", "limit"):
+        monkeypatch.setattr(_Growth, name, 0)
+    layer = torch.nn.Identity()
+    grown = []
+    for _ in range(3):
+        with few_holes([layer]):
+            for megabytes in range(0, 2000, 10):
+                held[0] = 10 * 2**30 + megabytes * 2**20
+                layer(torch.zeros(1))
+        grown.append(len(handed_back))
+    assert grown[0] == len([limit for n in range(20) if (limit := 64 * 1.5**n) < 1990])  # 64, 96, 144, ... MiB
+    assert grown == [grown[0]] * 3
+    layer(torch.zeros(1))
+    assert len(handed_back) == grown[0]  # outside nobody looks

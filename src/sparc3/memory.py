@@ -2,7 +2,9 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -48,6 +50,45 @@ def give_back() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+class _Growth:
+    """How large this process may become before its holes are handed back, in bytes; `limit` is 0 before anyone asked."""
+
+    FIRST = 64 * 2**20
+    began = limit = 0
+
+    @classmethod
+    def look(cls, *_: Any) -> None:
+        held = resident()
+        if not cls.limit:
+            cls.began, cls.limit = held, cls.FIRST
+        if held - cls.began > cls.limit:
+            give_back()
+            cls.limit = max(cls.limit * 3 // 2, resident() - cls.began)
+
+
+@contextmanager
+def few_holes(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Inside, each time the process has grown by half again, after a layer, `give_back`.
+
+    What autograd keeps lies among what was freed, and glibc puts no aligned block into a hole of its own size, so that holes come to take
+    as much as what is kept. To hand them back costs page faults later: so it is done while the process grows, and no more when it has grown.
+    """
+    with ExitStack() as stack:
+        if _trim() and resident():
+            _Growth.look()
+            for layer in layers:
+                stack.callback(layer.register_forward_hook(_Growth.look).remove)
+        yield
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell as Linux does."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 @functools.cache

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..batches import Batch
 from ..experts import by_position, by_sample, tokens_of
 from ..logits import logits_at
+from ..memory import few_holes
 from ..models import Site
+from ..sites import layers_of
 from .packing import packed
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
@@ -47,7 +49,8 @@ def _relevance(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums, rules: AbstractContextManager[None]
 ) -> Iterator[Batch]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
-    with frozen(model), rules, checkpointed(model) if settings.gradient_checkpointing is True else nullcontext():
+    again = checkpointed(model) if settings.gradient_checkpointing is True else nullcontext()
+    with frozen(model), rules, again, few_holes(layers_of(model)) if model.device.type == "cpu" else nullcontext():
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             with packed(model, batch), _watched(sites, batch, settings, gathered, sums):
