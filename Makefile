@@ -29,8 +29,8 @@ docs: .venv/docs-ready
 
 # Known faults of the packages in constraints.txt; needs a network with PyPI's or OSV's advisories.
 audit: .venv/ready
-	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/python -m pip_audit --disable-pip --no-deps --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet pip-audit==2.10.1
+	$(BIN)/python scripts/audit.py
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
