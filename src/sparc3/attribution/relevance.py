@@ -116,7 +116,7 @@ def _output_hook(
         shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions
         if settings.neuron == "abs":
             g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
-            gathered[site.name] = absolute_rows(site.weight, g, a)
+            gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, a)
         else:
             gathered[site.name] = by_position(_wide(grad) * _wide(kept), tokens, shape)[:, skip:].sum(1)
 
