@@ -16,6 +16,7 @@ from ..experts import by_position, by_sample, tokens_of
 from ..logits import logits_at
 from ..memory import few_holes
 from ..models import Site
+from ..offloading import device_of
 from ..sites import layers_of
 from .packing import packed
 from .patching import frozen, lrp_rules
@@ -50,7 +51,7 @@ def _relevance(
 ) -> Iterator[Batch]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
     again = checkpointed(model) if settings.gradient_checkpointing is True else nullcontext()
-    with frozen(model), rules, again, few_holes(layers_of(model)) if model.device.type == "cpu" else nullcontext():
+    with frozen(model), rules, again, few_holes(layers_of(model)) if device_of(model).type == "cpu" else nullcontext():
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             with packed(model, batch), _watched(sites, batch, settings, gathered, sums):
