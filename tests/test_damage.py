@@ -152,23 +152,27 @@ CHECKPOINT = ("config.json", "tokenizer.json", "tokenizer_config.json", "generat
 def _checkpoint(folder: Path) -> Any:
     model, _ = load_model(folder, dtype="float32", device="cpu")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    return model_fingerprint(model), {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with torch.inference_mode():
+        logits = model(input_ids=torch.arange(5, 37)[None]).logits
+    return model_fingerprint(model), {name: tuple(p.shape) for name, p in model.named_parameters()}, logits.numpy().tobytes()
 
 
 def damage_to_checkpoints(folder: Path, each: int) -> dict[str, dict[str, int]]:
-    """How many damaged checkpoints are refused, read as they were, read with other weights (which the fingerprint tells)."""
+    """How many damaged checkpoints are refused, read as they were, read as another model (which the fingerprint tells)."""
     shutil.copytree(DEMO, folder)
-    fingerprint, shapes = _checkpoint(folder)
+    fingerprint, shapes, logits = _checkpoint(folder)
     found: dict[str, dict[str, int]] = {}
     for name in CHECKPOINT:
         raw = (folder / name).read_bytes()
-        counts = found[name] = {"refused": 0, "same weights": 0, "other weights": 0}
+        counts = found[name] = {"refused": 0, "same model": 0, "another model": 0}
         for damaged in mutations(raw, each, 0):
             (folder / name).write_bytes(damaged)
             got = outcome(_checkpoint, folder)
             assert got is None or got[1] == shapes, "a weight is missing, or of another shape"
-            assert got is None or name == "model.safetensors" or got[0] == fingerprint
-            counts["refused" if got is None else "same weights" if got[0] == fingerprint else "other weights"] += 1
+            assert got is None or name in ("config.json", "model.safetensors") or got[0] == fingerprint
+            rounded = name == "model.safetensors"  # which a fingerprint sees in bfloat16
+            assert got is None or rounded or got[0] != fingerprint or got[2] == logits, "another model under the same fingerprint"
+            counts["refused" if got is None else "same model" if got[0] == fingerprint else "another model"] += 1
         (folder / name).write_bytes(raw)
     return found
 
@@ -183,6 +187,19 @@ def test_a_damaged_checkpoint_is_refused_or_whole_two_hundred_times(tmp_path: Pa
     for name, counts in damage_to_checkpoints(tmp_path / "m", EACH).items():
         print(name, counts)
         assert counts["refused"] > EACH / 4, name
+
+
+@pytest.mark.parametrize(("key", "value", "told"), [
+    ("rms_norm_eps", 1e-3, True), ("hidden_act", "gelu", True), ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, True),
+    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, True), ("use_cache", False, False), ("dtype", "bfloat16", False),
+])  # fmt: skip
+def test_the_fingerprint_tells_what_a_configuration_computes(tmp_path: Path, key: str, value: Any, told: bool) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(DEMO, folder)
+    whole, config = _checkpoint(folder), json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    changed = _checkpoint(folder)
+    assert (changed[0] != whole[0]) == told == (changed[2] != whole[2])
 
 
 def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Loading a causal language model, and saying which one it is."""
 
 import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -235,15 +236,40 @@ def model_id(model: "PreTrainedModel") -> str:
     return Path(name).resolve().name if looks_local(name) else name
 
 
+FIGURES = (
+    "num_attention_heads", "num_key_value_heads", "sliding_window", "partial_rotary_factor", "num_experts_per_tok", "norm_topk_prob",
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon",
+    "hidden_act", "hidden_activation", "activation_function", "parallel_attn", "use_parallel_residual", "alibi",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling",
+    "attention_multiplier", "embedding_multiplier", "residual_multiplier",
+)  # fmt: skip
+"""What a configuration says of the computation that the shapes of the weights do not, under names that do not change with transformers."""
+
+
+def _figures(config: Any) -> dict[str, Any]:
+    """Those that the configuration has, and every number of its rotary positions."""
+    config = config.get_text_config()
+    found = {name: value for name in FIGURES if (value := getattr(config, name, None)) is not None}
+    waiting = [("rope", getattr(config, "rope_parameters", None) or {})]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}", value[key]) for key in value]
+        elif isinstance(value, int | float):
+            found[name] = float(value)
+    return found
+
+
 @torch.no_grad()
 def model_fingerprint(model: "PreTrainedModel") -> str:
-    """A short name of the weights' values: 16 hex digits.
+    """A short name of the weights' values and of the configuration's FIGURES: 16 hex digits.
 
     Each matrix enters by the exact integer sums of its rows and columns, after rounding to bfloat16, so that one checkpoint
     has one fingerprint whether it is loaded in float32 or bfloat16, on CPU or GPU, and one changed weight gives another.
     """
     require_present(model)
     digest = hashlib.sha256(model.config.model_type.encode())
+    digest.update(json.dumps(_figures(model.config), sort_keys=True).encode())
     for name, parameter in ((name, part) for name, whole in named_values(model) for part in _plain_parts(whole.detach())):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         rows = parameter.reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
