@@ -250,11 +250,11 @@ def _figures(config: Any) -> dict[str, Any]:
     """Those that the configuration has, and every number of its rotary positions."""
     config = config.get_text_config()
     found = {name: value for name in FIGURES if (value := getattr(config, name, None)) is not None}
-    waiting = [("rope", getattr(config, "rope_parameters", None) or {})]
+    waiting = [("", getattr(config, "rope_parameters", None) or {})]
     while waiting:
         name, value = waiting.pop()
         if isinstance(value, dict):
-            waiting += [(f"{name}.{key}", value[key]) for key in value]
+            waiting += [(f"{name}.{key}".lstrip("."), value[key]) for key in value]
         elif isinstance(value, int | float):
             found[name] = float(value)
     return found
