@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from test_experiment import SMALL
 from tiny import samples, tiny
+from torch.utils import backend_registration
 
 from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, models, run, select
 from sparc3.attribution.ledger import ledger
@@ -229,6 +232,19 @@ def test_the_doctor_examines_an_offloaded_model() -> None:
     found = [examination(Specimen(each, samples(3), ())) for each in (plain, model)]
     assert not found[0].failed
     assert found[0].findings == found[1].findings
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch cannot pretend a device")
+@pytest.mark.parametrize(("name", "away"), [("llama", "model"), ("llama-bias", "model.layers.1"), ("gpt2", "transformer.h"), ("gemma2", "nothing")])
+def test_no_two_devices_meet(name: str, away: str) -> None:
+    """Where this machine's GPU is the CPU, a weight that was left there would go unnoticed."""
+    script = Path(__file__).parent / "pretended_gpu.py"
+    done = subprocess.run([sys.executable, script, name, away], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 13
+    assert all(line.endswith("gpu:0") for line in lines if line != "{'unit': 'weight'} total cpu")
 
 
 def test_weights_on_the_disk_are_refused_in_one_line(tmp_path: Path) -> None:
