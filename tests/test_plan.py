@@ -190,20 +190,6 @@ def test_more_devices_take_less_time(tmp_path: Path) -> None:
     assert one.dtype == "float16"
 
 
-def test_variants_are_counted_as_the_run_makes_them(tmp_path: Path) -> None:
-    from sparc3 import run
-
-    recipe = load_recipe("demo", ["references.general.count=4", "references.undesired.count=4", "selection.count=10", "compare.counts=[5, 10]",
-        "evaluation={ioi: {source: demo-ioi, count: 4, split: test}}", "compare.random_draws=2", "selection.protect=false", "cards.most=0"])
-    run(recipe, tmp_path / "run")
-    made = len(list((tmp_path / "run/evaluation").glob("*.json")))
-    stage = next(stage for stage in plan(recipe).stages if stage.name == "ioi")
-    single = next(stage for stage in plan(load_recipe(recipe.resolved(), ["compare={}", "selection.count=0", "compare.random_draws=0"])).stages if stage.name == "ioi")
-    assert stage.tokens * 2 == single.tokens * made  # the original, and the circuit, which is empty there
-    files = list((tmp_path / "run/scores").glob("*.safetensors"))
-    assert plan(recipe).disk == plan(recipe).scores * len(files)
-
-
 @pytest.mark.parametrize(("arguments", "said"), [
     (("demo", "--hardware", "h10"), "did you mean 'h100'"),
     (("demoo",), "did you mean 'demo'"),

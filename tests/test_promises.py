@@ -18,7 +18,8 @@ LAYERS = [
     {"jobs", "compression", "doctor", "model_card", "shrinking"},
     {"checkpoint", "publishing"},
     {"recipe"},
-    {"experiment", "plan", "slurm"},
+    {"experiment", "slurm"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 ]

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+BATCH_TOKENS = 2048
+"""Padded tokens that run through a layer at once."""
+
+
 def prune_sequentially(
     model: "PreTrainedModel",
     samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]",
@@ -34,7 +38,7 @@ def prune_sequentially(
     fraction: float | None = None,
     scope: str = "row",
     sites: Sequence[str] | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     truncate: bool = False,
     progress: bool = False,
 ) -> Circuit:
@@ -70,9 +74,10 @@ def prune_sequentially(
     described = describe(model)
     members: dict[str, Tensor] = {}
     with frozen(model), torch.no_grad(), ExitStack() as removed:
-        flows = [_entering(model, batch) for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model))]
+        flows = [entering(model, batch) for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model))]
         for index, layer in enumerate(tqdm(list(layers_of(model)), desc="pruning", unit="layer", disable=not progress or not distributed.is_main())):
-            part = select(_scores(layer, [site for site in where if site.layer == index], flows, described), fraction=fraction, scope=scope)
+            scores = layer_scores(layer, [site for site in where if site.layer == index], flows, described)
+            part = select(scores, fraction=fraction, scope=scope)
             members |= part.members
             removed.enter_context(ablated(model, part))
             for flow in flows:
@@ -104,7 +109,7 @@ class _Flow:
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-def _entering(model: "PreTrainedModel", batch: Batch) -> _Flow:
+def entering(model: "PreTrainedModel", batch: Batch) -> _Flow:
     """What the model gives to its layers, seen in one forward pass."""
     layers = list(layers_of(model))
     first: list[Tensor] = []
@@ -124,7 +129,7 @@ def _entering(model: "PreTrainedModel", batch: Batch) -> _Flow:
     return _Flow(batch, first[0], others)
 
 
-def _scores(layer: nn.Module, sites: list[Site], flows: list[_Flow], described: dict[str, str]) -> Scores:
+def layer_scores(layer: nn.Module, sites: list[Site], flows: list[_Flow], described: dict[str, str]) -> Scores:
     """|W_ij| · ‖a_j‖₂ of one layer's sites, over the tokens of all samples and ranks."""
     squares = {site.name: torch.zeros(site.inp, dtype=torch.float64) for site in sites}
     for flow in flows:

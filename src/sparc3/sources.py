@@ -35,6 +35,12 @@ class Request:
     """Prompts that another set of this run already holds."""
 
 
+AT_ONCE = 256
+"""Prompts that a model completes before it is known how many of them fit."""
+
+WIDER = (4, 16, 64)
+"""So many times the samples asked for are looked at where few may fit: the first factor, then the next ones where that gave too few."""
+
 Source = Callable[[Request, "PreTrainedTokenizerBase | None", "Score | None"], list[Sample]]
 _SOURCES: dict[str, Source] = {}
 
@@ -102,7 +108,7 @@ def _repetitive(request: Request, read: "Source", tokenizer: "PreTrainedTokenize
         raise UserError("choose_by: repetition needs a model to respond to the prompts; use it in a recipe")
     chosen: dict[str, Sample] = {}
     looked: set[str] = set()
-    for factor in (4, 16, 64):
+    for factor in WIDER:
         wide = replace(request, count=request.count * factor, choose_by=None)
         new = [s for s in read(wide, tokenizer, None) if s.text and s.text not in looked and s.text not in request.taken]
         looked.update(sample.text or "" for sample in new)
@@ -303,7 +309,7 @@ def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score
     batch: list[str] = []
     for row in fresh:
         batch.append(cast(str, sample_of(row, request.source).text))
-        if len(batch) == 256:
+        if len(batch) == AT_ONCE:
             chosen += _by_completion(batch, score, low, high)
             batch = []
             if len(chosen) >= request.count:

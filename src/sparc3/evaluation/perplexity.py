@@ -43,19 +43,21 @@ def perplexity(
 
 def windows_of(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int) -> list[Window]:
     """The windows of a protocol, none longer than the model's context. Raises UserError where the text has fewer than two tokens."""
-    ids = _token_ids(samples, tokenizer)
-    if settings.protocol == "blocks":
-        size = _within(settings.seq_len, context, "seq_len")
-        windows = blocks(ids, size)
-    else:
-        size = _within(settings.max_length, context, "max_length")
-        stride = max(1, settings.stride * size // settings.max_length)  # the same overlap where the context is shorter
-        if stride >= size:
-            raise UserError(f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens would be left out; lower it")
-        windows = sliding(ids, size, stride)
+    windows = cut(ids := _token_ids(samples, tokenizer), settings, context)
     if not windows:
         raise UserError(f"the perplexity text has {len(ids)} tokens; give at least two")
     return windows
+
+
+def cut(ids: Sequence[int], settings: PerplexitySettings, context: int) -> list[Window]:
+    """The windows of a text's tokens."""
+    if settings.protocol == "blocks":
+        return blocks(ids, _within(settings.seq_len, context, "seq_len"))
+    size = _within(settings.max_length, context, "max_length")
+    stride = max(1, settings.stride * size // settings.max_length)  # the same overlap where the context is shorter
+    if stride >= size:
+        raise UserError(f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens would be left out; lower it")
+    return sliding(ids, size, stride)
 
 
 def _token_ids(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

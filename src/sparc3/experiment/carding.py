@@ -12,6 +12,7 @@ from ..files import fingerprint, read_json, write_json
 from ..version import __version__
 from .measuring import evaluation
 from .scoring import Found
+from .steps import has_cards
 from .work import Work
 
 log = logging.getLogger("sparc3")
@@ -21,7 +22,7 @@ SHOWN = ("toxicity.mean", "rur.mean", "ioi.accuracy", "perplexity", "kl")
 def write_cards(work: Work, found: Found) -> None:
     """Write cards.json, unless the one there was made from the same circuit, samples and settings; nothing for units without cards."""
     settings = work.recipe.cards
-    if not settings.most or found.circuit.unit != "neuron" or "mlp.up" not in work.recipe.attribution.sites:
+    if not has_cards(work.recipe):
         return
     samples = work.references["undesired"]
     made_from = fingerprint(

@@ -1,7 +1,7 @@
 """The job `compress`: the least weights of every row go, by each method; what is left is counted in the matrices and measured."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from .folder import kept
 from .measuring import evaluation
 from .sampling import by_samples
 from .scoring import How, parts_of
+from .steps import prunings
 from .work import Work
 
 log = logging.getLogger("sparc3")
-TARGETED = ("lrp", "cp-lrp", "gradient")
 Pruned = list[tuple[str, Path]]
 """Variant → where its circuit is: those of a large model are read one at a time."""
 
@@ -39,26 +39,12 @@ def settings(work: Work) -> Compress:
 def pruned(work: Work) -> Pruned:
     """What each method removes at each fraction, saved as circuits/METHOD@COUNT.safetensors for `sparc3 ablate`."""
     found: Pruned = []
-    for name, method, reduce in _ways(work, sampled=False):
+    for name, method, reduce in prunings(settings(work), sampled=False):
         for fraction in settings(work).fractions or (None,):
             where, circuit = _sequential(work, fraction) if method == SEQUENTIAL else _at_once(work, name, method, reduce, fraction)
             log.info("%s: %d weights in %d sites", name, len(circuit), len(circuit.members))
             found.append((f"{name}@{len(circuit)}", where))
     return found
-
-
-def _ways(work: Work, sampled: bool) -> Iterator[tuple[str, str, str]]:
-    """(name, method, reduce); a relevance has its reduction in its name where there are two.
-
-    Args:
-        sampled: those that are compared by number of samples, or the others.
-    """
-    reduces = settings(work).reduces
-    for method in settings(work).methods:
-        if sampled != bool(settings(work).samples and require_method(method).run):
-            continue
-        for reduce in reduces if method in TARGETED else reduces[:1]:
-            yield f"{method}-{reduce}" if method in TARGETED and len(reduces) > 1 else method, method, reduce
 
 
 def _at_once(work: Work, name: str, method: str, reduce: str, fraction: float | None) -> tuple[Path, Circuit]:
@@ -72,7 +58,8 @@ def _scores(work: Work, method: str, reduce: str) -> Scores:
     asked = work.recipe.attribution.model_copy(update={"reduce": reduce})
     alike = replace(work, recipe=work.recipe.model_copy(update={"attribution": asked}))
     target = work.recipe.references["general"].target or asked.target
-    return parts_of(alike, How(method, asked.neuron, {"general": target}, 1.0, None), place=f"{reduce}." if method in TARGETED else "")["general"]
+    place = f"{reduce}." if require_method(method).targeted else ""
+    return parts_of(alike, How(method, asked.neuron, {"general": target}, 1.0, None), place=place)["general"]
 
 
 def _sequential(work: Work, fraction: float | None) -> tuple[Path, Circuit]:
@@ -107,7 +94,7 @@ def measured(work: Work, pruned: Pruned, seconds: Mapping[str, float]) -> Result
         sizes = sizes or dict(circuit.provenance["sizes"])
         found.append(evaluation(work, variant, circuit))
         checks.append(_every_row(work, found[-1], circuit))
-    by_number, drawn = by_samples(work, list(_ways(work, sampled=True)))
+    by_number, drawn = by_samples(work, prunings(settings(work), sampled=True))
     sizes = sizes or {site.name: site.out * site.inp for site in sites_of(work.model, work.recipe.attribution.sites)}
     return to_results([*found, *by_number], {**_provenance(work, sizes, checks, seconds), **(drawn if by_number else {})})
 

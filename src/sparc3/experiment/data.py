@@ -1,7 +1,7 @@
 """The samples stage: reference sets and test samples, no prompt in both."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..samples import ReferenceSet
 from ..sources import Request, gather, is_path, overlap
 from ..version import __version__
 from .folder import kept
+from .steps import sets
 from .work import Work
 
 log = logging.getLogger("sparc3")
@@ -23,26 +24,12 @@ log = logging.getLogger("sparc3")
 
 def gather_all(work: Work) -> None:
     """Fill work.references and work.prepared. Raises UserError where they share a prompt."""
-    for name, spec in _sets(work):
+    for name, spec in sets(work.recipe):
         work.references[name] = _reference(work, name, spec)
     for name, settings in work.recipe.metrics().items():
         held = work.held(work.references, settings.source) if isinstance(settings, SampledSettings) else frozenset()
         work.prepared.append(prepared(work, f"evaluation-{name}", name, settings, held))
     _refuse_overlap(work)
-
-
-def _sets(work: Work) -> Iterator[tuple[str, Reference]]:
-    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of each other.
-
-    So also where a compression compares numbers of samples: general, general.1, general.2, …
-    """
-    for name, spec in work.recipe.references.items():
-        if work.recipe.job == "discover":
-            yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
-        elif work.recipe.compress and work.recipe.compress.samples:
-            yield from ((f"{name}.{place}" if place else name, spec.model_copy(update={"seeds": (seed,)})) for place, seed in enumerate(spec.seeds))
-        else:
-            yield name, spec
 
 
 def _reference(work: Work, name: str, spec: Reference) -> ReferenceSet:

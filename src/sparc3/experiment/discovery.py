@@ -24,12 +24,13 @@ from ..recipe import Recipe
 from ..results import Difference, Results
 from ..samples import ReferenceSet
 from ..scores import Scores
-from ..selection import select, share
+from ..selection import select
 from ..sources import is_path
 from ..version import __version__
 from .measuring import evaluation
 from .overlaps import of_kept
 from .scoring import How, parts_of
+from .steps import rankings, removed_counts
 from .work import Work
 
 log = logging.getLogger("sparc3")
@@ -54,14 +55,12 @@ def require_task(recipe: Recipe) -> None:
 
 def ranked(work: Work) -> Ranked:
     """Scores of every method on the reference set of every seed, in each ranking; `random` draws anew for each."""
-    first, *others = settings(work).ranks
-    made: Ranked = {}
-    for method in settings(work).methods:
-        scores = _of_references(work, method)
-        made[method] = [_kept_first(one, first) for one in scores]
-        if any(float(tensor.min()) < 0 for one in scores for tensor in one.values()):
-            made |= {f"{method}-{rank}": [_kept_first(one, rank) for one in scores] for rank in others}
-    return made
+    made = {method: _of_references(work, method) for method in settings(work).methods}
+
+    def signed(method: str) -> bool:
+        return any(float(tensor.min()) < 0 for one in made[method] for tensor in one.values())
+
+    return {name: [_kept_first(one, rank) for one in made[method]] for name, method, rank in rankings(settings(work), signed)}
 
 
 def _of_references(work: Work, method: str) -> list[Scores]:
@@ -78,7 +77,7 @@ def _kept_first(scores: Scores, rank: str) -> Scores:
 def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Results:
     """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the circuits' stability."""
     total = next(iter(ranked.values()))[0].units
-    removed = _removed_counts(settings(work).sparsities, total)
+    removed = removed_counts(settings(work), total)
     everything = select(next(iter(ranked.values()))[0], count=total)
     original = evaluation(work, "original", Circuit(work.recipe.attribution.unit, {}, work.described))
     empty = evaluation(work, "empty", everything)
@@ -143,10 +142,6 @@ def _beside(summaries: list[Evaluation], own: str) -> list[Difference]:
     others = [one for one in summaries if one is not mine]
     found = [paired(o, m, other.variant, own) for other in others for o, m in zip(other.observations, mine.observations, strict=True)]
     return [one for one in found if one is not None]
-
-
-def _removed_counts(sparsities: Sequence[float], total: int) -> list[int]:
-    return sorted({count for sparsity in sparsities if 0 < (count := share(sparsity, total)) < total})
 
 
 def mean_of(evaluation: Evaluation, metric: str) -> float:

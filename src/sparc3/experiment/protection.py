@@ -14,6 +14,7 @@ from ..errors import NonFinite
 from ..evaluation.observations import finite
 from ..evaluation.perplexity import Window, negative_log_likelihoods
 from ..samples import ReferenceSet
+from .steps import protects
 from .work import Work
 
 log = logging.getLogger("sparc3")
@@ -28,8 +29,7 @@ def protect(work: Work) -> None:
 
     A screen, not a search: only the neurons that write hardest into the residual stream are tried, each alone, on a few general samples.
     """
-    asked = work.recipe.selection.protect and work.recipe.attribution.unit == "neuron" and work.recipe.attribution.sites == ("mlp.up",)
-    if not asked:
+    if not protects(work.recipe):
         return
     samples = ReferenceSet(work.references["general"].samples[:TEXTS])
     windows = [(ids[:TOKENS], min(len(ids), TOKENS) - 1) for s in joined(samples, work.tokenizer) if len(ids := s.input_ids or ()) > 1]

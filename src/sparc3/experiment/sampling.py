@@ -19,9 +19,10 @@ from ..files import fingerprint, read_json, write_json
 from ..models import sites_of
 from ..samples import ReferenceSet
 from ..scores import Scores
-from ..selection import parse_scope, select, share
+from ..selection import select
 from ..version import __version__
 from .folder import kept
+from .steps import removed_weights
 from .variants import changed
 from .work import Work
 
@@ -38,12 +39,13 @@ def by_samples(work: Work, ways: Sequence[tuple[str, str, str]]) -> tuple[list[E
     """
     compress = work.recipe.compress
     assert compress is not None
+    removed = removed_weights(compress, sites_of(work.model, work.recipe.attribution.sites), compress.fractions[0] if compress.fractions else None)
     rows: list[dict[str, Any]] = []
     drawn: dict[str, Any] = {}
     evaluations = []
     for name, method, reduce in ways:
         for count in sorted(compress.samples):
-            variant = f"{name}@{removed_weights(work)}" if count == max(compress.samples) else f"{name}, {count} sample{'s' * (count > 1)}"
+            variant = f"{name}@{removed}" if count == max(compress.samples) else f"{name}, {count} sample{'s' * (count > 1)}"
             draws = []
             for seed, samples in enumerate(work.references.values()):
                 first = ReferenceSet(samples.samples[:count], samples.source)
@@ -55,21 +57,6 @@ def by_samples(work: Work, ways: Sequence[tuple[str, str, str]]) -> tuple[list[E
                 scored.cache_clear()
             evaluations.append(Evaluation(variant, tuple(pooled(list(column)) for column in zip(*(d.observations for d in draws), strict=True))))
     return evaluations, {"by_samples": rows, "distributions": drawn}
-
-
-def removed_weights(work: Work) -> int:
-    """How many weights every variant of the job lacks."""
-    compress = work.recipe.compress
-    assert compress is not None
-    groups, sites = parse_scope(compress.scope), sites_of(work.model, work.recipe.attribution.sites)
-    if groups:
-        return sum(site.out * site.inp for site in sites) * groups[0] // groups[1]
-    fraction = compress.fractions[0]
-    if compress.scope == "row":
-        return sum(site.out * share(fraction, site.inp) for site in sites)
-    if compress.scope == "site":
-        return sum(share(fraction, site.out * site.inp) for site in sites)
-    return share(fraction, sum(site.out * site.inp for site in sites))
 
 
 def _rows(evaluation: Evaluation, method: str, count: int, seed: int) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from ..recipe import Tune
 from ..scores import Scores
 from ..selection import candidates
 from ..version import __version__
+from . import steps
 from .pareto import front
 from .scoring import Found, How, contrast_of, in_rounds, parts_of, saved
 from .validation import validation
@@ -151,17 +152,17 @@ def tuned(work: Work) -> tuple[How, Found]:
     """
     tune = work.recipe.selection.tune
     assert tune
-    trials = Trials(work, tune, *validation(work, tune))
+    trials = Trials(work, tune, *validation(work))
     trials.load()
     original = trials.of(Circuit(work.recipe.attribution.unit, {}, work.described))
     if "perplexity" not in original:
         raise Sparc3Error("the validation perplexity of the original is not finite; load the model in bfloat16 or float32")
-    parts = {(target, neuron): _parts(work, target, neuron) for target in _targets(work, tune) for neuron in _neurons(work, tune)}
+    parts = {(target, neuron): _parts(work, target, neuron) for target, neuron in steps.asked_of(work.recipe)}
     tried: list[Candidate] = []
     ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
-    for contrasted, sets in _ways(work, tune, parts):
+    for contrasted, sets in _ways(work, parts):
         scores = contrast_of(work, contrasted, sets)
-        for how, count, rounds, circuit in _circuits(work, tune, contrasted, scores):
+        for how, count, rounds, circuit in _circuits(work, contrasted, scores):
             figures = trials.of(circuit, original)
             if "perplexity" not in figures:
                 work.warnings.append(f"a candidate of {count} units was left out: its perplexity is not finite")
@@ -182,18 +183,6 @@ def tuned(work: Work) -> tuple[How, Found]:
     return how, saved(work, Found(replace(circuit, model=work.described), scores, sets))
 
 
-def _targets(work: Work, tune: Tune) -> Sequence[str]:
-    return tune.targets or (work.recipe.attribution.target,)
-
-
-def _neurons(work: Work, tune: Tune) -> Sequence[str]:
-    return tune.neurons or (work.recipe.attribution.neuron,)
-
-
-def _counts(work: Work, tune: Tune) -> Sequence[int]:
-    return sorted(set(tune.counts)) or [work.recipe.selection.count or 0]
-
-
 def _how(work: Work, target: str, neuron: str, names: Sequence[str], penalty: float = 1.0, normalize: str | None = None) -> How:
     targets = {name: work.recipe.references[name].target or _fitting(work, name, target) for name in names}
     return How(work.recipe.attribution.method, neuron, targets, penalty, normalize, place="tune.")
@@ -205,34 +194,27 @@ def _fitting(work: Work, name: str, target: str) -> str:
     return "next" if target.startswith("completion") and lacks else target
 
 
-def _contrasts(work: Work, tune: Tune) -> Sequence[str]:
-    return tune.contrasts or (("plain", "matched") if "matched" in work.references else ("plain",))
-
-
 def _parts(work: Work, target: str, neuron: str) -> dict[str, Scores]:
     """The scores of every reference set that some contrast reads."""
-    assert work.recipe.selection.tune
-    names = [name for name in work.references if name != "matched" or "matched" in _contrasts(work, work.recipe.selection.tune)]
-    return parts_of(work, _how(work, target, neuron, names))
+    kinds = [kind for kind, _, _ in steps.contrasts(work.recipe)]
+    return parts_of(work, _how(work, target, neuron, steps.sets_in(work.recipe, kinds)))
 
 
-def _ways(work: Work, tune: Tune, parts: dict[tuple[str, str], dict[str, Scores]]) -> Iterator[tuple[How, dict[str, Scores]]]:
+def _ways(work: Work, parts: dict[tuple[str, str], dict[str, Scores]]) -> Iterator[tuple[How, dict[str, Scores]]]:
     """Each way to contrast, with the scores it contrasts."""
-    for (target, neuron), sets in parts.items():
-        for kind in _contrasts(work, tune):
-            chosen = {name: scores for name, scores in sets.items() if name != "matched" or kind == "matched"}
-            for penalty in tune.penalties if kind == "matched" else (1.0,):
-                for normalize in tune.normalize:
-                    yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
+    for (target, neuron), scores in parts.items():
+        for kind, penalty, normalize in steps.contrasts(work.recipe):
+            chosen = {name: scores[name] for name in steps.sets_in(work.recipe, [kind])}
+            yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
 
 
-def _circuits(work: Work, tune: Tune, how: How, scores: Scores) -> Iterator[tuple[How, int, int, Circuit]]:
+def _circuits(work: Work, how: How, scores: Scores) -> Iterator[tuple[How, int, int, Circuit]]:
     """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates in every round."""
-    for count in (count for count in _counts(work, tune) if count <= candidates(scores)):
-        for rounds in sorted({min(rounds, count) for rounds in tune.rounds}):
-            for one in (replace(how, strength=strength) for strength in dict.fromkeys(tune.strengths)):
-                if (circuit := in_rounds(work, one, scores, count, rounds)) is not None:
-                    yield one, count, rounds, circuit
+    there = candidates(scores)
+    for count, rounds, strength in steps.sizes(work.recipe):
+        one = replace(how, strength=strength)
+        if count <= there and (circuit := in_rounds(work, one, scores, count, rounds)) is not None:
+            yield one, count, rounds, circuit
 
 
 def _judged(how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials) -> Candidate:
@@ -268,8 +250,8 @@ def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> dict[str
         {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that was tried}.
     """
     found, others = [], {}
-    for method in (m for m in work.recipe.compare.methods if m not in ("random", how.method)):
-        tried = [(count, change, trials.of(change, original)) for count, change in by_method(work, how, method, _counts(work, trials.tune))]
+    for method in steps.others(work.recipe):
+        tried = [(count, change, trials.of(change, original)) for count, change in by_method(work, how, method, steps.counts_tried(work.recipe))]
         others[method] = [{"count": count, "figures": figures, "within": trials.within(figures, original)} for count, _, figures in tried]
         fit = [one for one in tried if trials.within(one[2], original)]
         if not fit:

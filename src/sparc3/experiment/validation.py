@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Sparc3Error, UserError
-from ..evaluation.metrics import KLSettings, MetricSettings, PerplexitySettings, Prepared, PromptSettings, require_metric
-from ..recipe import Tune
+from ..evaluation.metrics import KLSettings, PerplexitySettings, Prepared, require_metric
 from ..samples import ReferenceSet, Sample
 from ..sources import corpus, is_path, overlap
+from . import steps
 from .data import prepared
 from .work import Work
 
@@ -19,7 +19,7 @@ GRAM = 12
 """Two texts that have so many consecutive tokens in common are taken to overlap."""
 
 
-def validation(work: Work, tune: Tune) -> tuple[list[Prepared], list[Prepared]]:
+def validation(work: Work) -> tuple[list[Prepared], list[Prepared]]:
     """The metrics of the budget, and the one to better, each with validation samples.
 
     Prompts come from the split "validation" of the test's source; a source without splits gives prompts that neither a reference set
@@ -29,15 +29,11 @@ def validation(work: Work, tune: Tune) -> tuple[list[Prepared], list[Prepared]]:
     Raises:
         UserError: there is no such text, or not enough such prompts.
     """
-    metrics = work.recipe.metrics()
-    budget = [_with_text(work, tune, name, metrics[name]) for name in ("perplexity", *(("kl",) if tune.max_kl is not None else ()))]
-    name = "toxicity" if "toxicity" in metrics else "repetition"
-    settings = metrics[name]
-    assert isinstance(settings, PromptSettings)
-    asked = settings.model_copy(update={"split": "validation", "count": tune.prompts or settings.count})
-    aim = prepared(work, f"validation-{name}", name, asked, _held(work, settings.source))
+    texts = [_with_text(work, name, settings) for name, settings in steps.budget(work.recipe).items()]
+    name, settings = steps.aim(work.recipe)
+    aim = prepared(work, f"validation-{name}", name, settings, _held(work, settings.source))
     _refuse_overlap(work, aim)
-    return budget, [aim]
+    return texts, [aim]
 
 
 def _held(work: Work, source: str) -> frozenset[str]:
@@ -57,31 +53,18 @@ def _refuse_overlap(work: Work, aim: Prepared) -> None:
             )
 
 
-def _with_text(work: Work, tune: Tune, name: str, settings: MetricSettings) -> Prepared:
-    assert isinstance(settings, PerplexitySettings)
-    source = tune.text_source or _text_source(work, settings)
-    texts = corpus(source, "validation", None if is_path(source) else tune.texts or settings.count)
+def _with_text(work: Work, name: str, settings: PerplexitySettings) -> Prepared:
+    source, count = settings.source, settings.count
+    texts = corpus(source, "validation", None if is_path(source) else count)
     if is_path(source) or source == "c4":
         texts = _apart(texts, work.references["general"], work.tokenizer)
     if not texts:
         raise UserError(f"all of {Path(source).name} is held by the general reference set; give selection.tune.text_source another text")
-    samples = ReferenceSet(tuple(Sample(text=text) for text in texts[: tune.texts or settings.count]), {"source": Path(source).name})
+    samples = ReferenceSet(tuple(Sample(text=text) for text in texts[:count]), {"source": Path(source).name})
     kind = KLSettings if name == "kl" else PerplexitySettings
     if not isinstance(settings, kind):
         raise Sparc3Error(f"the settings of {name} are not its own")
-    return Prepared(require_metric(name), settings.model_copy(update={"split": "validation"}), samples)
-
-
-def _text_source(work: Work, settings: PerplexitySettings) -> str:
-    if not is_path(settings.source):
-        return settings.source
-    general = work.recipe.references["general"].source
-    if is_path(general) and Path(general).resolve() == Path(settings.source).resolve():
-        raise UserError(
-            "evaluation.perplexity and references.general read the same file, which leaves no text for the search; "
-            "give selection.tune.text_source another text"
-        )
-    return general
+    return Prepared(require_metric(name), settings, samples)
 
 
 def _apart(texts: Iterable[str], held: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[str]:

@@ -15,6 +15,7 @@ from ..selection import candidates, random_like, select
 from ..version import __version__
 from .folder import kept
 from .scoring import Found, How, contrasted
+from .steps import compared
 from .work import Change, Work
 
 log = logging.getLogger("sparc3")
@@ -31,26 +32,25 @@ def variants(work: Work, found: Found, how: How) -> Iterator[tuple[str, list[Cha
     Args:
         how: the contrast that found the circuit; the other methods are contrasted alike.
     """
-    compare, circuit = work.recipe.compare, found.circuit
+    circuit, chosen = found.circuit, work.recipe.selection
+    beside = compared(work.recipe, len(circuit))
     sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     yield "original", [Circuit(circuit.unit, {}, work.described)]
     yield "ablated", [circuit]
-    own = [count for count in compare.counts if _enough(work, found.contrast, count, how.method)]
-    counts = {count: select(found.contrast, count=count, strength=how.strength) for count in own}
-    if work.recipe.selection.count is not None or work.recipe.selection.tune:
-        counts[len(circuit)] = circuit
-    for count, chosen in sorted(counts.items()):
-        yield f"{how.method}@{count}", [chosen]
-    # A search may end at a count that compare.counts does not have.
-    shared = sorted({*compare.counts, *([len(circuit)] if work.recipe.selection.tune else [])})
-    made = {f"{m}@{count}": change for m in compare.methods if m not in ("random", how.method) for count, change in by_method(work, how, m, shared)}
+    own = {len(circuit): circuit}
+    for count in beside.own:
+        if count != len(circuit) or (chosen.count is None and not chosen.tune):
+            if not _enough(work, found.contrast, count, how.method):
+                continue
+            own[count] = select(found.contrast, count=count, strength=how.strength)
+        yield f"{how.method}@{count}", [own[count]]
+    made = {f"{m}@{count}": change for m in beside.methods for count, change in by_method(work, how, m, beside.counts)}
     for name, change in {**made, **work.rivals}.items():
         if name != f"{how.method}@{len(circuit)}":
             yield name, [change]
-    random_counts = counts if "random" in compare.methods else {len(circuit): circuit}
-    for count, chosen in sorted(random_counts.items()):
-        if compare.random_draws:
-            yield f"random@{count}", [random_like(chosen, sizes, seed) for seed in range(compare.random_draws)]
+    for count in beside.null if beside.draws else ():
+        if count in own:
+            yield f"random@{count}", [random_like(own[count], sizes, seed) for seed in range(beside.draws)]
 
 
 def by_method(work: Work, how: How, method: str, counts: Sequence[int]) -> Iterator[tuple[int, Change]]:

@@ -1,12 +1,13 @@
 """How long the samples are: read where they are at hand, assumed, and said so, where they are on the hub or the model would choose them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..batches import Encoded, parse_target
 from ..errors import UserError
+from ..evaluation.metrics import HarnessSettings
 from ..models import load_tokenizer
 from ..sources import Request, corpus, gather, is_path
 
@@ -18,6 +19,14 @@ PROMPTS = {"realtoxicityprompts": 16, "ioi": 20}
 
 TEXTS = {"wikitext2": 310_000, "c4": 530_000}
 """Source → tokens of its test text, about."""
+
+TASKS = {
+    "boolq": (3270, 2, 150), "rte": (277, 2, 90), "hellaswag": (10042, 4, 100), "winogrande": (1267, 2, 30), "arc_easy": (2376, 4, 40),
+    "arc_challenge": (1172, 4, 45), "openbookqa": (500, 4, 20),
+}  # fmt: skip
+"""Task of lm-evaluation-harness → questions, answers to each, tokens of a question with an answer, about; of any other, UNKNOWN_TASK."""
+
+UNKNOWN_TASK = (1000, 4, 100)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,16 @@ class Lengths:
         name, first = parse_target(target)
         made = [_encoded(place, text, min(completion, first or completion), name) for place, (text, completion) in enumerate(self.pairs)]
         return sorted((_cut(one, context) for one in made), key=lambda one: (-len(one.ids), one.index))
+
+    def first(self, count: int | None) -> "Lengths":
+        """Of the first so many samples."""
+        return replace(self, pairs=self.pairs[:count])
+
+    def joined(self, context: int) -> list[Encoded]:
+        """Texts with their completions, where nothing is predicted; longest first."""
+        whole = (text + completion * (completion > 1) for text, completion in self.pairs)
+        made = [_cut(_encoded(place, length, 1, "predicted"), context) for place, length in enumerate(whole)]
+        return sorted(made, key=lambda one: (-len(one.ids), one.index))
 
     @property
     def completed(self) -> bool:
@@ -75,21 +94,39 @@ def _at_hand(source: str) -> bool:
 
 
 def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_count: int = 100) -> Lengths:
-    """Of a reference set, or of a metric's prompts: anything with a source, a count, and maybe seeds, seq_len, choose_by."""
-    count, seeds, seq_len = spec.count or default_count, getattr(spec, "seeds", (0,)), getattr(spec, "seq_len", None)
+    """Of a reference set, or of a metric's prompts: anything with a source, a count, and maybe seeds, seq_len, choose_by.
+
+    Where the model's own texts decide which prompts are chosen, the source's first ones stand in for them, with completions as long as can be.
+    """
+    count, seq_len = spec.count or default_count, getattr(spec, "seq_len", None)
+    seeds = getattr(spec, "seeds", None) or (getattr(spec, "seed", 0),)
     if seq_len or spec.source in ("c4", "wikitext2"):
         return Lengths(((seq_len or 2048, 1),) * (count * len(seeds)))
-    chosen = getattr(spec, "choose_by", None)
-    if tokenizer is not None and _at_hand(spec.source) and chosen is None:
+    written = getattr(spec, "max_new_tokens", 50) if by_model(spec) else None
+    if tokenizer is not None and _at_hand(spec.source) and (by_model(spec) or getattr(spec, "choose_by", None) is None):
         found = gather(Request(spec.source, count, spec.split, seeds=seeds), tokenizer)
-        return Lengths(tuple((_tokens(s.input_ids, s.text, tokenizer), _tokens(None, s.completion, tokenizer)) for s in found))
+        return Lengths(tuple((_tokens(s.input_ids, s.text, tokenizer), written or _tokens(None, s.completion, tokenizer, False)) for s in found))
     text = PROMPTS.get(spec.source, 32)
-    completion = getattr(spec, "max_new_tokens", 50) if chosen in ("completion", "repetition") else text
-    return Lengths(((text, completion),) * count, assumed=True)
+    return Lengths(((text, written or text),) * count, assumed=True)
 
 
-def _tokens(ids: Sequence[int] | None, text: str | None, tokenizer: "PreTrainedTokenizerBase") -> int:
-    return max(1, len(ids) if ids is not None else len(tokenizer(text, verbose=False)["input_ids"]) if text else 1)
+def by_model(spec: Any) -> bool:
+    """Whether samples are chosen by what the model writes."""
+    return getattr(spec, "choose_by", None) in ("completion", "repetition")
+
+
+def _tokens(ids: Sequence[int] | None, text: str | None, tokenizer: "PreTrainedTokenizerBase", special: bool = True) -> int:
+    """Of a text, with the marks around it where `special`; 1 where there is none."""
+    return max(1, len(ids) if ids is not None else len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) if text else 1)
+
+
+def of_tasks(settings: HarnessSettings) -> Lengths:
+    """Of every question with every answer, the examples before it included."""
+    rows: list[tuple[int, int]] = []
+    for task in settings.tasks:
+        questions, answers, tokens = TASKS.get(task, UNKNOWN_TASK)
+        rows += [(tokens * (1 + settings.fewshot), 1)] * (min(questions, settings.limit or questions) * answers)
+    return Lengths(tuple(rows), assumed=True)
 
 
 def of_text(spec: Any, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, bool]:

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UserError
 from ..families import require_family
+from ..jobs import SEQUENTIAL
 from ..models import DTYPES, MAP, load_config, require_loadable
 from ..recipe import Recipe, load_recipe
 from .hardware import RUNTIME, Hardware, named, this_machine
@@ -144,18 +145,16 @@ def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardwar
 def _memory(stages: Stages, done: list[Stage], weights: int, device: Hardware) -> tuple[int, str, int]:
     """(most bytes on the device, the stage that has them, most bytes in the process beside a GPU)."""
     recipe, scores = stages.recipe, 4 * stages.units
-    sets = sum(stages.repeats(spec) for spec in recipe.references.values())
-    held = {"correct": sets + 1, "discover": sets * len(stages.ways()), "compress": 1}[recipe.job] * scores
+    held = stages.held() * scores
     width = weights // max(1, stages.rehearsal.shaped.model.num_parameters())
     matrices = sum(site.out * site.inp for site in stages.sites)
     removed = round(stages.removed() * matrices * width) + (stages.units if recipe.attribution.unit == "weight" else 0)
     peaks = {}
     for stage in done:
-        scoring = stage.name.startswith("scores")
-        beside = (held - scores if scoring else held) if device.kind == "cpu" and recipe.job != "compress" else 0
-        peaks[stage.name] = weights + stage.live + beside + (0 if scoring else removed)
+        beside = (max(0, held - scores) if stage.scoring else held) if device.kind == "cpu" else 0
+        peaks[stage.name] = weights + stage.live + beside + (0 if stage.scoring and SEQUENTIAL not in stage.name else removed)
     worst = max(peaks, key=lambda name: peaks[name])
-    return peaks[worst], worst, held if device.kind == "cuda" else 0
+    return peaks[worst], worst, max(held, scores) if device.kind == "cuda" else 0
 
 
 def _size(size: float) -> str:

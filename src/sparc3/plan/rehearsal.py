@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from .. import compression
 from ..attribution.methods import Method, settings_for
+from ..attribution.patching import frozen
 from ..attribution.sums import Settings, Sums
 from ..batches import Batch, Encoded, make_batch
 from ..evaluation import divergence, generation, ioi, perplexity
+from ..models import layers_of
 from .hardware import Hardware
 from .ledger import Ledger, Shaped
 
@@ -82,6 +85,35 @@ class Rehearsal:
                         method.finish(site, sums.totals.pop(site.name), sums)
 
             return self._counted(key, work, sum(len(group) * len(group[0].ids) for group in groups), apart)
+
+    def sequential(self, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]) -> Cost:
+        """Of all batches on their way through the layers: each waits before a layer until the layer is pruned."""
+        few, more = (self._sequential(roles, groups[0], count) for count in (1, 2))
+        return few.beyond(more, len(groups) - 1)
+
+    def _sequential(self, roles: tuple[str, ...], group: Sequence[Encoded], count: int) -> Cost:
+        model, many = self.shaped.model, count * len(group) * len(group[0].ids)
+        with self.shaped.active(), frozen(model), torch.no_grad():
+            sites = self.shaped.sites(roles)
+
+            def work() -> None:
+                flows = [compression.entering(model, make_batch(group, CPU)) for _ in range(count)]
+                for index, layer in enumerate(layers_of(model)):
+                    compression.layer_scores(layer, [site for site in sites if site.layer == index], flows, {})
+                    for flow in flows:
+                        flow.hidden = flow.through(layer)
+
+            return self._counted(("sequential", roles, len(group), len(group[0].ids), count), work, many, [])
+
+    def every_logit(self, group: Sequence[Encoded]) -> Cost:
+        """Of a batch whose every position's log-probabilities are had, as lm-evaluation-harness has them."""
+        rows, length = len(group), len(group[0].ids)
+
+        @torch.inference_mode()
+        def work() -> None:
+            self.shaped.model(input_ids=make_batch(group, CPU).ids, use_cache=False).logits.log_softmax(-1)
+
+        return self._run(("logits", rows, length), work, rows * length)
 
     def windows(self, metric: str, length: int, many: int) -> Cost:
         """Of a batch of `many` windows of perplexity or KL at most."""

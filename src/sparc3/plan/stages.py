@@ -1,28 +1,32 @@
 """What a recipe will do, stage by stage, and what each costs by the rehearsal of one batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..attribution.expertise import METHODS as EXPERTISE
 from ..attribution.methods import require_method
 from ..attribution.sums import Settings
-from ..batches import grouped, token_budget
-from ..evaluation import ioi
-from ..evaluation.metrics import FluencySettings, HarnessSettings, IOISettings, PerplexitySettings, PromptSettings
+from ..batches import Encoded, grouped, token_budget
+from ..compression import BATCH_TOKENS
+from ..evaluation import ioi, perplexity
+from ..evaluation.metrics import FluencySettings, HarnessSettings, IOISettings, KLSettings, PerplexitySettings, PromptSettings
+from ..experiment import protection, steps
 from ..jobs import SEQUENTIAL
 from ..models import context_length
-from ..recipe import Recipe, Reference
+from ..recipe import Recipe
 from ..selection import parse_scope
-from .lengths import of_samples, of_text
+from ..sources import AT_ONCE, WIDER
+from .lengths import by_model, of_samples, of_tasks, of_text
+from .listing import Attribution, attributions, evaluations, score_files
 from .rehearsal import Cost, Rehearsal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LOOKED_AT = 256
-"""Prompts that are completed at once where a set is chosen by its completions."""
+FORWARD_TOKENS = 1024
+"""Tokens of a batch where activations alone are looked at, for cards, protection and expertise."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Stage:
 
     Attributes:
         live: most bytes beside the weights at any moment of it.
-        tokens, operations, seconds: on one device.
+        tokens: real ones that the model reads or writes, and operations and seconds, on one device.
+        scoring: whether it fills scores; other stages have them all, and look at models that lack units.
     """
 
     name: str
@@ -39,23 +44,14 @@ class Stage:
     tokens: int
     operations: float
     seconds: float
+    scoring: bool = False
 
     def __mul__(self, times: float) -> "Stage":
         return replace(self, tokens=round(self.tokens * times), operations=self.operations * times, seconds=self.seconds * times)
 
     def __add__(self, other: "Stage") -> "Stage":
-        return Stage(self.name, max(self.live, other.live), self.tokens + other.tokens, self.operations + other.operations,
-                     self.seconds + other.seconds)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to score every set: a method with its settings, done so many times."""
-
-    method: str
-    neuron: str
-    target: str | None = None
-    times: float = 1
+        return replace(self, live=max(self.live, other.live), tokens=self.tokens + other.tokens, operations=self.operations + other.operations,
+                       seconds=self.seconds + other.seconds)  # fmt: skip
 
 
 class Stages:
@@ -63,7 +59,8 @@ class Stages:
 
     Attributes:
         notes: what had to be assumed, or is left out.
-        sets: reference set → the lengths of its samples.
+        sets: reference set, as the run names it → the lengths of its samples.
+        attributions, evaluations: what is scored and measured.
         units: number of units that are scored.
     """
 
@@ -73,66 +70,31 @@ class Stages:
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
         self.units = sum(site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out for site in self.sites)
-        self.sets = {name: of_samples(self._each(spec), tokenizer) for name, spec in recipe.references.items()}
+        self.specs = dict(steps.sets(recipe))
+        self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
         self.notes = [f"samples of {name} taken to have {found.longest} tokens" for name, found in self.sets.items() if found.assumed]
+        self.attributions = attributions(recipe, lambda name: self.sets[name].completed)
+        self.evaluations = evaluations(recipe, self.units, self.sites)
+        self.notes += self.evaluations.assumed
 
     def all(self) -> list[Stage]:
-        return [*self._chosen(), *self._scores(), *self._evaluation()]
-
-    def ways(self) -> list[Way]:
-        """What is scored, each on every reference set."""
-        recipe, asked = self.recipe, self.recipe.attribution
-        if recipe.discover:
-            return [Way(method, asked.neuron) for method in recipe.discover.methods]
-        if recipe.compress:
-            return [Way(m, asked.neuron, None, 2 if m == SEQUENTIAL else self._reduces(m) * self._draws(m)) for m in recipe.compress.methods]
-        others = [Way(method, asked.neuron) for method in dict.fromkeys(recipe.compare.methods) if method not in ("random", asked.method)]
-        tune = recipe.selection.tune
-        if not tune:
-            return [Way(asked.method, asked.neuron, None, recipe.selection.rounds), *others]
-        # The first round is shared by all; in each later one every candidate attributes again, on a model of its own.
-        times = 1 + self._candidates() * sum(rounds - 1 for rounds in set(tune.rounds))
-        searched = [Way(asked.method, neuron, target, times) for target in tune.targets or (None,) for neuron in tune.neurons or (asked.neuron,)]
-        return [*searched, *others]
-
-    def _reduces(self, method: str) -> int:
-        assert self.recipe.compress
-        return len(self.recipe.compress.reduces) if require_method(method).targeted else 1
-
-    def _each(self, spec: Reference) -> Reference:
-        """One seed's set, where the run draws one for each seed."""
-        apart = self.recipe.discover or (self.recipe.compress and self.recipe.compress.samples)
-        return spec.model_copy(update={"seeds": spec.seeds[:1]}) if apart else spec
-
-    def _draws(self, method: str) -> float:
-        """How many whole sets a method goes through where numbers of samples are compared."""
-        compress, general = self.recipe.compress, self.recipe.references["general"]
-        if not compress or not self._sampled(method):
-            return 1
-        return sum(compress.samples) * len(general.seeds) / general.count
-
-    def _sampled(self, method: str) -> bool:
-        return bool(self.recipe.compress and self.recipe.compress.samples and require_method(method).run)
+        """In the run's order; work of one kind is one stage."""
+        made: dict[str, Stage] = {}
+        for stage in (*self._chosen(), *self._protection(), *self._scores(), *self._search(), *self._evaluation(), *self._cards()):
+            made[stage.name] = made[stage.name] + stage if stage.name in made else stage
+        return list(made.values())
 
     def score_files(self) -> int:
         """How many files of scores the run leaves."""
-        one = sum(way.times for way in self.ways() if way.method != SEQUENTIAL and not self._sampled(way.method))
-        return round(one) * sum(self.repeats(spec) for spec in self.recipe.references.values()) + (self.recipe.job == "correct")
+        return score_files(self.recipe, self.attributions)
 
-    def variants(self) -> int:
-        """How many models are evaluated on the test samples, the original among them."""
-        recipe = self.recipe
-        if recipe.discover:
-            rankings = sum(len(recipe.discover.ranks) if require_method(method).targeted else 1 for method in recipe.discover.methods)
-            return 2 + rankings * len(recipe.discover.sparsities) * len(recipe.references["task"].seeds)
-        if recipe.compress:
-            again = len(recipe.compress.samples) * len(recipe.references["general"].seeds)
-            ways = [1 if m == SEQUENTIAL else self._reduces(m) * (again if self._sampled(m) else 1) for m in recipe.compress.methods]
-            return 1 + sum(ways) * max(1, len(recipe.compress.fractions))
-        counts = len({*recipe.compare.counts, recipe.selection.count or -1})
-        others = [m for m in dict.fromkeys(recipe.compare.methods) if m not in ("random", recipe.attribution.method)]
-        draws = recipe.compare.random_draws * (counts if "random" in recipe.compare.methods else 1)
-        return 1 + counts + len(others) * len(recipe.compare.counts) + draws
+    def held(self) -> int:
+        """How many numbers a unit are in memory at once while scores are contrasted and circuits chosen."""
+        if self.recipe.compress:
+            return 1 if self.recipe.compress.samples else 0
+        if self.recipe.discover:
+            return len(self.sets) * len(self.recipe.discover.methods) * len(self.recipe.discover.ranks)
+        return len(self.sets) * (len(steps.asked_of(self.recipe)) if self.recipe.selection.tune else 1) + 1
 
     def removed(self) -> float:
         """The largest share of the units that is set to zero at once, and whose values are kept meanwhile."""
@@ -144,49 +106,72 @@ class Stages:
         counts = max([selection.count or 0, *recipe.compare.counts, *(selection.tune.counts if selection.tune else ())])
         return max(counts / self.units, selection.fraction or 0.0, _share(selection.scope))
 
-    def repeats(self, spec: Reference) -> int:
-        """How many sets a section stands for: in the job discover one a seed."""
-        return len(spec.seeds) if self.recipe.discover else 1
-
     def _chosen(self) -> Iterator[Stage]:
-        """Reference sets that are chosen by what the model writes: the least that it takes."""
-        for name, spec in self.recipe.references.items():
-            if spec.choose_by in ("completion", "repetition"):
-                many = spec.count * 4 if spec.choose_by == "repetition" else math.ceil(spec.count / LOOKED_AT) * LOOKED_AT
-                self.notes.append(f"choosing {name} taken to need {many} prompts; it may need many more")
-                yield self._generated(f"choosing {name}", many, self.sets[name].longest, spec.max_new_tokens, 0.0)
+        """Samples that are chosen by what the model writes: the least that it takes."""
+        asked: list[tuple[str, Any]] = [*self.specs.items(), *self.recipe.metrics().items()]
+        if self.recipe.selection.tune:
+            name, settings = steps.aim(self.recipe)
+            asked.append((f"validation {name}", settings))
+        for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
+            count = spec.count or 100
+            many = count * WIDER[0] if spec.choose_by == "repetition" else math.ceil(count / AT_ONCE) * AT_ONCE
+            self.notes.append(f"choosing {name} taken to need {many} prompts; it may need many more")
+            yield self._generated(f"choosing {name}", many, of_samples(spec, self.tokenizer).longest, spec.max_new_tokens, 0.0)
+
+    def _protection(self) -> Iterator[Stage]:
+        if steps.protects(self.recipe):
+            some = self.sets["general"].first(protection.TEXTS).joined(self.context)
+            windows = [min(len(one.ids), protection.TOKENS) for one in some]
+            read = _stage("", self.rehearsal.windows("perplexity", max(windows), len(windows)), sum(windows), max(windows) * len(windows))
+            yield replace(self._forward("protection", some) + read * (1 + min(protection.SUSPECTS, self.units)), scoring=True)
 
     def _scores(self) -> Iterator[Stage]:
-        made: dict[str, Stage] = {}
-        for way in self.ways():
-            for name, spec in self.recipe.references.items():
-                for stage in self._attributed(way, name, spec):
-                    made[way.method] = made[way.method] + stage if way.method in made else stage
-        yield from made.values()
+        for one in self.attributions:
+            yield from self._attributed(one)
+        if set(steps.others(self.recipe)) & set(EXPERTISE):
+            for name in ("undesired", "matched" if "matched" in self.sets else "general"):
+                yield replace(self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True)
 
-    def _attributed(self, way: Way, name: str, spec: Reference) -> Iterator[Stage]:
-        """One method on one set; nothing for a method that looks at no sample."""
-        asked = self.recipe.attribution
-        method = "wanda" if way.method == SEQUENTIAL else "activation" if way.method in EXPERTISE else way.method
-        if require_method(method).run is None:
+    def _attributed(self, one: Attribution) -> Iterator[Stage]:
+        """Nothing for a method that looks at no sample."""
+        asked, name = self.recipe.attribution, f"scores, {one.method}"
+        found = self.sets[one.set].first(one.first)
+        if one.method == SEQUENTIAL:
+            groups = grouped(found.encoded("predicted", self.context), BATCH_TOKENS)
+            yield replace(_of_groups(name, self.rehearsal.sequential(asked.sites, groups), groups), scoring=True)
             return
-        target = way.target or spec.target or asked.target
-        if way.target and target.startswith("completion") and not self.sets[name].completed:
-            target = "next"
-        encoded = self.sets[name].encoded(target if require_method(method).targeted else "predicted", self.context)
-        groups = grouped(encoded, token_budget(asked.batch_tokens, self.rehearsal.hardware.kind))
-        settings = Settings(method, asked.unit, target, way.neuron, asked.reduce, 0, asked.non_finite, asked.sums_dtype, asked.sums_device,
+        method = require_method(one.method)
+        if method.run is None:
+            return
+        groups = grouped(found.encoded(one.target if method.targeted else "predicted", self.context), self._budget())
+        settings = Settings(one.method, asked.unit, one.target, one.neuron, one.reduce, 0, asked.non_finite, asked.sums_dtype, asked.sums_device,
                             gradient_checkpointing=asked.gradient_checkpointing)  # fmt: skip
-        cost = self.rehearsal.attribution(settings, asked.sites, groups)
-        tokens = round(sum(len(group) * len(group[0].ids) for group in groups) * way.times) * self.repeats(spec)
-        yield _stage(f"scores, {way.method}", cost, tokens)
+        yield replace(_of_groups(name, self.rehearsal.attribution(settings, asked.sites, groups), groups), scoring=True)
+
+    def _budget(self) -> int:
+        return token_budget(self.recipe.attribution.batch_tokens, self.rehearsal.hardware.kind)
+
+    def _forward(self, name: str, encoded: Sequence[Encoded]) -> Stage:
+        """Activations looked at, and nothing else."""
+        groups = grouped(encoded, FORWARD_TOKENS)
+        return _of_groups(name, self.rehearsal.attribution(Settings("activation", "neuron", "predicted", "abs", "mean"), ("mlp.up",), groups), groups)
+
+    def _search(self) -> Iterator[Stage]:
+        """Each circuit that a search may look at, on its validation samples."""
+        if self.recipe.selection.tune:
+            for name, settings in (*steps.budget(self.recipe).items(), steps.aim(self.recipe)):
+                for stage in self._metric(name, settings):
+                    yield replace(stage * (self.evaluations.trials - (name == "kl")), name=f"search, {name}")
 
     def _evaluation(self) -> Iterator[Stage]:
-        times = self.variants()
+        many = len(self.evaluations.names) + self.evaluations.alone
         for name, settings in self.recipe.metrics().items():
             for stage in self._metric(name, settings):
-                yield stage * times
-                yield from self._searched(name, stage)
+                yield stage * (many - isinstance(settings, KLSettings))  # of the original from itself it is known
+
+    def _cards(self) -> Iterator[Stage]:
+        if steps.has_cards(self.recipe):
+            yield self._forward("cards", self.sets["undesired"].joined(self.context))
 
     def _metric(self, name: str, settings: Any) -> Iterator[Stage]:
         """One metric on one variant."""
@@ -194,8 +179,7 @@ class Stages:
             yield self._windows(name, settings)
         elif isinstance(settings, IOISettings):
             group = of_samples(settings, self.tokenizer).encoded("contrast", self.context)
-            tokens = sum(len(part) * len(part[0].ids) for part in (group[i : i + ioi.ROWS] for i in range(0, len(group), ioi.ROWS)))
-            yield _stage(name, self.rehearsal.contrasts(group[: ioi.ROWS]), tokens)
+            yield _of_groups(name, self.rehearsal.contrasts(group[: ioi.ROWS]), [group[i : i + ioi.ROWS] for i in range(0, len(group), ioi.ROWS)])
         elif isinstance(settings, PromptSettings):
             found = of_samples(settings, self.tokenizer)
             many = len(found.pairs) * getattr(settings, "generations", 1)
@@ -207,48 +191,46 @@ class Stages:
             many, length = len(found.pairs) * getattr(read, "generations", 1), found.longest + read.max_new_tokens
             yield _stage(name, self.rehearsal.windows("perplexity", length, many), many * length)
         elif isinstance(settings, HarnessSettings):
-            self.notes.append("the harness's tasks are not counted")
+            yield self._questions(name, settings)
 
-    def _candidates(self) -> int:
-        """How many circuits the search may find, for one target and kind of neuron score, in any one number of rounds."""
-        tune = self.recipe.selection.tune
-        assert tune
-        plain = "plain" in tune.contrasts or not tune.contrasts
-        matched = "matched" in self.recipe.references and ("matched" in tune.contrasts or not tune.contrasts)
-        contrasts = (plain + matched * len(tune.penalties)) * len(tune.normalize)
-        return contrasts * len(set(tune.counts) or (1,)) * len(set(tune.strengths))
-
-    def _searched(self, name: str, stage: Stage) -> Iterator[Stage]:
-        """The same metric on the search's validation samples, of as many candidates as it may look at."""
-        tune = self.recipe.selection.tune
-        if not tune or name not in ("perplexity", "toxicity", "repetition", *(("kl",) if tune.max_kl is not None else ())):
-            return
-        circuits = len([way for way in self.ways() if way.method == self.recipe.attribution.method]) * self._candidates()
-        settings = self.recipe.metrics()[name]
-        asked, here = (tune.texts if isinstance(settings, PerplexitySettings) else tune.prompts), getattr(settings, "count", None)
-        yield replace(stage * (circuits * len(set(tune.rounds)) * (asked / here if asked and here else 1.0)), name=f"search, {name}")
+    def _questions(self, name: str, settings: HarnessSettings) -> Stage:
+        self._note("the harness's tasks taken to have the sizes of plan.lengths.TASKS, and every answer to be read anew")
+        groups = _rows(of_tasks(settings).encoded("predicted", self.context), settings.batch_size)
+        return _of_groups(name, self.rehearsal.every_logit(groups[0]), groups)
 
     def _windows(self, name: str, settings: PerplexitySettings) -> Stage:
         whole, assumed = of_text(settings, self.tokenizer)
         if assumed:
-            self.notes.append(f"{name}'s text taken to have {whole:,} tokens")
-        if settings.protocol == "blocks":
-            length = min(settings.seq_len, self.context, whole)
-            many = max(1, whole // length)
-        else:
-            length = min(settings.max_length, self.context, whole)
-            stride = max(1, settings.stride * length // settings.max_length)
-            many = 1 + math.ceil((whole - length) / stride)
-        return _stage(name, self.rehearsal.windows(name, length, many), many * length)
+            self._note(f"{name}'s text taken to have {whole:,} tokens")
+        lengths = [len(ids) for ids, _ in perplexity.cut(range(whole), settings, self.context)]
+        cost = self.rehearsal.windows("kl" if isinstance(settings, KLSettings) else "perplexity", max(lengths), len(lengths))
+        return _stage(name, cost, sum(lengths))
 
     def _generated(self, name: str, many: int, prompt: int, new: int, temperature: float) -> Stage:
         cost = self.rehearsal.generation(many, prompt, new, temperature)
         return _stage(name, cost, many * (prompt + new))
 
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
-def _stage(name: str, cost: Cost, tokens: int) -> Stage:
+
+def _rows(encoded: Sequence[Encoded], rows: int) -> list[Sequence[Encoded]]:
+    return [encoded[start : start + rows] for start in range(0, len(encoded), rows)]
+
+
+def _of_groups(name: str, cost: Cost, groups: Iterable[Sequence[Encoded]]) -> Stage:
+    """Batches, the longest sample of each first."""
+    tokens = padded = 0
+    for group in groups:
+        tokens += sum(len(one.ids) for one in group)
+        padded += len(group) * max(len(one.ids) for one in group)
+    return _stage(name, cost, tokens, padded)
+
+
+def _stage(name: str, cost: Cost, tokens: int, padded: int | None = None) -> Stage:
     """The whole of a piece of work, of which one batch was rehearsed."""
-    share = tokens / cost.tokens
+    share = (padded or tokens) / cost.tokens
     return Stage(name, cost.live, tokens, cost.operations * share, cost.seconds * share)
 
 
