@@ -200,7 +200,7 @@ def memory_of(what: str, layers: int) -> float:
 
     model = build(layers)
     forward(model, samples([8]))  # what the first call of any kind sets up is not the method's
-    ids = LONG * 2 if "eight" in what else LONG[:1]
+    ids = LONG * 2 if "eight samples" in what else LONG[:1]
     with Peak() as peak:
         if what.startswith("backward"):
             full_backward(model, ids)
@@ -212,16 +212,16 @@ def memory_of(what: str, layers: int) -> float:
 def memory_rows(layers: int, repeats: int) -> list[Row]:
     """Each figure from a process of its own."""
     rows: list[Row] = []
-    found: dict[str, list[float]] = {what: [] for what in ("backward", "backward, eight", *MEMORY)}
+    found: dict[str, list[float]] = {what: [] for what in ("backward", "backward, eight samples", *MEMORY)}
     for _ in range(repeats):
         for what, values in found.items():
             command = [sys.executable, __file__, "--only", what, "--layers", str(layers)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             values.append(float(done.stdout.split()[-1]))
     for what, (_, goal) in MEMORY.items():
-        one = "" if "eight" in what else "one 512-token sample, "
+        one = "" if "eight samples" in what else "one 512-token sample, "
         title = f"peak memory above the loaded model, {one}{what}, against forward + full backward{' of them' * (not one)}"
-        made = row(title, found[what], found["backward" if one else "backward, eight"], goal)
+        made = row(title, found[what], found["backward" if one else "backward, eight samples"], goal)
         rows.append(made if goal else replace(made, goal="", reached=None))
     return [replace(r, note=r.note.replace(" s", " MB")) for r in rows]
 

@@ -58,6 +58,7 @@ def _relevance(
                 y = target_of(model, batch)
                 if y.requires_grad:  # not where CP-LRP holds constant all that the sites compute
                     y.backward()
+                del y  # and with it what its graph holds
             sums.add(batch, gathered)
             yield batch
 
