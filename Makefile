@@ -35,7 +35,7 @@ audit: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	# torch first and by its exact version: a range would let pip take a build with CUDA's gigabytes.
+	# torch first and by its exact version: a range would let pip take a newer one, with CUDA's gigabytes where an index offers both.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch .venv/ready

@@ -4,7 +4,8 @@
 
 MODEL is a folder or hub id, STORIES a text file with <|endoftext|> between stories, TEXT any text file. The recipe is demo-compress with
 another model: calibrated on the first 128 stories, measured on the other stories and on the first 100,000 characters of TEXT. Every
-row is counted; a run whose rows are not at their sparsity fails.
+row is counted; a run whose rows are not at their sparsity fails. Then, how much the norms of inputs differ within a row, in this model and in the
+embedded one: only as far as they do can Wanda rank otherwise than magnitude.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sparc3 import Results, load_recipe, run
+from sparc3 import ReferenceSet, Results, attribute, load_model, load_recipe, run
+from sparc3.models import ROLES, sites_of
+from sparc3.sources import Request, gather
 
 CALIBRATION = 128
 CHARACTERS = 100_000
@@ -32,6 +35,16 @@ def recipe(model: str, calibration: Path, text: Path, fractions: list[float]) ->
 
 def perplexities(results: Results) -> dict[str, tuple[float, tuple[float, float] | None]]:
     return {m.variant: (m.value or 0.0, m.ci95) for m in results if m.metric == "perplexity"}
+
+
+def spreads(name: str, samples: ReferenceSet) -> dict[str, float]:
+    """Role → the standard deviation of ‖a_j‖₂ over the inputs j of a row, over their mean; mean of the layers."""
+    model, tokenizer = load_model(name, dtype="float32", device="cpu")
+    scores, found = attribute(model, samples, tokenizer=tokenizer, method="wanda", unit="weight", sites=ROLES, truncate=True), {}
+    for role in ROLES:
+        norms = [scores[site.name].sum(0) / site.weight.detach().abs().sum(0) for site in sites_of(model, [role])]
+        found[role] = sum(float(one.std() / one.mean()) for one in norms) / len(norms)
+    return found
 
 
 def main() -> None:
@@ -58,6 +71,9 @@ def main() -> None:
     for variant in rows["stories"]:
         told = (f"{value:9.2f} [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else f"{value:9.2f}" for value, ci in (rows[name][variant] for name in texts))
         print(f"{variant:30} " + " ".join(f"{one:>26}" for one in told))
+    print(f"\nnorms of inputs, deviation over mean{'':20} " + " ".join(f"{role:>9}" for role in ROLES))
+    for name, samples in ((args.model, ReferenceSet.of(stories[:CALIBRATION])), ("demo", gather(Request("demo-general", CALIBRATION)))):
+        print(f"{name[-55:]:55} " + " ".join(f"{value:9.2f}" for value in spreads(name, samples).values()))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,9 @@ def activations(width: int = 512, tokens: int = 600) -> None:
           f"{2 * SHAPE['hidden_size'] * TOKENS / 2**20:.0f} MiB; all layers {layer * 32 / GIB:.1f} GiB")  # fmt: skip
     print(f"out and in again at {PCIE / 1e9:.0f} GB/s: {1e3 * moved:.1f} ms; computed again, {work / 1e12:.2f} TFLOP: "
           f"{work / 100e9:.1f} ms at 100 TFLOP/s, {work / 400e9:.1f} ms at 400; the same at {work / moved / 1e12:.0f} TFLOP/s")  # fmt: skip
+    inputs = 2 * SHAPE["hidden_size"]
+    print(f"the inputs alone, out and in again: {2e3 * inputs * TOKENS / PCIE:.1f} ms a layer; of all layers for 65,536 tokens "
+          f"{inputs * 65536 * SHAPE['num_hidden_layers'] / GIB:.0f} GiB")  # fmt: skip
 
 
 if __name__ == "__main__":

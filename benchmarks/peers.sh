@@ -6,7 +6,7 @@ python="${PYTHON:-python3}"
 
 environment() {
     "$python" -m venv "$folder/$1"
-    # torch first and by its exact version: a range would let pip take a build with CUDA's gigabytes.
+    # torch first and by its exact version: a range would let pip take a newer one, with CUDA's gigabytes where an index offers both.
     "$folder/$1/bin/pip" install --quiet torch==2.13.0
 }
 

@@ -29,7 +29,7 @@ found+=("wheel $(stat -c %s "$wheel") bytes, sdist $(stat -c %s "$sdist") bytes,
 
 "$python" -m venv "$work/empty"
 pip=("$work/empty/bin/pip" --disable-pip-version-check --quiet)
-# torch first and by its exact version: a range would let pip take a build with CUDA's gigabytes.
+# torch first and by its exact version: a range would let pip take a newer one, with CUDA's gigabytes where an index offers both.
 "${pip[@]}" install --constraint "$repo/constraints.txt" torch==2.13.0
 cd "$work/elsewhere"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"

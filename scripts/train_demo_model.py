@@ -1,6 +1,7 @@
 """Train the embedded demo model: tokenizer and Llama, from the generator's text alone. Seeded; about ten minutes on 2 cores.
 
     python scripts/train_demo_model.py [--out src/sparc3/demo/sparc3-demo]
+    python scripts/train_demo_model.py --layers 8 --width 96 --mlp 256 --row 512 --out DIR     another one, of docs/reproducing.md
 """
 
 import argparse
@@ -15,8 +16,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparc3.demo.text import texts
-
-ROW = 160  # tokens a training row
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -36,7 +35,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def single_rows(tokenizer: PreTrainedTokenizerFast, batch: int) -> Iterator[torch.Tensor]:
+def single_rows(tokenizer: PreTrainedTokenizerFast, batch: int, length: int) -> Iterator[torch.Tensor]:
     """Batches of one document a row, every other one about an indirect object; padded on the right.
 
     Copying the right name is learned far sooner when no other document's names are in sight.
@@ -44,19 +43,19 @@ def single_rows(tokenizer: PreTrainedTokenizerFast, batch: int) -> Iterator[torc
     documents, gifts = texts("mixture", "train", seed=1), texts("ioi", "train", seed=1)
     while True:
         batch_texts = [next(source).text + "\n\n" for source in itertools.islice(itertools.cycle((documents, gifts)), batch)]
-        yield tokenizer(batch_texts, return_tensors="pt", padding=True, truncation=True, max_length=ROW)["input_ids"]
+        yield tokenizer(batch_texts, return_tensors="pt", padding=True, truncation=True, max_length=length)["input_ids"]
 
 
-def make_rows(tokenizer: PreTrainedTokenizerFast, tokens: int) -> torch.Tensor:
-    """Rows of ROW tokens: the start mark, then whole documents joined by a blank line, the last one cut."""
+def make_rows(tokenizer: PreTrainedTokenizerFast, many: int, length: int) -> torch.Tensor:
+    """`many` rows of so many tokens: the start mark, then whole documents joined by a blank line, the last one cut."""
     rows: list[list[int]] = []
     row: list[int] = []
     for document in texts("mixture", "train"):
         row += tokenizer(document.text + "\n\n", add_special_tokens=False)["input_ids"]
-        if len(row) >= ROW - 1:
-            rows.append([tokenizer.bos_token_id, *row[: ROW - 1]])
+        if len(row) >= length - 1:
+            rows.append([tokenizer.bos_token_id, *row[: length - 1]])
             row = []
-            if len(rows) * ROW >= tokens:
+            if len(rows) == many:
                 return torch.tensor(rows)
     raise AssertionError("the generator does not end")
 
@@ -76,7 +75,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("src/sparc3/demo/sparc3-demo"))
     parser.add_argument("--steps", type=int, default=1400, help="steps on rows of one and of many documents in turn")
     parser.add_argument("--warm", type=int, default=300, help="steps before, on rows of one document")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="rows of many documents in a step, where they have 160 tokens; longer ones are fewer")
+    parser.add_argument("--row", type=int, default=160, help="tokens of a training row")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--mlp", type=int, default=512, help="neurons of a layer")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--sparsity", type=float, default=0.02, help="weight of the mean |MLP activation| in the loss")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,12 +89,13 @@ def main() -> None:
     documents = [d.text for d in itertools.islice(texts("mixture", "train"), 20_000)]
     tokenizer = train_tokenizer(documents, vocab_size=896)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.mlp, num_hidden_layers=args.layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    rows = make_rows(tokenizer, tokens=(args.steps // 2 + 1) * args.batch * ROW)
+    batch_rows = args.batch * 160 // args.row
+    rows = make_rows(tokenizer, (args.steps // 2 + 1) * batch_rows, args.row)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, {rows.numel():,} tokens")
 
     activity: list[torch.Tensor] = []
@@ -108,12 +112,12 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(s / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
     )
-    singles = single_rows(tokenizer, 2 * args.batch)
+    singles = single_rows(tokenizer, 2 * args.batch, args.row)
     began = time.time()
     for step in range(steps):
         # From then on both kinds of rows take turns: single documents are what prompts look like, packed ones what perplexity sees.
-        packed = (step - args.warm) // 2 * args.batch
-        batch = next(singles) if step < args.warm or step % 2 else rows[packed : packed + args.batch]
+        packed = (step - args.warm) // 2 * batch_rows
+        batch = next(singles) if step < args.warm or step % 2 else rows[packed : packed + batch_rows]
         loss = model(input_ids=batch, labels=batch.masked_fill(batch == tokenizer.pad_token_id, -100)).loss
         total = loss + args.sparsity * torch.stack(activity).mean() if activity else loss
         activity.clear()

@@ -83,7 +83,7 @@ def on_device(plain: Any) -> Any:
 
 ASKED: list[dict[str, Any]] = [
     {"neuron": "signed"}, {"neuron": "abs"}, {"unit": "head"}, {"unit": "weight"}, {"unit": "weight", "sums_device": "gpu:0"}, {"method": "cp-lrp"},
-    {"method": "gradient"}, {"method": "wanda"}, {"method": "activation"},
+    {"gradient_checkpointing": "offload"}, {"method": "gradient"}, {"method": "wanda"}, {"method": "activation"},
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -402,7 +402,7 @@ def test_a_harness_that_cannot_measure_says_so_at_once(fake_harness: dict[str, A
 def test_a_harness_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch, mistake: Any, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     said = mistake("evaluate", "demo", "--metrics", "harness", "--out", tmp_path / "r.json")
-    assert "pip install 'sparc3[harness]'" in said
+    assert "pip install 'lm-eval[hf]'" in said
 
 
 def test_a_task_without_accuracy_is_named() -> None:

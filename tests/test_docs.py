@@ -1,5 +1,6 @@
 """The documentation: its blocks run as they stand, its links lead somewhere, and it names what is there."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -67,6 +68,29 @@ def test_the_commands_of_the_quick_start_run(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "without-insults" / "model.safetensors").is_file()
 
 
+def test_the_recipe_of_yours_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparc3: Callable[..., tuple[int, str, str]]) -> None:
+    """On files such as it names, and few of them."""
+    from itertools import islice
+
+    from sparc3.demo.text import INSULTS, texts
+
+    monkeypatch.chdir(tmp_path)
+    ((recipe, _),) = blocks(ROOT / "docs" / "quickstart.md", "yaml")
+    Path("recipe.yaml").write_text(recipe.replace("./my-checkpoint", "demo"))
+    for name, split in (("my-general.txt", "train"), ("my-held-out.txt", "test")):
+        Path(name).write_text("".join(text.text + "\n" for text in islice(texts("general", split), 40)))
+    bad, prompts = (islice(texts("angry", split), 6) for split in ("train", "test"))
+    Path("my-bad-completions.jsonl").write_text("".join(json.dumps({"text": one.prompt, "completion": one.completion}) + "\n" for one in bad))
+    Path("my-prompts.jsonl").write_text("".join(json.dumps({"text": one.prompt}) + "\n" for one in prompts))
+    Path("my-words.txt").write_text("\n".join(INSULTS))
+    few = ["references.general.count=3", "references.undesired.count=5", "evaluation.toxicity.count=3", "selection.count=8", "compare.counts=[8]"]
+    few += ["references.general.seq_len=64", "evaluation.toxicity.generations=1", "compare.random_draws=1", "model.device=cpu", "cards.alone=0"]
+    code, out, err = sparc3("run", "recipe.yaml", *(part for one in few for part in ("--set", one)))
+    assert code == 0, err
+    assert "toxicity.rate" in out
+    assert Path("runs/my-model/report.html").is_file()
+
+
 def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path) -> None:
     from sparc3.recipe import load_recipe
 
@@ -110,8 +134,6 @@ def test_every_page_is_in_the_navigation_and_asks_for_nothing_from_outside() -> 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
 def test_the_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Its cells are plain Python, so that no notebook server is needed here."""
-    import json
-
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "notebook"}
     for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):

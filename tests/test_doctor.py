@@ -40,7 +40,7 @@ def test_without_a_model_it_tells_what_is_here(sparc3: Call) -> None:
     said = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert (code, err) == (0, "")
     assert said["torch"] == torch.__version__
-    assert {"Python", "transformers", "CUDA", "hub", "detoxify"} <= set(said)
+    assert {"Python", "transformers", "CUDA", "hub", "accelerate"} <= set(said)
 
 
 def test_the_demo_passes(sparc3: Call) -> None:

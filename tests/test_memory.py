@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import Words, samples, tiny
+from torch.multiprocessing.reductions import StorageWeakRef
 from unchanged import fingerprint, require_same
 
 from sparc3 import Sparc3Error
-from sparc3.attribution import attribute, relevance
+from sparc3.attribution import attribute, engine, relevance, watching
 from sparc3.evaluation import generation, perplexity
 from sparc3.models import ROLES, family_of
 
@@ -49,10 +50,11 @@ def test_computing_layers_twice_gives_the_same_scores(name: str, ask: dict[str, 
     model.train()
     before = fingerprint(model)
     sites = tuple(role for role in ROLES if role in family_of(model).roles)
-    once, twice = (attribute(model, ids, **{"sites": sites, **ask}, gradient_checkpointing=how) for how in (False, True))
+    once, *twice = (attribute(model, ids, **{"sites": sites, **ask}, gradient_checkpointing=how) for how in (False, True, "offload"))
     require_same(fingerprint(model), before)
     for site in once:
-        assert (once[site] - twice[site]).abs().max() <= 1e-6 * once[site].abs().max()
+        for found in twice:
+            assert (once[site] - found[site]).abs().max() <= 1e-6 * once[site].abs().max()
 
 
 def kept_for_the_backward_pass(model: Any, ids: list[list[int]], **options: Any) -> int:
@@ -75,6 +77,62 @@ def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
     model, ids = tiny("llama"), samples(4)
     once, twice = (kept_for_the_backward_pass(model, ids, target="next", gradient_checkpointing=how) for how in (False, True))
     assert twice < once / 3
+
+
+@pytest.mark.parametrize("ask", [{"neuron": "abs"}, {"unit": "weight"}])
+def test_the_inputs_of_layers_wait_elsewhere_and_nothing_holds_them_here(ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere is a copy here, since a CPU has no other place; what counts is that after the forward pass the original is gone."""
+    model, ids, here, target_of = tiny("llama"), samples(4), list[StorageWeakRef](), relevance.target_of
+
+    class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(self.away, torch.clone)
+
+        def away(self, tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.numel():  # torch's checkpoint saves an empty one beside what it was given
+                here.append(StorageWeakRef(tensor.untyped_storage()))
+            return tensor.clone()
+
+    def target(*given: Any) -> torch.Tensor:
+        y = target_of(*given)
+        assert len(here) == len(model.model.layers)
+        assert all(one.expired() for one in here)
+        here.clear()
+        return y
+
+    expected = attribute(model, ids, gradient_checkpointing=False, **ask)
+    monkeypatch.setattr(watching, "save_on_cpu", Elsewhere)
+    monkeypatch.setattr(relevance, "target_of", target)
+    found = attribute(model, ids, gradient_checkpointing="offload", **ask)
+    for site in expected:
+        assert (expected[site] - found[site]).abs().max() <= 1e-6 * expected[site].abs().max()
+
+
+def test_beside_a_gpu_the_last_thing_to_try_is_offloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, tries, target_of = tiny("llama"), samples(4), list[Any](), relevance.target_of
+    checkpointed = relevance.checkpointed
+
+    def noted(model: Any, *, offload: bool) -> Any:
+        tries.append("offload" if offload else True)
+        return checkpointed(model, offload=offload)
+
+    def short_of_memory(model: Any, batch: Any) -> torch.Tensor:
+        if not tries or tries[-1] is True:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return target_of(model, batch)
+
+    monkeypatch.setattr(relevance, "checkpointed", noted)
+    monkeypatch.setattr(relevance, "target_of", short_of_memory)
+    with pytest.raises(Sparc3Error, match="alone does not fit into memory"):
+        attribute(model, ids)
+    assert tries == [True]
+    tries.clear()
+    monkeypatch.setattr(engine, "_elsewhere", lambda model: True)
+    assert len(attribute(model, ids)) == 2
+    assert tries == [True, "offload"]
+    tries.clear()
+    assert len(attribute(model, ids)) == 2
+    assert tries == ["offload"]
 
 
 def test_a_sample_that_does_not_fit_is_computed_twice_and_later_calls_begin_so(monkeypatch: pytest.MonkeyPatch) -> None:

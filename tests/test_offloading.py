@@ -243,7 +243,7 @@ def test_no_two_devices_meet(name: str, away: str) -> None:
     done = subprocess.run([sys.executable, script, name, away], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 13
+    assert len(lines) == 14
     assert all(line.endswith("gpu:0") for line in lines if line != "{'unit': 'weight'} total cpu")
 
 

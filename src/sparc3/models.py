@@ -200,7 +200,7 @@ def _require_mappable() -> None:
     from .distributed import world
 
     if find_spec("accelerate") is None:
-        raise UserError("device map needs accelerate; pip install 'sparc3[map]'")
+        raise UserError("device map needs accelerate; pip install accelerate")
     if world() > 1:
         raise UserError("device map spreads one model over all GPUs, and each of several processes would; use one process, or device auto")
 

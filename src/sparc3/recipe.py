@@ -80,7 +80,7 @@ class Attribution(Strict):
     non_finite: Literal["error", "skip"] = "error"
     sums_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     sums_device: str = "cpu"
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: bool | Literal["auto", "offload"] = "auto"
 
     @field_validator("method", "target", "sites")
     @classmethod

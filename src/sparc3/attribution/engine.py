@@ -76,8 +76,9 @@ def attribute(
         non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
             weights streams into its sums, so for it there is no skip.
         gradient_checkpointing: True: decoder layers keep their inputs alone and are computed again in the backward pass, which is less memory
-            for about a third more time. "auto": from the moment when a single sample does not fit into memory, and of a model with weights on the CPU
-            always: what the backward pass needs of them is kept otherwise.
+            for about a third more time. "offload": and these inputs wait on the CPU, which is for samples of very many tokens on a GPU; on a
+            CPU it is the same as True. "auto": either from the moment when a single sample does not fit into memory without it, and True of a
+            model with weights on the CPU always: what the backward pass needs of them is kept otherwise.
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
             memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
@@ -150,7 +151,7 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
 def _require_known(settings: Settings) -> None:
     for kind, known in (
         ("unit", UNITS), ("neuron", ("abs", "signed")), ("reduce", REDUCTIONS), ("non_finite", ("error", "skip")), ("sums_dtype", SUMS),
-        ("gradient_checkpointing", (True, False, "auto")),
+        ("gradient_checkpointing", (True, False, "auto", "offload")),
     ):
         if (value := getattr(settings, kind)) not in known:
             raise unknown(kind, value, map(str, known))
@@ -238,10 +239,10 @@ def _add_all(
 
     assert method.run
     waiting, settings = list(reversed(batches)), sums.settings
-    longest = max((length for batch in batches for length in batch.lengths), default=0)
-    tight = is_offloaded(model) or longest > room(model, _kind(settings, alone=True), longest)
-    if settings.gradient_checkpointing == "auto" and tight:
-        settings = replace(settings, gradient_checkpointing=True)
+    automatic = settings.gradient_checkpointing == "auto" and method.targeted
+    if automatic:
+        longest = max((length for batch in batches for length in batch.lengths), default=0)
+        settings = replace(settings, gradient_checkpointing=_saving_memory(model, settings, longest))
     with tqdm(total=sum(len(b.samples) for b in batches), desc=method.name, unit="sample", disable=not progress or not distributed.is_main()) as bar:
         while waiting:
             try:
@@ -257,19 +258,46 @@ def _add_all(
                     large = waiting[-1].ids.numel()
                     remember(model, _kind(settings), large // 2)
                     waiting = [half for batch in waiting for half in (reversed(batch.halves()) if _at_least(batch, large) else [batch])]
-                elif settings.gradient_checkpointing == "auto" and method.targeted:
-                    settings = replace(settings, gradient_checkpointing=True)
-                    remember(model, _kind(settings, alone=True), waiting[-1].lengths[0] - 1)
-                    log.info("a sample of %d tokens does not fit into memory; from here on layers are computed twice", waiting[-1].lengths[0])
+                elif automatic and (more := _saving_more(model, settings)):
+                    length = waiting[-1].lengths[0]
+                    remember(model, _alone(settings), length - 1)
+                    settings = replace(settings, gradient_checkpointing=more)
+                    log.info("a sample of %d tokens does not fit into memory; from here on layers are computed twice%s", length,
+                             ", and their inputs wait on the CPU" if more == "offload" else "")  # fmt: skip
                 else:
                     raise too_large(f"sample {waiting[-1].samples[0].index}, {waiting[-1].lengths[0]} tokens,", error) from error
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
-def _kind(settings: Settings, *, alone: bool = False) -> str:
+def _kind(settings: Settings) -> str:
     """The kind of work for which it is remembered how many tokens fit into memory at once."""
-    return f"{settings.method} {settings.unit} {settings.neuron}{', one sample' if alone else ''}"
+    return f"{settings.method} {settings.unit} {settings.neuron}"
+
+
+def _alone(settings: Settings) -> str:
+    """The kind of work for which it is remembered how many tokens of one sample fit."""
+    return f"{_kind(settings)}, one sample, {settings.gradient_checkpointing}"
+
+
+def _saving_more(model: "PreTrainedModel", settings: Settings) -> bool | str:
+    """What to set `gradient_checkpointing` to when one sample alone does not fit; False where nothing is left to try."""
+    if not settings.gradient_checkpointing:
+        return True
+    return "offload" if settings.gradient_checkpointing is True and _elsewhere(model) else False
+
+
+def _elsewhere(model: "PreTrainedModel") -> bool:
+    """Whether the CPU's memory is another one than the model's."""
+    return device_of(model).type != "cpu"
+
+
+def _saving_memory(model: "PreTrainedModel", settings: Settings, longest: int) -> bool | str:
+    """The least of `gradient_checkpointing` by which a sample of so many tokens is not known to be too long."""
+    how: bool | str = is_offloaded(model)
+    while longest > room(model, _alone(tried := replace(settings, gradient_checkpointing=how)), longest) and (more := _saving_more(model, tried)):
+        how = more
+    return how
 
 
 def _at_least(batch: Batch, tokens: int) -> bool:

@@ -27,8 +27,8 @@ from .weights import weight_hook
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 256
-"""Rows of W ⊙ G handled at once, so that the piece stays in cache."""
+ROWS = 1536
+"""Rows of W ⊙ G handled at once: some megabytes. With few rows, products of short samples run at a third of the speed."""
 
 
 def lrp(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
@@ -50,7 +50,8 @@ def _relevance(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums, rules: AbstractContextManager[None]
 ) -> Iterator[Batch]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
-    again = checkpointed(model) if settings.gradient_checkpointing is True else nullcontext()
+    how = settings.gradient_checkpointing
+    again = checkpointed(model, offload=how == "offload") if how in (True, "offload") else nullcontext()
     with frozen(model), rules, again, few_holes(layers_of(model)) if device_of(model).type == "cpu" else nullcontext():
         for batch in batches:
             gathered: dict[str, Tensor] = {}
@@ -142,8 +143,8 @@ def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         for sample, (g, x) in enumerate(pairs):  # all samples while these rows of W are in cache
-            piece = (g[:, rows].T @ x).mul_(weight[rows])
-            sums[sample, rows] = torch.linalg.vector_norm(piece, 1, dim=1, dtype=sums.dtype)
+            piece = (g[:, rows].T @ x).mul_(weight[rows]).abs_()  # a norm in one call takes several times as long on a CPU
+            sums[sample, rows] = piece.sum(1, dtype=sums.dtype)
     return sums
 
 

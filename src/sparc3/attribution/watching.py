@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..offloading import is_offloaded
@@ -45,18 +46,27 @@ def watched(x: Tensor, kept: Tensor, arrived: Arrived, *, copied: bool = False) 
 
 
 @contextmanager
-def checkpointed(model: "PreTrainedModel", within: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
+def checkpointed(
+    model: "PreTrainedModel", within: Callable[[], AbstractContextManager[object]] = nullcontext, *, offload: bool = False
+) -> Iterator[None]:
     """Inside, a decoder layer keeps its input alone, and is computed again when the backward pass comes to it.
 
     transformers' own gradient checkpointing is for training: it needs train mode, in which dropout is on.
 
     Args:
         within: makes the context that a layer is computed in again.
+        offload: keep the inputs on the CPU, pinned beside a GPU, and bring each back when its layer is computed again.
     """
     with ExitStack() as stack:
         # Where torch stops in the middle of a layer, accelerate's hook does not get to take the weights back.
         stack.enter_context(set_checkpoint_early_stop(not is_offloaded(model)))
         for layer in layers_of(model):
             again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), within()))
-            stack.enter_context(shadowed(layer, "forward", again))
+            stack.enter_context(shadowed(layer, "forward", partial(_away, again) if offload else again))
         yield
+
+
+def _away(again: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A checkpointed layer, whose input, all that it keeps, is kept on the CPU."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return again(*args, **kwargs)

@@ -22,7 +22,7 @@ def add_to(add: Add) -> None:
     evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
     model_arguments(evaluate)
     evaluate.add_argument("--circuit", help="circuit.json, or USER/REPO on the hub: measure the model without it too")
-    evaluate.add_argument("--metrics", required=True, help="comma-separated: perplexity, toxicity, repetition, ioi, sparsity, harness")
+    evaluate.add_argument("--metrics", required=True, help="comma-separated: perplexity, kl, toxicity, fluency, repetition, ioi, sparsity, harness")
     evaluate.add_argument("--set", action="append", default=[], metavar="METRIC.KEY=VALUE", help="such as perplexity.source=wiki.txt")
     evaluate.add_argument("--out", required=True, help="where the results go (results.json)")
     evaluate.add_argument("--force", action="store_true", help="apply a circuit that was made on other weights")

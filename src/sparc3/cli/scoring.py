@@ -11,7 +11,7 @@ from .console import Add, model_arguments, precision_arguments, quiet_transforme
 def add_to(add: Add) -> None:
     attribute = add("attribute", _attribute, "score the units of a model on samples")
     model_arguments(attribute)
-    attribute.add_argument("--samples", help="a JSONL or text file, or a source: c4, realtoxicityprompts, wikitext2, demo-…")
+    attribute.add_argument("--samples", help="a JSONL or text file, or a source: c4, realtoxicityprompts, wikitext2, ioi, demo-…")
     attribute.add_argument("--count", type=int, default=128, help="samples taken of a source (default: %(default)s)")
     attribute.add_argument("--seq-len", type=int, help="cut the samples of a source to exactly this many tokens")
     attribute.add_argument("--seed", type=int, default=0, help="which samples of a source (default: %(default)s)")
@@ -25,8 +25,8 @@ def add_to(add: Add) -> None:
     attribute.add_argument("--batch-tokens", default="auto", help="padded tokens in one forward pass (default: %(default)s)")
     attribute.add_argument("--truncate", action="store_true", help="cut samples longer than the model's context")
     attribute.add_argument("--skip-positions", type=int, default=0, metavar="N", help="leave the first N positions of each sample out of the sums")
-    attribute.add_argument("--gradient-checkpointing", default="auto", choices=("auto", "true", "false"),
-                           help="compute layers twice and keep less; auto: where a sample does not fit (default: %(default)s)")  # fmt: skip
+    attribute.add_argument("--gradient-checkpointing", default="auto", choices=("auto", "true", "false", "offload"),
+                           help="compute layers twice and keep less; offload: and what is kept on the CPU; auto: where a sample does not fit (default: %(default)s)")  # fmt: skip
     attribute.add_argument("--sums-dtype", default="float32", help="of the running sums of unit weight (default: %(default)s)")
     attribute.add_argument("--sums-device", default="cpu", help="where these sums are (default: %(default)s)")
     attribute.add_argument("--non-finite", default="error", help="error, or skip samples without a finite relevance (default: %(default)s)")
@@ -66,7 +66,7 @@ def _attribute(args: argparse.Namespace) -> None:
     scores = attribute(
         model, loaded or [], tokenizer=tokenizer, method=args.method, unit=args.unit, sites=tuple(args.sites.split(",")), target=args.target,
         neuron=args.neuron, reduce=args.reduce, batch_tokens=int(args.batch_tokens) if args.batch_tokens.isdigit() else args.batch_tokens,
-        gradient_checkpointing={"true": True, "false": False}.get(args.gradient_checkpointing, "auto"),
+        gradient_checkpointing={"true": True, "false": False}.get(args.gradient_checkpointing, args.gradient_checkpointing),
         truncate=args.truncate, skip_positions=args.skip_positions, non_finite=args.non_finite, sums_dtype=args.sums_dtype,
         sums_device=args.sums_device, progress=sys.stderr.isatty(), partial=args.out if shard else f"{args.out}.partial", shard=shard,
     )

@@ -10,7 +10,7 @@ from ..version import __version__
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "huggingface_hub", "numpy")
 
 EXTRAS = {
-    "detoxify": "scores toxicity; evaluation.toxicity.scorer takes any Hugging Face classifier too",
+    "accelerate": "spreads one model over GPUs and the CPU, --device map",
     "lm_eval": "runs the language model evaluation harness",
     "bitsandbytes": "loads 4-bit and 8-bit weights",
     "torchao": "loads weights that torchao quantised",

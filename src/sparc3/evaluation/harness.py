@@ -1,4 +1,4 @@
-"""Zero-shot accuracy by EleutherAI's lm-evaluation-harness, on the model in memory (an extra: sparc3[harness])."""
+"""Zero-shot accuracy by EleutherAI's lm-evaluation-harness, on the model in memory (the extra `harness`)."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ def _library() -> tuple[Any, Any, Any]:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"metric harness needs lm-evaluation-harness ({error}); pip install 'sparc3[harness]'") from None
+        raise UserError(f"metric harness needs lm-evaluation-harness ({error}); pip install 'lm-eval[hf]'") from None
     return simple_evaluate, TaskManager, HFLM
 
 

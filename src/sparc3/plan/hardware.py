@@ -17,6 +17,10 @@ RUNTIME = 0.7e9
 """Bytes that the process or the GPU holds before any tensor: Python with its libraries, or CUDA's context."""
 
 
+HOLES = 1.3
+"""How much more than the tensors that live a process holds on a CPU: C's malloc keeps pieces of what was freed between them (docs/planning.md)."""
+
+
 @dataclass(frozen=True)
 class Hardware:
     """One device.
@@ -39,6 +43,10 @@ class Hardware:
     def seconds(self, operations: float, touched: float, width: int) -> float:
         """Time of one operation: its arithmetic, its memory traffic or its launch, whichever is longest."""
         return max(operations / self.speed[min(width, 8)], touched / self.traffic, self.launch)
+
+    def holding(self, live: int) -> int:
+        """Bytes that tensors that come and go take up, of which `live` bytes live at once at most."""
+        return round(live * HOLES) if self.kind == "cpu" else live
 
 
 def _sheet(name: str, half: float, single: float, traffic: float, memory: float) -> Hardware:

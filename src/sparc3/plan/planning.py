@@ -31,7 +31,7 @@ class Plan:
         weights: bytes of the model.
         scores, disk: bytes of one file of scores, and of all that the run leaves.
         stages: the work, on one device.
-        peak: most bytes of tensors on a device at once, weights included.
+        peak: most bytes on a device at once, weights included.
         peak_at: the stage with the most.
         host: most bytes beside a GPU, in the process's own memory.
         memory: bytes that the device has.
@@ -152,7 +152,7 @@ def _memory(stages: Stages, done: list[Stage], weights: int, device: Hardware) -
     peaks = {}
     for stage in done:
         beside = (max(0, held - scores) if stage.scoring else held) if device.kind == "cpu" else 0
-        peaks[stage.name] = weights + stage.live + beside + (0 if stage.scoring and SEQUENTIAL not in stage.name else removed)
+        peaks[stage.name] = weights + device.holding(stage.live) + beside + (0 if stage.scoring and SEQUENTIAL not in stage.name else removed)
     worst = max(peaks, key=lambda name: peaks[name])
     return peaks[worst], worst, max(held, scores) if device.kind == "cuda" else 0
 
