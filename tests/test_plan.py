@@ -111,7 +111,9 @@ def test_memory_of_an_attribution_is_as_predicted(models: Callable[[str], Any], 
         assert len(scores) == len(sites)
 
     predicted = Rehearsal(Shaped(model.config, torch.float32), HERE).attribution(settings, roles, groups)
-    assert predicted.live == pytest.approx(allocated(work), rel=CLOSE)
+    measured = allocated(work)
+    print(f"{name}, {kind}: predicted {predicted.live / 1e6:.1f} MB, given out {measured / 1e6:.1f} MB")
+    assert predicted.live == pytest.approx(measured, rel=CLOSE)
     assert predicted.operations > 0
 
 

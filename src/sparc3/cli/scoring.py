@@ -26,7 +26,7 @@ def add_to(add: Add) -> None:
     attribute.add_argument("--truncate", action="store_true", help="cut samples longer than the model's context")
     attribute.add_argument("--skip-positions", type=int, default=0, metavar="N", help="leave the first N positions of each sample out of the sums")
     attribute.add_argument("--gradient-checkpointing", default="auto", choices=("auto", "true", "false", "offload"),
-                           help="compute layers twice and keep less; offload: and what is kept on the CPU; auto: where a sample does not fit (default: %(default)s)")  # fmt: skip
+                           help="compute layers twice to keep less; offload: on the CPU; auto: if it must be (default: %(default)s)")  # fmt: skip
     attribute.add_argument("--sums-dtype", default="float32", help="of the running sums of unit weight (default: %(default)s)")
     attribute.add_argument("--sums-device", default="cpu", help="where these sums are (default: %(default)s)")
     attribute.add_argument("--non-finite", default="error", help="error, or skip samples without a finite relevance (default: %(default)s)")
