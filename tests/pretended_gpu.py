@@ -21,7 +21,7 @@ from sparc3.attribution.sums import Settings, Sums
 from sparc3.batches import encode, make_batches
 from sparc3.circuit import Circuit
 from sparc3.models import ROLES, Site, family_of, sites_of
-from sparc3.offloading import device_of
+from sparc3.offloading import _on_cpu, device_of
 from sparc3.samples import ReferenceSet
 
 
@@ -95,6 +95,7 @@ if __name__ == "__main__":
     Site.quantised = property(lambda site: False)  # which the class of a tensor without content looks like
     warnings.simplefilter("ignore")
     with mode:
+        print("what a copy takes from the GPU is on the", *{str(value.device) for value in _on_cpu(model).values()}, flush=True)
         (batch,) = make_batches(encoded, 10**6, device_of(model))
         for ask in ASKED:
             every = [role for role in ROLES if role in family_of(model).roles]

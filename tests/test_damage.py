@@ -202,6 +202,25 @@ def test_the_fingerprint_tells_what_a_configuration_computes(tmp_path: Path, key
     assert (changed[0] != whole[0]) == told == (changed[2] != whole[2])
 
 
+def test_the_fingerprint_tells_kinds_of_rotary_positions_apart() -> None:
+    from types import SimpleNamespace
+
+    from sparc3.models import _figures
+
+    def figures(**rope: Any) -> dict[str, Any]:
+        config = SimpleNamespace(rope_parameters={"rope_theta": 1e4, **rope})
+        config.get_text_config = lambda: config
+        return _figures(config)
+
+    made = [
+        figures(), figures(rope_type="linear", factor=2.0), figures(rope_type="dynamic", factor=2.0), figures(rope_type="longrope", short_factor=[1.0, 2.0]),
+        figures(rope_type="longrope", short_factor=[1.0, 3.0]), figures(full_attention={"rope_type": "linear", "factor": 2.0}),
+    ]  # fmt: skip
+    assert all(one != other for place, one in enumerate(made) for other in made[:place])
+    assert figures(rope_type="default") == figures()
+    assert figures(type="linear", rope_type="linear") == figures(type="linear") == figures(rope_type="linear")
+
+
 def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     model, tokenizer = load_model("demo", dtype="float32", device="cpu")

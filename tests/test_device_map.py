@@ -10,6 +10,7 @@ from unchanged import fingerprint, require_same
 from sparc3 import UserError, ablated, attribute, load_model, select
 from sparc3.evaluation.perplexity import negative_log_likelihoods
 from sparc3.models import ROLES, family_of
+from sparc3.offloading import copied
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -46,6 +47,17 @@ def test_a_spread_model_is_ablated_and_evaluated_as_any_other() -> None:
             values.append(negative_log_likelihoods(each, windows, False))
     assert values[0] != pytest.approx(whole, rel=1e-3)
     assert values[1] == pytest.approx(values[0], rel=1e-12)
+
+
+def test_a_copy_of_a_spread_model_leaves_the_original_alone() -> None:
+    """accelerate shadows `to` with a function that moves the model it was made for, whoever has it."""
+    model, ids = spread(tiny("llama")), samples(3)
+    before = fingerprint(model)
+    twin = copied(model).to(torch.bfloat16)
+    assert twin is not model
+    assert twin.dtype == torch.bfloat16
+    require_same(fingerprint(model), before)
+    assert set(attribute(twin, ids)) == set(attribute(model, ids))
 
 
 def test_the_front_door_maps_a_model() -> None:

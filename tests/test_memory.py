@@ -12,6 +12,7 @@ from unchanged import fingerprint, require_same
 from sparc3 import Sparc3Error
 from sparc3.attribution import attribute, engine, relevance, watching
 from sparc3.evaluation import generation, perplexity
+from sparc3.memory import out_of_memory
 from sparc3.models import ROLES, family_of
 
 
@@ -158,6 +159,16 @@ def test_a_sample_that_does_not_fit_is_computed_twice_and_later_calls_begin_so(m
             assert (expected[site] - found[site]).abs().max() <= 1e-6 * expected[site].abs().max()
     with pytest.raises(Sparc3Error, match="alone does not fit into memory"):
         attribute(tiny("llama"), ids, gradient_checkpointing=False)
+
+
+@pytest.mark.parametrize(("error", "short"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True), (MemoryError(), True),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),  # of memory pinned for a GPU
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("out of memory"), False),
+])  # fmt: skip
+def test_what_counts_as_the_end_of_memory(error: Exception, short: bool) -> None:
+    assert out_of_memory(error) == short
 
 
 def test_generation_and_perplexity_remember_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tiny import samples, tiny
 from torch.utils import backend_registration
 
 from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, models, run, select
+from sparc3.ablation import touched
 from sparc3.attribution.ledger import ledger
 from sparc3.compression import prune_sequentially
 from sparc3.damping import Damping, damped
@@ -243,14 +244,20 @@ def test_no_two_devices_meet(name: str, away: str) -> None:
     done = subprocess.run([sys.executable, script, name, away], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 14
+    assert len(lines) == 15
+    assert lines.pop(0) == "what a copy takes from the GPU is on the cpu"
     assert all(line.endswith("gpu:0") for line in lines if line != "{'unit': 'weight'} total cpu")
 
 
 def test_weights_on_the_disk_are_refused_in_one_line(tmp_path: Path) -> None:
     circuit = select(attribute(tiny("llama"), samples(4)), count=5)
     model = accelerate.disk_offload(tiny("llama", dtype=torch.float32), tmp_path, execution_device="cpu")
-    for use in (lambda: attribute(model, samples(4)), lambda: ablated(model, circuit).__enter__(), lambda: ablate_(model, circuit)):
+    damping = Damping({site.name: torch.full((site.out,), 0.5) for site in sites_of(model, ["mlp.up"])})
+    uses: list[Callable[[], object]] = [
+        lambda: attribute(model, samples(4)), lambda: ablated(model, circuit).__enter__(), lambda: ablate_(model, circuit),
+        lambda: touched(model, circuit), lambda: damped(model, damping).__enter__(),
+    ]  # fmt: skip
+    for use in uses:
         with pytest.raises(UserError, match=r"^model\.embed_tokens\.weight of 'llama' is offloaded to the disk"):
             use()
 
@@ -261,6 +268,15 @@ def test_a_gpu_keeps_room_for_activations_and_the_cpu_takes_the_rest() -> None:
     assert room == {0: 12 * gib - RESERVE, 1: 0, "cpu": 18 * gib}
     with pytest.raises(UserError, match=r"'m' take 30 GiB, and the GPUs and the CPU together have room for 28 GiB"):
         gpu_room({0: 12 * gib, "cpu": 20 * gib}, 30 * gib, "m")
+    with pytest.raises(UserError, match=r"no GPU has more than the 2 GiB free"):
+        gpu_room({0: gib, 1: 2 * gib, "cpu": 20 * gib}, gib, "m")
+    assert gpu_room({"cpu": 20 * gib}, gib, "m") == {"cpu": 18 * gib}
+
+
+def test_the_room_on_a_cpu_is_that_of_its_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "available", lambda device: 2**20)
+    with pytest.raises(UserError, match=r"take .* GiB, and the GPUs and the CPU together have room for"):
+        load_model("demo", device="map")
 
 
 @pytest.fixture
@@ -282,7 +298,8 @@ def test_the_front_door_offloads_and_says_so(small_gpu: None, caplog: pytest.Log
         assert texts[0] == texts[1]
 
 
-def test_a_plan_for_a_map() -> None:
+def test_a_plan_for_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     one, two = (plan({**SMALL, "model": {**SMALL["model"], "device": device}}) for device in ("cpu", "map"))
     assert one.peak == two.peak
 

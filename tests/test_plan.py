@@ -16,17 +16,18 @@ import pytest
 import torch
 from configs import PARAMETERS, PUBLISHED
 
-from sparc3 import UserError
+from sparc3 import Scores, UserError, select
 from sparc3.attribution.methods import settings_for
 from sparc3.attribution.sums import Settings, Sums
 from sparc3.batches import Encoded, grouped, make_batch
 from sparc3.evaluation import divergence, generation, ioi, perplexity
+from sparc3.experiment import steps
 from sparc3.models import ROLES, load_config, sites_of
 from sparc3.plan import plan
 from sparc3.plan.hardware import SHEETS, Hardware
 from sparc3.plan.ledger import Shaped
 from sparc3.plan.rehearsal import Rehearsal
-from sparc3.recipe import bundled, load_recipe
+from sparc3.recipe import Selection, bundled, load_recipe
 
 HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
 CLOSE = 0.2
@@ -311,6 +312,33 @@ def test_experts_are_planned_with_even_routing(tmp_path: Path) -> None:
     # Each token's products: twice 2 of 8 experts' matrices more, in both layers.
     more = 2 * 2 * (3 * 64 * 128) * 2 * read[2].tokens
     assert read[4].operations - read[2].operations == pytest.approx(more, rel=0.01)
+
+
+@pytest.mark.parametrize("selection", [
+    {"count": 5, "scope": "site"}, {"fraction": 0.29, "scope": "site"}, {"fraction": 0.3}, {"count": 7}, {"count": 3, "scope": "row"}, {"scope": "2:4"},
+])  # fmt: skip
+@pytest.mark.parametrize("unit", ["neuron", "head", "weight"])
+def test_a_plan_knows_how_many_units_a_selection_takes(demo: tuple[Any, Any], selection: dict[str, Any], unit: str) -> None:
+    if unit != "weight" and selection.get("scope") in ("row", "2:4"):
+        return
+    sites = sites_of(demo[0], ["attn.o"] if unit == "head" else ["mlp.up"])
+    if unit == "head":
+        selection = {**selection, **({"count": 2} if "count" in selection else {})}
+    shape = {"weight": lambda site: (site.out, site.inp), "head": lambda site: (site.heads,), "neuron": lambda site: (site.out,)}[unit]
+    scores = Scores({site.name: torch.rand(*shape(site)) for site in sites}, {"unit": unit})
+    assert steps.selected(Selection(**selection), unit, sites) == len(select(scores, **selection))
+
+
+def test_sums_on_the_gpu_are_planned_there(tmp_path: Path) -> None:
+    config = config_file(tmp_path, "meta-llama/Llama-2-7b-hf")
+    here, there = (
+        plan(load_recipe("llama2-7b-compress", ["compress.methods=[lrp]", f"attribution.sums_device={device}"]), hardware="h100", config=config)
+        for device in ("cpu", "cuda")
+    )
+    assert there.peak_at == "scores, lrp"
+    assert there.peak > there.weights + 4 * there.units > here.peak
+    with pytest.raises(UserError, match="sums_device"):
+        load_recipe("llama2-7b-compress", ["attribution.sums_device=gpu"])
 
 
 def test_a_configuration_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:

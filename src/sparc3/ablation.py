@@ -51,6 +51,7 @@ def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
 
     More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an element of mlp.down.
     """
+    require_present(model)
     found: dict[str, Tensor] = {}
     parameters = dict(named_values(model))
     for tensor, index in _targets(model, circuit):

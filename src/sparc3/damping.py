@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import fingerprint
-from .models import down_sites, model_id, sites_of
+from .models import down_sites, model_id, require_present, sites_of
 from .tensors import digest
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ def damped(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedMo
     the neuron's output, and in a plain MLP it does not commute with a factor.
 
     Raises:
-        UserError: neurons that this model does not have, or quantised weights; nothing has been touched then.
+        UserError: neurons that this model does not have, quantised weights, or weights on the disk; nothing has been touched then.
     """
+    require_present(model)
     columns = _columns(model, damping)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     try:

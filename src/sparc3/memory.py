@@ -18,9 +18,9 @@ Made = TypeVar("Made")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a GPU or on the CPU."""
+    """Whether an error says that an allocation failed, on a GPU, on the CPU, or of the CPU's memory pinned for a GPU."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return known or (isinstance(error, RuntimeError) and any(said in str(error) for said in ("can't allocate memory", "CUDA error: out of memory")))
 
 
 def too_large(what: str, error: BaseException) -> Sparc3Error:

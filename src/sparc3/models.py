@@ -68,6 +68,8 @@ def load_weights(name_or_path: str | os.PathLike[str], *, dtype: str = "auto", d
     require_present(model)
     if away := offloaded_layers(layers := list(layers_of(model))):
         log.info("%d of %d layers stay on the CPU and are copied to the GPU for each use, which is slower", away, len(layers))
+    elif mapped and target.type == "cuda" and all(weight.device.type == "cpu" for weight in model.parameters()):
+        log.warning("no layer found room on a GPU, so everything is computed on the CPU")
     require_whole(name, model, found, family_of(model).layers)
     if family_of(model).experts and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
@@ -96,7 +98,10 @@ def _spread(name: str, config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
 
     if getattr(config, "quantization_config", None):
         return {"device_map": "auto"}
-    return {"device_map": "auto", "max_memory": gpu_room(get_max_memory(), _needed(config, _stored(config, dtype)), name)}
+    free = get_max_memory()
+    if (left := available(torch.device("cpu"))) is not None:  # which knows of control groups
+        free["cpu"] = min(free["cpu"], left)
+    return {"device_map": "auto", "max_memory": gpu_room(free, _needed(config, _stored(config, dtype)), name)}
 
 
 def _stored(config: Any, dtype: torch.dtype | str) -> torch.dtype:
@@ -239,7 +244,7 @@ def model_id(model: "PreTrainedModel") -> str:
 FIGURES = (
     "num_attention_heads", "num_key_value_heads", "sliding_window", "partial_rotary_factor", "num_experts_per_tok", "norm_topk_prob",
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon",
-    "hidden_act", "hidden_activation", "activation_function", "parallel_attn", "use_parallel_residual", "alibi",
+    "hidden_act", "hidden_activation", "activation_function", "activation", "parallel_attn", "use_parallel_residual", "alibi",
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling",
     "attention_multiplier", "embedding_multiplier", "residual_multiplier",
 )  # fmt: skip
@@ -247,7 +252,7 @@ FIGURES = (
 
 
 def _figures(config: Any) -> dict[str, Any]:
-    """Those that the configuration has, and every number of its rotary positions."""
+    """Those that the configuration has, and of its rotary positions every number, and the type where it is not the default."""
     config = config.get_text_config()
     found = {name: value for name in FIGURES if (value := getattr(config, name, None)) is not None}
     waiting = [("", getattr(config, "rope_parameters", None) or {})]
@@ -255,8 +260,12 @@ def _figures(config: Any) -> dict[str, Any]:
         name, value = waiting.pop()
         if isinstance(value, dict):
             waiting += [(f"{name}.{key}".lstrip("."), value[key]) for key in value]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{name}.{place}", one) for place, one in enumerate(value)]
         elif isinstance(value, int | float):
             found[name] = float(value)
+        elif name.rpartition(".")[2] in ("rope_type", "type") and value != "default":
+            found[name.removesuffix("rope_type").removesuffix("type") + "type"] = value
     return found
 
 

@@ -44,8 +44,11 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def copied(model: "PreTrainedModel") -> "PreTrainedModel":
     """A copy of the model; of an offloaded one a copy that lies on the CPU whole, without accelerate's hooks."""
-    twin = copy.deepcopy(model)
-    if not is_offloaded(model):
+    away = is_offloaded(model)
+    twin = copy.deepcopy(model, _on_cpu(model) if away else {})
+    for name in MOVES:  # accelerate's stand-ins, functions that move the original
+        twin.__dict__.pop(name, None)
+    if not away:
         return twin
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -57,6 +60,21 @@ def copied(model: "PreTrainedModel") -> "PreTrainedModel":
         module._parameters[name] = made.setdefault((value.device, value.data_ptr()), nn.Parameter(value, requires_grad=asked))
     twin.__dict__.pop("hf_device_map", None)
     return twin.to("cpu")
+
+
+MOVES = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
+"""Methods that accelerate shadows on a model which it spreads."""
+
+
+def _on_cpu(model: nn.Module) -> dict[int, Any]:
+    """For deepcopy: what lies on a GPU is copied to the CPU right away, since the GPU has no room for it twice."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.device.type not in ("cpu", "meta"):
+                there = tensor.detach().to("cpu")
+                made[id(tensor)] = nn.Parameter(there, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+    return made
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -109,8 +127,11 @@ def gpu_room(free: Mapping[Any, int], needed: int, name: str) -> dict[Any, int]:
         needed: bytes of all weights.
 
     Raises:
-        UserError: all of them together take less than is needed.
+        UserError: all of them together take less than is needed, or there are GPUs and none has room.
     """
+    gpus = [size for device, size in free.items() if device != "cpu"]
+    if gpus and max(gpus) <= RESERVE:
+        raise UserError(f"no GPU has more than the {RESERVE / 2**30:.0f} GiB free that are left to activations; free one, or use device cpu")
     room = {device: int(0.9 * size) if device == "cpu" else max(0, size - RESERVE) for device, size in free.items()}
     if needed > sum(room.values()):
         raise UserError(

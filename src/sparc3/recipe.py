@@ -82,11 +82,14 @@ class Attribution(Strict):
     sums_device: str = "cpu"
     gradient_checkpointing: bool | Literal["auto", "offload"] = "auto"
 
-    @field_validator("method", "target", "sites")
+    @field_validator("method", "target", "sites", "sums_device")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name == "method":
             require_method(value)
+        elif info.field_name == "sums_device":
+            if not re.fullmatch(r"[a-z]+(:\d+)?", value) or value.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+                raise unknown("sums_device", value, ("cpu", "cuda"))
         elif info.field_name == "target":
             parse_target(value)
         else:

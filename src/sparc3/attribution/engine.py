@@ -272,7 +272,7 @@ def _add_all(
 
 def _kind(settings: Settings) -> str:
     """The kind of work for which it is remembered how many tokens fit into memory at once."""
-    return f"{settings.method} {settings.unit} {settings.neuron}"
+    return f"{settings.method} {settings.unit} {settings.neuron} {settings.target}"
 
 
 def _alone(settings: Settings) -> str:

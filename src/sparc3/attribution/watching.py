@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ..offloading import is_offloaded
+from ..offloading import device_of, is_offloaded
 from ..sites import layers_of, shadowed
 
 if TYPE_CHECKING:
@@ -57,16 +57,19 @@ def checkpointed(
         within: makes the context that a layer is computed in again.
         offload: keep the inputs on the CPU, pinned beside a GPU, and bring each back when its layer is computed again.
     """
+    pinned = device_of(model).type == "cuda"
     with ExitStack() as stack:
         # Where torch stops in the middle of a layer, accelerate's hook does not get to take the weights back.
         stack.enter_context(set_checkpoint_early_stop(not is_offloaded(model)))
         for layer in layers_of(model):
             again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), within()))
-            stack.enter_context(shadowed(layer, "forward", partial(_away, again) if offload else again))
+            stack.enter_context(shadowed(layer, "forward", partial(_away, again, pinned) if offload else again))
+        if offload and pinned:
+            stack.callback(torch.accelerator.empty_host_cache)  # which keeps what was pinned
         yield
 
 
-def _away(again: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _away(again: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) -> Any:
     """A checkpointed layer, whose input, all that it keeps, is kept on the CPU."""
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+    with save_on_cpu(pin_memory=pinned):
         return again(*args, **kwargs)

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..evaluation.metrics import PerplexitySettings, PromptSettings
 from ..jobs import SEQUENTIAL, Compress, Discover
 from ..models import Site
-from ..recipe import Recipe, Reference
+from ..recipe import Recipe, Reference, Selection
 from ..selection import parse_scope, share
 from ..sources import is_path
 
@@ -182,6 +182,21 @@ def prunings(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]
         for reduce in compress.reduces if targeted else compress.reduces[:1]:
             found.append((f"{method}-{reduce}" if targeted and len(compress.reduces) > 1 else method, method, reduce))
     return found
+
+
+def selected(chosen: Selection, unit: str, sites: Sequence[Site]) -> int:
+    """How many units a selection of so many, such a share or such groups takes of the sites, by its scope."""
+    sizes = [site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out for site in sites]
+    groups = parse_scope(chosen.scope)
+    if groups:
+        return sum(sizes) * groups[0] // groups[1]
+
+    def of(units: int) -> int:
+        return chosen.count if chosen.count is not None else share(chosen.fraction, units)
+
+    if chosen.scope == "row":
+        return sum(site.out * of(site.inp) for site in sites)
+    return sum(map(of, sizes)) if chosen.scope == "site" else of(sum(sizes))
 
 
 def removed_weights(compress: Compress, sites: Sequence[Site], fraction: float | None) -> int:

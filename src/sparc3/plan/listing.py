@@ -138,7 +138,7 @@ def evaluations(recipe: Recipe, units: int, sites: Sequence[Site]) -> Evaluation
     if recipe.compress:
         return Evaluations(("original", *_pruned(recipe, sites)))
     tune, chosen, notes = recipe.selection.tune, recipe.selection, list[str]()
-    count = chosen.count if chosen.count is not None else round((chosen.fraction or 0.0) * units)
+    count = steps.selected(chosen, recipe.attribution.unit, sites)
     trials = 0
     if tune:
         count = max(steps.counts_tried(recipe))

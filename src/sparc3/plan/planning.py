@@ -67,10 +67,18 @@ class Plan:
         """Of all stages, shared by the devices."""
         return sum(stage.seconds for stage in self.stages) / self.gpus
 
+    @property
+    def _remedy(self) -> str:
+        weights = self.weights + RUNTIME > self.memory
+        return "use a device with more memory" if weights else (
+            "give fewer batch_tokens, gradient_checkpointing true, or a device with more memory; a run halves its batches, "
+            "and computes layers twice, where it meets the end of memory"
+        )  # fmt: skip
+
     def text(self) -> str:
         """A page for the console, whose first line says whether it fits and how long it takes."""
         devices = self.hardware if self.gpus == 1 else f"{self.gpus} × {self.hardware}"
-        verdict = f"fits, about {_span(self.seconds)}" if self.fits else "does not fit: give fewer batch_tokens, or a device with more memory"
+        verdict = f"fits, about {_span(self.seconds)}" if self.fits else f"does not fit: {self._remedy}"
         host = f", and {_size(self.host)} beside the GPU" if self.host > 2**30 else ""
         width = max(len(stage.name) for stage in self.stages)
         return "\n".join([
@@ -113,6 +121,10 @@ def plan(
     done = stages.all()
     if require_family(settings, source).experts:
         stages.notes.append("every expert taken to get as many tokens as any other; where it is not so, more memory at once")
+    if loaded.attribution.gradient_checkpointing == "offload":
+        stages.notes.append("gradient_checkpointing offload: the inputs of layers counted as if they stayed on the GPU")
+    if loaded.model.device == MAP:
+        stages.notes.append("device map: all weights counted on one GPU; what does not fit there goes to others, and to the CPU")
     if getattr(settings, "quantization_config", None):
         stages.notes.append("the weights are quantised, and counted as if they were not")
     peak, peak_at, host = _memory(stages, done, shaped.weights, device)
@@ -146,12 +158,15 @@ def _memory(stages: Stages, done: list[Stage], weights: int, device: Hardware) -
     """(most bytes on the device, the stage that has them, most bytes in the process beside a GPU)."""
     recipe, scores = stages.recipe, 4 * stages.units
     held = stages.held() * scores
+    sums = 0
+    if recipe.attribution.unit == "weight" and recipe.attribution.sums_device != "cpu":
+        sums = stages.units * DTYPES[recipe.attribution.sums_dtype].itemsize
     width = weights // max(1, stages.rehearsal.shaped.model.num_parameters())
     matrices = sum(site.out * site.inp for site in stages.sites)
     removed = round(stages.removed() * matrices * width) + (stages.units if recipe.attribution.unit == "weight" else 0)
     peaks = {}
     for stage in done:
-        beside = (max(0, held - scores) if stage.scoring else held) if device.kind == "cpu" else 0
+        beside = (max(0, held - scores) if stage.scoring else held) if device.kind == "cpu" else sums if stage.scoring else 0
         peaks[stage.name] = weights + device.holding(stage.live) + beside + (0 if stage.scoring and SEQUENTIAL not in stage.name else removed)
     worst = max(peaks, key=lambda name: peaks[name])
     return peaks[worst], worst, max(held, scores) if device.kind == "cuda" else 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,9 +56,9 @@ class Rehearsal:
     def attribution(self, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]) -> Cost:
         """Of the largest of these batches; of weights, whose sums grow in the first batch, with what a second adds.
 
-        Sums of weights stay on the CPU, so on a GPU they are not counted here.
+        Sums of weights beside a GPU are not counted here, wherever they are.
         """
-        method, settings = settings_for(settings, roles)
+        method, settings = settings_for(replace(settings, sums_device="cpu"), roles)
         if method.run is None:
             return Cost(0, 0.0, 0.0, 1)
         many = len(groups[0])

@@ -103,8 +103,8 @@ class Stages:
             return 1.0
         if recipe.compress:
             return _share(recipe.compress.scope) or max(recipe.compress.fractions)
-        counts = max([selection.count or 0, *recipe.compare.counts, *(selection.tune.counts if selection.tune else ())])
-        return max(counts / self.units, selection.fraction or 0.0, _share(selection.scope))
+        own = max(selection.tune.counts, default=0) if selection.tune else steps.selected(selection, recipe.attribution.unit, self.sites)
+        return max([own, selection.count or 0, *recipe.compare.counts]) / self.units
 
     def _chosen(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
