@@ -38,7 +38,7 @@ class Family:
         fused: path of a module with parts → how its output rows are laid out, a key of models.LAYOUTS.
         attention: path of the attention module.
         splits: the attention's method that returns query, key and value; None where it calls transformers' attention interface.
-        mixes: or its method that takes query, key and value.
+        mixes: or its method that takes query, key and value. A release that has dropped either calls the interface.
         positions: path, inside the model, of the learned position embedding; None where positions are not learned.
         gain_from_one: whether norms store their gain as its distance from 1.
         key_value_heads: how many heads attn.k and attn.v have, by the configuration.

@@ -171,12 +171,34 @@ def _constant(plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def _attentions(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """The shares of query, key and value in attention modules that do not use transformers' attention interface."""
-    for layer in layers_of(model) if family.splits or family.mixes else ():
-        attention = layer.get_submodule(family.attention)
+    if _by_interface(model, family):
+        return
+    for attention in _attention_modules(model, family):
         if family.splits:
             yield attention, family.splits, _splits(getattr(attention, family.splits), cp)
         if family.mixes:
             yield attention, family.mixes, _mixes(getattr(attention, family.mixes), cp)
+
+
+def _attention_modules(model: "PreTrainedModel", family: Family) -> list[nn.Module]:
+    return [layer.get_submodule(family.attention) for layer in layers_of(model)]
+
+
+def _by_interface(model: "PreTrainedModel", family: Family) -> bool:
+    """Whether attention goes through transformers' interface: by the family's row, or in a release that has dropped the method which the row names.
+
+    Raises:
+        UnsupportedModel: attention that does neither.
+    """
+    method = family.splits or family.mixes
+    attentions = _attention_modules(model, family) if method else []
+    if attentions and all(hasattr(attention, str(method)) for attention in attentions):
+        return False
+    for attention in attentions:
+        if not hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS"):
+            kind = type(attention).__name__
+            raise UnsupportedModel(f"no LRP rule for the attention of {kind} in this release of transformers; use method gradient, or add its rule")
+    return True
 
 
 def _splits(plain: Callable[..., tuple[Tensor, ...]], cp: bool) -> Callable[..., tuple[Tensor, ...]]:
@@ -196,13 +218,14 @@ def _shared_out(query_key_value: Iterable[Tensor], cp: bool) -> tuple[Tensor, ..
 def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """A copy of the configuration, asking for our attention, for every module of this model that reads one."""
     copies: dict[int, Any] = {}
+    interface = _by_interface(model, family)
     for module in model.modules():
         config = module.__dict__.get("config")
         if config is None or not hasattr(config, "_attn_implementation"):
             continue
         if id(config) not in copies:
             copies[id(config)] = twin = copy.copy(config)
-            if not (family.splits or family.mixes):
+            if interface:
                 twin._attn_implementation_internal = _registered(config._attn_implementation or "eager", cp, _capped(config))
             if getattr(twin, "final_logit_softcapping", None):
                 twin.final_logit_softcapping = None
