@@ -169,3 +169,32 @@ def test_a_folder_without_a_tokenizer_does_for_token_ids_and_says_so_for_texts(
     assert code == 0
     assert "the new folder has none either" in err
     assert (tmp_path / "without" / "model.safetensors").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(made: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparc3.models.load_weights", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr("sparc3.models.load_model", lambda *_, **__: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("")
+    attributed = ("attribute", "demo", "--samples", made / "calm.txt", "--out")
+    assert "is a folder" in mistake(*attributed, tmp_path)
+    for command in (attributed, ("ablate", "demo", "--circuit", made / "c.json", "--out"), ("evaluate", "demo", "--metrics", "sparsity", "--out")):
+        assert "is a file and no folder" in mistake(*command, tmp_path / "file" / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_count_is_that_of_a_file_too(made: Path, tmp_path: Path, sparc3: Call, mistake: Callable[..., str]) -> None:
+    for count, samples in ((), 2), (("--count", 1), 1):
+        assert sparc3("attribute", "demo", "--samples", made / "calm.txt", *count, "--out", tmp_path / "s.safetensors")[0] == 0
+        assert Scores.load(tmp_path / "s.safetensors").provenance["samples"] == samples
+    assert "gave 2 samples where 3" in mistake("attribute", "demo", "--samples", made / "calm.txt", "--count", 3, "--out", tmp_path / "t.safetensors")
+    assert "--count is 0" in mistake("attribute", "demo", "--samples", made / "calm.txt", "--count", 0, "--out", tmp_path / "t.safetensors")
+    assert "cannot cut them to seq_len 3" in mistake("attribute", "demo", "--samples", "demo-general", "--seq-len", 3, "--out", tmp_path / "t.safetensors")
+
+
+def test_a_recipe_without_an_evaluation_ends_well(tmp_path: Path, sparc3: Call) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "name: bare\nmodel: {id: demo}\nreferences:\n  general: {source: demo-general, count: 3}\n  undesired: {source: demo-angry, count: 3}\n"
+        "selection: {count: 3}\n"
+    )
+    code, out, err = sparc3("run", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    assert (code, "nothing was measured" in out) == (0, True), err

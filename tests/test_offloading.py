@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_experiment import SMALL
 from tiny import samples, tiny
 from torch.utils import backend_registration
@@ -240,6 +242,8 @@ def test_the_doctor_examines_an_offloaded_model() -> None:
 @pytest.mark.parametrize(("name", "away"), [("llama", "model"), ("llama-bias", "model.layers.1"), ("gpt2", "transformer.h"), ("gemma2", "nothing")])
 def test_no_two_devices_meet(name: str, away: str) -> None:
     """Where this machine's GPU is the CPU, a weight that was left there would go unnoticed."""
+    if Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("transformers before 5.20 uses operations that torch's pretended device lacks")
     script = Path(__file__).parent / "pretended_gpu.py"
     done = subprocess.run([sys.executable, script, name, away], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

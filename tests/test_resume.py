@@ -248,6 +248,28 @@ def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: p
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_ctrl_c_saves_first_and_the_second_ends_at_once(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after, times = Keeper.after, 1
+
+    def interrupted(self: Keeper, *arguments: Any) -> None:
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        after(self, *arguments)
+
+    monkeypatch.setattr(Keeper, "after", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "once")
+    assert 0 < len(load_sums(tmp_path / "once")[2]) < len(SAMPLES)
+    times = 2
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    monkeypatch.setattr(Keeper, "after", after)
+    again, whole = (attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / name) for name in ("once", "anew"))
+    assert equal(whole, again)
+
+
 def torchrun(ranks: int, *command: str | Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
     done = subprocess.run([str(part) for part in launch], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)

@@ -60,7 +60,9 @@ def parse_target(target: str) -> tuple[str, int | None]:
         raise unknown("target", target, TARGETS)
     if not first:
         return name, None
-    if name != "completion" or not first.isdigit() or int(first) < 1:
+    if name == "completion" and not (first.isdigit() and int(first) >= 1):
+        raise UserError(f"target '{target}': after completion: stands how many of its first tokens count, at least 1, as in completion:3")
+    if name != "completion":
         raise UserError(f"target '{target}': only completion takes a number, the count of its first tokens, as in completion:3")
     return name, int(first)
 

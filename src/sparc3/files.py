@@ -108,6 +108,21 @@ def _told(path: Path, end: str) -> Iterator[None]:
         raise Sparc3Error(f"cannot write {path}: {said}; {end}") from error
 
 
+def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Raise UserError, before the work that would be lost, where a file (or a folder) of that name cannot be written."""
+    place = Path(path).absolute()
+    if not folder and place.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    there = next(parent for parent in place.parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write {path}: {there} is a file and no folder; choose another place")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sparc3-", dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

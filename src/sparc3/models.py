@@ -137,7 +137,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
             if "backend tokenizer" not in str(error):
                 raise
             tokenizer = None
-    if tokenizer is None or not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        empty = tokenizer is None or not tokenizer("a text", add_special_tokens=False)["input_ids"]
+    if tokenizer is None or empty:
         raise UserError(f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), or give token ids as samples")
     return tokenizer
 
@@ -158,7 +159,7 @@ def _name(name_or_path: str | os.PathLike[str]) -> str:
     return DEMO if name_or_path == "demo" else os.fspath(name_or_path)
 
 
-def load_config(name: str, remedy: str = "download it elsewhere and give the folder's path") -> Any:
+def load_config(name: str, remedy: str = "check the name (the embedded model is demo), or download it elsewhere and give the folder's path") -> Any:
     """The configuration of a hub model, a local checkpoint, a config.json or "demo", with every way it can fail as one line.
 
     Args:

@@ -50,8 +50,9 @@ class Scores(Mapping[str, "Tensor"]):
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: values and provenance."""
-        return fingerprint({"provenance": self.provenance, "tensors": digest(self.values_)})
+        """Names the content: values and provenance, but for the time it took."""
+        about = {key: value for key, value in self.provenance.items() if key != "seconds"}
+        return fingerprint({"provenance": about, "tensors": digest(self.values_)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; the header holds the format, the order of the sites, the provenance and a checksum."""

@@ -72,7 +72,8 @@ def sbatch(
         if word != one_line(word) or (word == partition and not re.fullmatch(r"[\w.,-]+", word)):
             raise UserError(f"{word!r} cannot stand in a batch file; give a name of letters, digits, dots and dashes")
     if nodes < 1 or gpus < 0 or (array is not None and array < 1):
-        raise UserError(f"{nodes} nodes with {gpus} GPUs and {array} runs make no job; give at least one node and one run")
+        runs = "" if array is None else f" and {array} runs"
+        raise UserError(f"{nodes} nodes with {gpus} GPUs{runs} make no job; give at least one node and one run")
     if limit < 2 * GRACE:
         raise UserError(f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at least {2 * GRACE // 60} minutes")
     out = str(Path(folder or f"runs/{recipe.name}").absolute())

@@ -89,12 +89,14 @@ def gather(request: Request, tokenizer: "PreTrainedTokenizerBase | None" = None,
     require_source(request.source)
     read = _SOURCES.get(request.source) or _from_file
     found = _repetitive(request, read, tokenizer, score) if request.choose_by == "repetition" else read(request, tokenizer, score)
+    if request.seq_len and any(len(sample.input_ids or ()) != request.seq_len for sample in found):
+        raise UserError(f"source '{request.source}' gives its texts whole, and cannot cut them to seq_len {request.seq_len}; leave that out")
     wanted = request.count * (len(request.seeds) if request.seq_len else 1)
     if len(found) < wanted:
         held = f" ({len(request.taken)} prompts are kept out: a reference set of this run holds them)" if request.taken else ""
         raise UserError(
             f"source '{request.source}' gave {len(found)} samples where {wanted} were asked for{held}; "
-            "ask for fewer, give more, or loosen the conditions"
+            "set its count to fewer, give more, or loosen the conditions"
         )
     return ReferenceSet(tuple(found), {**asdict(request), "taken": len(request.taken), "source": Path(request.source).name})
 

@@ -34,7 +34,7 @@ class Keeper:
     def __init__(self, path: Path, task: Task, every: float) -> None:
         self.path, self.task, self.every = path, task, every
         self.positions: set[int] = set()
-        self.stop = False
+        self.stop = 0  # the signal that asks to end
         self.saved, self.pause = time.monotonic(), every
 
     @property
@@ -91,6 +91,8 @@ class Keeper:
         self.positions |= {sample.index for sample in batch.samples}
         if self.stop or time.monotonic() - self.saved >= self.pause:
             self.save(sums)
+        if self.stop == signal.SIGINT:
+            raise KeyboardInterrupt
         if self.stop:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -122,15 +124,18 @@ class Keeper:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM lets the batch under way end and the sums be saved before the process ends, as SLURM's time limit needs."""
+        """Inside, SIGTERM (SLURM's time limit) and the first Ctrl-C let the batch under way end and the sums be saved before the process ends."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier = signal.signal(signal.SIGTERM, self._asked)
+        earlier = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, earlier)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
-    def _asked(self, *_: Any) -> None:
-        self.stop = True
+    def _asked(self, number: int, *_: Any) -> None:
+        if number == signal.SIGINT and self.stop:
+            raise KeyboardInterrupt
+        self.stop = number

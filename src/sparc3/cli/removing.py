@@ -85,11 +85,13 @@ def _circuits(args: argparse.Namespace) -> None:
 def _ablate(args: argparse.Namespace) -> None:
     from ..checkpoint import export
     from ..circuit import Circuit
+    from ..files import require_place
     from ..models import load_tokenizer, load_weights
     from ..results import Results
 
     circuit = Circuit.load(args.circuit)
     results = Results.load(args.results) if args.results else None
+    require_place(args.out, folder=True)
     quiet_transformers()
     model, tokenizer = load_weights(args.model, dtype=args.dtype, device=args.device), None
     if not args.force:

@@ -56,12 +56,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..circuit import Circuit
     from ..evaluation import evaluate
     from ..evaluation.metrics import parse_metrics
+    from ..files import require_place
     from ..models import load_model
     from ..recipe import with_settings
 
     asked: dict[str, Any] = with_settings({name: {} for name in args.metrics.split(",")}, args.set)
     parse_metrics(asked)
     circuit = Circuit.load(args.circuit) if args.circuit else None
+    require_place(args.out)
     quiet_transformers()
     distributed.start()
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
@@ -113,7 +115,9 @@ def _show_variants(results: Any) -> None:
     rows: dict[str, dict[str, str]] = {}
     for m in results:
         rows.setdefault(m.variant, {})[m.metric] = "-" if m.value is None else format(m.value, ".4g")
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
+    if not rows:
+        say("nothing was measured: the recipe has no evaluation")
     say(" ".join([" " * width, *columns]))
     for variant, found in rows.items():
         say(" ".join([f"{variant:{width}}", *(f"{found.get(metric, ''):>{len(metric)}}" for metric in columns)]))

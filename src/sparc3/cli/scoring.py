@@ -12,7 +12,7 @@ def add_to(add: Add) -> None:
     attribute = add("attribute", _attribute, "score the units of a model on samples")
     model_arguments(attribute)
     attribute.add_argument("--samples", help="a JSONL or text file, or a source: c4, realtoxicityprompts, wikitext2, ioi, demo-…")
-    attribute.add_argument("--count", type=int, default=128, help="samples taken of a source (default: %(default)s)")
+    attribute.add_argument("--count", type=int, help="samples taken (default: all of a file, 128 of a source or of a file that is cut)")
     attribute.add_argument("--seq-len", type=int, help="cut the samples of a source to exactly this many tokens")
     attribute.add_argument("--seed", type=int, default=0, help="which samples of a source (default: %(default)s)")
     attribute.add_argument("--out", required=True, help="where the scores go (.safetensors)")
@@ -43,6 +43,7 @@ def _attribute(args: argparse.Namespace) -> None:
     from ..attribution import attribute
     from ..attribution.methods import require_method
     from ..attribution.shards import parse_shard
+    from ..files import require_place
     from ..models import load_tokenizer, load_weights
     from ..samples import ReferenceSet
     from ..sources import Request, gather, is_path, require_source
@@ -52,9 +53,12 @@ def _attribute(args: argparse.Namespace) -> None:
         raise UserError(f"method {args.method} looks at no sample, so there is nothing to share out; leave out --shard")
     if not args.samples and require_method(args.method).run:
         raise UserError(f"method {args.method} needs --samples: a JSONL or text file, or a source")
+    if args.count is not None and args.count < 1:
+        raise UserError(f"--count is {args.count}; give at least 1")
     if args.samples:
         require_source(args.samples)
-    whole = args.samples and is_path(args.samples) and not args.seq_len
+    require_place(args.out)
+    whole = args.samples and is_path(args.samples) and not args.seq_len and args.count is None
     loaded = ReferenceSet.load(args.samples) if whole else None
     quiet_transformers()
     distributed.start()
@@ -62,7 +66,7 @@ def _attribute(args: argparse.Namespace) -> None:
     text = bool(args.samples) and (loaded is None or any(sample.written for sample in loaded))
     tokenizer = load_tokenizer(args.model) if text else None
     if args.samples and loaded is None:
-        loaded = gather(Request(args.samples, args.count, seq_len=args.seq_len, seeds=(args.seed,)), tokenizer)
+        loaded = gather(Request(args.samples, args.count or 128, seq_len=args.seq_len, seeds=(args.seed,)), tokenizer)
     scores = attribute(
         model, loaded or [], tokenizer=tokenizer, method=args.method, unit=args.unit, sites=tuple(args.sites.split(",")), target=args.target,
         neuron=args.neuron, reduce=args.reduce, batch_tokens=int(args.batch_tokens) if args.batch_tokens.isdigit() else args.batch_tokens,
