@@ -182,6 +182,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(made: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_missing_word_list_is_met_before_the_work(mistake: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparc3.models.load_model", lambda *_, **__: pytest.fail("the work has begun"))
+    asked = ("evaluate", "demo", "--metrics", "toxicity", "--set", "toxicity.source=demo-angry", "--set", "toxicity.scorer=lexicon:nowhere.txt")
+    assert "no such file: nowhere.txt" in mistake(*asked, "--out", tmp_path / "r.json")
+    assert "no such file: nowhere.txt" in mistake("run", "demo", "--set", "evaluation.toxicity.scorer=lexicon:nowhere.txt", "--out", tmp_path / "run")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_count_is_that_of_a_file_too(made: Path, tmp_path: Path, sparc3: Call, mistake: Callable[..., str]) -> None:
     for count, samples in ((), 2), (("--count", 1), 1):
         assert sparc3("attribute", "demo", "--samples", made / "calm.txt", *count, "--out", tmp_path / "s.safetensors")[0] == 0

@@ -92,7 +92,7 @@ def test_groups_of_four(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sections", "said"), [
-    ({"compress": {"methods": ["magnitude"]}}, "give fractions"),
+    ({"compress": {"methods": ["magnitude"]}}, "there are no fractions"),
     ({"compress": {"scope": "2:4", "fractions": [0.5]}}, "leave fractions out"),
     ({"compress": {"fractions": [1.0]}}, "fractions"),
     ({"compress": {"methods": ["wandb"], "fractions": [0.5]}}, "wanda"),

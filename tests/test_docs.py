@@ -97,9 +97,10 @@ def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path) -> None:
     found = [block for page in PAGES for block, _ in blocks(page, "yaml")]
     assert found
     for text in found:
-        for name in re.findall(r"source: ([\w-]+\.\w+)", text):
+        named = re.compile(r"(source: |lexicon:)([\w-]+\.\w+)")
+        for _, name in named.findall(text):
             (tmp_path / name).write_text('{"text": "a"}\n')
-        (tmp_path / "recipe.yaml").write_text(re.sub(r"source: (?=[\w-]+\.\w+)", f"source: {tmp_path}/", text))
+        (tmp_path / "recipe.yaml").write_text(named.sub(rf"\1{tmp_path}/\2", text))
         assert load_recipe(str(tmp_path / "recipe.yaml")).name
 
 

@@ -71,7 +71,7 @@ class Compress(Strict):
             if self.fractions:
                 raise ValueError(f"scope {self.scope} says how many weights go; leave fractions out")
         elif not self.fractions:
-            raise ValueError("give fractions, such as [0.5]")
+            raise ValueError("there are no fractions; give some, such as [0.5]")
         if self.samples and (len(self.fractions) > 1 or SEQUENTIAL in self.methods):
             raise ValueError(f"samples compares numbers of reference samples at one fraction; give one, and leave {SEQUENTIAL} out")
         if self.scope == "global" and SEQUENTIAL in self.methods:

@@ -137,7 +137,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
             if "backend tokenizer" not in str(error):
                 raise
             tokenizer = None
-        empty = tokenizer is None or not tokenizer("a text", add_special_tokens=False)["input_ids"]
+        ids = [] if tokenizer is None else tokenizer("a text", add_special_tokens=False)["input_ids"]
+        # transformers 5.0 makes one that knows a few marks and takes every word for the unknown one.
+        empty = not ids or (tokenizer is not None and len(tokenizer) <= 16 and set(ids) == {tokenizer.unk_token_id})
     if tokenizer is None or empty:
         raise UserError(f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), or give token ids as samples")
     return tokenizer

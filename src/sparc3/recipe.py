@@ -185,7 +185,7 @@ class Selection(Strict):
             if self.count is not None or self.fraction is not None:
                 raise ValueError(f"scope {self.scope} says how many weights go; leave count and fraction out")
         elif (self.count is None) == (self.fraction is None):
-            raise ValueError("give either count or fraction, or tune to search for a count")
+            raise ValueError("count and fraction are both given, or neither; give one of them, or tune to search for a count")
         if self.rounds > 1 and (self.count is None or self.scope != "global"):
             raise ValueError("rounds needs a count and scope global")
         return self
@@ -198,7 +198,7 @@ class Selection(Strict):
         if parse_scope(self.scope):
             raise ValueError(f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or site")
         if self.penalty != 1.0 or self.normalize is not None or self.strength != 1.0:
-            raise ValueError("with tune, write tune.penalties, tune.normalize and tune.strengths for penalty, normalize and strength")
+            raise ValueError("with tune, penalty, normalize and strength must be written as tune.penalties, tune.normalize and tune.strengths")
         if bool(tune.counts) == (self.count is not None):
             raise ValueError("tune needs the numbers of units to try: tune.counts, or one count")
 
@@ -251,7 +251,7 @@ class Recipe(Strict):
     def _names_a_folder(cls, value: str) -> str:
         """On every system: Windows has names of devices, and drops a dot at the end."""
         if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", value, re.IGNORECASE) or value.endswith("."):
-            raise ValueError("give another name: on some systems this cannot be the name of a folder")
+            raise ValueError("on some systems this cannot be the name of a folder; give another name")
         return value
 
     @model_validator(mode="after")
@@ -267,7 +267,7 @@ class Recipe(Strict):
         if missing:
             raise ValueError(f"references needs {' and '.join(missing)}")
         if "matched" not in self.references and self.selection.penalty != 1.0:
-            raise ValueError("selection.penalty has no effect without references.matched")
+            raise ValueError("selection.penalty has no effect without references.matched; give that set, or leave the penalty out")
         theirs = [method for method in self.compare.methods if method in EXPERTISE]
         if theirs and (self.attribution.unit, self.attribution.sites) != ("neuron", ("mlp.up",)):
             raise ValueError(f"compare.methods {theirs[0]} acts on neurons of mlp.up; leave it out, or attribute unit neuron at sites [mlp.up]")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -74,11 +75,19 @@ class ToxicitySettings(PromptSettings):
     generations: int = Field(default=4, ge=1)
     temperature: float = Field(default=0.7, ge=0)
 
+    @field_validator("scorer", "also")
+    @classmethod
+    def _has_words(cls, value: str | None) -> str | None:
+        kind, _, words = (value or "").partition(":")
+        if kind == "lexicon" and words and not Path(words).is_file():
+            raise UserError(f"no such file: {words}; scorer lexicon:FILE takes a text file with one word a line")
+        return value
+
     @field_validator("choose_by")
     @classmethod
     def _of_toxicity(cls, value: str | None) -> str | None:
         if value == "repetition":
-            raise ValueError("choose toxicity's prompts by prompt, continuation or completion")
+            raise ValueError("toxicity's prompts cannot be chosen by repetition; choose them by prompt, continuation or completion")
         return value
 
 
