@@ -22,7 +22,7 @@ from ..scores import Scores
 from ..selection import select
 from ..version import __version__
 from .folder import kept
-from .steps import removed_weights
+from .steps import selected
 from .variants import changed
 from .work import Work
 
@@ -39,7 +39,8 @@ def by_samples(work: Work, ways: Sequence[tuple[str, str, str]]) -> tuple[list[E
     """
     compress = work.recipe.compress
     assert compress is not None
-    removed = removed_weights(compress, sites_of(work.model, work.recipe.attribution.sites), compress.fractions[0] if compress.fractions else None)
+    fraction = compress.fractions[0] if compress.fractions else None
+    removed = selected(compress.scope, "weight", sites_of(work.model, work.recipe.attribution.sites), fraction=fraction)
     rows: list[dict[str, Any]] = []
     drawn: dict[str, Any] = {}
     evaluations = []

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..evaluation.metrics import PerplexitySettings, PromptSettings
 from ..jobs import SEQUENTIAL, Compress, Discover
 from ..models import Site
-from ..recipe import Recipe, Reference, Selection
+from ..recipe import Recipe, Reference
 from ..selection import parse_scope, share
 from ..sources import is_path
 
@@ -184,29 +184,27 @@ def prunings(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]
     return found
 
 
-def selected(chosen: Selection, unit: str, sites: Sequence[Site]) -> int:
-    """How many units a selection of so many, such a share or such groups takes of the sites, by its scope."""
-    sizes = [site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out for site in sites]
-    groups = parse_scope(chosen.scope)
+def units_in(site: Site, unit: str) -> int:
+    """How many units a site has."""
+    return site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out
+
+
+def selected(scope: str, unit: str, sites: Sequence[Site], *, count: int | None = None, fraction: float | None = None) -> int:
+    """How many units so many, such a share, or the groups of a scope n:m are of the sites."""
+    units = [units_in(site, unit) for site in sites]
+    groups = parse_scope(scope)
     if groups:
-        return sum(sizes) * groups[0] // groups[1]
+        return sum(units) * groups[0] // groups[1]
 
-    def of(units: int) -> int:
-        return chosen.count if chosen.count is not None else share(chosen.fraction, units)
+    def of(some: int) -> int:
+        return count if count is not None else share(fraction, some)
 
-    if chosen.scope == "row":
+    if scope == "row":
         return sum(site.out * of(site.inp) for site in sites)
-    return sum(map(of, sizes)) if chosen.scope == "site" else of(sum(sizes))
+    return sum(map(of, units)) if scope == "site" else of(sum(units))
 
 
-def removed_weights(compress: Compress, sites: Sequence[Site], fraction: float | None) -> int:
-    """How many weights a variant of the job compress lacks; of a scope n:m the fraction is None."""
-    groups = parse_scope(compress.scope)
-    if groups:
-        return sum(site.out * site.inp for site in sites) * groups[0] // groups[1]
-    assert fraction is not None
-    if compress.scope == "row":
-        return sum(site.out * share(fraction, site.inp) for site in sites)
-    if compress.scope == "site":
-        return sum(share(fraction, site.out * site.inp) for site in sites)
-    return share(fraction, sum(site.out * site.inp for site in sites))
+def chosen(recipe: Recipe, sites: Sequence[Site]) -> int:
+    """How many units the circuit has, where no search decides it."""
+    asked = recipe.selection
+    return selected(asked.scope, recipe.attribution.unit, sites, count=asked.count, fraction=asked.fraction)

@@ -137,11 +137,10 @@ def evaluations(recipe: Recipe, units: int, sites: Sequence[Site]) -> Evaluation
         return Evaluations(("original", "empty", *_kept_alone(recipe, units)))
     if recipe.compress:
         return Evaluations(("original", *_pruned(recipe, sites)))
-    tune, chosen, notes = recipe.selection.tune, recipe.selection, list[str]()
-    count = steps.selected(chosen, recipe.attribution.unit, sites)
+    tune, notes = recipe.selection.tune, list[str]()
+    count = max(steps.counts_tried(recipe)) if tune else steps.chosen(recipe, sites)
     trials = 0
     if tune:
-        count = max(steps.counts_tried(recipe))
         whole = "aura" in steps.others(recipe)
         trials = 1 + len(steps.asked_of(recipe)) * len(steps.contrasts(recipe)) * len(steps.sizes(recipe))
         trials += len(steps.others(recipe)) * len(steps.counts_tried(recipe)) + whole
@@ -176,8 +175,9 @@ def _kept_alone(recipe: Recipe, units: int) -> Iterator[str]:
 def _pruned(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
     compress = recipe.compress
     assert compress
+    counts = [steps.selected(compress.scope, "weight", sites, fraction=fraction) for fraction in compress.fractions or (None,)]
     for name, _, _ in steps.prunings(compress, sampled=False):
-        yield from (f"{name}@{steps.removed_weights(compress, sites, fraction)}" for fraction in compress.fractions or (None,))
+        yield from (f"{name}@{count}" for count in counts)
     for name, _, _ in steps.prunings(compress, sampled=True):
         for count in sorted(compress.samples):
             yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(steps.sets(recipe)))

@@ -69,7 +69,7 @@ class Stages:
         self.context = context_length(rehearsal.shaped.model)
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
-        self.units = sum(site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out for site in self.sites)
+        self.units = sum(steps.units_in(site, unit) for site in self.sites)
         self.specs = dict(steps.sets(recipe))
         self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
         self.notes = [f"samples of {name} taken to have {found.longest} tokens" for name, found in self.sets.items() if found.assumed]
@@ -103,8 +103,8 @@ class Stages:
             return 1.0
         if recipe.compress:
             return _share(recipe.compress.scope) or max(recipe.compress.fractions)
-        own = max(selection.tune.counts, default=0) if selection.tune else steps.selected(selection, recipe.attribution.unit, self.sites)
-        return max([own, selection.count or 0, *recipe.compare.counts]) / self.units
+        own = max(steps.counts_tried(recipe)) if selection.tune else steps.chosen(recipe, self.sites)
+        return max([own, *recipe.compare.counts]) / self.units
 
     def _chosen(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
