@@ -49,7 +49,7 @@ def test_half_a_neuron_is_half_of_its_effect_on_paper() -> None:
     """In a plain MLP y = W_down · relu(x): halving neuron 0 takes half of what removing it takes."""
     model = tiny("opt").double()
     up = sites_of(model, ["mlp.up"])[-1]
-    mlp, x = down_sites(model)[up.mlp].module, torch.randn(3, up.out, dtype=torch.float64).relu()
+    mlp, x = down_sites(model)[up.mlp].module, torch.rand(3, up.out, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole = mlp(x)
     with ablated(model, Circuit("neuron", {up.name: (0,)}, strength=0.5)):
         halved = mlp(x)
