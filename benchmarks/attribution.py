@@ -30,18 +30,33 @@ from weights import Peak, build
 HERE = Path(__file__).parent
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "vocab_size": 128256, "max_position_embeddings": 8192,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
     },
     "small": {
-        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "vocab_size": 4096, "max_position_embeddings": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+        "max_position_embeddings": 2048,
     },
     "tiny": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 96, "max_position_embeddings": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 2048,
     },
-}  # fmt: skip
+}
 Samples = list[list[int]]
 
 
@@ -62,7 +77,9 @@ class Row:
         return f"| {self.what} | {self.value:.2f} ({self.low:.2f}–{self.high:.2f}) | {self.goal} | {verdict} | {self.note} |"
 
 
-def row(what: str, ours: Sequence[float], against: Sequence[float], goal: float, *, least: bool = False) -> Row:
+def row(
+    what: str, ours: Sequence[float], against: Sequence[float], goal: float, *, least: bool = False
+) -> Row:
     """The ratio of two series of seconds measured in turns."""
     ratios = [one / other for one, other in zip(ours, against, strict=True)]
     value = statistics.median(ratios)
@@ -112,7 +129,9 @@ def full_backward(model: Any, ids: Samples) -> None:
 
     for one in ids:
         model.zero_grad(set_to_none=True)
-        model(input_ids=torch.tensor([one], device=model.device), use_cache=False).logits[0, -1].max().backward()
+        model(input_ids=torch.tensor([one], device=model.device), use_cache=False).logits[
+            0, -1
+        ].max().backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -122,14 +141,22 @@ def attribution(model: Any, ids: Samples, **options: Any) -> None:
     attribute(model, ids, **options)
 
 
-def batches_alone(model: Any, ids: Samples, *, method: str = "lrp", unit: str = "neuron", neuron: str = "abs", reduce: str = "mean",
-                  sites: Sequence[str] = ("mlp.up",)) -> None:  # fmt: skip
+def batches_alone(
+    model: Any,
+    ids: Samples,
+    *,
+    method: str = "lrp",
+    unit: str = "neuron",
+    neuron: str = "abs",
+    reduce: str = "mean",
+    sites: Sequence[str] = ("mlp.up",),
+) -> None:
     """What attribute does for each batch, without what it does once a run: the model's fingerprint, the division, the checks."""
     from sparc3.attribution.methods import require_method
     from sparc3.attribution.sums import Settings, Sums
-    from sparc3.batches import encode, make_batches, token_budget
-    from sparc3.models import sites_of
-    from sparc3.samples import ReferenceSet
+    from sparc3.models.sites import sites_of
+    from sparc3.samples.batches import encode, make_batches, token_budget
+    from sparc3.samples.reference_set import ReferenceSet
 
     settings = Settings(method, unit, "predicted", neuron, reduce)
     encoded = encode(ReferenceSet.of(ids), None, "predicted", context=2**20, vocabulary=2**31)
@@ -142,9 +169,9 @@ def batches_alone(model: Any, ids: Samples, *, method: str = "lrp", unit: str = 
 
 def cpu_rows(layers: int, repeats: int) -> list[Row]:
     """The rows on a CPU that are ratios of times."""
-    from sparc3.evaluation.generation import complete
+    from sparc3.evaluation.generate import complete
     from sparc3.evaluation.perplexity import negative_log_likelihoods
-    from sparc3.models import ROLES
+    from sparc3.models.families import ROLES
 
     model = build(layers)
     texts: Any = [" ".join(map(str, prompt)) for prompt in samples([32] * 16)]
@@ -170,16 +197,40 @@ def cpu_rows(layers: int, repeats: int) -> list[Row]:
         row("neuron `signed`, 4 × 512 tokens, against the plain forward", seconds["signed"], plain, 2.0),
         row("neuron `abs`, same", seconds["abs"], plain, 2.2),
         row("neuron `abs`, 24 prompts of 8–32 tokens, same", seconds["short"], seconds["short forward"], 1.0),
-        row("weight, mean_abs, all sites, 4 × 512, `attribute()`, against forward + full backward", seconds["weight"], seconds["backward"], 1.25),
+        row(
+            "weight, mean_abs, all sites, 4 × 512, `attribute()`, against forward + full backward",
+            seconds["weight"],
+            seconds["backward"],
+            1.25,
+        ),
         row("Wanda, 4 × 512, against the plain forward", seconds["wanda"], plain, 1.15),
     ]
-    whole = row("`attribute()` as a whole (fingerprint of the model included), neuron `abs`, 4 × 512", seconds["all"], plain, 0)
-    twice = row("`gradient_checkpointing`, neuron `abs`, 4 × 512, against none", seconds["twice"], seconds["all"], 0)
+    whole = row(
+        "`attribute()` as a whole (fingerprint of the model included), neuron `abs`, 4 × 512",
+        seconds["all"],
+        plain,
+        0,
+    )
+    twice = row(
+        "`gradient_checkpointing`, neuron `abs`, 4 × 512, against none", seconds["twice"], seconds["all"], 0
+    )
     return [
         *rows,
         *(replace(r, goal="", reached=None) for r in (whole, twice)),
-        row("perplexity, 4 windows of 512: forward throughput that is reached", plain, seconds["perplexity"], 0.7, least=True),
-        row("generation, 16 × 16 tokens: bare decoding throughput that is reached", seconds["bare"], seconds["generation"], 0.7, least=True),
+        row(
+            "perplexity, 4 windows of 512: forward throughput that is reached",
+            plain,
+            seconds["perplexity"],
+            0.7,
+            least=True,
+        ),
+        row(
+            "generation, 16 × 16 tokens: bare decoding throughput that is reached",
+            seconds["bare"],
+            seconds["generation"],
+            0.7,
+            least=True,
+        ),
     ]
 
 
@@ -190,13 +241,16 @@ MEMORY: dict[str, tuple[dict[str, Any], float]] = {
     "neuron `signed`, eight samples one by one": ({"neuron": "signed", "batch_tokens": 512}, 0.0),
     "neuron `abs`, `gradient_checkpointing`": ({"neuron": "abs", "gradient_checkpointing": True}, 0.5),
     "weight, all sites": ({"unit": "weight", "reduce": "mean_abs", "gradient_checkpointing": False}, 1.0),
-    "weight, all sites, `gradient_checkpointing`": ({"unit": "weight", "reduce": "mean_abs", "gradient_checkpointing": True}, 1.0),
+    "weight, all sites, `gradient_checkpointing`": (
+        {"unit": "weight", "reduce": "mean_abs", "gradient_checkpointing": True},
+        1.0,
+    ),
 }
 
 
 def memory_of(what: str, layers: int) -> float:
     """Peak MB above the loaded model of one 512-token sample, or of eight, in this process."""
-    from sparc3.models import ROLES
+    from sparc3.models.families import ROLES
 
     model = build(layers)
     forward(model, samples([8]))  # what the first call of any kind sets up is not the method's
@@ -205,7 +259,9 @@ def memory_of(what: str, layers: int) -> float:
         if what.startswith("backward"):
             full_backward(model, ids)
         else:
-            attribution(model, ids, **({"sites": ROLES} if what.startswith("weight") else {}), **MEMORY[what][0])
+            attribution(
+                model, ids, **({"sites": ROLES} if what.startswith("weight") else {}), **MEMORY[what][0]
+            )
     return peak.megabytes
 
 
@@ -234,7 +290,11 @@ def peer_rows(folder: Path | None, layers: int, repeats: int) -> tuple[list[Row]
         if python is None or not python.exists():
             missing.append(f"{wanted}: not measured, it is not installed (benchmarks/peers.sh)")
             continue
-        for ids, label in ((LONG, "4 × 512 tokens"), (SHORT, "24 prompts of 8–32 tokens")) if name == "lxt" else ((LONG, "4 × 512 tokens"),):
+        for ids, label in (
+            ((LONG, "4 × 512 tokens"), (SHORT, "24 prompts of 8–32 tokens"))
+            if name == "lxt"
+            else ((LONG, "4 × 512 tokens"),)
+        ):
             try:
                 rows.append(_peer_row(name, wanted, python, ids, label, layers, repeats))
             except (subprocess.CalledProcessError, ValueError) as error:
@@ -243,19 +303,38 @@ def peer_rows(folder: Path | None, layers: int, repeats: int) -> tuple[list[Row]
     return rows, missing
 
 
-def _peer_row(name: str, wanted: str, python: Path, ids: Samples, label: str, layers: int, repeats: int) -> Row:
+def _peer_row(
+    name: str, wanted: str, python: Path, ids: Samples, label: str, layers: int, repeats: int
+) -> Row:
     """Theirs over ours, each in units of a plain forward timed beside it, since the two live in processes of their own."""
     import torch
 
     with tempfile.NamedTemporaryFile("w", suffix=".json") as asked:
         json.dump({"threads": torch.get_num_threads(), "layers": layers, "samples": ids}, asked)
         asked.flush()
-        done = subprocess.run([python, HERE / "peers.py", name, asked.name, str(repeats)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [python, HERE / "peers.py", name, asked.name, str(repeats)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     theirs = json.loads(done.stdout.strip().splitlines()[-1])
-    spent = [work - built if name == "wanda" else work for work, built in zip(theirs["work"], theirs["build"], strict=True)]
+    spent = [
+        work - built if name == "wanda" else work
+        for work, built in zip(theirs["work"], theirs["build"], strict=True)
+    ]
     model = build(layers)
-    ours = in_turns({"forward": partial(forward, model, ids), "work": partial(batches_alone if name == "lxt" else prune, model, ids)}, repeats)
-    units = [[work / plain for work, plain in zip(*pair, strict=True)] for pair in ((spent, theirs["forward"]), (ours["work"], ours["forward"]))]
+    ours = in_turns(
+        {
+            "forward": partial(forward, model, ids),
+            "work": partial(batches_alone if name == "lxt" else prune, model, ids),
+        },
+        repeats,
+    )
+    units = [
+        [work / plain for work, plain in zip(*pair, strict=True)]
+        for pair in ((spent, theirs["forward"]), (ours["work"], ours["forward"]))
+    ]
     ratios = [one / other for one, other in zip(*units, strict=True)]
     value = statistics.median(ratios)
     what = f"{wanted}, {'neuron `abs`' if name == 'lxt' else 'half of every row, all linear maps'}, {label}: theirs over ours"
@@ -266,7 +345,7 @@ def _peer_row(name: str, wanted: str, python: Path, ids: Samples, label: str, la
 def prune(model: Any, ids: Samples) -> None:
     """Wanda's scores of all weights, the lower half of every row, and the model without them, for a while."""
     from sparc3 import ablated, attribute, select
-    from sparc3.models import ROLES
+    from sparc3.models.families import ROLES
 
     scores = attribute(model, ids, method="wanda", unit="weight", sites=ROLES)
     with ablated(model, select(scores, fraction=0.5, scope="row")):
@@ -293,7 +372,9 @@ def on_device(shape: str, device: str, dtype: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("llama", **SHAPES[shape], bos_token_id=1, eos_token_id=None, pad_token_id=None)
+    config = AutoConfig.for_model(
+        "llama", **SHAPES[shape], bos_token_id=1, eos_token_id=None, pad_token_id=None
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
@@ -309,14 +390,18 @@ def decode_bare(model: Any, prompts: Samples, new: int) -> None:
     with torch.inference_mode():
         made = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         for _ in range(new - 1):
-            made = model(input_ids=made.logits[:, -1:].argmax(-1), past_key_values=made.past_key_values, use_cache=True)
+            made = model(
+                input_ids=made.logits[:, -1:].argmax(-1), past_key_values=made.past_key_values, use_cache=True
+            )
 
 
-def device_rows(shape: str, device: str, dtype: str, repeats: int, tokens: int = 2048, batch: int = 32, new: int = 64) -> tuple[list[Row], float]:
+def device_rows(
+    shape: str, device: str, dtype: str, repeats: int, tokens: int = 2048, batch: int = 32, new: int = 64
+) -> tuple[list[Row], float]:
     """The rows of a device, and the peak GiB of neuron scores (0 where the device keeps no count)."""
     import torch
 
-    from sparc3.evaluation.generation import complete
+    from sparc3.evaluation.generate import complete
     from sparc3.evaluation.perplexity import negative_log_likelihoods
 
     model = on_device(shape, device, dtype)
@@ -330,23 +415,44 @@ def device_rows(shape: str, device: str, dtype: str, repeats: int, tokens: int =
         torch.cuda.reset_peak_memory_stats()
         batches_alone(model, ids)
         peak = torch.cuda.max_memory_allocated() / 2**30
-    seconds = in_turns({
-        "forward": partial(forward, model, ids),
-        "abs": partial(batches_alone, model, ids),
-        "signed": partial(batches_alone, model, ids, neuron="signed"),
-        "perplexity": partial(negative_log_likelihoods, model, windows, False),
-        "bare": partial(decode_bare, model, prompts, new),
-        "generation": partial(complete, model, Numbers(), texts, max_new_tokens=new, batch=batch),  # type: ignore[arg-type]
-    }, repeats)  # fmt: skip
+    seconds = in_turns(
+        {
+            "forward": partial(forward, model, ids),
+            "abs": partial(batches_alone, model, ids),
+            "signed": partial(batches_alone, model, ids, neuron="signed"),
+            "perplexity": partial(negative_log_likelihoods, model, windows, False),
+            "bare": partial(decode_bare, model, prompts, new),
+            "generation": partial(complete, model, Numbers(), texts, max_new_tokens=new, batch=batch),  # type: ignore[arg-type]
+        },
+        repeats,
+    )
     per_sample = [s / len(ids) for s in seconds["abs"]]
     return [
-        Row(f"s per {tokens}-token sample, neuron `abs`", statistics.median(per_sample), min(per_sample), max(per_sample), "≤ 0.25",
-            statistics.median(per_sample) <= 0.25 if shape == "llama3-8b" else None),
+        Row(
+            f"s per {tokens}-token sample, neuron `abs`",
+            statistics.median(per_sample),
+            min(per_sample),
+            max(per_sample),
+            "≤ 0.25",
+            statistics.median(per_sample) <= 0.25 if shape == "llama3-8b" else None,
+        ),
         row("neuron `abs` against the forward one by one", seconds["abs"], seconds["forward"], 2.2),
         row("neuron `signed` against the forward one by one", seconds["signed"], seconds["forward"], 2.0),
-        row("perplexity: forward throughput that is reached", seconds["forward"], seconds["perplexity"], 0.7, least=True),
-        row(f"generation, {batch} × {new} tokens: bare decoding throughput that is reached", seconds["bare"], seconds["generation"], 0.7, least=True),
-    ], peak  # fmt: skip
+        row(
+            "perplexity: forward throughput that is reached",
+            seconds["forward"],
+            seconds["perplexity"],
+            0.7,
+            least=True,
+        ),
+        row(
+            f"generation, {batch} × {new} tokens: bare decoding throughput that is reached",
+            seconds["bare"],
+            seconds["generation"],
+            0.7,
+            least=True,
+        ),
+    ], peak
 
 
 # The page ---------------------------------------------------------------------------------------------------------------
@@ -363,29 +469,44 @@ def hardware(device: str) -> str:
 
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def page(path: Path, section: str, body: str) -> None:
     """Put a section into the page, in place of the earlier one of that name; the others stay."""
     title = "# What attribution costs\n\nWritten by `benchmarks/attribution.py`, which says how each figure is taken. Ratios within one run.\n"
-    text = path.read_text() if path.exists() else title + "\n## cuda\n\nNot measured: no GPU was at hand. The script is ready: see its first lines.\n"
+    text = (
+        path.read_text()
+        if path.exists()
+        else title
+        + "\n## cuda\n\nNot measured: no GPU was at hand. The script is ready: see its first lines.\n"
+    )
     head, *parts = text.split("\n## ")
     sections = {part.partition("\n")[0]: part.partition("\n")[2].strip("\n") for part in parts}
     sections[section] = body.strip("\n")
-    path.write_text(head.rstrip("\n") + "\n" + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in sorted(sections)))
+    path.write_text(
+        head.rstrip("\n") + "\n" + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in sorted(sections))
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peers", type=Path, help="the folder that peers.sh was given")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", help="with --shape")
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="the page to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "RESULTS.md", help="the page to write (default: %(default)s)"
+    )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -401,7 +522,11 @@ def main() -> None:
         rows, peak = device_rows(args.shape, args.device, args.dtype, args.repeats)
         reach = f"Peak memory of neuron scores of `mlp.up`: {peak:.1f} GiB (goal: ≤ 24).\n" if peak else ""
         body = f"{hardware(args.device)}; {args.shape}, {args.dtype}, random weights; {versions}; {told}; {args.repeats} rounds.\n\n"
-        page(args.out, args.device.partition(":")[0] if args.device != "cpu" else f"cpu, {args.shape}", body + table(rows) + f"\n\n{reach}")
+        page(
+            args.out,
+            args.device.partition(":")[0] if args.device != "cpu" else f"cpu, {args.shape}",
+            body + table(rows) + f"\n\n{reach}",
+        )
     else:
         rows = cpu_rows(args.layers, args.repeats)
         rows += memory_rows(args.layers, min(3, args.repeats))

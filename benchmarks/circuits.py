@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from sparc3 import Circuit, ReferenceSet, ablated, attribute, load_model
-from sparc3.evaluation.agreement import ranks
 from sparc3.evaluation.metrics import IOISettings, Prepared, require_metric
-from sparc3.evaluation.observations import Observations
-from sparc3.evaluation.statistics import difference, measurement
-from sparc3.experiment.discovery import sparsest
-from sparc3.sources import Request, gather
+from sparc3.evaluation.statistics import Observations, difference, measurement
+from sparc3.evaluation.toxicity import ranks
+from sparc3.experiment.discover import sparsest
+from sparc3.samples.sources import Request, gather
 
 SHARES = tuple(round(1 - 0.7 * 0.85**step, 3) for step in range(17))
 """Shares removed: 30 %, then 15 % of what is left at a time."""
@@ -50,7 +49,11 @@ class Ranking:
         return f"{self.reduce} by {self.by}{', scored again' if self.again else ''}"
 
 
-RANKINGS = tuple(Ranking(reduce, by, again) for again in (False, True) for reduce, by in (("mean", "value"), ("mean", "size"), ("mean_abs", "size")))
+RANKINGS = tuple(
+    Ranking(reduce, by, again)
+    for again in (False, True)
+    for reduce, by in (("mean", "value"), ("mean", "size"), ("mean_abs", "size"))
+)
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,32 @@ class Task:
 
     def scores(self, references: ReferenceSet, method: str, reduce: str) -> Tensor:
         """[all neurons], layer after layer."""
-        made = attribute(self.model, references, tokenizer=self.tokenizer, method=method, neuron="signed", target="contrast", reduce=reduce)
+        made = attribute(
+            self.model,
+            references,
+            tokenizer=self.tokenizer,
+            method=method,
+            neuron="signed",
+            target="contrast",
+            reduce=reduce,
+        )
         return torch.cat([made[name].double() for name in self.sites])
 
     def without(self, gone: Tensor) -> Any:
         """The context in which the neurons of the mask are removed."""
         masks = zip(self.sites, gone.chunk(len(self.sites)), strict=True)
-        return ablated(self.model, Circuit("neuron", {name: tuple(mask.nonzero()[:, 0].tolist()) for name, mask in masks if mask.any()}))
+        return ablated(
+            self.model,
+            Circuit(
+                "neuron", {name: tuple(mask.nonzero()[:, 0].tolist()) for name, mask in masks if mask.any()}
+            ),
+        )
 
     def measured(self) -> tuple[float, float]:
         """(accuracy, mean logit difference)."""
-        made = Prepared(require_metric("ioi"), IOISettings(source="demo-ioi"), self.prompts).measure(self.model, self.tokenizer)
+        made = Prepared(require_metric("ioi"), IOISettings(source="demo-ioi"), self.prompts).measure(
+            self.model, self.tokenizer
+        )
         accuracy, logits = (float(np.mean([s for s in o.sums if s is not None])) for o in made.observations)
         return accuracy, logits
 
@@ -137,7 +155,9 @@ def by_effect(task: Task, effects: Tensor) -> Iterator[tuple[str, float]]:
 
 
 def observed(values: list[float]) -> Observations:
-    return Observations("circuit.sparsest", "test", "share of units removed", "higher", tuple(values), (1.0,) * len(values))
+    return Observations(
+        "circuit.sparsest", "test", "share of units removed", "higher", tuple(values), (1.0,) * len(values)
+    )
 
 
 def told(values: list[float]) -> str:
@@ -149,19 +169,31 @@ def told(values: list[float]) -> str:
 def show_effects(task: Task, references: ReferenceSet) -> None:
     effects = exact(task)
     largest = effects.abs() >= effects.abs().sort(descending=True).values[len(effects) // 7 - 1]
-    print(f"each of {len(effects)} neurons removed alone; the {int(largest.sum())} largest effects have the score's sign in")
+    print(
+        f"each of {len(effects)} neurons removed alone; the {int(largest.sum())} largest effects have the score's sign in"
+    )
     print(f"{'':10} {'ρ':>6} {'ρ of sizes':>11} {'sign right':>11}")
     for method in ("lrp", "cp-lrp", "gradient"):
         scores = task.scores(references, method, "mean")
         right = float(((scores > 0) == (effects > 0))[largest].double().mean())
-        print(f"{method:10} {spearman(scores, effects):6.2f} {spearman(scores.abs(), effects.abs()):11.2f} {right:11.0%}", flush=True)
+        print(
+            f"{method:10} {spearman(scores, effects):6.2f} {spearman(scores.abs(), effects.abs()):11.2f} {right:11.0%}",
+            flush=True,
+        )
     for by, share in by_effect(task, effects):
         print(f"the exact effects by {by}: {share:.1%}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6, help="reference sets of 128 sentences for the test; half as many for the choice")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=6,
+        help="reference sets of 128 sentences for the test; half as many for the choice",
+    )
     args = parser.parse_args()
     model, tokenizer = load_model("demo", dtype="float32", device="cpu")
     validation, test = (Task(model, tokenizer, prompts(split, 0)) for split in ("validation", "test"))
@@ -169,21 +201,39 @@ def main() -> None:
     chosen: dict[str, Ranking] = {}
     print("\nlargest share removed, validation prompts")
     for method in METHODS:
-        found = {r: [curve(validation, prompts("reference", 100 + seed), method, r) for seed in range((args.seeds + 1) // 2)] for r in RANKINGS}
+        found = {
+            r: [
+                curve(validation, prompts("reference", 100 + seed), method, r)
+                for seed in range((args.seeds + 1) // 2)
+            ]
+            for r in RANKINGS
+        }
         for ranking, values in found.items():
             print(f"{method:10} {ranking!s:32} {told(values)}", flush=True)
         chosen[method] = max(found, key=lambda r: sum(found[r]))
-    print("\nthe same on test prompts: both by the paper's ranking (Eq. 1 and 2), both by the other's choice too, each by its own")
+    print(
+        "\nthe same on test prompts: both by the paper's ranking (Eq. 1 and 2), both by the other's choice too, each by its own"
+    )
     same = {f"{r}": dict.fromkeys(METHODS, r) for r in dict.fromkeys([RANKINGS[0], *chosen.values()])}
     for title, ways in {**same, "each by its choice": chosen}.items():
-        tested = {m: [curve(test, prompts("reference", seed), m, r) for seed in range(args.seeds)] for m, r in ways.items()}
+        tested = {
+            m: [curve(test, prompts("reference", seed), m, r) for seed in range(args.seeds)]
+            for m, r in ways.items()
+        }
         for method, values in tested.items():
             net = difference(observed(tested["gradient"]), observed(values), "gradient", method)
             assert net is not None
-            against = "" if method == "gradient" or net.ci95 is None else (
-                f"   less gradient {100 * net.value:+.1f} [{100 * net.ci95[0]:+.1f}, {100 * net.ci95[1]:+.1f}] points, p = {net.p:.2f}"
+            against = (
+                ""
+                if method == "gradient" or net.ci95 is None
+                else (
+                    f"   less gradient {100 * net.value:+.1f} [{100 * net.ci95[0]:+.1f}, {100 * net.ci95[1]:+.1f}] points, p = {net.p:.2f}"
+                )
             )
-            print(f"{title:32} {method:10} {told(values)}{against}{f'   ({ways[method]})' if title.startswith('each') else ''}", flush=True)
+            print(
+                f"{title:32} {method:10} {told(values)}{against}{f'   ({ways[method]})' if title.startswith('each') else ''}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -16,14 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.accelerate import _get_device_map
 
 from sparc3 import attribute
-from sparc3.offloading import gpu_room
+from sparc3.models.offloading import gpu_room
 
 GIB, TOKENS, PCIE = 2**30, 2048, 25e9
 SHAPE = SHAPES["llama3-8b"]
 
 
 def random_model(**changes: Any) -> Any:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE | changes), dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **SHAPE | changes), dtype=torch.bfloat16
+    ).eval()
 
 
 def places() -> None:
@@ -34,13 +36,20 @@ def places() -> None:
         room = gpu_room({0: int(free * GIB), "cpu": 64 * GIB}, needed, "llama3-8b")
         away = [part for part, place in _get_device_map(model, "auto", room, None).items() if place == "cpu"]
         layers = sum(".layers." in part for part in away)
-        print(f"{free:5} GiB free: {layers:2} of {len(model.model.layers)} layers on the CPU{', and the head' if 'lm_head' in away else ''}")
+        print(
+            f"{free:5} GiB free: {layers:2} of {len(model.model.layers)} layers on the CPU{', and the head' if 'lm_head' in away else ''}"
+        )
 
 
 def saved(layers: int, width: int, tokens: int) -> int:
     """Bytes of activations that autograd saves while a sample is attributed to a model of LLaMA-3-8B's proportions."""
     model = random_model(
-        hidden_size=width, intermediate_size=7 * width // 2, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=layers, vocab_size=256
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_hidden_layers=layers,
+        vocab_size=256,
     )
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -59,15 +68,23 @@ def activations(width: int = 512, tokens: int = 600) -> None:
     layer = bytes_each * SHAPE["hidden_size"] * TOKENS
     keys = SHAPE["hidden_size"] // (SHAPE["num_attention_heads"] // SHAPE["num_key_value_heads"])
     weights = SHAPE["hidden_size"] * (2 * SHAPE["hidden_size"] + 2 * keys + 3 * SHAPE["intermediate_size"])
-    work = TOKENS * (2 * weights + 2 * TOKENS * SHAPE["hidden_size"])  # of attention half the positions, for scores and for values
+    work = TOKENS * (
+        2 * weights + 2 * TOKENS * SHAPE["hidden_size"]
+    )  # of attention half the positions, for scores and for values
     moved = 2 * layer / PCIE
-    print(f"a layer saves {layer / 2**20:.0f} MiB for {TOKENS} tokens ({bytes_each:.1f} bytes a token and feature), its input is "
-          f"{2 * SHAPE['hidden_size'] * TOKENS / 2**20:.0f} MiB; all layers {layer * 32 / GIB:.1f} GiB")  # fmt: skip
-    print(f"out and in again at {PCIE / 1e9:.0f} GB/s: {1e3 * moved:.1f} ms; computed again, {work / 1e12:.2f} TFLOP: "
-          f"{work / 100e9:.1f} ms at 100 TFLOP/s, {work / 400e9:.1f} ms at 400; the same at {work / moved / 1e12:.0f} TFLOP/s")  # fmt: skip
+    print(
+        f"a layer saves {layer / 2**20:.0f} MiB for {TOKENS} tokens ({bytes_each:.1f} bytes a token and feature), its input is "
+        f"{2 * SHAPE['hidden_size'] * TOKENS / 2**20:.0f} MiB; all layers {layer * 32 / GIB:.1f} GiB"
+    )
+    print(
+        f"out and in again at {PCIE / 1e9:.0f} GB/s: {1e3 * moved:.1f} ms; computed again, {work / 1e12:.2f} TFLOP: "
+        f"{work / 100e9:.1f} ms at 100 TFLOP/s, {work / 400e9:.1f} ms at 400; the same at {work / moved / 1e12:.0f} TFLOP/s"
+    )
     inputs = 2 * SHAPE["hidden_size"]
-    print(f"the inputs alone, out and in again: {2e3 * inputs * TOKENS / PCIE:.1f} ms a layer; of all layers for 65,536 tokens "
-          f"{inputs * 65536 * SHAPE['num_hidden_layers'] / GIB:.0f} GiB")  # fmt: skip
+    print(
+        f"the inputs alone, out and in again: {2e3 * inputs * TOKENS / PCIE:.1f} ms a layer; of all layers for 65,536 tokens "
+        f"{inputs * 65536 * SHAPE['num_hidden_layers'] / GIB:.0f} GiB"
+    )
 
 
 if __name__ == "__main__":

@@ -23,9 +23,17 @@ def build(layers: int) -> Any:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
-        vocab_size=4096, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        "llama",
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=4096,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -74,7 +82,9 @@ def wanda(layers: int, samples: list[list[int]]) -> tuple[Any, Callable[[], None
     from transformers import PreTrainedTokenizerFast
 
     # The samples are token ids already; oneshot wants a tokenizer all the same.
-    unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), pad_token="a")
+    unused = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), pad_token="a"
+    )
     data = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(ids) for ids in samples]})
 
     # oneshot reads the configuration again from where the model says it is from.
@@ -86,7 +96,14 @@ def wanda(layers: int, samples: list[list[int]]) -> tuple[Any, Callable[[], None
         recipe = WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"])
         model = build(layers)
         model.config._name_or_path = model.name_or_path = place
-        oneshot(model=model, processor=unused, dataset=data, recipe=recipe, num_calibration_samples=len(samples), max_seq_length=512)
+        oneshot(
+            model=model,
+            processor=unused,
+            dataset=data,
+            recipe=recipe,
+            num_calibration_samples=len(samples),
+            max_seq_length=512,
+        )
 
     return plain, work
 
@@ -97,7 +114,11 @@ def main() -> None:
     torch.set_num_threads(asked["threads"])
     model, work = {"lxt": lxt, "wanda": wanda}[what](asked["layers"], asked["samples"])
     seconds: dict[str, list[float]] = {"forward": [], "work": [], "build": []}
-    calls: dict[str, Callable[[], Any]] = {"forward": lambda: forward(model, asked["samples"]), "work": work, "build": lambda: build(asked["layers"])}
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward(model, asked["samples"]),
+        "work": work,
+        "build": lambda: build(asked["layers"]),
+    }
     for turn in range(int(repeats) + 1):
         for name, call in calls.items():
             began = time.perf_counter()

@@ -17,12 +17,22 @@ SIZES = (4, 16, 64, 128)
 def main(name: str, path: str, length: str = "64") -> None:
     model, tokenizer = load_model(name)
     tokens = int(length)
-    ids = [tokenizer(sample.text, verbose=False)["input_ids"][:tokens] for sample in ReferenceSet.load(path) if sample.text]
+    ids = [
+        tokenizer(sample.text, verbose=False)["input_ids"][:tokens]
+        for sample in ReferenceSet.load(path)
+        if sample.text
+    ]
     ids = [one for one in ids if len(one) == tokens]
-    print(f"{len(ids)} texts of {tokens} tokens; share of the strongest 5 % in common, by samples in each set")
+    print(
+        f"{len(ids)} texts of {tokens} tokens; share of the strongest 5 % in common, by samples in each set"
+    )
     for target in ("predicted", "next"):
         for neuron in ("signed", "abs"):
-            shares = [f"{size}: {agreement(*pair):.2f}" for size in SIZES if (pair := two(model, ids, size, target, neuron))]
+            shares = [
+                f"{size}: {agreement(*pair):.2f}"
+                for size in SIZES
+                if (pair := two(model, ids, size, target, neuron))
+            ]
             print(f"{target:10} {neuron:7} {'  '.join(shares)}", flush=True)
 
 

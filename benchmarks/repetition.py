@@ -19,20 +19,23 @@ from typing import Any
 import torch
 
 from sparc3 import Circuit, ReferenceSet, ablated, attribute, contrast, load_model, select
-from sparc3.evaluation.generation import complete
+from sparc3.circuits.select import random_like
+from sparc3.evaluation.generate import complete
 from sparc3.evaluation.metrics import PerplexitySettings, Prepared, RepetitionSettings, require_metric
-from sparc3.evaluation.observations import Evaluation, Observations
-from sparc3.evaluation.repetition import uniqueness
-from sparc3.evaluation.statistics import difference, measurement, pooled
-from sparc3.samples import Sample
-from sparc3.selection import random_like
+from sparc3.evaluation.statistics import Evaluation, Observations, difference, measurement, pooled
+from sparc3.evaluation.tasks import uniqueness
+from sparc3.samples.reference_set import Sample
 
 TOKENS = 10
 NEW = 50
 BUDGET = 1.05
 TEXTS = 30
 """Stories of a split that perplexity is measured on."""
-UNITS = {"neuron": ("mlp.up", (3, 5, 8, 12, 20)), "head": ("attn.o", (1, 2, 3, 5)), "weight": ("mlp.up", (5, 17, 50, 150))}
+UNITS = {
+    "neuron": ("mlp.up", (3, 5, 8, 12, 20)),
+    "head": ("attn.o", (1, 2, 3, 5)),
+    "weight": ("mlp.up", (5, 17, 50, 150)),
+}
 """Unit → its site, and the counts that are tried; 17 weights are the paper's 0.03 % of a model with 55,040."""
 DRAWS = 10
 METRICS = ("rur.mean", "repetition.4grams", "perplexity")
@@ -57,7 +60,9 @@ class Study:
 
 def study(model: str, path: Path, prompts: int, seed: int) -> Study:
     loaded, tokenizer = load_model(model, dtype="float32", device="cpu")
-    stories = [story.strip() for story in path.read_text(encoding="utf-8").split("<|endoftext|>") if len(story) > 200]
+    stories = [
+        story.strip() for story in path.read_text(encoding="utf-8").split("<|endoftext|>") if len(story) > 200
+    ]
     random.Random(f"repetition/{seed}").shuffle(stories)
     openings: dict[str, str] = {}
     for story in stories:
@@ -67,10 +72,16 @@ def study(model: str, path: Path, prompts: int, seed: int) -> Study:
     few = min(prompts, len(kept) // 4)
     split = {"reference": kept[:few], "validation": kept[few : 2 * few], "test": kept[2 * few : 4 * few]}
     cut = {
-        name: [tokenizer.decode(tokenizer(s, verbose=False)["input_ids"][:TOKENS], skip_special_tokens=True) for s in some]
+        name: [
+            tokenizer.decode(tokenizer(s, verbose=False)["input_ids"][:TOKENS], skip_special_tokens=True)
+            for s in some
+        ]
         for name, some in split.items()
     }
-    written = {name: [t[0] for t in complete(loaded, tokenizer, some, max_new_tokens=NEW)] for name, some in cut.items()}
+    written = {
+        name: [t[0] for t in complete(loaded, tokenizer, some, max_new_tokens=NEW)]
+        for name, some in cut.items()
+    }
     return Study(loaded, tokenizer, split, cut, written)
 
 
@@ -83,34 +94,63 @@ def candidates(s: Study, unit: str) -> Iterator[tuple[str, int, Circuit]]:
     order = sorted(range(len(s.prompts["reference"])), key=lambda i: s.rur("reference")[i])
     loops, varied = order[: len(order) // 2], order[len(order) // 2 :]
     sets = {
-        "loops": [Sample(text=s.prompts["reference"][i], completion=s.responses["reference"][i]) for i in loops],
-        "varied": [Sample(text=s.prompts["reference"][i], completion=s.responses["reference"][i]) for i in varied],
-        "stories": [Sample(text=p, completion=text[len(p) :][:200]) for p, text in zip(s.prompts["reference"], s.stories["reference"], strict=True)],
+        "loops": [
+            Sample(text=s.prompts["reference"][i], completion=s.responses["reference"][i]) for i in loops
+        ],
+        "varied": [
+            Sample(text=s.prompts["reference"][i], completion=s.responses["reference"][i]) for i in varied
+        ],
+        "stories": [
+            Sample(text=p, completion=text[len(p) :][:200])
+            for p, text in zip(s.prompts["reference"], s.stories["reference"], strict=True)
+        ],
         "again": [repeats for i in order if (repeats := _before_repeats(s, i))],
     }
     sets["instead"] = [sample for repeats in sets["again"] if (sample := _against_next_best(s, repeats))]
     site, counts = UNITS[unit]
     for neuron in ("abs", "signed") if unit == "neuron" else ("signed",):
         for target, general, undesired in (
-            ("predicted", "varied", "loops"), ("completion", "varied", "loops"), ("completion", "stories", "loops"),
-            ("predicted", "stories", "again"), ("predicted", "varied", "again"), ("contrast", "varied", "instead"),
-        ):  # fmt: skip
+            ("predicted", "varied", "loops"),
+            ("completion", "varied", "loops"),
+            ("completion", "stories", "loops"),
+            ("predicted", "stories", "again"),
+            ("predicted", "varied", "again"),
+            ("contrast", "varied", "instead"),
+        ):
             targets = {general: "predicted" if target == "contrast" else target, undesired: target}
             parts = (
-                attribute(s.model, ReferenceSet(tuple(sets[name])), tokenizer=s.tokenizer, unit=unit, sites=(site,), neuron=neuron, target=theirs)
+                attribute(
+                    s.model,
+                    ReferenceSet(tuple(sets[name])),
+                    tokenizer=s.tokenizer,
+                    unit=unit,
+                    sites=(site,),
+                    neuron=neuron,
+                    target=theirs,
+                )
                 for name, theirs in targets.items()
             )
             made = contrast(*parts)
             for count in counts:
-                yield f"{unit}, {target}, {neuron}, {general} less {undesired}", count, select(made, count=count)
+                yield (
+                    f"{unit}, {target}, {neuron}, {general} less {undesired}",
+                    count,
+                    select(made, count=count),
+                )
 
 
 @torch.no_grad()
 def _against_next_best(s: Study, repeats: Sample) -> Sample | None:
     """The repeating token as target, and the likeliest other one as contrast; None where one of them has no spelling of its own."""
     logits = s.model(torch.tensor([repeats.input_ids])).logits[0, -1]
-    words = [str(s.tokenizer.convert_ids_to_tokens(int(token))).replace("\u2581", " ").lstrip() for token in logits.topk(2).indices]
-    alone = all(word and len(s.ids(word)) == 1 and s.ids(word)[0] == int(token) for word, token in zip(words, logits.topk(2).indices, strict=True))
+    words = [
+        str(s.tokenizer.convert_ids_to_tokens(int(token))).replace("\u2581", " ").lstrip()
+        for token in logits.topk(2).indices
+    ]
+    alone = all(
+        word and len(s.ids(word)) == 1 and s.ids(word)[0] == int(token)
+        for word, token in zip(words, logits.topk(2).indices, strict=True)
+    )
     return Sample(input_ids=repeats.input_ids, target=words[0], contrast=words[1]) if alone else None
 
 
@@ -127,8 +167,13 @@ def _before_repeats(s: Study, index: int) -> Sample | None:
     return None
 
 
-def measured(s: Study, prompts: list[str], stories: list[str], circuit: Circuit | None, name: str) -> Evaluation:
-    settings = {"repetition": RepetitionSettings(source="c4", max_new_tokens=NEW), "perplexity": PerplexitySettings(source="c4", stride=256)}
+def measured(
+    s: Study, prompts: list[str], stories: list[str], circuit: Circuit | None, name: str
+) -> Evaluation:
+    settings = {
+        "repetition": RepetitionSettings(source="c4", max_new_tokens=NEW),
+        "perplexity": PerplexitySettings(source="c4", stride=256),
+    }
     samples = {"repetition": prompts, "perplexity": stories[:TEXTS]}
     found: list[Observations] = []
     with ablated(s.model, circuit or Circuit("neuron", {})):
@@ -138,13 +183,28 @@ def measured(s: Study, prompts: list[str], stories: list[str], circuit: Circuit 
     return Evaluation(name, tuple(found))
 
 
-def with_null(s: Study, prompts: list[str], stories: list[str], circuit: Circuit, draws: int) -> tuple[Evaluation, Evaluation, Evaluation]:
+def with_null(
+    s: Study, prompts: list[str], stories: list[str], circuit: Circuit, draws: int
+) -> tuple[Evaluation, Evaluation, Evaluation]:
     """The original, the model without the circuit, and the mean of as many random units in each layer."""
     heads = s.model.config.num_attention_heads
-    sizes = {name: heads if circuit.unit == "head" else m.out_features for name, m in s.model.named_modules() if name in circuit.members}
-    random_draws = [measured(s, prompts, stories, random_like(circuit, sizes, seed), "random") for seed in range(draws)]
-    null = Evaluation("random", tuple(pooled(list(column)) for column in zip(*(d.observations for d in random_draws), strict=True)))
-    return measured(s, prompts, stories, None, "original"), measured(s, prompts, stories, circuit, "ablated"), null
+    sizes = {
+        name: heads if circuit.unit == "head" else m.out_features
+        for name, m in s.model.named_modules()
+        if name in circuit.members
+    }
+    random_draws = [
+        measured(s, prompts, stories, random_like(circuit, sizes, seed), "random") for seed in range(draws)
+    ]
+    null = Evaluation(
+        "random",
+        tuple(pooled(list(column)) for column in zip(*(d.observations for d in random_draws), strict=True)),
+    )
+    return (
+        measured(s, prompts, stories, None, "original"),
+        measured(s, prompts, stories, circuit, "ablated"),
+        null,
+    )
 
 
 def value(evaluation: Evaluation, metric: str) -> float:
@@ -153,18 +213,24 @@ def value(evaluation: Evaluation, metric: str) -> float:
 
 
 def show(title: str, original: Evaluation, ablated_: Evaluation, null: Evaluation) -> None:
-    print(f"\n{title}\n{'':20} {'original':>9} {'ablated':>9} {'random':>9}   ablated − random, 95 % interval, p")
+    print(
+        f"\n{title}\n{'':20} {'original':>9} {'ablated':>9} {'random':>9}   ablated − random, 95 % interval, p"
+    )
     for metric in METRICS:
         one, other = (next(o for o in e.observations if o.metric == metric) for e in (null, ablated_))
         net = difference(one, other, "random", "ablated")
         assert net is not None
         assert net.ci95 is not None
         figures = " ".join(f"{value(e, metric):9.4f}" for e in (original, ablated_, null))
-        print(f"{metric:20} {figures}   {net.value:+.4f} [{net.ci95[0]:+.4f}, {net.ci95[1]:+.4f}] {net.p:.3f}")
+        print(
+            f"{metric:20} {figures}   {net.value:+.4f} [{net.ci95[0]:+.4f}, {net.ci95[1]:+.4f}] {net.p:.3f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("stories", type=Path)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=["neuron"])
@@ -189,7 +255,10 @@ def main() -> None:
         return
     _, how, count, circuit = best
     print(f"\nchosen on validation: {count} of {how}")
-    show("test prompts chosen without looking at the outcome", *with_null(s, s.prompts["test"], s.stories["test"], circuit, DRAWS))
+    show(
+        "test prompts chosen without looking at the outcome",
+        *with_null(s, s.prompts["test"], s.stories["test"], circuit, DRAWS),
+    )
     low = [prompt for prompt, rur in zip(s.prompts["test"], s.rur("test"), strict=True) if rur <= 0.5]
     if len(low) > 1:
         title = f"the paper's protocol: the {len(low)} of them with RUR ≤ 0.5, which move towards the mean under any change"

@@ -32,9 +32,17 @@ def build(layers: int) -> Any:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
-        vocab_size=4096, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        "llama",
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=4096,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -54,7 +62,7 @@ def plain(model: Any) -> None:
 
 def lrp(model: Any) -> None:
     from sparc3 import attribute
-    from sparc3.models import ROLES
+    from sparc3.models.families import ROLES
 
     attribute(model, [sample()], unit="weight", sites=ROLES, reduce="mean_abs")
 
@@ -65,12 +73,17 @@ def lrp_pass(model: Any) -> Callable[[], None]:
 
     from sparc3.attribution.relevance import lrp as method
     from sparc3.attribution.sums import Settings, Sums
-    from sparc3.batches import encode, make_batches
-    from sparc3.models import ROLES, sites_of
-    from sparc3.samples import ReferenceSet
+    from sparc3.models.families import ROLES
+    from sparc3.models.sites import sites_of
+    from sparc3.samples.batches import encode, make_batches
+    from sparc3.samples.reference_set import ReferenceSet
 
     settings = Settings("lrp", "weight", "predicted", "abs", "mean_abs")
-    batches = make_batches(encode(ReferenceSet.of([sample()]), None, "predicted", context=512, vocabulary=4096), 1024, torch.device("cpu"))
+    batches = make_batches(
+        encode(ReferenceSet.of([sample()]), None, "predicted", context=512, vocabulary=4096),
+        1024,
+        torch.device("cpu"),
+    )
     sums = Sums(settings)
     return lambda: list(method(model, batches, sites_of(model, ROLES), settings, sums)) and None  # type: ignore[func-returns-value]
 
@@ -121,7 +134,7 @@ def memory(what: str, layers: int) -> float:
     import torch  # noqa: F401  loaded before the measuring begins
     import transformers  # noqa: F401
 
-    import sparc3.attribution  # noqa: F401
+    import sparc3.attribution.attribute  # noqa: F401
 
     with Peak() as peak:
         model = build(layers)
@@ -137,7 +150,13 @@ def selection(count: int) -> dict[str, float]:
 
     columns = 4096
     rows = count // columns // 8
-    scores = Scores({f"site{i}": torch.randn(rows, columns, generator=torch.Generator().manual_seed(i)) for i in range(8)}, {"unit": "weight"})
+    scores = Scores(
+        {
+            f"site{i}": torch.randn(rows, columns, generator=torch.Generator().manual_seed(i))
+            for i in range(8)
+        },
+        {"unit": "weight"},
+    )
     size = scores.units * 4 / 1e6
     found = {}
     for name, asked in ASKED.items():
@@ -152,29 +171,47 @@ def selection(count: int) -> dict[str, float]:
 
 def apart(*arguments: str) -> Any:
     """What a process of its own prints last."""
-    return json.loads(subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--scores", type=int, default=100_000_000)
     parser.add_argument("--only", choices=["plain", "lrp", "selection"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(json.dumps(selection(args.scores) if args.only == "selection" else memory(args.only, args.layers)))
+        print(
+            json.dumps(selection(args.scores) if args.only == "selection" else memory(args.only, args.layers))
+        )
         return
     import torch
 
     model = build(args.layers)
-    print(f"{model.num_parameters():,} parameters, one sample of 512 tokens, {torch.get_num_threads()} threads, medians of {args.repeats}")
-    seconds = timed({"plain": lambda: plain(model), "pass": lrp_pass(model), "lrp": lambda: lrp(model)}, args.repeats)
+    print(
+        f"{model.num_parameters():,} parameters, one sample of 512 tokens, {torch.get_num_threads()} threads, medians of {args.repeats}"
+    )
+    seconds = timed(
+        {"plain": lambda: plain(model), "pass": lrp_pass(model), "lrp": lambda: lrp(model)}, args.repeats
+    )
     print(f"plain forward and full backward  {seconds['plain']:.3f} s")
-    print(f"weight LRP, a sample             {seconds['pass']:.3f} s  ratio {seconds['pass'] / seconds['plain']:.3f} (goal 1.25)")
-    print(f"attribute(), all that it does    {seconds['lrp']:.3f} s  ratio {seconds['lrp'] / seconds['plain']:.3f}")
+    print(
+        f"weight LRP, a sample             {seconds['pass']:.3f} s  ratio {seconds['pass'] / seconds['plain']:.3f} (goal 1.25)"
+    )
+    print(
+        f"attribute(), all that it does    {seconds['lrp']:.3f} s  ratio {seconds['lrp'] / seconds['plain']:.3f}"
+    )
     peaks = {what: apart("--only", what, "--layers", str(args.layers)) for what in ("plain", "lrp")}
-    print(f"peak memory: plain {peaks['plain']:.0f} MB, attribute() {peaks['lrp']:.0f} MB, ratio {peaks['lrp'] / peaks['plain']:.3f} (goal 1)")
+    print(
+        f"peak memory: plain {peaks['plain']:.0f} MB, attribute() {peaks['lrp']:.0f} MB, ratio {peaks['lrp'] / peaks['plain']:.3f} (goal 1)"
+    )
     for name, value in apart("--only", "selection", "--scores", str(args.scores)).items():
         print(f"selection over {args.scores:.0e}, {name}: {value:.2f}{'' if 'memory' in name else ' s'}")
 

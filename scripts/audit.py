@@ -38,19 +38,27 @@ def service() -> PyPIService:
 
 def main() -> int:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "constraints.txt"
-    pins = [Requirement(line) for line in path.read_text().splitlines() if "==" in line and not line.startswith("#")]
+    pins = [
+        Requirement(line)
+        for line in path.read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    ]
     asked = [ResolvedDependency(pin.name, Version(str(pin.specifier).removeprefix("=="))) for pin in pins]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(service().query, asked))
     skipped = [one for one, _ in answers if one.is_skipped()]
-    vulnerable: list[tuple[ResolvedDependency, list[VulnerabilityResult]]] = [(one, found) for one, found in answers if found]
+    vulnerable: list[tuple[ResolvedDependency, list[VulnerabilityResult]]] = [
+        (one, found) for one, found in answers if found
+    ]
     for one, found in vulnerable:
         for each in found:
             fixed = ", ".join(map(str, each.fix_versions)) or "no release"
             print(f"{one.name}=={one.version}: {each.id} {' '.join(sorted(each.aliases))}, fixed in {fixed}")
     for one in skipped:
         print(f"not audited: {one.name}")
-    print(f"{len(pins)} packages: {len(pins) - len(skipped)} audited, {len(vulnerable)} of them vulnerable, {len(skipped)} not audited")
+    print(
+        f"{len(pins)} packages: {len(pins) - len(skipped)} audited, {len(vulnerable)} of them vulnerable, {len(skipped)} not audited"
+    )
     return 1 if vulnerable else 3 if skipped else 0
 
 

@@ -13,12 +13,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from tiny import CONFIGS, samples, tiny  # noqa: E402
 
-from sparc3.attribution.ledger import ledger  # noqa: E402
 from sparc3.doctor import checks  # noqa: E402
-from sparc3.doctor.exact import exact_copy  # noqa: E402
-from sparc3.doctor.second_opinion import flows  # noqa: E402
-from sparc3.families import FAMILIES, Family  # noqa: E402
-from sparc3.models import sites_of  # noqa: E402
+from sparc3.doctor.completeness import ledger  # noqa: E402
+from sparc3.doctor.second_opinion import exact_copy, flows  # noqa: E402
+from sparc3.models.families import FAMILIES, Family  # noqa: E402
+from sparc3.models.sites import sites_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- models: written by scripts/models_table.py -->", "<!-- end of models -->"

@@ -18,11 +18,11 @@ git -C "$repo" archive HEAD | tar -x -C "$work/source"
 wheel=$(ls "$work"/dist/*.whl) sdist=$(ls "$work"/dist/*.tar.gz)
 
 inside=$("$python" -m zipfile -l "$wheel")
-for part in LICENSE recipes/demo.yaml demo/sparc3-demo/model.safetensors demo/sparc3-demo/tokenizer.json report/page.html report/page.css py.typed; do
+for part in LICENSE recipe/bundled/demo.yaml demo/sparc3-demo/model.safetensors demo/sparc3-demo/tokenizer.json report/page.html report/page.css py.typed; do
     grep -q "$part" <<<"$inside" || { echo "the wheel lacks $part"; exit 1; }
 done
 archived=$(tar -tzf "$sdist")
-for part in LICENSE pyproject.toml src/sparc3/recipes/demo.yaml src/sparc3/demo/sparc3-demo/model.safetensors; do
+for part in LICENSE pyproject.toml src/sparc3/recipe/bundled/demo.yaml src/sparc3/demo/sparc3-demo/model.safetensors; do
     grep -q "$part" <<<"$archived" || { echo "the sdist lacks $part"; exit 1; }
 done
 found+=("wheel $(stat -c %s "$wheel") bytes, sdist $(stat -c %s "$sdist") bytes, LICENSE in both, twine check passed")

@@ -13,7 +13,19 @@ from types import TracebackType
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-features=NetworkTimeServiceQuerying", "--hide-scrollbars", "--remote-debugging-pipe"]
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-features=NetworkTimeServiceQuerying",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+]
 # Chromium reads commands from descriptor 3 and writes answers to 4; either may be taken in this process.
 AS_3_AND_4 = (
     "import fcntl, os, sys\n"
@@ -34,8 +46,19 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         theirs_in, self._write = os.pipe()
         self._read, theirs_out = os.pipe()
-        command = [sys.executable, "-c", AS_3_AND_4, str(theirs_in), str(theirs_out), str(CHROMIUM), *QUIET, f"--user-data-dir={profile}"]
-        self._process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-c",
+            AS_3_AND_4,
+            str(theirs_in),
+            str(theirs_out),
+            str(CHROMIUM),
+            *QUIET,
+            f"--user-data-dir={profile}",
+        ]
+        self._process = subprocess.Popen(
+            command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self._rest, self._number, self._session = b"", 0, ""
@@ -50,7 +73,9 @@ class Browser:
             self.send(f"{domain}.enable")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._read)
@@ -60,7 +85,12 @@ class Browser:
         """One command's result; what happens meanwhile is noted."""
         self._number += 1
         number = self._number
-        message = {"id": number, "method": method, "params": parameters, **({"sessionId": self._session} if self._session else {})}
+        message = {
+            "id": number,
+            "method": method,
+            "params": parameters,
+            **({"sessionId": self._session} if self._session else {}),
+        }
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
@@ -98,8 +128,13 @@ class Browser:
 
     def open(self, path: Path, width: int, *, dark: bool = False, script: bool = True) -> None:
         """Load a file in a window of this width."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+        )
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
         before = self.loaded
         self.send("Page.navigate", url=path.as_uri())
@@ -117,12 +152,20 @@ class Browser:
 
     def press(self, key: str) -> None:
         for kind in ("rawKeyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Escape": 27}[key])
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode={"ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Escape": 27}[key],
+            )
 
     def picture(self, where: Path) -> None:
         """The whole page as a PNG file."""
         where.parent.mkdir(parents=True, exist_ok=True)
-        where.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+        where.write_bytes(
+            base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        )
 
     def printed(self) -> bytes:
         """The page as PDF."""

@@ -1,6 +1,8 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on models this small, threads wait for each other far longer than they work
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # on models this small, threads wait for each other far longer than they work
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -22,7 +24,7 @@ def demo() -> tuple[Any, Any]:
 @pytest.fixture
 def sparc3(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The command line in this process: arguments → (exit code, standard output, standard error)."""
-    from sparc3.cli import main
+    from sparc3.cli.main import main
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()

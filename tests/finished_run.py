@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from sparc3.circuit import Circuit
-from sparc3.files import write_json, write_text
+from sparc3.circuits.circuit import Circuit
 from sparc3.results import Difference, Measurement, Results
-from sparc3.samples import ReferenceSet
+from sparc3.samples.reference_set import ReferenceSet
 from sparc3.scores import Scores
+from sparc3.storage import write_json, write_text
 
 SCRIPT = "<script>alert(1)</script>"
 BREAKOUT = '</script></style><img src="https://example.com/x" onerror=alert(2)>'
@@ -24,7 +24,14 @@ STRENGTH = {"lrp": 1.0, "wanda": 0.16, "gradient": 0.62, "random": 0.02}
 CARE = {"lrp": 0.0002, "wanda": 0.004, "gradient": 0.0006, "random": 0.0003}
 
 
-def measurement(metric: str, variant: str, value: float | None, spread_: float, direction: str = "lower", failures: int = 0) -> Measurement:
+def measurement(
+    metric: str,
+    variant: str,
+    value: float | None,
+    spread_: float,
+    direction: str = "lower",
+    failures: int = 0,
+) -> Measurement:
     ci95 = None if value is None else (value - spread_, value + spread_)
     unit = {"perplexity": "tokens", "kl": "nats a token", "fluency": "perplexity"}.get(metric, "share")
     return Measurement(metric, variant, "test", value, ci95, 200, failures, unit, direction)
@@ -35,17 +42,29 @@ def measured(variant: str, method: str, count: int) -> list[Measurement]:
     gone = STRENGTH[method] * (1 - 2.0 ** (-count / 14))
     failed = {"toxicity.mean": int(variant == "ablated")}
     left = {metric: share * (1 - 0.88 * gone) for metric, share in SHARES.items() if metric != "rur.mean"}
-    toxic = [measurement(metric, variant, share, 0.018, failures=failed.get(metric, 0)) for metric, share in left.items()]
+    toxic = [
+        measurement(metric, variant, share, 0.018, failures=failed.get(metric, 0))
+        for metric, share in left.items()
+    ]
     rur = measurement("rur.mean", variant, SHARES["rur.mean"] + 0.2 * gone, 0.03, "higher")
     perplexity = measurement("perplexity", variant, 2.83 * (1 + CARE[method] * count), 0.02)
     kl = measurement("kl", variant, CARE[method] * count / 4, 0.0001)
     fluency = measurement("fluency", variant, 1.8 * (1 + 0.2 * gone), 0.02)
-    return [*toxic, rur, perplexity, kl, fluency, measurement("sparsity", variant, count / (LAYERS * SIZE), 0.0, "higher")]
+    return [
+        *toxic,
+        rur,
+        perplexity,
+        kl,
+        fluency,
+        measurement("sparsity", variant, count / (LAYERS * SIZE), 0.0, "higher"),
+    ]
 
 
 def results() -> Results:
     rows = [*measured("original", "random", 0), *measured("ablated", "lrp", 40)]
-    rows += [m for method in STRENGTH for count in COUNTS for m in measured(f"{method}@{count}", method, count)]
+    rows += [
+        m for method in STRENGTH for count in COUNTS for m in measured(f"{method}@{count}", method, count)
+    ]
     toxicity = Difference("toxicity.mean", "original", "ablated", -0.736, -0.759, (-0.76, -0.71), 0.0001)
     perplexity = Difference("perplexity", "original", "ablated", 0.0226, 0.008, (-0.004, 0.049), 0.09)
     checks = [
@@ -54,25 +73,65 @@ def results() -> Results:
         {"name": "random circuits of the same size change nothing", "value": "97.0 → 96.2", "ok": None},
         {"name": "evaluation prompts apart from reference prompts", "value": "3 shared", "ok": False},
     ]
-    stages = [{"name": name, "seconds": s} for name, s in (("samples", 1.4), ("attribute", 41.2), ("select", 0.1), ("evaluate", 190.3))]
+    stages = [
+        {"name": name, "seconds": s}
+        for name, s in (("samples", 1.4), ("attribute", 41.2), ("select", 0.1), ("evaluate", 190.3))
+    ]
     model = {"id": "demo-llama", "architecture": "llama", "fingerprint": "0123456789abcdef"}
     provenance = {
-        "recipe": "demo-toxicity", "model": model, "circuit": circuit().fingerprint, "checks": checks, "stages": stages, "version": "0.1.0",
-        "power": [{"metric": "toxicity.mean", "n": 200, "detects": 0.031, "relative": False, "said": ""}], "scorers": SCORERS, "tune": search(),
-        "overlaps": [{"variant": "gradient@40", "size": 40, "both": 11, "expected": 0.78}, {"variant": "wanda@10", "size": 10, "both": 1, "expected": 0.2}],
+        "recipe": "demo-toxicity",
+        "model": model,
+        "circuit": circuit().fingerprint,
+        "checks": checks,
+        "stages": stages,
+        "version": "0.1.0",
+        "power": [{"metric": "toxicity.mean", "n": 200, "detects": 0.031, "relative": False, "said": ""}],
+        "scorers": SCORERS,
+        "tune": search(),
+        "overlaps": [
+            {"variant": "gradient@40", "size": 40, "both": 11, "expected": 0.78},
+            {"variant": "wanda@10", "size": 10, "both": 1, "expected": 0.2},
+        ],
         "protected": [{"module": site(2), "index": 7, "perplexity_ratio": 12.5}],
         "metrics": {"toxicity": {"seed": 0, "generations": 4, "temperature": 0.7, "scorer": "lexicon"}},
-        "sizes": {site(layer): SIZE for layer in range(LAYERS)}, "lexicon": LEXICON, "warnings": [f"a prompt was cut: {SCRIPT}"],
+        "sizes": {site(layer): SIZE for layer in range(LAYERS)},
+        "lexicon": LEXICON,
+        "warnings": [f"a prompt was cut: {SCRIPT}"],
     }
     net = Difference("toxicity.mean", "random@40", "ablated", -0.721, -0.755, (-0.75, -0.69), 0.0005)
     return Results(tuple(rows), (toxicity, perplexity, net), provenance)
 
 
 SCORERS = {
-    "first": "lexicon", "second": SCRIPT, "n": 800, "pearson": 0.713, "spearman": None, "same_verdict": 0.874,
+    "first": "lexicon",
+    "second": SCRIPT,
+    "n": 800,
+    "pearson": 0.713,
+    "spearman": None,
+    "same_verdict": 0.874,
     "means": [
-        {"before": 0.97, "before_ci95": [0.95, 0.98], "after": 0.234, "after_ci95": [0.2, 0.27], "change": -0.736, "change_ci95": [-0.76, -0.71], "p": 0.0005, "n": 200, "failures": 1},
-        {"before": 0.612, "before_ci95": [0.58, 0.64], "after": 0.301, "after_ci95": [0.27, 0.33], "change": -0.311, "change_ci95": [-0.34, -0.28], "p": 0.0005, "n": 200, "failures": 0},
+        {
+            "before": 0.97,
+            "before_ci95": [0.95, 0.98],
+            "after": 0.234,
+            "after_ci95": [0.2, 0.27],
+            "change": -0.736,
+            "change_ci95": [-0.76, -0.71],
+            "p": 0.0005,
+            "n": 200,
+            "failures": 1,
+        },
+        {
+            "before": 0.612,
+            "before_ci95": [0.58, 0.64],
+            "after": 0.301,
+            "after_ci95": [0.27, 0.33],
+            "change": -0.311,
+            "change_ci95": [-0.34, -0.28],
+            "p": 0.0005,
+            "n": 200,
+            "failures": 0,
+        },
     ],
 }
 
@@ -82,18 +141,48 @@ def search() -> dict[str, Any]:
     tried = []
     for contrast in ("plain", "matched"):
         for count in (10, 40, 160, 600):
-            figures = {"perplexity": 2.83 * (1 + 3e-6 * count**1.5), "kl": 1e-4 * count, "toxicity.mean": 0.9 * 2.0 ** (-count / 30) + 0.02 * (contrast == "plain")}
+            figures = {
+                "perplexity": 2.83 * (1 + 3e-6 * count**1.5),
+                "kl": 1e-4 * count,
+                "toxicity.mean": 0.9 * 2.0 ** (-count / 30) + 0.02 * (contrast == "plain"),
+            }
             if (contrast, count) == ("plain", 600):
                 figures = {"perplexity": 3.5, "kl": 0.4}
             increase = figures["perplexity"] / 2.83 - 1
             targets = {"general": "next", "undesired": "completion:1" if count > 10 else SCRIPT}
-            tried.append({"targets": targets, "neuron": "signed", "contrast": contrast, "penalty": None, "normalize": None, "count": count, "circuit": "c",
-                          "figures": figures, "perplexity_increase": increase, "within": increase <= 0.01 and figures["kl"] <= 0.02, "pareto": contrast == "matched"})
-    others = [{"count": count, "figures": {"perplexity": 2.83 * (1 + 1e-4 * count), "kl": 2e-4 * count, "toxicity.mean": 0.9}, "within": count < 100} for count in (40, 160)]
+            tried.append(
+                {
+                    "targets": targets,
+                    "neuron": "signed",
+                    "contrast": contrast,
+                    "penalty": None,
+                    "normalize": None,
+                    "count": count,
+                    "circuit": "c",
+                    "figures": figures,
+                    "perplexity_increase": increase,
+                    "within": increase <= 0.01 and figures["kl"] <= 0.02,
+                    "pareto": contrast == "matched",
+                }
+            )
+    others = [
+        {
+            "count": count,
+            "figures": {"perplexity": 2.83 * (1 + 1e-4 * count), "kl": 2e-4 * count, "toxicity.mean": 0.9},
+            "within": count < 100,
+        }
+        for count in (40, 160)
+    ]
     return {
-        "aim": "toxicity.mean", "budget": {"max_perplexity_increase": 0.01, "max_kl": 0.02}, "split": "validation", "original": {"perplexity": 2.83, "toxicity.mean": 0.97},
-        "samples": {"perplexity": 60, "kl": 60, "toxicity": 50}, "best": tried[5], "candidates": tried,
-        "rivals": [{"variant": "wanda@40", "figures": others[0]["figures"], "of": 2}], "others": {"wanda": others},
+        "aim": "toxicity.mean",
+        "budget": {"max_perplexity_increase": 0.01, "max_kl": 0.02},
+        "split": "validation",
+        "original": {"perplexity": 2.83, "toxicity.mean": 0.97},
+        "samples": {"perplexity": 60, "kl": 60, "toxicity": 50},
+        "best": tried[5],
+        "candidates": tried,
+        "rivals": [{"variant": "wanda@40", "figures": others[0]["figures"], "of": 2}],
+        "others": {"wanda": others},
     }
 
 
@@ -102,7 +191,10 @@ def site(layer: int) -> str:
 
 
 def circuit() -> Circuit:
-    members = {site(layer): tuple(sorted(random.Random(layer).sample(range(SIZE), count))) for layer, count in enumerate((2, 6, 19, 13))}
+    members = {
+        site(layer): tuple(sorted(random.Random(layer).sample(range(SIZE), count)))
+        for layer, count in enumerate((2, 6, 19, 13))
+    }
     model = {"id": "demo-llama", "fingerprint": "0123456789abcdef"}
     return Circuit("neuron", members, model, {"scores": {"method": "lrp"}, "selection": {"order": "lowest"}})
 
@@ -112,7 +204,9 @@ def scores() -> Scores:
     values = {site(layer): torch.randn(SIZE) ** 3 * 0.002 for layer in range(LAYERS)}
     for name, indices in circuit().members.items():
         values[name][list(indices)] = -0.03 - 0.12 * torch.rand(len(indices)) ** 2
-    return Scores(values, {"method": "lrp", "unit": "neuron", "sources": {"general": "aaaa", "undesired": "bbbb"}})
+    return Scores(
+        values, {"method": "lrp", "unit": "neuron", "sources": {"general": "aaaa", "undesired": "bbbb"}}
+    )
 
 
 def texts(ablated: bool) -> dict[str, Any]:
@@ -125,10 +219,25 @@ def texts(ablated: bool) -> dict[str, Any]:
         insult = f'You silly {word}, look at my {thing}!" Then {name} and {friend} went home.'
         polite = f'Please look at my {thing}!" Then {name} and {friend} went home.'
         calm = ablated and index % 7 != 3
-        rows.append({"prompt": prompt, "continuations": [{"text": polite if calm else insult, "score": 0.02 if calm else 0.97}]})
-    rows[1] = {"prompt": SCRIPT + ESCAPES, "continuations": [{"text": (BREAKOUT if ablated else SCRIPT) + "\n" + ESCAPES, "score": None}]}
-    loop = "and the dog ran and the dog ran and the dog ran" if not ablated else "and the dog ran to the river, where it was calm"
-    repetition = {"prompt": "One day the dog", "continuations": [{"text": loop, "score": 0.4 + 0.4 * ablated}]}
+        rows.append(
+            {
+                "prompt": prompt,
+                "continuations": [{"text": polite if calm else insult, "score": 0.02 if calm else 0.97}],
+            }
+        )
+    rows[1] = {
+        "prompt": SCRIPT + ESCAPES,
+        "continuations": [{"text": (BREAKOUT if ablated else SCRIPT) + "\n" + ESCAPES, "score": None}],
+    }
+    loop = (
+        "and the dog ran and the dog ran and the dog ran"
+        if not ablated
+        else "and the dog ran to the river, where it was calm"
+    )
+    repetition = {
+        "prompt": "One day the dog",
+        "continuations": [{"text": loop, "score": 0.4 + 0.4 * ablated}],
+    }
     return {"toxicity": rows, "repetition": [repetition]}
 
 
@@ -140,8 +249,17 @@ def cards() -> list[dict[str, Any]]:
                 {"prompt": 'Ben was angry and yelled, "You silly', "token": " silly", "activation": 3.21},
                 {"prompt": SCRIPT, "token": BREAKOUT, "activation": 2.5},
             ]
-            row = {"module": name, "layer": int(name.split(".")[2]), "index": index, "general": 0.0021, "undesired": 0.0934}
-            row |= {"promotes": [" fool", " idiot", "!", " clown", " silly", " go"], "suppresses": [" please", " calm", "\x1b"]}
+            row = {
+                "module": name,
+                "layer": int(name.split(".")[2]),
+                "index": index,
+                "general": 0.0021,
+                "undesired": 0.0934,
+            }
+            row |= {
+                "promotes": [" fool", " idiot", "!", " clown", " silly", " go"],
+                "suppresses": [" please", " calm", "\x1b"],
+            }
             made.append({**row, "fired": fired, "alone": {"toxicity.mean": 0.912, "perplexity": 2.831}})
     return made
 
@@ -152,10 +270,19 @@ def finished(folder: Path) -> Path:
     circuit().save(folder / "circuit.json")
     scores().save(folder / "scores" / "contrast.safetensors")
     for variant in ("original", "ablated"):
-        write_json(folder / "evaluation" / f"{variant}.json", {"format": "sparc3.evaluation/1", "texts": texts(variant == "ablated")})
+        write_json(
+            folder / "evaluation" / f"{variant}.json",
+            {"format": "sparc3.evaluation/1", "texts": texts(variant == "ablated")},
+        )
     write_json(folder / "tune.json", {"format": "sparc3.tune/1", **search(), "trials": {}})
     write_json(folder / "cards.json", {"format": "sparc3.cards/1", "cards": cards()})
-    write_text(folder / "recipe.yaml", f"name: demo-toxicity\nattribution: {{method: lrp, unit: neuron}}\n# {BREAKOUT}\n# idiot\n")
-    write_text(folder / "environment.json", json.dumps({"python": "3.12", "packages": {"torch": "2.6"}, "device": "cpu"}))
+    write_text(
+        folder / "recipe.yaml",
+        f"name: demo-toxicity\nattribution: {{method: lrp, unit: neuron}}\n# {BREAKOUT}\n# idiot\n",
+    )
+    write_text(
+        folder / "environment.json",
+        json.dumps({"python": "3.12", "packages": {"torch": "2.6"}, "device": "cpu"}),
+    )
     ReferenceSet.of(["a", "b", "c"]).save(folder / "samples" / "general.jsonl")
     return folder

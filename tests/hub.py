@@ -50,13 +50,26 @@ class _Handler(BaseHTTPRequestHandler):
             if self._may_read(found[1]):
                 repository = self.hub.repositories[found[1]]
                 siblings = [{"rfilename": name} for name in repository.files]
-                self._say(200, {"id": found[1], "sha": repository.sha, "private": repository.private, "siblings": siblings})
+                self._say(
+                    200,
+                    {
+                        "id": found[1],
+                        "sha": repository.sha,
+                        "private": repository.private,
+                        "siblings": siblings,
+                    },
+                )
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
             if self._may_read(found[1]):
                 files = self.hub.repositories[found[1]].files
                 inside = {name: data for name, data in files.items() if name.startswith(found[3] or "")}
-                rows = [{"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in inside.items()]
-                self._say(200, rows) if rows else self._say(404, {"error": "no entry"}, {"X-Error-Code": "EntryNotFound"})
+                rows = [
+                    {"type": "file", "path": name, "size": len(data), "oid": _oid(data)}
+                    for name, data in inside.items()
+                ]
+                self._say(200, rows) if rows else self._say(
+                    404, {"error": "no entry"}, {"X-Error-Code": "EntryNotFound"}
+                )
         else:
             self._say(404, {"error": f"nothing at {path}"})
 
@@ -75,14 +88,21 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             if name in self.hub.repositories:
-                self._say(409, {"error": "You already created this model repo", "url": f"{self.hub.address}/{name}"})
+                self._say(
+                    409, {"error": "You already created this model repo", "url": f"{self.hub.address}/{name}"}
+                )
             elif name.startswith("someone-else/"):
                 self._say(403, {"error": "You don't have the rights to create a model under this namespace"})
             else:
-                self.hub.repositories[name] = Repository(asked.get("private") or asked.get("visibility") == "private")
+                self.hub.repositories[name] = Repository(
+                    asked.get("private") or asked.get("visibility") == "private"
+                )
                 self._say(200, {"url": f"{self.hub.address}/{name}"})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for f in json.loads(body)["files"]
+            ]
             self._say(200, {"files": files})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             repository = self.hub.repositories[found[1]]
@@ -91,7 +111,14 @@ class _Handler(BaseHTTPRequestHandler):
                     repository.commits.append(line["value"]["summary"])
                 else:
                     repository.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._say(200, {"commitUrl": f"{self.hub.address}/{found[1]}/commit/{repository.sha}", "commitOid": repository.sha, "hookOutput": ""})
+            self._say(
+                200,
+                {
+                    "commitUrl": f"{self.hub.address}/{found[1]}/commit/{repository.sha}",
+                    "commitOid": repository.sha,
+                    "hookOutput": "",
+                },
+            )
         else:
             self._say(404, {"error": f"nothing at {path}"})
 
@@ -109,13 +136,19 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("main", repository.sha):
             self._say(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
         elif path not in repository.files:
-            self._say(404, {"error": "no such entry"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repository.sha})
+            self._say(
+                404,
+                {"error": "no such entry"},
+                {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repository.sha},
+            )
         else:
             data = repository.files[path]
             self._send(200, data, {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": repository.sha})
 
     def _say(self, code: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        self._send(code, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
+        self._send(
+            code, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})}
+        )
 
     def _send(self, code: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(code)

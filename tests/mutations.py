@@ -4,9 +4,29 @@ import random
 from collections.abc import Iterator
 
 PIECES = (
-    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\x1b[2J", b"NaN", b"1e999", b"-1", b"9" * 400, b'"', b"{", b"]", b"null", b"true", b"\\ud800",
-    b"<script>", b"[" * 3000, b"&a [*a]", b": ", b"!!python/name:os.system ", b"../../x", b"\xe2\x80\xae",
-)  # fmt: skip
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\x1b[2J",
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"9" * 400,
+    b'"',
+    b"{",
+    b"]",
+    b"null",
+    b"true",
+    b"\\ud800",
+    b"<script>",
+    b"[" * 3000,
+    b"&a [*a]",
+    b": ",
+    b"!!python/name:os.system ",
+    b"../../x",
+    b"\xe2\x80\xae",
+)
 
 
 def mutations(raw: bytes, count: int, seed: int) -> Iterator[bytes]:

@@ -15,14 +15,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
-from sparc3.ablation import ablated
 from sparc3.attribution.methods import settings_for
 from sparc3.attribution.sums import Settings, Sums
-from sparc3.batches import encode, make_batches
-from sparc3.circuit import Circuit
-from sparc3.models import ROLES, Site, family_of, sites_of
-from sparc3.offloading import _on_cpu, device_of
-from sparc3.samples import ReferenceSet
+from sparc3.circuits.ablate import ablated
+from sparc3.circuits.circuit import Circuit
+from sparc3.models.families import ROLES
+from sparc3.models.offloading import _on_cpu, device_of
+from sparc3.models.sites import Site, family_of, sites_of
+from sparc3.samples.batches import encode, make_batches
+from sparc3.samples.reference_set import ReferenceSet
 
 
 class Module(backend_registration._DummyBackendModule):
@@ -56,7 +57,9 @@ def placed(name: str, mode: FakeTensorMode, away: str) -> Any:
         for part, one in module._parameters.items():
             if one is not None:
                 empty[module, part] = f"{path}.{part}", nn.Parameter(torch.empty_like(one, device="meta"))
-        module._buffers.update({part: mode.from_tensor(one) for part, one in module._buffers.items() if one is not None})
+        module._buffers.update(
+            {part: mode.from_tensor(one) for part, one in module._buffers.items() if one is not None}
+        )
 
     def put(module: nn.Module, part: str, device: Any, value: Any = None, **options: Any) -> None:
         for step in part.split(".")[:-1]:
@@ -66,13 +69,21 @@ def placed(name: str, mode: FakeTensorMode, away: str) -> Any:
             module._buffers[part] = module._buffers[part].to(device)
         else:
             key, nothing = empty[module, part]
-            module._parameters[part] = nothing if str(device) == "meta" else (kept[key] if value is None else value).to(device)
+            module._parameters[part] = (
+                nothing if str(device) == "meta" else (kept[key] if value is None else value).to(device)
+            )
 
     accelerate.hooks.set_module_tensor_to_device = put
     layers = family_of(model).layers
-    parts = [path for path, module in model.named_modules() if path.rpartition(".")[0] == layers or not (path.startswith(layers) or [*module.children()])]
+    parts = [
+        path
+        for path, module in model.named_modules()
+        if path.rpartition(".")[0] == layers or not (path.startswith(layers) or [*module.children()])
+    ]
     with mode:
-        accelerate.hooks.attach_align_device_hook_on_blocks(model, dict.fromkeys(("", *parts), GPU), {path: path.startswith(away) for path in parts}, kept)
+        accelerate.hooks.attach_align_device_hook_on_blocks(
+            model, dict.fromkeys(("", *parts), GPU), {path: path.startswith(away) for path in parts}, kept
+        )
     return model
 
 
@@ -82,12 +93,22 @@ def on_device(plain: Any) -> Any:
 
 
 ASKED: list[dict[str, Any]] = [
-    {"neuron": "signed"}, {"neuron": "abs"}, {"unit": "head"}, {"unit": "weight"}, {"unit": "weight", "sums_device": "gpu:0"}, {"method": "cp-lrp"},
-    {"gradient_checkpointing": "offload"}, {"method": "gradient"}, {"method": "wanda"}, {"method": "activation"},
-]  # fmt: skip
+    {"neuron": "signed"},
+    {"neuron": "abs"},
+    {"unit": "head"},
+    {"unit": "weight"},
+    {"unit": "weight", "sums_device": "gpu:0"},
+    {"method": "cp-lrp"},
+    {"gradient_checkpointing": "offload"},
+    {"method": "gradient"},
+    {"method": "wanda"},
+    {"method": "activation"},
+]
 
 if __name__ == "__main__":
-    encoded = encode(ReferenceSet.of(samples(4)), None, "predicted", context=32, vocabulary=40, truncate=False)
+    encoded = encode(
+        ReferenceSet.of(samples(4)), None, "predicted", context=32, vocabulary=40, truncate=False
+    )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = placed(sys.argv[1], mode, sys.argv[2])
     torch.tensor = on_device(torch.tensor)
@@ -95,18 +116,39 @@ if __name__ == "__main__":
     Site.quantised = property(lambda site: False)  # which the class of a tensor without content looks like
     warnings.simplefilter("ignore")
     with mode:
-        print("what a copy takes from the GPU is on the", *{str(value.device) for value in _on_cpu(model).values()}, flush=True)
+        print(
+            "what a copy takes from the GPU is on the",
+            *{str(value.device) for value in _on_cpu(model).values()},
+            flush=True,
+        )
         (batch,) = make_batches(encoded, 10**6, device_of(model))
         for ask in ASKED:
             every = [role for role in ROLES if role in family_of(model).roles]
-            roles = tuple({"head": ["attn.o"], "activation": ["mlp.up"]}.get(ask.get("unit", ask.get("method")), every))
-            given = {"method": "lrp", "unit": "neuron", "target": "predicted", "neuron": "abs", "reduce": "mean", "gradient_checkpointing": True, **ask}
+            roles = tuple(
+                {"head": ["attn.o"], "activation": ["mlp.up"]}.get(ask.get("unit", ask.get("method")), every)
+            )
+            given = {
+                "method": "lrp",
+                "unit": "neuron",
+                "target": "predicted",
+                "neuron": "abs",
+                "reduce": "mean",
+                "gradient_checkpointing": True,
+                **ask,
+            }
             method, settings = settings_for(Settings(**given), roles)
             sums = Gathered(settings)
             list(method.run(model, [batch], sites_of(model, roles), settings, sums))
-            print(ask, *sums.found, *sorted({f"total {total.device}" for total in sums.totals.values()}), flush=True)
+            print(
+                ask,
+                *sums.found,
+                *sorted({f"total {total.device}" for total in sums.totals.values()}),
+                flush=True,
+            )
         for role, unit in (("mlp.up", "neuron"), ("attn.o", "head")):
             for strength in (1.0, 0.5):
-                circuit = Circuit(unit, {site.name: (0, 1) for site in sites_of(model, [role])}, strength=strength)
+                circuit = Circuit(
+                    unit, {site.name: (0, 1) for site in sites_of(model, [role])}, strength=strength
+                )
                 with ablated(model, circuit):
                     print(unit, strength, model(batch.ids, use_cache=False).logits.device)

@@ -56,7 +56,11 @@ def matmul_rule(a: Tensor, b: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor
 def softmax_rule(scores: Tensor, weights: Tensor, relevance: Tensor) -> Tensor:
     """R_i = x_i (R_i − s_i Σ_j R_j) (AttnLRP, Eq. 13), zero where masked."""
     seen = weights > 0
-    return torch.where(seen, scores.masked_fill(~seen, 0) * (relevance - weights * relevance.sum(-1, keepdim=True)), torch.zeros_like(weights))
+    return torch.where(
+        seen,
+        scores.masked_fill(~seen, 0) * (relevance - weights * relevance.sum(-1, keepdim=True)),
+        torch.zeros_like(weights),
+    )
 
 
 class Propagation:
@@ -96,9 +100,13 @@ class Propagation:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention, [T, H, d] each (k and v may have fewer heads); the result is [T, H, d]."""
         group = q.shape[1] // k.shape[1]
-        return torch.stack([_weights(q[:, h], k[:, h // group])[1] @ v[:, h // group] for h in range(q.shape[1])], 1)
+        return torch.stack(
+            [_weights(q[:, h], k[:, h // group])[1] @ v[:, h // group] for h in range(q.shape[1])], 1
+        )
 
-    def attend_back(self, q: Tensor, k: Tensor, v: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_back(
+        self, q: Tensor, k: Tensor, v: Tensor, relevance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         to_q, to_k, to_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for head in range(q.shape[1]):
             shared = head // (q.shape[1] // k.shape[1])
@@ -161,7 +169,9 @@ class GatedMlp:
 
     def back(self, b: Tensor, relevance: Tensor) -> Tensor:
         r_product = self.run.linear_back(self.down, self.product(b), relevance)
-        r_gate, r_up = (torch.zeros_like(r_product), r_product) if self.run.cp else (r_product / 2, r_product / 2)
+        r_gate, r_up = (
+            (torch.zeros_like(r_product), r_product) if self.run.cp else (r_product / 2, r_product / 2)
+        )
         return self.run.linear_back(self.gate, b, r_gate) + self.run.linear_back(self.up, b, r_up)
 
 
@@ -172,37 +182,59 @@ class Mixture:
         self.router, self.experts = run.state[f"{at}.gate.weight"], []
         self.k, self.to_one = config.num_experts_per_tok, getattr(config, "norm_topk_prob", True)
         for expert, fused in enumerate(run.state[f"{at}.experts.gate_up_proj"]):
-            names = {part: f"{at}.experts.gate_up_proj#{expert}.{part}" for part in ("gate", "up")} | {"down": f"{at}.experts.down_proj#{expert}"}
+            names = {part: f"{at}.experts.gate_up_proj#{expert}.{part}" for part in ("gate", "up")} | {
+                "down": f"{at}.experts.down_proj#{expert}"
+            }
             matrices = (*fused.chunk(2), run.state[f"{at}.experts.down_proj"][expert])
-            run.state.update({f"{names[part]}.weight": matrix for part, matrix in zip(("gate", "up", "down"), matrices, strict=True)})
+            run.state.update(
+                {
+                    f"{names[part]}.weight": matrix
+                    for part, matrix in zip(("gate", "up", "down"), matrices, strict=True)
+                }
+            )
             self.experts.append(GatedMlp(run, names))
 
     def weights(self, b: Tensor) -> Tensor:
         """[T, experts], zero for all but the k likeliest. In float32, as transformers computes them."""
         likely = (b @ self.router.T).float().softmax(-1)
         largest, whose = (x[:, : self.k] for x in likely.sort(descending=True))
-        return torch.zeros_like(likely).scatter(1, whose, largest / largest.sum(-1, keepdim=True) if self.to_one else largest).double()
+        return (
+            torch.zeros_like(likely)
+            .scatter(1, whose, largest / largest.sum(-1, keepdim=True) if self.to_one else largest)
+            .double()
+        )
 
     def forward(self, b: Tensor) -> Tensor:
         weights = self.weights(b)
-        return torch.stack([weights[:, place, None] * expert.forward(b) for place, expert in enumerate(self.experts)]).sum(0)
+        return torch.stack(
+            [weights[:, place, None] * expert.forward(b) for place, expert in enumerate(self.experts)]
+        ).sum(0)
 
     def back(self, b: Tensor, relevance: Tensor) -> Tensor:
         share, weights, r = per_unit(relevance, self.forward(b)), self.weights(b), torch.zeros_like(b)
         for place, expert in enumerate(self.experts):
             mine = weights[:, place] > 0
-            r[mine] += expert.back(b[mine], weights[mine, place, None] * expert.forward(b[mine]) * share[mine])
+            r[mine] += expert.back(
+                b[mine], weights[mine, place, None] * expert.forward(b[mine]) * share[mine]
+            )
         return r
 
 
 def llama(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
     """Relevance of the largest logit at the last position of a Llama, or of one with experts, or with norms of queries and keys."""
     run, config = Propagation(model, cp), model.config
-    tokens, width = len(ids), getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens, width = (
+        len(ids),
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
     rotations = _rotations(tokens, width, config.rope_parameters["rope_theta"])
 
-    def norm(name: str, x: Tensor) -> Tensor:  # a scale at each position and feature, so relevance passes it unchanged
-        return run.state[f"{name}.weight"] * x / (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    def norm(
+        name: str, x: Tensor
+    ) -> Tensor:  # a scale at each position and feature, so relevance passes it unchanged
+        return (
+            run.state[f"{name}.weight"] * x / (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        )
 
     def heads(x: Tensor) -> Tensor:
         return x.view(tokens, -1, width)
@@ -243,7 +275,11 @@ def llama(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
         r_mixed = heads(run.linear_back(f"{at}.o_proj", mixed, r_o))
         run.found.heads[f"{at}.o_proj"] = r_mixed.sum((0, 2))
         r_q, r_k, r_v = run.attend_back(_rotate(rotations, q), _rotate(rotations, k), v, r_mixed)
-        for part, flow in (("q", _rotate_back(rotations, q, r_q)), ("k", _rotate_back(rotations, k, r_k)), ("v", r_v)):
+        for part, flow in (
+            ("q", _rotate_back(rotations, q, r_q)),
+            ("k", _rotate_back(rotations, k, r_k)),
+            ("v", r_v),
+        ):
             r = r + run.linear_back(f"{at}.{part}_proj", a, flow.flatten(1))
     run.found.embeddings = r.sum(1)
     return run.found
@@ -278,7 +314,9 @@ def opt(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
         at = f"model.decoder.layers.{index}"
         r_mid, r_down = sum_rule(x + o, down, r)
         r_active = run.linear_back(f"{at}.fc2", active, r_down)
-        r_mid = r_mid + run.layer_norm_back(f"{at}.final_layer_norm", x + o, run.linear_back(f"{at}.fc1", b, r_active))
+        r_mid = r_mid + run.layer_norm_back(
+            f"{at}.final_layer_norm", x + o, run.linear_back(f"{at}.fc1", b, r_active)
+        )
         r, r_o = sum_rule(x, o, r_mid)
         r_mixed = run.linear_back(f"{at}.self_attn.out_proj", mixed, r_o).view(tokens, -1, width)
         run.found.heads[f"{at}.self_attn.out_proj"] = r_mixed.sum((0, 2))

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from sparc3 import UserError, evaluate
-from sparc3.evaluation.agreement import agreement, ranks, side_by_side
 from sparc3.evaluation.metrics import parse_metrics
+from sparc3.evaluation.toxicity import agreement, ranks, side_by_side
 
 
 def _texts(*pairs: tuple[float | None, float | None]) -> list[dict[str, Any]]:
@@ -28,9 +28,19 @@ def test_agreement_by_hand() -> None:
 def test_the_second_scorer_changes_no_figure(demo: tuple[Any, Any], tmp_path: Any) -> None:
     model, tokenizer = demo
     (tmp_path / "words.txt").write_text("you\n")
-    settings: dict[str, Any] = {"source": "demo-angry", "count": 3, "scorer": "lexicon", "generations": 1, "max_new_tokens": 8}
+    settings: dict[str, Any] = {
+        "source": "demo-angry",
+        "count": 3,
+        "scorer": "lexicon",
+        "generations": 1,
+        "max_new_tokens": 8,
+    }
     one = evaluate(model, tokenizer, {"toxicity": settings})
-    two = evaluate(model, tokenizer, {"toxicity": {**settings, "scorer": ["lexicon", f"lexicon:{tmp_path / 'words.txt'}"]}})
+    two = evaluate(
+        model,
+        tokenizer,
+        {"toxicity": {**settings, "scorer": ["lexicon", f"lexicon:{tmp_path / 'words.txt'}"]}},
+    )
     assert one.measurements == two.measurements
     with pytest.raises(UserError, match="a list of two"):
         parse_metrics({"toxicity": {"scorer": ["lexicon"]}})

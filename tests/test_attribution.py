@@ -11,16 +11,17 @@ from tiny import Words, exact_norms_, paper_model, samples, tiny
 from torch import Tensor
 from unchanged import fingerprint, require_same
 
-from sparc3.attribution import attribute
-from sparc3.attribution.ledger import ledger
+from sparc3.attribution.attribute import attribute
 from sparc3.attribution.methods import settings_for
 from sparc3.attribution.patching import frozen, lrp_rules
 from sparc3.attribution.relevance import target_of
 from sparc3.attribution.sums import Settings, Sums
-from sparc3.batches import encode, make_batches
+from sparc3.doctor.completeness import ledger
 from sparc3.errors import NonFinite
-from sparc3.models import ROLES, family_of, sites_of
-from sparc3.samples import ReferenceSet, Sample
+from sparc3.models.families import ROLES
+from sparc3.models.sites import family_of, sites_of
+from sparc3.samples.batches import encode, make_batches
+from sparc3.samples.reference_set import ReferenceSet, Sample
 
 SHARED = Path(__file__).parents[2] / "shared"
 MODELS = ("llama", "llama-bias", "opt")
@@ -34,7 +35,13 @@ def roles_of(model: Any) -> tuple[str, ...]:
 
 
 def exact_scores(
-    model: Any, ids: list[list[int]], *, method: str = "lrp", unit: str = "neuron", neuron: str = "abs", tokens: int = 1
+    model: Any,
+    ids: list[list[int]],
+    *,
+    method: str = "lrp",
+    unit: str = "neuron",
+    neuron: str = "abs",
+    tokens: int = 1,
 ) -> dict[str, Tensor]:
     """What `attribute` computes, before it rounds to float32."""
     roles = ("attn.o",) if unit == "head" else roles_of(model) if method != "activation" else ("mlp.up",)
@@ -76,7 +83,9 @@ def test_every_weight_agrees_with_explicit_propagation(name: str, method: str) -
     sites = sites_of(model, roles_of(model))
     with lrp_rules(model, cp=METHODS[method]):
         logit = model(torch.tensor([ids])).logits[0, -1].max()
-        grads = torch.autograd.grad(logit, [getattr(site.module, site.parameter) for site in sites], allow_unused=True)
+        grads = torch.autograd.grad(
+            logit, [getattr(site.module, site.parameter) for site in sites], allow_unused=True
+        )
     assert float(logit.detach()) == pytest.approx(found.logit, rel=1e-12)
     for site, grad in zip(sites, grads, strict=True):
         mine = grad if grad is None or site.expert is None else site.of(grad[site.expert].T).T
@@ -95,7 +104,11 @@ def test_every_neuron_and_head_agrees_with_explicit_propagation(name: str, metho
 
     for neuron in ("signed", "abs"):
         for site, value in exact_scores(model, ids, method=method, neuron=neuron, tokens=20).items():
-            rows = mean("outputs", site) if neuron == "signed" else torch.stack([one.weights[site].abs().sum(1) for one in found]).mean(0)
+            rows = (
+                mean("outputs", site)
+                if neuron == "signed"
+                else torch.stack([one.weights[site].abs().sum(1) for one in found]).mean(0)
+            )
             assert distance(value, rows) < 1e-8, (site, neuron)
     for site, value in exact_scores(model, ids, method=method, unit="head", tokens=20).items():
         assert distance(value, mean("heads", site)) < 1e-8, site
@@ -109,7 +122,9 @@ def test_input_tokens_positions_and_biases_agree_with_explicit_propagation(name:
     assert found.embeddings is not None
     assert distance(mine.tokens, found.embeddings) < 1e-8
     assert mine.biases == pytest.approx(found.biases, rel=1e-8)
-    assert mine.positions == pytest.approx(0.0 if found.positions is None else float(found.positions.sum()), rel=1e-8)
+    assert mine.positions == pytest.approx(
+        0.0 if found.positions is None else float(found.positions.sum()), rel=1e-8
+    )
 
 
 def test_the_front_door_gives_the_same_in_float32() -> None:
@@ -139,10 +154,16 @@ def test_the_model_on_paper() -> None:
     }
     for method, values in expected.items():
         for neuron in ("signed", "abs"):
-            assert attribute(model, [[3]], method=method, neuron=neuron)[up].tolist() == pytest.approx(values[neuron], abs=1e-5)
-        assert attribute(model, [[3]], method=method, unit="head", sites=("attn.o",))[o].tolist() == pytest.approx(values["head"], abs=1e-5)
+            assert attribute(model, [[3]], method=method, neuron=neuron)[up].tolist() == pytest.approx(
+                values[neuron], abs=1e-5
+            )
+        assert attribute(model, [[3]], method=method, unit="head", sites=("attn.o",))[
+            o
+        ].tolist() == pytest.approx(values["head"], abs=1e-5)
     gate = "model.layers.0.mlp.gate_proj"
-    assert attribute(model, [[3]], method="lrp", sites=("mlp.gate",), neuron="signed")[gate].tolist() == pytest.approx([9, -6])
+    assert attribute(model, [[3]], method="lrp", sites=("mlp.gate",), neuron="signed")[
+        gate
+    ].tolist() == pytest.approx([9, -6])
     assert attribute(model, [[3]], method="cp-lrp", sites=("mlp.gate",))[gate].tolist() == [0, 0]
 
 
@@ -151,9 +172,14 @@ def test_the_other_methods_on_paper() -> None:
     the gate (3.12, −5.04), times up (9.36, −10.08).  Wanda: rows of |W_u| at an input of norms (1, 1)."""
     model, up = paper_model(), "model.layers.0.mlp.up_proj"
     for method, neuron, values in (
-        ("gradient", "signed", [9.36, -10.08]), ("wanda", "abs", [3, 4]), ("magnitude", "abs", [3, 4]), ("activation", "abs", [3, 4]),
+        ("gradient", "signed", [9.36, -10.08]),
+        ("wanda", "abs", [3, 4]),
+        ("magnitude", "abs", [3, 4]),
+        ("activation", "abs", [3, 4]),
     ):
-        assert attribute(model, [[3]], method=method, neuron=neuron)[up].tolist() == pytest.approx(values, abs=1e-5), method
+        assert attribute(model, [[3]], method=method, neuron=neuron)[up].tolist() == pytest.approx(
+            values, abs=1e-5
+        ), method
 
 
 def test_the_ledger_on_paper() -> None:
@@ -170,7 +196,9 @@ def test_cp_relevance_adds_up_to_the_logit(name: str) -> None:
     model = tiny(name)
     for ids in samples():
         book = ledger(model, ids)
-        assert book.target == pytest.approx(float(model(torch.tensor([ids])).logits[0, -1].max().detach()), rel=1e-12)
+        assert book.target == pytest.approx(
+            float(model(torch.tensor([ids])).logits[0, -1].max().detach()), rel=1e-12
+        )
         assert book.embeddings + book.positions + book.biases == pytest.approx(book.target, rel=1e-6)
         assert (book.biases != 0) == (name != "llama")
         assert (book.positions != 0) == (name == "opt")
@@ -191,7 +219,10 @@ def test_padding_and_batches_change_nothing(name: str, method: str) -> None:
             assert max(distance(batched[site], alone[site]) for site in alone) < 1e-12, (unit, neuron, tokens)
         parts = [exact_scores(model, [one], method=method, unit=unit, neuron=neuron) for one in ids]
         if method in METHODS:
-            assert all(distance(alone[site], torch.stack([part[site] for part in parts]).mean(0)) < 1e-12 for site in alone)
+            assert all(
+                distance(alone[site], torch.stack([part[site] for part in parts]).mean(0)) < 1e-12
+                for site in alone
+            )
 
 
 def test_wanda_of_the_same_samples_twice_is_root_two_times_as_large() -> None:
@@ -208,7 +239,12 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
         model(torch.tensor([one]))
     hook.remove()
     expected = (up.weight.detach().abs() * torch.cat(seen).norm(dim=0)).sum(1)
-    assert distance(exact_scores(model, ids, method="wanda", tokens=1000)["model.layers.1.mlp.up_proj"], expected) < 1e-12
+    assert (
+        distance(
+            exact_scores(model, ids, method="wanda", tokens=1000)["model.layers.1.mlp.up_proj"], expected
+        )
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("reduce", ["mean", "mean_abs", "abs_mean"])
@@ -236,10 +272,14 @@ TEXT = Sample(text="w5 w7 w9", target="w11", contrast="w13", completion="w21 w22
         ("next", [5, 7, 9], [(0, 7, 1), (1, 9, 1)], 2),
     ],
 )
-def test_targets_are_these_sums_of_logits(target: str, ids: list[int], terms: list[tuple[int, int | None, int]], count: int) -> None:
+def test_targets_are_these_sums_of_logits(
+    target: str, ids: list[int], terms: list[tuple[int, int | None, int]], count: int
+) -> None:
     model = tiny("llama")
     logits = model(torch.tensor([ids])).logits[0]
-    expected = sum(sign * (logits[at].max() if token is None else logits[at, token]) for at, token, sign in terms)
+    expected = sum(
+        sign * (logits[at].max() if token is None else logits[at, token]) for at, token, sign in terms
+    )
     other = Sample(text="w30 w31 w32 w33 w34", target="w3", contrast="w4", completion="w8 w9")
     encoded = encode(ReferenceSet((TEXT, other)), Words(), target, context=32, vocabulary=40)  # type: ignore[arg-type]
     (alone,) = make_batches(encoded[:1], 1, torch.device("cpu"))
@@ -247,15 +287,21 @@ def test_targets_are_these_sums_of_logits(target: str, ids: list[int], terms: li
     assert alone.samples[0].ids == tuple(ids)
     (both,) = make_batches(encoded, 1000, torch.device("cpu"))
     (second,) = make_batches(encoded[1:], 1, torch.device("cpu"))
-    assert float(target_of(model, both).detach()) == pytest.approx(float((expected + target_of(model, second)).detach()), rel=1e-12)
+    assert float(target_of(model, both).detach()) == pytest.approx(
+        float((expected + target_of(model, second)).detach()), rel=1e-12
+    )
     # Relevance is Σ over target tokens divided by their number, so it is the mean over these terms of the label's relevance.
     signed: dict[str, Any] = {"method": "gradient", "neuron": "signed", "tokenizer": Words()}
     scores = attribute(model, [TEXT], target=target, **signed)
     assert scores.provenance["targets"] == count
     up = "model.layers.1.mlp.up_proj"
     parts = [
-        sign * attribute(model, [Sample(input_ids=tuple(ids[: at + 1]), target=f"w{token}")], target="label", **signed)[up]
-        for at, token, sign in terms if token is not None
+        sign
+        * attribute(
+            model, [Sample(input_ids=tuple(ids[: at + 1]), target=f"w{token}")], target="label", **signed
+        )[up]
+        for at, token, sign in terms
+        if token is not None
     ]
     if parts:
         assert distance(scores[up], torch.stack(parts).sum(0) / count) < 1e-6
@@ -296,7 +342,9 @@ def test_rules_within_rules_are_the_inner_rules() -> None:
     assert all(distance(nested[site], alone[site]) < 1e-12 for site in alone)
 
 
-@pytest.mark.parametrize("method", ["lrp", "cp-lrp", "gradient", "wanda", "activation", "magnitude", "random"])
+@pytest.mark.parametrize(
+    "method", ["lrp", "cp-lrp", "gradient", "wanda", "activation", "magnitude", "random"]
+)
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_attribute_leaves_no_gradient_and_nothing_else(name: str, method: str) -> None:
     model = tiny(name)
@@ -388,7 +436,9 @@ def test_weights_and_tokens_agree_with_lxt(lxt: Oracle) -> None:
     totals = [torch.zeros(2, *site.weight.shape, dtype=torch.float64) for site in sites]
     for index, one in enumerate(ids):
         with lrp_rules(model):
-            grads = torch.autograd.grad(model(torch.tensor([one])).logits[0, -1].max(), [site.module.weight for site in sites])
+            grads = torch.autograd.grad(
+                model(torch.tensor([one])).logits[0, -1].max(), [site.module.weight for site in sites]
+            )
         for total, site, grad in zip(totals, sites, grads, strict=True):
             relevance = site.weight.detach() * grad
             total += torch.stack([relevance, relevance.abs()]) / len(ids)
@@ -407,6 +457,15 @@ def test_low_precision_agrees_with_float32(name: str, dtype: torch.dtype, close:
     model, ids = tiny(name, dtype=torch.float32), samples(8)
     low = tiny(name, dtype=dtype)
     model.load_state_dict(low.state_dict())  # the same weights, so that only the arithmetic differs
-    for unit, neuron, sites in (("neuron", "signed", ("mlp.up",)), ("neuron", "abs", ("mlp.up",)), ("head", "abs", ("attn.o",))):
-        exact, found = (attribute(m, ids, unit=unit, neuron=neuron, sites=sites, target="next") for m in (model, low))
-        assert all(found[site].dtype == torch.float32 and distance(found[site], exact[site]) < close for site in exact), (unit, neuron)
+    for unit, neuron, sites in (
+        ("neuron", "signed", ("mlp.up",)),
+        ("neuron", "abs", ("mlp.up",)),
+        ("head", "abs", ("attn.o",)),
+    ):
+        exact, found = (
+            attribute(m, ids, unit=unit, neuron=neuron, sites=sites, target="next") for m in (model, low)
+        )
+        assert all(
+            found[site].dtype == torch.float32 and distance(found[site], exact[site]) < close
+            for site in exact
+        ), (unit, neuron)

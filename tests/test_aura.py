@@ -8,16 +8,18 @@ from tiny import tiny
 from unchanged import fingerprint, require_same
 
 from sparc3 import UserError
-from sparc3.attribution.expertise import auroc, expertise, strengths
-from sparc3.damping import Damping, damped
-from sparc3.models import family_of, layers_of, sites_of
-from sparc3.samples import ReferenceSet, Sample
+from sparc3.attribution.activations import auroc, expertise, strengths
+from sparc3.circuits.ablate import Damping, damped
+from sparc3.models.sites import family_of, layers_of, sites_of
+from sparc3.samples.reference_set import ReferenceSet, Sample
 from sparc3.scores import Scores
 
 
 def test_auroc_by_hand_with_ties() -> None:
     # Pairs (positive, negative): 1 against 0, 1, 1 is 1 + ½ + ½; 3 beats all; 1 again: 2 + 3 + 2 of 9.
-    assert float(auroc(torch.tensor([[1.0], [3.0], [1.0]]), torch.tensor([[1.0], [0.0], [1.0]]))[0]) == pytest.approx(7 / 9)
+    assert float(
+        auroc(torch.tensor([[1.0], [3.0], [1.0]]), torch.tensor([[1.0], [0.0], [1.0]]))[0]
+    ) == pytest.approx(7 / 9)
 
 
 def test_auroc_is_the_rank_sum() -> None:
@@ -26,7 +28,9 @@ def test_auroc_is_the_rank_sum() -> None:
     both = torch.cat([positive, negative])
     for column in range(5):
         values = both[:, column]
-        ranks = torch.tensor([float((values < v).sum()) + (float((values == v).sum()) + 1) / 2 for v in values])
+        ranks = torch.tensor(
+            [float((values < v).sum()) + (float((values == v).sum()) + 1) / 2 for v in values]
+        )
         u = float(ranks[:7].sum()) - 7 * 8 / 2
         assert float(auroc(positive, negative)[column]) == pytest.approx(u / 77, abs=1e-12)
 
@@ -73,7 +77,11 @@ def test_damping_scales_the_neurons_output_and_is_undone(name: str) -> None:
     hooks = []
     for site, layer in zip(sites, layers_of(model), strict=True):
         down = layer.get_submodule(family_of(model).roles["mlp.down"])
-        hooks.append(down.register_forward_pre_hook(lambda m, args, f=factors[site.name]: (args[0] * f.double(), *args[1:])))
+        hooks.append(
+            down.register_forward_pre_hook(
+                lambda m, args, f=factors[site.name]: (args[0] * f.double(), *args[1:])
+            )
+        )
     with torch.no_grad():
         expected = model(ids).logits
     for hook in hooks:
@@ -83,5 +91,8 @@ def test_damping_scales_the_neurons_output_and_is_undone(name: str) -> None:
 
 
 def test_damping_of_another_model_is_refused() -> None:
-    with pytest.raises(UserError, match="does not have"), damped(tiny("llama"), Damping({"nowhere": torch.ones(3)})):
+    with (
+        pytest.raises(UserError, match="does not have"),
+        damped(tiny("llama"), Damping({"nowhere": torch.ones(3)})),
+    ):
         pass

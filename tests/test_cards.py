@@ -9,20 +9,27 @@ from tiny import tiny
 from unchanged import fingerprint, require_same
 
 from sparc3 import Circuit
-from sparc3.cards import _through_final_norm, cards_of
-from sparc3.models import sites_of
+from sparc3.experiment.neuron_cards import _through_final_norm, cards_of
+from sparc3.models.sites import sites_of
 from sparc3.report.cards import cards
-from sparc3.report.folder import read_folder
-from sparc3.report.masking import Mask
-from sparc3.samples import ReferenceSet, Sample
+from sparc3.report.examples import Mask
+from sparc3.report.read import read_folder
+from sparc3.samples.reference_set import ReferenceSet, Sample
 from sparc3.scores import Scores
 
-SAMPLES = ReferenceSet((Sample(text="Tom was angry and yelled,", completion=' "You fool!"'), Sample(text="Mary went to the store.")))
+SAMPLES = ReferenceSet(
+    (
+        Sample(text="Tom was angry and yelled,", completion=' "You fool!"'),
+        Sample(text="Mary went to the store."),
+    )
+)
 
 
 def _scores(model: Any, seed: int) -> Scores:
     generator = torch.Generator().manual_seed(seed)
-    return Scores({site.name: torch.randn(site.out, generator=generator) for site in sites_of(model, ["mlp.up"])})
+    return Scores(
+        {site.name: torch.randn(site.out, generator=generator) for site in sites_of(model, ["mlp.up"])}
+    )
 
 
 def test_a_card_says_what_the_model_does(demo: tuple[Any, Any]) -> None:
@@ -37,8 +44,16 @@ def test_a_card_says_what_the_model_does(demo: tuple[Any, Any]) -> None:
         # A neuron that writes the direction of one token, undoing the gain that stands between.
         down.module.weight[:, 7] = model.lm_head.weight[fool] / model.model.norm.weight
         alone = []
-        made = cards_of(model, tokenizer, circuit, contrast=contrast, parts=parts, samples=SAMPLES, alone=1,
-                        measure=lambda one: alone.append(one) or {"perplexity": 2.0})  # fmt: skip
+        made = cards_of(
+            model,
+            tokenizer,
+            circuit,
+            contrast=contrast,
+            parts=parts,
+            samples=SAMPLES,
+            alone=1,
+            measure=lambda one: alone.append(one) or {"perplexity": 2.0},
+        )
         down.module.weight.copy_(kept)
     require_same(before, fingerprint(model))
     order = sorted((3, 7, 11), key=lambda index: float(contrast[up.name][index]))
@@ -53,7 +68,10 @@ def test_a_card_says_what_the_model_does(demo: tuple[Any, Any]) -> None:
     assert words[0].strip()
     assert words[0].strip() in " fool"
     assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]  # a special token, at which nothing counts
-    ids = [*tokenizer(SAMPLES.samples[0].text)["input_ids"], *tokenizer(SAMPLES.samples[0].completion, add_special_tokens=False)["input_ids"]]
+    ids = [
+        *tokenizer(SAMPLES.samples[0].text)["input_ids"],
+        *tokenizer(SAMPLES.samples[0].completion, add_special_tokens=False)["input_ids"],
+    ]
     seen: list[torch.Tensor] = []
     hook = down.module.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, 1:, 7]))
     with torch.no_grad():
@@ -61,12 +79,32 @@ def test_a_card_says_what_the_model_does(demo: tuple[Any, Any]) -> None:
         model(torch.tensor([tokenizer(SAMPLES.samples[1].text)["input_ids"]]))
     hook.remove()
     largest = sorted((a[a.abs().argmax()] for a in seen), key=abs, reverse=True)
-    assert [one["activation"] for one in card["fired"]] == pytest.approx([float(a) for a in largest], rel=1e-4)
+    assert [one["activation"] for one in card["fired"]] == pytest.approx(
+        [float(a) for a in largest], rel=1e-4
+    )
     assert all(one["prompt"].endswith(one["token"].strip()) for one in card["fired"])
-    assert len(cards_of(model, tokenizer, circuit, contrast=contrast, parts=parts, samples=SAMPLES, most=2)) == 2
+    assert (
+        len(cards_of(model, tokenizer, circuit, contrast=contrast, parts=parts, samples=SAMPLES, most=2)) == 2
+    )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "opt", "opt-350m", "bloom", "falcon", "phi", "pythia", "cohere", "gpt-neo", "gptj"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma",
+        "gpt2",
+        "opt",
+        "opt-350m",
+        "bloom",
+        "falcon",
+        "phi",
+        "pythia",
+        "cohere",
+        "gpt-neo",
+        "gptj",
+    ],
+)
 def test_the_final_norm_is_folded_in_as_the_model_applies_it(name: str) -> None:
     """A small step of the last hidden state along the column moves the logits as the folded column says, up to the norm's scale."""
     model = tiny(name)
@@ -77,7 +115,11 @@ def test_the_final_norm_is_folded_in_as_the_model_applies_it(name: str) -> None:
     if name == "opt-350m":  # no final norm, but a projection
         return
     parent = model.base_model if name != "opt" else model.model.decoder
-    norm = [child for child_name, child in parent.named_children() if "Norm" in type(child).__name__ and "embed" not in child_name][-1]
+    norm = [
+        child
+        for child_name, child in parent.named_children()
+        if "Norm" in type(child).__name__ and "embed" not in child_name
+    ][-1]
     # At a state orthogonal to the column, a norm passes a step on divided by its scale, which is the same in every direction.
     h = torch.randn(16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     centred = column - column.mean() if "RMS" not in type(norm).__name__ else column

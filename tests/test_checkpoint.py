@@ -12,9 +12,10 @@ from tests.tiny import CONFIGS, tiny
 
 from sparc3 import Circuit, UserError, ablate_, ablated, attribute, export, load_model, select
 from sparc3.errors import Sparc3Error
-from sparc3.families import FAMILIES
-from sparc3.models import load_weights, sites_of
-from sparc3.shrinking import furthest, shrinking
+from sparc3.export.shrink import furthest, shrinking
+from sparc3.models.families import FAMILIES
+from sparc3.models.load import load_weights
+from sparc3.models.sites import sites_of
 
 IDS = torch.tensor([[1, 5, 9, 30]])
 
@@ -26,7 +27,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def saved(folder: Path, name: str, dtype: torch.dtype, **changes: Any) -> Path:
     """A tiny model in several shards, with all that a checkpoint has beside its weights."""
-    from sparc3.models import DEMO
+    from sparc3.models.load import DEMO
 
     model = tiny(name, dtype=dtype, **changes)
     model.save_pretrained(folder, max_shard_size="5KB")
@@ -41,22 +42,29 @@ def saved(folder: Path, name: str, dtype: torch.dtype, **changes: Any) -> Path:
 
 def circuit_of(model: Any) -> Circuit:
     """Two neurons of the first layer."""
-    from sparc3.models import describe
+    from sparc3.models.load import describe
 
     return Circuit("neuron", {sites_of(model, ["mlp.up"])[0].name: (1, 4)}, describe(model))
 
 
-@pytest.mark.parametrize(("name", "dtype", "changes"), [
-    ("llama-bias", torch.bfloat16, {}),
-    ("gpt2", torch.float32, {"tie_word_embeddings": True}),
-    ("phi3", torch.float16, {}),
-])  # fmt: skip
-def test_nothing_differs_from_the_source_but_what_was_removed(name: str, dtype: torch.dtype, changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "changes"),
+    [
+        ("llama-bias", torch.bfloat16, {}),
+        ("gpt2", torch.float32, {"tie_word_embeddings": True}),
+        ("phi3", torch.float16, {}),
+    ],
+)
+def test_nothing_differs_from_the_source_but_what_was_removed(
+    name: str, dtype: torch.dtype, changes: dict[str, Any], tmp_path: Path
+) -> None:
     source = saved(tmp_path / "source", name, dtype, **changes)
     model, tokenizer = load_model(source)
     circuit = circuit_of(model)
     out = export(model, tokenizer, circuit, tmp_path / "out")
-    assert {f.name for f in out.iterdir()} == {f.name for f in source.iterdir()} - {"pytorch_model.bin"} | {"circuit.json"}
+    assert {f.name for f in out.iterdir()} == {f.name for f in source.iterdir()} - {"pytorch_model.bin"} | {
+        "circuit.json"
+    }
     assert len(list(out.glob("*.safetensors"))) > 1
     site = sites_of(model, ["mlp.up"])[0]
     biased = getattr(site.module, "bias", None) is not None
@@ -89,7 +97,11 @@ def test_a_checkpoint_with_other_names_and_more_tensors(tmp_path: Path) -> None:
     for shard in sorted(source.glob("*.safetensors")):
         tensors |= {key.removeprefix("transformer."): value for key, value in load_file(shard).items()}
         shard.unlink()
-    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, source / "model.safetensors", {"format": "pt", "by": "hand"})
+    save_file(
+        {**tensors, "h.0.attn.bias": torch.ones(1, 1, 4, 4)},
+        source / "model.safetensors",
+        {"format": "pt", "by": "hand"},
+    )
     model, tokenizer = load_model(source)
     circuit = circuit_of(model)
     out = export(model, tokenizer, circuit, tmp_path / "out")
@@ -153,11 +165,13 @@ def test_an_export_loads_and_gives_the_ablated_logits(demo: tuple[Any, Any], tmp
     circuit.require_model(model)
 
 
-
-
 # Shrinking ------------------------------------------------------------------------------------------------------------
 
-PLAIN = sorted(name for name, (kind, _) in CONFIGS.items() if kind != "bloom" and not getattr(FAMILIES[kind], "experts", None))
+PLAIN = sorted(
+    name
+    for name, (kind, _) in CONFIGS.items()
+    if kind != "bloom" and not getattr(FAMILIES[kind], "experts", None)
+)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -170,18 +184,27 @@ def test_a_shrunk_model_has_the_logits_of_the_zeroed_one(name: str, tmp_path: Pa
     circuit = Circuit("neuron", {site.name: (0, 3, site.out - 1 - i) for i, site in enumerate(ups)})
     out = export(model, tokenizer, circuit, tmp_path / "out", shrink=True)
     small = load_weights(out)
-    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "readable by whoever may read the others"
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, (
+        "readable by whoever may read the others"
+    )
     assert {site.out for site in sites_of(small, ["mlp.up"])} == {ups[0].out - 3}
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     with ablated(model, circuit):
         torch.testing.assert_close(logits(small), logits(model), rtol=1e-4, atol=1e-5)
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "source", out))
-    assert {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} <= {"intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"}
+    assert {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} <= {
+        "intermediate_size",
+        "ffn_dim",
+        "n_inner",
+        "ffn_hidden_size",
+    }
     index = "model.safetensors.index.json"
     if (out / index).is_file():
         old, new = (json.loads((folder / index).read_text()) for folder in (tmp_path / "source", out))
         assert old["weight_map"] == new["weight_map"]
-        assert new["metadata"]["total_size"] == sum(t.nbytes for file in out.glob("*.safetensors") for t in load_file(file).values())
+        assert new["metadata"]["total_size"] == sum(
+            t.nbytes for file in out.glob("*.safetensors") for t in load_file(file).values()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -189,9 +212,13 @@ def test_shrinking_from_memory_and_in_sixteen_bits(dtype: torch.dtype, tmp_path:
     _, tokenizer = load_model("demo")
     model = tiny("llama-bias", dtype=dtype)
     circuit = Circuit("neuron", {site.name: (2, 7) for site in sites_of(model, ["mlp.up"])})
-    small = load_weights(export(model, tokenizer, circuit, tmp_path / "out", shrink=True), dtype=str(dtype)[6:])
+    small = load_weights(
+        export(model, tokenizer, circuit, tmp_path / "out", shrink=True), dtype=str(dtype)[6:]
+    )
     assert small.config.intermediate_size == 22
-    assert furthest(small, model) > 0.02, "a check that cannot tell these neurons from none would pass anything"
+    assert furthest(small, model) > 0.02, (
+        "a check that cannot tell these neurons from none would pass anything"
+    )
 
 
 def test_what_cannot_be_shrunk_says_why(tmp_path: Path) -> None:
@@ -213,12 +240,16 @@ def test_what_cannot_be_shrunk_says_why(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shrunk_model_that_is_not_the_zeroed_one_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shrunk_model_that_is_not_the_zeroed_one_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Were the wrong neurons taken out, the logits would say so."""
     _, tokenizer = load_model("demo")
     model = tiny("opt", dtype=torch.float32)
-    circuit, other = (Circuit("neuron", {site.name: (unit,) for site in sites_of(model, ["mlp.up"])}) for unit in (3, 4))
-    monkeypatch.setattr("sparc3.checkpoint.shrinking", lambda model, _: shrinking(model, other))
+    circuit, other = (
+        Circuit("neuron", {site.name: (unit,) for site in sites_of(model, ["mlp.up"])}) for unit in (3, 4)
+    )
+    monkeypatch.setattr("sparc3.export.export.shrinking", lambda model, _: shrinking(model, other))
     with pytest.raises(Sparc3Error, match="not those of the zeroed one"):
         export(model, tokenizer, circuit, tmp_path / "out", shrink=True)
     assert not list(tmp_path.iterdir())

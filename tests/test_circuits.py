@@ -12,13 +12,25 @@ import torch
 from tests.tiny import samples, tiny
 from torch import Tensor
 
-from sparc3 import Circuit, Scores, UserError, ablate_, ablated, attribute, evaluate, export, load_model, prune_sequentially, select
-from sparc3.circuits import difference, intersection, overlap, union
+from sparc3 import (
+    Circuit,
+    Scores,
+    UserError,
+    ablate_,
+    ablated,
+    attribute,
+    evaluate,
+    export,
+    load_model,
+    prune_sequentially,
+    select,
+)
+from sparc3.circuits.algebra import difference, intersection, overlap, union
+from sparc3.circuits.select import excluding, lowest, lowest_in_rows, random_like
 from sparc3.errors import DamagedFile
 from sparc3.evaluation import harness
-from sparc3.models import ROLES, family_of, sites_of
-from sparc3.ranking import lowest, lowest_in_rows
-from sparc3.selection import excluding, random_like
+from sparc3.models.families import ROLES
+from sparc3.models.sites import family_of, sites_of
 
 MODEL = {"id": "m", "architecture": "llama", "fingerprint": "f"}
 
@@ -33,7 +45,12 @@ def mask(rows: list[list[int]]) -> Tensor:
 
 
 def weights(members: dict[str, list[list[int]]], model: dict[str, str] = MODEL, **sizes: int) -> Circuit:
-    return Circuit("weight", {name: mask(rows) for name, rows in members.items()}, model, {"sizes": sizes} if sizes else {})
+    return Circuit(
+        "weight",
+        {name: mask(rows) for name, rows in members.items()},
+        model,
+        {"sizes": sizes} if sizes else {},
+    )
 
 
 def roles_of(model: Any) -> list[str]:
@@ -42,7 +59,13 @@ def roles_of(model: Any) -> list[str]:
 
 def some_weights(model: Any, seed: int = 0) -> Circuit:
     generator = torch.Generator().manual_seed(seed)
-    return Circuit("weight", {site.name: torch.rand(site.out, site.inp, generator=generator) < 0.4 for site in sites_of(model, roles_of(model))})
+    return Circuit(
+        "weight",
+        {
+            site.name: torch.rand(site.out, site.inp, generator=generator) < 0.4
+            for site in sites_of(model, roles_of(model))
+        },
+    )
 
 
 # Selection ------------------------------------------------------------------------------------------------------------
@@ -50,10 +73,18 @@ def some_weights(model: Any, seed: int = 0) -> Circuit:
 
 @pytest.mark.parametrize("highest", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_lowest_are_those_of_a_stable_sort(dtype: torch.dtype, highest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_are_those_of_a_stable_sort(
+    dtype: torch.dtype, highest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sparc3.ranking.PIECE", 7)
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.cat([torch.randn(40, generator=generator), torch.randn(20, generator=generator) * 1e-30, torch.tensor([0.0, -0.0, 0.0, -0.0, 3e38, -3e38])])
+    numbers = torch.cat(
+        [
+            torch.randn(40, generator=generator),
+            torch.randn(20, generator=generator) * 1e-30,
+            torch.tensor([0.0, -0.0, 0.0, -0.0, 3e38, -3e38]),
+        ]
+    )
     numbers = torch.cat([numbers, numbers[:20]]).to(dtype)
     order = torch.sort(numbers, stable=True, descending=highest).indices
     tensors = [numbers[:30].view(5, 6), numbers[30:31], numbers[31:]]
@@ -65,11 +96,16 @@ def test_the_lowest_are_those_of_a_stable_sort(dtype: torch.dtype, highest: bool
 @pytest.mark.parametrize("highest", [False, True])
 def test_rows_are_those_of_a_stable_sort(highest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparc3.ranking.PIECE", 30)
-    matrix = torch.randint(-3, 4, (11, 9), generator=torch.Generator().manual_seed(0)).float() * -0.0 + torch.randint(-3, 4, (11, 9)).float()
+    matrix = (
+        torch.randint(-3, 4, (11, 9), generator=torch.Generator().manual_seed(0)).float() * -0.0
+        + torch.randint(-3, 4, (11, 9)).float()
+    )
     for count in range(10):
         found = lowest_in_rows(matrix, count, highest=highest)
         for row, kept in zip(matrix, found, strict=True):
-            assert kept.nonzero()[:, 0].tolist() == sorted(torch.sort(row, stable=True, descending=highest).indices[:count].tolist())
+            assert kept.nonzero()[:, 0].tolist() == sorted(
+                torch.sort(row, stable=True, descending=highest).indices[:count].tolist()
+            )
 
 
 def test_scopes_on_paper() -> None:
@@ -96,16 +132,19 @@ def test_every_row_is_exactly_at_its_sparsity() -> None:
         assert counts == ({"a": {in_a}, "b": {in_b}} if fraction else {})
 
 
-@pytest.mark.parametrize(("asked", "said"), [
-    ({"scope": "2:3"}, "does not divide the rows of a, which have 4 inputs"),
-    ({"scope": "4:4"}, "n below m"),
-    ({"scope": "0:4"}, "n below m"),
-    ({"scope": "2:4", "fraction": 0.5}, "leave count and fraction out"),
-    ({"scope": "2-4"}, "unknown scope '2-4'"),
-    ({"scope": "row"}, "either a count or a fraction"),
-    ({"scope": "row", "fraction": 1.0}, "fraction is 1.0"),
-    ({"scope": "row", "count": 5}, "the rows of a have 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"scope": "2:3"}, "does not divide the rows of a, which have 4 inputs"),
+        ({"scope": "4:4"}, "n below m"),
+        ({"scope": "0:4"}, "n below m"),
+        ({"scope": "2:4", "fraction": 0.5}, "leave count and fraction out"),
+        ({"scope": "2-4"}, "unknown scope '2-4'"),
+        ({"scope": "row"}, "either a count or a fraction"),
+        ({"scope": "row", "fraction": 1.0}, "fraction is 1.0"),
+        ({"scope": "row", "count": 5}, "the rows of a have 4"),
+    ],
+)
 def test_sizes_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         select(weight_scores({"a": [[1, 2, 3, 4]]}), **asked)
@@ -131,7 +170,10 @@ def test_a_circuit_of_weights_comes_back_as_it_was_saved(tmp_path: Path) -> None
     assert list(back.members) == list(made.members)
     assert all(torch.equal(back.members[name], units) for name, units in made.members.items())
     assert (tmp_path / "c.safetensors").stat().st_size < 3000
-    assert weights({"a": [[1, 0]]}).fingerprint not in (weights({"a": [[1], [0]]}).fingerprint, weights({"a": [[0, 1]]}).fingerprint)
+    assert weights({"a": [[1, 0]]}).fingerprint not in (
+        weights({"a": [[1], [0]]}).fingerprint,
+        weights({"a": [[0, 1]]}).fingerprint,
+    )
 
 
 def test_files_are_named_by_their_unit(tmp_path: Path) -> None:
@@ -148,9 +190,14 @@ def test_damaged_masks_are_refused(tmp_path: Path) -> None:
     weights({"a": [[1, 0, 1], [0, 0, 1]]}).save(tmp_path / "c.safetensors")
     raw = (tmp_path / "c.safetensors").read_bytes()
     damaged = {
-        "flipped": raw[:-1] + bytes([raw[-1] ^ 64]), "short": raw[:-1], "empty": b"", "shape": raw.replace(b"[2, 3]", b"[3, 2]"),
-        "model": raw.replace(b'"fingerprint\\\\": \\\\"f', b'"fingerprint\\\\": \\\\"g').replace(b'fingerprint\\": \\"f', b'fingerprint\\": \\"g'),
-    }  # fmt: skip
+        "flipped": raw[:-1] + bytes([raw[-1] ^ 64]),
+        "short": raw[:-1],
+        "empty": b"",
+        "shape": raw.replace(b"[2, 3]", b"[3, 2]"),
+        "model": raw.replace(b'"fingerprint\\\\": \\\\"f', b'"fingerprint\\\\": \\\\"g').replace(
+            b'fingerprint\\": \\"f', b'fingerprint\\": \\"g'
+        ),
+    }
     for name, content in damaged.items():
         assert content != raw, name
         (tmp_path / f"{name}.safetensors").write_bytes(content)
@@ -170,7 +217,9 @@ def test_exactly_these_weights_are_zero_and_come_back_bit_for_bit(name: str) -> 
     values = {site.name: site.weight.detach().clone() for site in sites}
     with ablated(model, circuit):
         for site in sites:
-            assert torch.equal(site.weight, values[site.name].masked_fill(circuit.members[site.name], 0)), site.name
+            assert torch.equal(site.weight, values[site.name].masked_fill(circuit.members[site.name], 0)), (
+                site.name
+            )
     with pytest.raises(RuntimeError, match="stop"), ablated(model, circuit), ablated(model, other):
         raise RuntimeError("stop")
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
@@ -182,8 +231,17 @@ def test_masks_of_another_shape_are_named_and_nothing_is_touched() -> None:
     model = tiny("llama")
     site = sites_of(model, ["mlp.up"])[0]
     before = site.weight.clone()
-    bad = Circuit("weight", {site.name: torch.ones(site.out, site.inp, dtype=torch.bool), "model.layers.1.mlp.up_proj": mask([[1]])})
-    with pytest.raises(UserError, match=r"shape \(1, 1\) at model\.layers\.1\.mlp\.up_proj"), ablated(model, bad):
+    bad = Circuit(
+        "weight",
+        {
+            site.name: torch.ones(site.out, site.inp, dtype=torch.bool),
+            "model.layers.1.mlp.up_proj": mask([[1]]),
+        },
+    )
+    with (
+        pytest.raises(UserError, match=r"shape \(1, 1\) at model\.layers\.1\.mlp\.up_proj"),
+        ablated(model, bad),
+    ):
         pass
     assert torch.equal(site.weight, before)
 
@@ -200,7 +258,9 @@ def test_an_exported_checkpoint_keeps_exact_zeros(demo: tuple[Any, Any], tmp_pat
     card = (folder / "README.md").read_text()
     assert "(50.0%)" in card
     assert len(card) < 20_000
-    trial = evaluate(model, tokenizer, {"sparsity": {"sites": ["mlp.up"]}}, variants={"ablated": ablated(model, circuit)})
+    trial = evaluate(
+        model, tokenizer, {"sparsity": {"sites": ["mlp.up"]}}, variants={"ablated": ablated(model, circuit)}
+    )
     assert trial.find("sparsity").value == pytest.approx(0.0, abs=1e-4)
     assert trial.find("sparsity", "ablated").value == 0.5
 
@@ -210,7 +270,9 @@ def test_an_exported_checkpoint_keeps_exact_zeros(demo: tuple[Any, Any], tmp_pat
 
 def test_sets_of_weights_on_paper() -> None:
     one, other = weights({"a": [[1, 1, 0, 0]], "b": [[1, 0]]}), weights({"a": [[0, 1, 1, 0]], "c": [[1]]})
-    shown: Callable[[Circuit], Any] = lambda circuit: {name: units.int().tolist() for name, units in circuit.members.items()}  # noqa: E731
+    shown: Callable[[Circuit], Any] = lambda circuit: {  # noqa: E731
+        name: units.int().tolist() for name, units in circuit.members.items()
+    }
     assert shown(union(one, other)) == {"a": [[1, 1, 1, 0]], "b": [[1, 0]], "c": [[1]]}
     assert shown(intersection(one, other)) == {"a": [[0, 1, 0, 0]]}
     assert shown(difference(one, other)) == {"a": [[1, 0, 0, 0]], "b": [[1, 0]]}
@@ -245,11 +307,14 @@ def test_selection_says_what_there_was_to_choose_from() -> None:
     assert overlap(one, other).enrichment == 20 / (20 * 50 / 200)
 
 
-@pytest.mark.parametrize(("other", "said"), [
-    (Circuit("neuron", {"a": (0,)}, MODEL), "of weights and one of neurons"),
-    (weights({"a": [[1, 1]]}, {**MODEL, "id": "n", "fingerprint": "g"}), r"made on m \(f\) and n \(g\)"),
-    (weights({"a": [[1], [1]]}), r"a has shape \(1, 2\) and \(2, 1\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (Circuit("neuron", {"a": (0,)}, MODEL), "of weights and one of neurons"),
+        (weights({"a": [[1, 1]]}, {**MODEL, "id": "n", "fingerprint": "g"}), r"made on m \(f\) and n \(g\)"),
+        (weights({"a": [[1], [1]]}), r"a has shape \(1, 2\) and \(2, 1\)"),
+    ],
+)
 def test_circuits_that_do_not_go_together_are_refused(other: Circuit, said: str) -> None:
     for combine in (union, intersection, difference, overlap):
         with pytest.raises(UserError, match=said):
@@ -276,7 +341,9 @@ def test_rounds_do_not_choose_a_weight_twice() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt-350m", "gemma3", "falcon", "bloom"])
 @pytest.mark.parametrize("asked", [{"fraction": 0.5}, {"scope": "2:4"}])
-def test_sequential_pruning_scores_each_layer_behind_the_pruned_ones(name: str, asked: dict[str, Any]) -> None:
+def test_sequential_pruning_scores_each_layer_behind_the_pruned_ones(
+    name: str, asked: dict[str, Any]
+) -> None:
     model, ids = tiny(name), samples()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     found = prune_sequentially(model, ids, batch_tokens=18, **asked)
@@ -286,26 +353,56 @@ def test_sequential_pruning_scores_each_layer_behind_the_pruned_ones(name: str, 
         names = [site.name for site in sites_of(model, roles_of(model)) if site.layer == layer]
         with ablated(model, removed):
             scores = attribute(model, ids, method="wanda", unit="weight", sites=roles_of(model))
-        part = select(Scores({name: scores[name] for name in names}, {"unit": "weight"}), **{"scope": "row", **asked})
+        part = select(
+            Scores({name: scores[name] for name in names}, {"unit": "weight"}), **{"scope": "row", **asked}
+        )
         removed = union(removed, part)
     assert found.fingerprint == removed.fingerprint
-    assert found.fingerprint != select(attribute(model, ids, method="wanda", unit="weight", sites=roles_of(model)), **{"scope": "row", **asked}).fingerprint
+    assert (
+        found.fingerprint
+        != select(
+            attribute(model, ids, method="wanda", unit="weight", sites=roles_of(model)),
+            **{"scope": "row", **asked},
+        ).fingerprint
+    )
 
 
 def test_sequential_pruning_refuses_what_it_cannot_do() -> None:
     model = tiny("llama")
-    for asked, said in (({"scope": "global", "fraction": 0.5}, "no scope global"), ({}, "a count or a fraction"), ({"fraction": 0.5, "sites": ["mlp.upp"]}, "mlp.up")):
+    for asked, said in (
+        ({"scope": "global", "fraction": 0.5}, "no scope global"),
+        ({}, "a count or a fraction"),
+        ({"fraction": 0.5, "sites": ["mlp.upp"]}, "mlp.up"),
+    ):
         with pytest.raises(UserError, match=said):
             prune_sequentially(model, samples(), **asked)
 
 
-def test_the_command_line_prunes_rows_and_combines(sparc3: Any, mistake: Any, jsonl: Any, tmp_path: Path) -> None:
+def test_the_command_line_prunes_rows_and_combines(
+    sparc3: Any, mistake: Any, jsonl: Any, tmp_path: Path
+) -> None:
     text = jsonl("t.jsonl", [{"text": "Tom went home."}, {"text": "Mary had a small book."}])
-    common = ("attribute", "demo", "--samples", text, "--unit", "weight", "--sites", "mlp.up,mlp.down", "--out")
+    common = (
+        "attribute",
+        "demo",
+        "--samples",
+        text,
+        "--unit",
+        "weight",
+        "--sites",
+        "mlp.up,mlp.down",
+        "--out",
+    )
     assert sparc3(*common, tmp_path / "w.safetensors", "--method", "wanda")[0] == 0
     assert sparc3(*common, tmp_path / "l.safetensors", "--reduce", "mean_abs")[0] == 0
     for name in ("w", "l"):
-        picked = ("select", "--scores", tmp_path / f"{name}.safetensors", "--out", tmp_path / f"c{name}.safetensors")
+        picked = (
+            "select",
+            "--scores",
+            tmp_path / f"{name}.safetensors",
+            "--out",
+            tmp_path / f"c{name}.safetensors",
+        )
         assert sparc3(*picked, "--scope", "2:4")[0] == 0
     pair = (tmp_path / "cw.safetensors", tmp_path / "cl.safetensors")
     code, out, _ = sparc3("circuits", "overlap", *pair)
@@ -313,40 +410,104 @@ def test_the_command_line_prunes_rows_and_combines(sparc3: Any, mistake: Any, js
     assert "Jaccard" in out
     assert "enrichment" in out
     assert sparc3("circuits", "intersection", *pair, "--out", tmp_path / "both.safetensors")[0] == 0
-    ask = ("evaluate", "demo", "--circuit", pair[0], "--metrics", "sparsity", "--set", "sparsity.sites=[mlp.up]", "--out", tmp_path / "r.json")
+    ask = (
+        "evaluate",
+        "demo",
+        "--circuit",
+        pair[0],
+        "--metrics",
+        "sparsity",
+        "--set",
+        "sparsity.sites=[mlp.up]",
+        "--out",
+        tmp_path / "r.json",
+    )
     assert sparc3(*ask)[0] == 0
-    found = {(m["metric"], m["variant"]): m["value"] for m in json.loads((tmp_path / "r.json").read_text())["measurements"]}
+    found = {
+        (m["metric"], m["variant"]): m["value"]
+        for m in json.loads((tmp_path / "r.json").read_text())["measurements"]
+    }
     assert (found["sparsity.row_min", "ablated"], found["sparsity.row_max", "ablated"]) == (0.5, 0.5)
     assert "say where with --out" in mistake("circuits", "union", *pair)
     assert "takes no --out" in mistake("circuits", "overlap", *pair, "--out", "x")
     assert "ends in .safetensors" in mistake("circuits", "union", *pair, "--out", tmp_path / "u.json")
     assert "did you mean 'union'" in mistake("circuits", "unoin", *pair)
-    assert "does not divide" in mistake("select", "--scores", tmp_path / "w.safetensors", "--scope", "2:7", "--out", tmp_path / "x.safetensors")
-    assert "cannot score unit 'head'" in mistake("attribute", "demo", "--samples", text, "--unit", "head", "--sites", "attn.o", "--method", "wanda", "--out", "x")
+    assert "does not divide" in mistake(
+        "select",
+        "--scores",
+        tmp_path / "w.safetensors",
+        "--scope",
+        "2:7",
+        "--out",
+        tmp_path / "x.safetensors",
+    )
+    assert "cannot score unit 'head'" in mistake(
+        "attribute",
+        "demo",
+        "--samples",
+        text,
+        "--unit",
+        "head",
+        "--sites",
+        "attn.o",
+        "--method",
+        "wanda",
+        "--out",
+        "x",
+    )
 
 
 def test_recipes_say_rows_and_groups(tmp_path: Path) -> None:
-    from sparc3.recipe import load_recipe
+    from sparc3.recipe.schema import load_recipe
 
     def scope(*sets: str) -> Any:
-        return load_recipe("demo", ["attribution.unit=weight", "selection.count=null", *(f"selection.{one}" for one in sets)]).selection.scope
+        return load_recipe(
+            "demo", ["attribution.unit=weight", "selection.count=null", *(f"selection.{one}" for one in sets)]
+        ).selection.scope
 
-    assert [scope("scope=2:4"), scope("scope='4:8'"), scope("scope=16:32"), scope("scope=row", "fraction=0.5")] == ["2:4", "4:8", "16:32", "row"]
-    for sets, said in ((("scope=2:4", "fraction=0.5"), "leave count and fraction out"), (("scope=rwo", "fraction=0.5"), "did you mean 'row'"), (("scope=4:2",), "n below m")):
+    assert [
+        scope("scope=2:4"),
+        scope("scope='4:8'"),
+        scope("scope=16:32"),
+        scope("scope=row", "fraction=0.5"),
+    ] == ["2:4", "4:8", "16:32", "row"]
+    for sets, said in (
+        (("scope=2:4", "fraction=0.5"), "leave count and fraction out"),
+        (("scope=rwo", "fraction=0.5"), "did you mean 'row'"),
+        (("scope=4:2",), "n below m"),
+    ):
         with pytest.raises(UserError, match=said):
             scope(*sets)
 
 
 def test_a_run_can_be_about_weights(tmp_path: Path, sparc3: Any) -> None:
-    (tmp_path / "w.yaml").write_text(json.dumps({
-        "name": "w", "model": {"id": "demo", "dtype": "float32", "device": "cpu"},
-        "references": {"general": {"source": "demo-general", "count": 4}, "undesired": {"source": "demo-angry", "count": 4}},
-        "attribution": {"unit": "weight", "sites": ["mlp.up"], "reduce": "mean_abs", "sums_dtype": "float64"},
-        "selection": {"scope": "2:4"}, "evaluation": {"sparsity": {"sites": ["mlp.up"]}}, "compare": {"random_draws": 1},
-    }))  # fmt: skip
+    (tmp_path / "w.yaml").write_text(
+        json.dumps(
+            {
+                "name": "w",
+                "model": {"id": "demo", "dtype": "float32", "device": "cpu"},
+                "references": {
+                    "general": {"source": "demo-general", "count": 4},
+                    "undesired": {"source": "demo-angry", "count": 4},
+                },
+                "attribution": {
+                    "unit": "weight",
+                    "sites": ["mlp.up"],
+                    "reduce": "mean_abs",
+                    "sums_dtype": "float64",
+                },
+                "selection": {"scope": "2:4"},
+                "evaluation": {"sparsity": {"sites": ["mlp.up"]}},
+                "compare": {"random_draws": 1},
+            }
+        )
+    )
     code, _, err = sparc3("run", tmp_path / "w.yaml", "--out", tmp_path / "run")
     assert code == 0, err
-    measured = {(m["metric"], m["variant"]): m["value"] for m in json.loads((tmp_path / "run/results.json").read_text())["measurements"]}
+    measured = {
+        (m["metric"], m["variant"]): m["value"]
+        for m in json.loads((tmp_path / "run/results.json").read_text())["measurements"]
+    }
     assert measured["sparsity.row_min", "ablated"] == measured["sparsity.row_max", "ablated"] == 0.5
     circuit = tmp_path / "run/circuit.safetensors"
     assert len(Circuit.load(circuit)) == 4 * 512 * 128 / 2
@@ -371,9 +532,17 @@ def fake_harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def simple_evaluate(**asked: Any) -> dict[str, Any]:
         seen.update(asked)
         answers = {"boolq": [1.0, 0.0, 1.0, 1.0], "rte": [0.0, 1.0]}
-        return {"samples": {task: [{"doc_id": i, "acc": acc} for i, acc in enumerate(answers[task])] for task in asked["tasks"]}}
+        return {
+            "samples": {
+                task: [{"doc_id": i, "acc": acc} for i, acc in enumerate(answers[task])]
+                for task in asked["tasks"]
+            }
+        }
 
-    modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")}
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
+    }
     modules["lm_eval"].simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     modules["lm_eval.models.huggingface"].HFLM = lambda **given: given  # type: ignore[attr-defined]
     modules["lm_eval.tasks"].TaskManager = Manager  # type: ignore[attr-defined]
@@ -382,15 +551,21 @@ def fake_harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
-def test_the_harness_measures_the_model_in_memory(fake_harness: dict[str, Any], demo: tuple[Any, Any]) -> None:
+def test_the_harness_measures_the_model_in_memory(
+    fake_harness: dict[str, Any], demo: tuple[Any, Any]
+) -> None:
     model, tokenizer = demo
     results = evaluate(model, tokenizer, {"harness": {"tasks": ["boolq", "rte"], "limit": 4}})
-    assert [results.find(f"harness.{name}").value for name in ("boolq", "rte", "mean")] == pytest.approx([0.75, 0.5, 0.625])
+    assert [results.find(f"harness.{name}").value for name in ("boolq", "rte", "mean")] == pytest.approx(
+        [0.75, 0.5, 0.625]
+    )
     assert fake_harness["model"]["pretrained"] is model
     assert (fake_harness["limit"], fake_harness["num_fewshot"]) == (4, 0)
 
 
-def test_a_harness_that_cannot_measure_says_so_at_once(fake_harness: dict[str, Any], demo: tuple[Any, Any]) -> None:
+def test_a_harness_that_cannot_measure_says_so_at_once(
+    fake_harness: dict[str, Any], demo: tuple[Any, Any]
+) -> None:
     with pytest.raises(UserError, match="'boolk'; did you mean 'boolq'"):
         evaluate(*demo, {"harness": {"tasks": ["boolk"]}})
     fake_harness["unreachable"] = ConnectionError("Couldn't reach the hub")
@@ -399,7 +574,9 @@ def test_a_harness_that_cannot_measure_says_so_at_once(fake_harness: dict[str, A
     assert "model" not in fake_harness
 
 
-def test_a_harness_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch, mistake: Any, tmp_path: Path) -> None:
+def test_a_harness_that_is_not_installed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, mistake: Any, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     said = mistake("evaluate", "demo", "--metrics", "harness", "--out", tmp_path / "r.json")
     assert "pip install 'lm-eval[hf]'" in said

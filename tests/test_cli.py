@@ -18,14 +18,37 @@ Call = Callable[..., Any]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples, scores and a circuit of the demo model, made by the commands themselves."""
-    from sparc3.cli import main
+    from sparc3.cli.main import main
 
     folder = tmp_path_factory.mktemp("made")
-    (folder / "angry.jsonl").write_text(json.dumps({"text": 'Tom was angry and yelled, "', "completion": "You fool!"}) + "\n")
+    (folder / "angry.jsonl").write_text(
+        json.dumps({"text": 'Tom was angry and yelled, "', "completion": "You fool!"}) + "\n"
+    )
     (folder / "calm.txt").write_text("Mary had a small book.\nThen Tom and Mary went home.\n")
     for name, samples in (("angry", "angry.jsonl"), ("calm", "calm.txt")):
-        main(["attribute", "demo", "--samples", str(folder / samples), "--out", str(folder / f"{name}.safetensors")])
-    main(["select", "--general", str(folder / "calm.safetensors"), "--undesired", str(folder / "angry.safetensors"), "--count", "7", "--out", str(folder / "c.json")])
+        main(
+            [
+                "attribute",
+                "demo",
+                "--samples",
+                str(folder / samples),
+                "--out",
+                str(folder / f"{name}.safetensors"),
+            ]
+        )
+    main(
+        [
+            "select",
+            "--general",
+            str(folder / "calm.safetensors"),
+            "--undesired",
+            str(folder / "angry.safetensors"),
+            "--count",
+            "7",
+            "--out",
+            str(folder / "c.json"),
+        ]
+    )
     return folder
 
 
@@ -34,51 +57,137 @@ def test_the_whole_way(made: Path, tmp_path: Path, sparc3: Call) -> None:
     assert [tuple(t.shape) for t in scores.values()] == [(512,)] * 4
     assert len(Circuit.load(made / "c.json")) == 7
     code, out, _ = sparc3(
-        "evaluate", "demo", "--circuit", made / "c.json", "--metrics", "perplexity", "--set", f"perplexity.source={made / 'calm.txt'}",
-        "--out", tmp_path / "r.json",
-    )  # fmt: skip
+        "evaluate",
+        "demo",
+        "--circuit",
+        made / "c.json",
+        "--metrics",
+        "perplexity",
+        "--set",
+        f"perplexity.source={made / 'calm.txt'}",
+        "--out",
+        tmp_path / "r.json",
+    )
     assert code == 0
     assert "perplexity" in out
     results = Results.load(tmp_path / "r.json")
     assert {m.variant for m in results} == {"original", "ablated"}
-    code, out, _ = sparc3("ablate", "demo", "--circuit", made / "c.json", "--results", tmp_path / "r.json", "--out", tmp_path / "model")
+    code, out, _ = sparc3(
+        "ablate",
+        "demo",
+        "--circuit",
+        made / "c.json",
+        "--results",
+        tmp_path / "r.json",
+        "--out",
+        tmp_path / "model",
+    )
     assert code == 0
     assert "perplexity" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_results_on_the_exported_model_are_those_of_the_trial(made: Path, tmp_path: Path, sparc3: Call) -> None:
+def test_results_on_the_exported_model_are_those_of_the_trial(
+    made: Path, tmp_path: Path, sparc3: Call
+) -> None:
     ask = ("--metrics", "perplexity", "--set", f"perplexity.source={made / 'calm.txt'}")
     assert sparc3("ablate", "demo", "--circuit", made / "c.json", "--out", tmp_path / "model")[0] == 0
-    assert sparc3("evaluate", "demo", "--circuit", made / "c.json", *ask, "--out", tmp_path / "a.json")[0] == 0
+    assert (
+        sparc3("evaluate", "demo", "--circuit", made / "c.json", *ask, "--out", tmp_path / "a.json")[0] == 0
+    )
     assert sparc3("evaluate", tmp_path / "model", *ask, "--out", tmp_path / "b.json")[0] == 0
     trial = Results.load(tmp_path / "a.json").find("perplexity", "ablated").value
     assert Results.load(tmp_path / "b.json").find("perplexity").value == pytest.approx(trial, rel=1e-6)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["rnu", "demo"], "did you mean 'run'"),
-    (["run", "demmo"], "unknown recipe 'demmo'; did you mean 'demo'"),
-    (["run", "demo", "--set", "selection.cuont=3"], "'cuont'; did you mean 'count'"),
-    (["run", "demo", "--set", "model=3"], "model"),
-    (["run", "demo", "--set", "attribution.method=lpr"], "unknown method 'lpr'; did you mean 'lrp'"),
-    (["run", "demo", "--set", "attribution.sites=[mlp.upp]"], "unknown site 'mlp.upp'; did you mean 'mlp.up'"),
-    (["run", "demo", "--set", "evaluation.toxicty={}"], "unknown metric 'toxicty'; did you mean 'toxicity'"),
-    (["run", "demo", "--set", "evaluation.toxicity.temprature=1"], "'temprature'; did you mean 'temperature'"),
-    (["run", "demo", "--set", "references.undesired.source=demo-angri"], "unknown source 'demo-angri'; did you mean 'demo-angry'"),
-    (["run", "demo", "--set", "references.undesired.source=nowhere.jsonl"], "no such file: nowhere.jsonl"),
-    (["run", "demo", "--set", "selection.count=-4"], "selection.count is -4"),
-    (["run", "demo", "--set", "model.device=cuda"], "CUDA"),
-    (["run", "nowhere.yaml"], "no such file: nowhere.yaml"),
-    (["attribute", "demo", "--samples", "nowhere.jsonl", "--out", "x"], "no such file: nowhere.jsonl"),
-    (["attribute", "demo", "--samples", "demo-angry", "--method", "wnda", "--out", "x"], "did you mean 'wanda'"),
-    (["attribute", "demo", "--samples", "demo-angry", "--unit", "head", "--sites", "attn.o", "--method", "wanda", "--out", "x"], "cannot score unit 'head'"),
-    (["attribute", "demo", "--samples", "demo-angry", "--count", "2", "--sites", "mlp.uo", "--out", "x"], "did you mean 'mlp.up'"),
-    (["attribute", "demo", "--samples", "demo-angry", "--count", "2", "--target", "next:3", "--out", "x"], "only completion takes a number"),
-    (["attribute", "./nomodel", "--samples", "demo-angry", "--out", "x"], "no model folder at ./nomodel"),
-    (["attribute", "demo", "--out", "x"], "needs --samples"),
-    (["select", "--count", "3", "--out", "x"], "either --general and --undesired, or --scores"),
-    (["report", "/nowhere"], "/nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rnu", "demo"], "did you mean 'run'"),
+        (["run", "demmo"], "unknown recipe 'demmo'; did you mean 'demo'"),
+        (["run", "demo", "--set", "selection.cuont=3"], "'cuont'; did you mean 'count'"),
+        (["run", "demo", "--set", "model=3"], "model"),
+        (["run", "demo", "--set", "attribution.method=lpr"], "unknown method 'lpr'; did you mean 'lrp'"),
+        (
+            ["run", "demo", "--set", "attribution.sites=[mlp.upp]"],
+            "unknown site 'mlp.upp'; did you mean 'mlp.up'",
+        ),
+        (
+            ["run", "demo", "--set", "evaluation.toxicty={}"],
+            "unknown metric 'toxicty'; did you mean 'toxicity'",
+        ),
+        (
+            ["run", "demo", "--set", "evaluation.toxicity.temprature=1"],
+            "'temprature'; did you mean 'temperature'",
+        ),
+        (
+            ["run", "demo", "--set", "references.undesired.source=demo-angri"],
+            "unknown source 'demo-angri'; did you mean 'demo-angry'",
+        ),
+        (
+            ["run", "demo", "--set", "references.undesired.source=nowhere.jsonl"],
+            "no such file: nowhere.jsonl",
+        ),
+        (["run", "demo", "--set", "selection.count=-4"], "selection.count is -4"),
+        (["run", "demo", "--set", "model.device=cuda"], "CUDA"),
+        (["run", "nowhere.yaml"], "no such file: nowhere.yaml"),
+        (["attribute", "demo", "--samples", "nowhere.jsonl", "--out", "x"], "no such file: nowhere.jsonl"),
+        (
+            ["attribute", "demo", "--samples", "demo-angry", "--method", "wnda", "--out", "x"],
+            "did you mean 'wanda'",
+        ),
+        (
+            [
+                "attribute",
+                "demo",
+                "--samples",
+                "demo-angry",
+                "--unit",
+                "head",
+                "--sites",
+                "attn.o",
+                "--method",
+                "wanda",
+                "--out",
+                "x",
+            ],
+            "cannot score unit 'head'",
+        ),
+        (
+            [
+                "attribute",
+                "demo",
+                "--samples",
+                "demo-angry",
+                "--count",
+                "2",
+                "--sites",
+                "mlp.uo",
+                "--out",
+                "x",
+            ],
+            "did you mean 'mlp.up'",
+        ),
+        (
+            [
+                "attribute",
+                "demo",
+                "--samples",
+                "demo-angry",
+                "--count",
+                "2",
+                "--target",
+                "next:3",
+                "--out",
+                "x",
+            ],
+            "only completion takes a number",
+        ),
+        (["attribute", "./nomodel", "--samples", "demo-angry", "--out", "x"], "no model folder at ./nomodel"),
+        (["attribute", "demo", "--out", "x"], "needs --samples"),
+        (["select", "--count", "3", "--out", "x"], "either --general and --undesired, or --scores"),
+        (["report", "/nowhere"], "/nowhere"),
+    ],
+)
 def test_mistakes_are_one_line(
     mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
@@ -92,9 +201,13 @@ def test_mistakes_with_files_are_one_line(mistake: Call, made: Path, tmp_path: P
     select = ("select", "--general", general, "--undesired", undesired, "--out", tmp_path / "c.json")
     assert "9999 neurons were asked for and there are 2048" in mistake(*select, "--count", "9999")
     assert "penalty" in mistake(*select, "--count", "3", "--penalty", "2")
-    assert "not a readable safetensors" in mistake("select", "--scores", made / "angry.jsonl", "--count", "3", "--out", tmp_path / "c.json")
+    assert "not a readable safetensors" in mistake(
+        "select", "--scores", made / "angry.jsonl", "--count", "3", "--out", tmp_path / "c.json"
+    )
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{oops\n')
-    assert "bad.jsonl, line 2 is not JSON" in mistake("attribute", "demo", "--samples", tmp_path / "bad.jsonl", "--out", tmp_path / "s")
+    assert "bad.jsonl, line 2 is not JSON" in mistake(
+        "attribute", "demo", "--samples", tmp_path / "bad.jsonl", "--out", tmp_path / "s"
+    )
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "Tom " * 700}) + "\n")
     long = ("attribute", "demo", "--samples", tmp_path / "long.jsonl", "--out", tmp_path / "s.safetensors")
     assert "1 of 1 samples are longer than the model's 512 tokens" in mistake(*long)
@@ -102,12 +215,16 @@ def test_mistakes_with_files_are_one_line(mistake: Call, made: Path, tmp_path: P
     assert "broken.yaml, line 2 is not YAML" in mistake("run", tmp_path / "broken.yaml")
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "config.json").write_text('{"model_type": "t5"}')
-    assert "architecture 't5' is not supported" in mistake("attribute", tmp_path / "wrong", "--samples", made / "angry.jsonl", "--out", tmp_path / "s")
+    assert "architecture 't5' is not supported" in mistake(
+        "attribute", tmp_path / "wrong", "--samples", made / "angry.jsonl", "--out", tmp_path / "s"
+    )
     assert not (tmp_path / "c.json").exists()
     assert not (tmp_path / "s").exists()
 
 
-def test_a_circuit_of_another_model_needs_force(mistake: Call, sparc3: Call, made: Path, tmp_path: Path) -> None:
+def test_a_circuit_of_another_model_needs_force(
+    mistake: Call, sparc3: Call, made: Path, tmp_path: Path
+) -> None:
     assert sparc3("ablate", "demo", "--circuit", made / "c.json", "--out", tmp_path / "other")[0] == 0
     again = ("ablate", tmp_path / "other", "--circuit", made / "c.json", "--out", tmp_path / "again")
     assert "the circuit was made on sparc3-demo" in mistake(*again)
@@ -117,12 +234,34 @@ def test_a_circuit_of_another_model_needs_force(mistake: Call, sparc3: Call, mad
 
 def test_scores_of_another_model_are_named(mistake: Call, sparc3: Call, made: Path, tmp_path: Path) -> None:
     assert sparc3("ablate", "demo", "--circuit", made / "c.json", "--out", tmp_path / "other")[0] == 0
-    assert sparc3("attribute", tmp_path / "other", "--samples", made / "calm.txt", "--out", tmp_path / "o.safetensors")[0] == 0
-    said = mistake("select", "--general", tmp_path / "o.safetensors", "--undesired", made / "angry.safetensors", "--count", "3", "--out", tmp_path / "x.json")
+    assert (
+        sparc3(
+            "attribute",
+            tmp_path / "other",
+            "--samples",
+            made / "calm.txt",
+            "--out",
+            tmp_path / "o.safetensors",
+        )[0]
+        == 0
+    )
+    said = mistake(
+        "select",
+        "--general",
+        tmp_path / "o.safetensors",
+        "--undesired",
+        made / "angry.safetensors",
+        "--count",
+        "3",
+        "--out",
+        tmp_path / "x.json",
+    )
     assert "the general scores are of model other" in said
 
 
-def test_hub_models_without_a_hub_and_gated_ones(mistake: Call, monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path) -> None:
+def test_hub_models_without_a_hub_and_gated_ones(
+    mistake: Call, monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path
+) -> None:
     arguments = ("attribute", "someone/some-model", "--samples", made / "calm.txt", "--out", tmp_path / "s")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "cannot reach the hub for 'someone/some-model'" in mistake(*arguments)
@@ -131,12 +270,14 @@ def test_hub_models_without_a_hub_and_gated_ones(mistake: Call, monkeypatch: pyt
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", gated)
-    monkeypatch.setattr("sparc3.models.require_hub", lambda name: None)
+    monkeypatch.setattr("sparc3.models.load.require_hub", lambda name: None)
     assert "is gated: accept its terms" in mistake(*arguments)
 
 
 def test_a_folder_that_cannot_be_written_is_named(sparc3: Call, made: Path) -> None:
-    code, _, err = sparc3("select", "--scores", made / "angry.safetensors", "--count", "2", "--out", "/proc/nowhere/c.json")
+    code, _, err = sparc3(
+        "select", "--scores", made / "angry.safetensors", "--count", "2", "--out", "/proc/nowhere/c.json"
+    )
     assert code == 1
     assert len(err.splitlines()) == 1
     assert "cannot write /proc/nowhere/c.json" in err
@@ -144,7 +285,12 @@ def test_a_folder_that_cannot_be_written_is_named(sparc3: Call, made: Path) -> N
 
 def test_it_is_a_program() -> None:
     """The installed module, in a process of its own: exit codes as the shell sees them."""
-    run = lambda *a: subprocess.run([sys.executable, "-m", "sparc3", *a], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})  # noqa: E731
+    run = lambda *a: subprocess.run(  # noqa: E731
+        [sys.executable, "-m", "sparc3", *a],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+    )
     assert run("recipes").returncode == 0
     failed = run("select", "--out", "x")
     assert (failed.returncode, failed.stdout) == (2, "")
@@ -153,50 +299,101 @@ def test_it_is_a_program() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_folder_without_a_tokenizer_does_for_token_ids_and_says_so_for_texts(
-    kind: str, tmp_path: Path, sparc3: Callable[..., tuple[int, str, str]], mistake: Callable[..., str], jsonl: Any
+    kind: str,
+    tmp_path: Path,
+    sparc3: Callable[..., tuple[int, str, str]],
+    mistake: Callable[..., str],
+    jsonl: Any,
 ) -> None:
     import torch
     from tiny import tiny
 
     tiny(kind, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    model, ids, texts = tmp_path / "model", jsonl("ids.jsonl", [{"input_ids": [3, 4, 5]}]), jsonl("texts.jsonl", [{"text": "once"}])
+    model, ids, texts = (
+        tmp_path / "model",
+        jsonl("ids.jsonl", [{"input_ids": [3, 4, 5]}]),
+        jsonl("texts.jsonl", [{"text": "once"}]),
+    )
     assert sparc3("attribute", model, "--samples", ids, "--out", tmp_path / "s.safetensors")[0] == 0
     said = mistake("attribute", model, "--samples", texts, "--out", tmp_path / "t.safetensors")
     assert "has no tokenizer" in said
     assert "tokenizer.json" in said
-    assert sparc3("select", "--scores", tmp_path / "s.safetensors", "--count", "2", "--out", tmp_path / "c.json")[0] == 0
+    assert (
+        sparc3(
+            "select", "--scores", tmp_path / "s.safetensors", "--count", "2", "--out", tmp_path / "c.json"
+        )[0]
+        == 0
+    )
     code, _, err = sparc3("ablate", model, "--circuit", tmp_path / "c.json", "--out", tmp_path / "without")
     assert code == 0
     assert "the new folder has none either" in err
     assert (tmp_path / "without" / "model.safetensors").is_file()
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(made: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparc3.models.load_weights", lambda *_, **__: pytest.fail("the work has begun"))
-    monkeypatch.setattr("sparc3.models.load_model", lambda *_, **__: pytest.fail("the work has begun"))
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    made: Path, tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparc3.models.load.load_weights", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr("sparc3.models.load.load_model", lambda *_, **__: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("")
     attributed = ("attribute", "demo", "--samples", made / "calm.txt", "--out")
     assert "is a folder" in mistake(*attributed, tmp_path)
-    for command in (attributed, ("ablate", "demo", "--circuit", made / "c.json", "--out"), ("evaluate", "demo", "--metrics", "sparsity", "--out")):
+    for command in (
+        attributed,
+        ("ablate", "demo", "--circuit", made / "c.json", "--out"),
+        ("evaluate", "demo", "--metrics", "sparsity", "--out"),
+    ):
         assert "is a file and no folder" in mistake(*command, tmp_path / "file" / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_word_list_is_met_before_the_work(mistake: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparc3.models.load_model", lambda *_, **__: pytest.fail("the work has begun"))
-    asked = ("evaluate", "demo", "--metrics", "toxicity", "--set", "toxicity.source=demo-angry", "--set", "toxicity.scorer=lexicon:nowhere.txt")
+def test_a_missing_word_list_is_met_before_the_work(
+    mistake: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparc3.models.load.load_model", lambda *_, **__: pytest.fail("the work has begun"))
+    asked = (
+        "evaluate",
+        "demo",
+        "--metrics",
+        "toxicity",
+        "--set",
+        "toxicity.source=demo-angry",
+        "--set",
+        "toxicity.scorer=lexicon:nowhere.txt",
+    )
     assert "no such file: nowhere.txt" in mistake(*asked, "--out", tmp_path / "r.json")
-    assert "no such file: nowhere.txt" in mistake("run", "demo", "--set", "evaluation.toxicity.scorer=lexicon:nowhere.txt", "--out", tmp_path / "run")
+    assert "no such file: nowhere.txt" in mistake(
+        "run", "demo", "--set", "evaluation.toxicity.scorer=lexicon:nowhere.txt", "--out", tmp_path / "run"
+    )
     assert not [*tmp_path.iterdir()]
 
 
-def test_count_is_that_of_a_file_too(made: Path, tmp_path: Path, sparc3: Call, mistake: Callable[..., str]) -> None:
+def test_count_is_that_of_a_file_too(
+    made: Path, tmp_path: Path, sparc3: Call, mistake: Callable[..., str]
+) -> None:
     for count, samples in ((), 2), (("--count", 1), 1):
-        assert sparc3("attribute", "demo", "--samples", made / "calm.txt", *count, "--out", tmp_path / "s.safetensors")[0] == 0
+        assert (
+            sparc3(
+                "attribute",
+                "demo",
+                "--samples",
+                made / "calm.txt",
+                *count,
+                "--out",
+                tmp_path / "s.safetensors",
+            )[0]
+            == 0
+        )
         assert Scores.load(tmp_path / "s.safetensors").provenance["samples"] == samples
-    assert "gave 2 samples where 3" in mistake("attribute", "demo", "--samples", made / "calm.txt", "--count", 3, "--out", tmp_path / "t.safetensors")
-    assert "--count is 0" in mistake("attribute", "demo", "--samples", made / "calm.txt", "--count", 0, "--out", tmp_path / "t.safetensors")
-    assert "cannot cut them to seq_len 3" in mistake("attribute", "demo", "--samples", "demo-general", "--seq-len", 3, "--out", tmp_path / "t.safetensors")
+    assert "gave 2 samples where 3" in mistake(
+        "attribute", "demo", "--samples", made / "calm.txt", "--count", 3, "--out", tmp_path / "t.safetensors"
+    )
+    assert "--count is 0" in mistake(
+        "attribute", "demo", "--samples", made / "calm.txt", "--count", 0, "--out", tmp_path / "t.safetensors"
+    )
+    assert "cannot cut them to seq_len 3" in mistake(
+        "attribute", "demo", "--samples", "demo-general", "--seq-len", 3, "--out", tmp_path / "t.safetensors"
+    )
 
 
 def test_a_recipe_without_an_evaluation_ends_well(tmp_path: Path, sparc3: Call) -> None:

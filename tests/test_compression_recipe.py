@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sparc3 import Circuit, Results, UserError, load_model, load_recipe, run
-from sparc3.models import ROLES, family_of, sites_of
+from sparc3.models.families import ROLES
+from sparc3.models.sites import family_of, sites_of
 
 SMALL: dict[str, Any] = {
     "name": "small-compress",
@@ -16,8 +17,15 @@ SMALL: dict[str, Any] = {
     "model": {"id": "demo", "dtype": "float32", "device": "cpu"},
     "references": {"general": {"source": "demo-general", "count": 8, "target": "next"}},
     "attribution": {"unit": "weight", "sites": ["attn.o", "mlp.up"]},
-    "compress": {"methods": ["magnitude", "wanda-sequential", "lrp"], "reduces": ["mean_abs", "abs_mean"], "fractions": [0.3, 0.5]},
-    "evaluation": {"perplexity": {"source": "demo-general", "count": 6, "protocol": "blocks", "seq_len": 64}, "sparsity": {}},
+    "compress": {
+        "methods": ["magnitude", "wanda-sequential", "lrp"],
+        "reduces": ["mean_abs", "abs_mean"],
+        "fractions": [0.3, 0.5],
+    },
+    "evaluation": {
+        "perplexity": {"source": "demo-general", "count": 6, "protocol": "blocks", "seq_len": 64},
+        "sparsity": {},
+    },
 }
 WEIGHTS = 4 * (128 * 128 + 512 * 128)
 """Of attn.o and mlp.up in the embedded model's four layers."""
@@ -37,11 +45,17 @@ def test_every_row_is_at_its_sparsity(finished: tuple[Path, Results]) -> None:
     _, results = finished
     methods = ("magnitude", "wanda-sequential", "lrp-mean_abs", "lrp-abs_mean")
     counts = {38 / 128: WEIGHTS * 38 // 128, 0.5: WEIGHTS // 2}  # 0.3 of 128 inputs are 38
-    assert {m.variant for m in results} == {"original", *(f"{method}@{count}" for method in methods for count in counts.values())}
+    assert {m.variant for m in results} == {
+        "original",
+        *(f"{method}@{count}" for method in methods for count in counts.values()),
+    }
     for method in methods:
         for share, count in counts.items():
             for metric in ("sparsity", "sparsity.row_min", "sparsity.row_max"):
-                assert results.find(metric, f"{method}@{count}").value == pytest.approx(share, abs=1e-9), (method, metric)
+                assert results.find(metric, f"{method}@{count}").value == pytest.approx(share, abs=1e-9), (
+                    method,
+                    metric,
+                )
     assert len(results.provenance["checks"]) == 8
     assert all(check["ok"] for check in results.provenance["checks"])
     before, after = (results.find("perplexity", v).value for v in ("original", f"magnitude@{WEIGHTS // 2}"))
@@ -63,15 +77,32 @@ def test_the_report_says_it(finished: tuple[Path, Results]) -> None:
 
 def test_a_finished_run_is_not_done_again(finished: tuple[Path, Results]) -> None:
     folder, results = finished
-    before = {path: path.stat().st_mtime_ns for place in ("circuits", "scores", "evaluation") for path in folder.glob(f"{place}/*")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for place in ("circuits", "scores", "evaluation")
+        for path in folder.glob(f"{place}/*")
+    }
     assert len(before) > 12
     assert run(SMALL, folder).measurements == results.measurements
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_ablate_keeps_exact_zeros(finished: tuple[Path, Results], sparc3: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_ablate_keeps_exact_zeros(
+    finished: tuple[Path, Results], sparc3: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     path = finished[0] / "circuits/lrp-mean_abs-0.5.safetensors"
-    code, _, err = sparc3("ablate", "demo", "--circuit", path, "--out", tmp_path / "half", "--dtype", "float32", "--device", "cpu")
+    code, _, err = sparc3(
+        "ablate",
+        "demo",
+        "--circuit",
+        path,
+        "--out",
+        tmp_path / "half",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    )
     assert code == 0, err
     model, _ = load_model(str(tmp_path / "half"), dtype="float32", device="cpu")
     circuit = Circuit.load(path)
@@ -91,16 +122,22 @@ def test_groups_of_four(tmp_path: Path) -> None:
     assert results.provenance["checks"][0]["ok"]
 
 
-@pytest.mark.parametrize(("sections", "said"), [
-    ({"compress": {"methods": ["magnitude"]}}, "there are no fractions"),
-    ({"compress": {"scope": "2:4", "fractions": [0.5]}}, "leave fractions out"),
-    ({"compress": {"fractions": [1.0]}}, "fractions"),
-    ({"compress": {"methods": ["wandb"], "fractions": [0.5]}}, "wanda"),
-    ({"compress": {"methods": ["wanda-sequential"], "scope": "global", "fractions": [0.5]}}, "no scope global"),
-    ({"attribution": {"unit": "neuron"}}, "prunes weights"),
-    ({"evaluation": {"perplexity": {}}}, "needs evaluation.sparsity"),
-    ({"selection": {"fraction": 0.5, "scope": "row"}}, "does not read selection"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"compress": {"methods": ["magnitude"]}}, "there are no fractions"),
+        ({"compress": {"scope": "2:4", "fractions": [0.5]}}, "leave fractions out"),
+        ({"compress": {"fractions": [1.0]}}, "fractions"),
+        ({"compress": {"methods": ["wandb"], "fractions": [0.5]}}, "wanda"),
+        (
+            {"compress": {"methods": ["wanda-sequential"], "scope": "global", "fractions": [0.5]}},
+            "no scope global",
+        ),
+        ({"attribution": {"unit": "neuron"}}, "prunes weights"),
+        ({"evaluation": {"perplexity": {}}}, "needs evaluation.sparsity"),
+        ({"selection": {"fraction": 0.5, "scope": "row"}}, "does not read selection"),
+    ],
+)
 def test_recipes_that_make_no_sense_are_refused(sections: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         load_recipe(changed(**sections))
@@ -114,4 +151,6 @@ def test_the_papers_protocol_is_in_its_recipes(name: str) -> None:
     assert (recipe.compress.scope, recipe.compress.fractions) == ("row", (0.5,))
     assert recipe.metrics()["perplexity"].model_dump()["protocol"] == "blocks"
     assert recipe.metrics()["perplexity"].model_dump()["seq_len"] == 2048
-    assert recipe.metrics()["sparsity"].model_dump()["sites"] == recipe.attribution.sites == ROLES or set(recipe.attribution.sites) == set(ROLES)
+    assert recipe.metrics()["sparsity"].model_dump()["sites"] == recipe.attribution.sites == ROLES or set(
+        recipe.attribution.sites
+    ) == set(ROLES)

@@ -9,28 +9,46 @@ from unchanged import fingerprint, require_same
 
 from sparc3 import UserError, ablated, attribute, load_model, select
 from sparc3.evaluation.perplexity import negative_log_likelihoods
-from sparc3.models import ROLES, family_of
-from sparc3.offloading import copied
+from sparc3.models.families import ROLES
+from sparc3.models.offloading import copied
+from sparc3.models.sites import family_of
 
 accelerate = pytest.importorskip("accelerate")
 
 
 def spread(model: Any) -> Any:
     """The model with accelerate's hooks on every part of its map, as on several GPUs, each part on the CPU."""
-    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    parts = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+    }
     return accelerate.dispatch_model(model, {**parts, "lm_head": "cpu"}, force_hooks=True)
 
 
 @pytest.mark.parametrize("twice", [False, True])
-@pytest.mark.parametrize("ask", [
-    {"neuron": "signed"}, {"neuron": "abs"}, {"unit": "head", "sites": ("attn.o",)}, {"unit": "weight"}, {"method": "cp-lrp"}, {"method": "wanda"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ask",
+    [
+        {"neuron": "signed"},
+        {"neuron": "abs"},
+        {"unit": "head", "sites": ("attn.o",)},
+        {"unit": "weight"},
+        {"method": "cp-lrp"},
+        {"method": "wanda"},
+    ],
+)
 def test_a_spread_model_has_the_same_scores(ask: dict[str, Any], twice: bool) -> None:
     plain, model, ids = tiny("llama"), spread(tiny("llama")), samples(4)
     assert hasattr(model.model.layers[0].mlp.up_proj, "_hf_hook")
     before = fingerprint(model)
     asked = {"sites": tuple(role for role in ROLES if role in family_of(plain).roles), **ask}
-    found, expected = attribute(model, ids, **asked, gradient_checkpointing=twice), attribute(plain, ids, **asked)
+    found, expected = (
+        attribute(model, ids, **asked, gradient_checkpointing=twice),
+        attribute(plain, ids, **asked),
+    )
     require_same(fingerprint(model), before)
     assert found.provenance["model"] == expected.provenance["model"]
     for site in expected:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sparc3 import Circuit, Results, UserError, ablated, load_recipe, run
-from sparc3.experiment.discovery import area, sparsest, stability
-from sparc3.ioi import sentences, split_of
-from sparc3.samples import ReferenceSet
-from sparc3.sources import Request, gather
+from sparc3.experiment.discover import area, sparsest, stability
+from sparc3.samples.ioi_sentences import sentences, split_of
+from sparc3.samples.reference_set import ReferenceSet
+from sparc3.samples.sources import Request, gather
 
 SMALL: dict[str, Any] = {
     "name": "small-ioi",
@@ -56,15 +56,30 @@ def test_a_run_gives_curves_areas_and_stability(finished: tuple[Path, Results]) 
     folder, results = finished
     # Random scores have no sign, so they are ranked once.
     methods = ("lrp", "lrp-abs", "random")
-    assert {m.variant for m in results} == {"original", "empty", *methods, *(f"{method}@{count}" for method in methods for count in (614, 1843))}
+    assert {m.variant for m in results} == {
+        "original",
+        "empty",
+        *methods,
+        *(f"{method}@{count}" for method in methods for count in (614, 1843)),
+    }
     assert results.find("ioi.accuracy").value == 1
-    full, empty, kept = (results.find("ioi.logit_difference", v).value for v in ("original", "empty", "lrp@614"))
+    full, empty, kept = (
+        results.find("ioi.logit_difference", v).value for v in ("original", "empty", "lrp@614")
+    )
     assert results.find("ioi.faithfulness", "lrp@614").value == pytest.approx((kept - empty) / (full - empty))
     faithful = [results.find("ioi.faithfulness", f"lrp@{count}").value for count in (614, 1843)]
-    assert results.find("circuit.cpr", "lrp").value == pytest.approx(area([1 - 614 / 2048, 1 - 1843 / 2048], faithful)[0])
+    assert results.find("circuit.cpr", "lrp").value == pytest.approx(
+        area([1 - 614 / 2048, 1 - 1843 / 2048], faithful)[0]
+    )
     assert results.find("circuit.cpr", "lrp").value > results.find("circuit.cpr", "random").value
-    assert 0.05 < results.find("circuit.jaccard", "random@1843").value + 0.05 < results.find("circuit.jaccard", "lrp@1843").value
-    references = [sample.text for path in folder.glob("samples/task.*.jsonl") for sample in ReferenceSet.load(path)]
+    assert (
+        0.05
+        < results.find("circuit.jaccard", "random@1843").value + 0.05
+        < results.find("circuit.jaccard", "lrp@1843").value
+    )
+    references = [
+        sample.text for path in folder.glob("samples/task.*.jsonl") for sample in ReferenceSet.load(path)
+    ]
     test = [sample.text for sample in ReferenceSet.load(folder / "samples/evaluation-ioi.jsonl")]
     assert len(references) == 32
     assert not set(references) & set(test)
@@ -77,11 +92,16 @@ def test_the_sparsest_circuit_has_no_worse_one_below_it() -> None:
 
 def test_rankings_differ_and_methods_are_paired_by_seed(finished: tuple[Path, Results]) -> None:
     folder, results = finished
-    signed, size = (json.loads((folder / f"evaluation/{name}@1843.seed0.json").read_text())["made_from"] for name in ("lrp", "lrp-abs"))
+    signed, size = (
+        json.loads((folder / f"evaluation/{name}@1843.seed0.json").read_text())["made_from"]
+        for name in ("lrp", "lrp-abs")
+    )
     assert signed != size
     assert results.find("circuit.sparsest", "lrp").n == 2
     ahead = results.difference("circuit.sparsest", "lrp", "random")
-    assert ahead.value == pytest.approx(results.find("circuit.sparsest", "lrp").value - results.find("circuit.sparsest", "random").value)
+    assert ahead.value == pytest.approx(
+        results.find("circuit.sparsest", "lrp").value - results.find("circuit.sparsest", "random").value
+    )
     page = (folder / "report.html").read_text()
     for words in ("LRP (abs)", "less the others", "the size of the score"):
         assert words in page
@@ -92,7 +112,11 @@ def test_the_saved_circuit_is_what_was_kept(finished: tuple[Path, Results], demo
     circuit.require_model(demo[0])
     assert len(circuit) == 2048 - 1843
     with ablated(demo[0], circuit):
-        assert all(float(demo[0].get_submodule(name).weight.detach()[list(rows)].abs().max()) == 0 for name, rows in circuit.members.items() if rows)
+        assert all(
+            float(demo[0].get_submodule(name).weight.detach()[list(rows)].abs().max()) == 0
+            for name, rows in circuit.members.items()
+            if rows
+        )
 
 
 def test_the_report_says_how_sparse(finished: tuple[Path, Results]) -> None:
@@ -104,35 +128,51 @@ def test_the_report_says_how_sparse(finished: tuple[Path, Results]) -> None:
     assert "this circuit" not in page
 
 
-@pytest.mark.parametrize(("sections", "said"), [
-    ({"selection": {"count": 3}}, "does not read selection"),
-    ({"compare": {"methods": ["random"]}}, "does not read compare"),
-    ({"discover": None}, "discover is missing"),
-    ({"discover": {"methods": ["lrp"], "sparsities": [1.0]}}, "sparsities"),
-    ({"discover": {"methods": ["random"]}}, "lacks attribution.method lrp"),
-    ({"attribution": {"unit": "head", "sites": ["attn.o"]}, "discover": {"methods": ["lrp", "wanda"]}}, "wanda cannot score unit 'head'"),
-    ({"references": {"general": {"source": "demo-general", "count": 2}}}, "general"),
-    ({"evaluation": {}}, "needs evaluation.ioi"),
-    ({"job": "correct"}, "task"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"selection": {"count": 3}}, "does not read selection"),
+        ({"compare": {"methods": ["random"]}}, "does not read compare"),
+        ({"discover": None}, "discover is missing"),
+        ({"discover": {"methods": ["lrp"], "sparsities": [1.0]}}, "sparsities"),
+        ({"discover": {"methods": ["random"]}}, "lacks attribution.method lrp"),
+        (
+            {"attribution": {"unit": "head", "sites": ["attn.o"]}, "discover": {"methods": ["lrp", "wanda"]}},
+            "wanda cannot score unit 'head'",
+        ),
+        ({"references": {"general": {"source": "demo-general", "count": 2}}}, "general"),
+        ({"evaluation": {}}, "needs evaluation.ioi"),
+        ({"job": "correct"}, "task"),
+    ],
+)
 def test_recipes_that_make_no_sense_are_refused(sections: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         load_recipe(changed(**sections))
     assert "\n" not in str(caught.value)
 
 
-def test_a_task_without_contrast_is_one_line(mistake: Callable[..., str], jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_task_without_contrast_is_one_line(
+    mistake: Callable[..., str], jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     import yaml
 
-    rows = [{"text": f"{name} gave a ball to", "target": " Mary"} for name in ("Tom", "Ben", "Sam", "Leo", "Max", "Paul")]
+    rows = [
+        {"text": f"{name} gave a ball to", "target": " Mary"}
+        for name in ("Tom", "Ben", "Sam", "Leo", "Max", "Paul")
+    ]
     path = str(jsonl("task.jsonl", rows))
-    content = changed(references={"task": {"source": path, "count": 3}}, evaluation={"ioi": {"source": path, "count": 2}})
+    content = changed(
+        references={"task": {"source": path, "count": 3}}, evaluation={"ioi": {"source": path, "count": 2}}
+    )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert 'no "contrast"' in mistake("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
 
 
 def test_heads_and_weights_can_be_asked_for(tmp_path: Path) -> None:
-    heads = changed(attribution={"unit": "head", "sites": ["attn.o"], "target": "contrast"}, discover={"methods": ["lrp"], "sparsities": [0.5]})
+    heads = changed(
+        attribution={"unit": "head", "sites": ["attn.o"], "target": "contrast"},
+        discover={"methods": ["lrp"], "sparsities": [0.5]},
+    )
     assert run(heads, tmp_path / "heads").find("ioi.faithfulness", "lrp@8").n == 2
     weights = changed(
         attribution={"unit": "weight", "sites": ["mlp.up"], "target": "contrast", "reduce": "mean_abs"},
@@ -150,13 +190,19 @@ class Letters:
         self.longest, self.known = longest, {}
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        words = [(" " if i else "") + word for i, word in enumerate(text.split(" "))] if text[:1] != " " else [text]
+        words = (
+            [(" " if i else "") + word for i, word in enumerate(text.split(" "))]
+            if text[:1] != " "
+            else [text]
+        )
         pieces = [p for word in words for p in ([word] if len(word.strip()) <= self.longest else list(word))]
         return {"input_ids": [self.known.setdefault(piece, len(self.known)) for piece in pieces]}
 
 
 def test_ioi_sentences_keep_splits_apart_and_name_the_receiver() -> None:
-    made = {split: gather(Request("ioi", 128, split, seeds=(3,)), Letters(10)) for split in ("reference", "test")}
+    made = {
+        split: gather(Request("ioi", 128, split, seeds=(3,)), Letters(10)) for split in ("reference", "test")
+    }
     for split, samples in made.items():
         for sample in samples:
             assert split_of(sample.text) == split
@@ -172,7 +218,10 @@ def test_ioi_sentences_keep_splits_apart_and_name_the_receiver() -> None:
 
 
 def test_ioi_refuses_a_tokenizer_with_too_few_names() -> None:
-    with pytest.raises(UserError, match=r"needs 8 names that are single tokens, and this tokenizer has 4 of 32 \(Tom, Dan, Amy, Ben\)"):
+    with pytest.raises(
+        UserError,
+        match=r"needs 8 names that are single tokens, and this tokenizer has 4 of 32 \(Tom, Dan, Amy, Ben\)",
+    ):
         gather(Request("ioi", 4), Letters(3))
     with pytest.raises(UserError, match="needs the model's tokenizer"):
         gather(Request("ioi", 4))

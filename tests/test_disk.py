@@ -16,29 +16,42 @@ import torch
 from tiny import tiny
 
 from sparc3 import Circuit, ReferenceSet, Results, Scores, Sparc3Error, UserError, attribute
-from sparc3.attribution.shards import load_sums, save_sums
-from sparc3.checkpoint import export
-from sparc3.evaluation.observations import Evaluation, Observations
-from sparc3.experiment.folder import claimed, logged
-from sparc3.experiment.folder import log as log_of_runs
-from sparc3.files import remove_leftovers, whole_file, whole_folder
-from sparc3.recipe import load_recipe
-from sparc3.report import write_report
+from sparc3.attribution.partial_sums import load_sums, save_sums
+from sparc3.cli.machine_commands import sbatch, write_job
+from sparc3.evaluation.statistics import Evaluation, Observations
+from sparc3.experiment.run_folder import claimed, logged
+from sparc3.experiment.run_folder import log as log_of_runs
+from sparc3.export.export import export
+from sparc3.recipe.schema import load_recipe
+from sparc3.report.write import write_report
 from sparc3.results import Measurement
-from sparc3.slurm import sbatch, write_job
+from sparc3.storage import remove_leftovers, whole_file, whole_folder
 
 Call = Callable[..., Any]
 Write = Callable[[Path], object]
 MODEL = {"id": "m", "architecture": "llama", "fingerprint": "0" * 16}
-RESULTS = Results((Measurement("perplexity", "original", "test", 2.0, (1.0, 3.0), 4, 0, "perplexity", "lower"),), (), {"model": MODEL})
+RESULTS = Results(
+    (Measurement("perplexity", "original", "test", 2.0, (1.0, 3.0), 4, 0, "perplexity", "lower"),),
+    (),
+    {"model": MODEL},
+)
 
 
 def scores() -> Scores:
-    return Scores({"model.layers.0.mlp.up_proj": torch.rand(5000)}, {"unit": "neuron", "method": "lrp", "model": MODEL})
+    return Scores(
+        {"model.layers.0.mlp.up_proj": torch.rand(5000)}, {"unit": "neuron", "method": "lrp", "model": MODEL}
+    )
 
 
 def sums(folder: Path) -> Write:
-    attribute(tiny("llama"), [[3, 4, 5], [6, 7]], partial=folder / "shard", shard=(1, 1), unit="weight", sites=("mlp.up", "mlp.down"))
+    attribute(
+        tiny("llama"),
+        [[3, 4, 5], [6, 7]],
+        partial=folder / "shard",
+        shard=(1, 1),
+        unit="weight",
+        sites=("mlp.up", "mlp.down"),
+    )
     read = load_sums(folder / "shard")
     (folder / "shard").unlink()
     return lambda path: save_sums(path, read[0], read[1], read[2])
@@ -58,7 +71,21 @@ def recipe_copy(path: Path) -> None:
         pass
 
 
-@pytest.fixture(params=["scores", "sums", "circuit", "packed", "results", "samples", "evaluation", "job", "report.html", "log.txt", "recipe.yaml"])
+@pytest.fixture(
+    params=[
+        "scores",
+        "sums",
+        "circuit",
+        "packed",
+        "results",
+        "samples",
+        "evaluation",
+        "job",
+        "report.html",
+        "log.txt",
+        "recipe.yaml",
+    ]
+)
 def kind(request: pytest.FixtureRequest, open_folder: Path) -> tuple[Path, Write]:
     """Where one kind of file goes, and what writes it."""
     name, observed = request.param, Observations("m", "test", "u", "lower", (1.0,) * 50, (1.0,) * 50)
@@ -70,8 +97,10 @@ def kind(request: pytest.FixtureRequest, open_folder: Path) -> tuple[Path, Write
         "samples": ReferenceSet.of(["some words"] * 300).save,
         "evaluation": Evaluation("original", (observed,), {}, "x", 1.0).save,
         "job": lambda path: write_job(str(path), sbatch(load_recipe("demo"), "demo")),
-        "report.html": report, "log.txt": log_line, "recipe.yaml": recipe_copy,
-    }  # fmt: skip
+        "report.html": report,
+        "log.txt": log_line,
+        "recipe.yaml": recipe_copy,
+    }
     if name == "report.html":
         RESULTS.save(open_folder / "results.json")
     write = sums(open_folder) if name == "sums" else writes[name]
@@ -112,7 +141,9 @@ def read_only() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("broken", [full_disk, read_only])
-def test_every_kind_of_file(kind: tuple[Path, Write], broken: Callable[[], AbstractContextManager[None]]) -> None:
+def test_every_kind_of_file(
+    kind: tuple[Path, Write], broken: Callable[[], AbstractContextManager[None]]
+) -> None:
     path, write = kind
     write(path)
     if path.name == "log.txt":
@@ -129,7 +160,9 @@ def test_every_kind_of_file(kind: tuple[Path, Write], broken: Callable[[], Abstr
 
 
 @pytest.mark.parametrize("broken", [full_disk, read_only])
-def test_a_checkpoint(open_folder: Path, demo: tuple[Any, Any], broken: Callable[[], AbstractContextManager[None]]) -> None:
+def test_a_checkpoint(
+    open_folder: Path, demo: tuple[Any, Any], broken: Callable[[], AbstractContextManager[None]]
+) -> None:
     out, circuit = open_folder / "export", Circuit("neuron", {"model.layers.0.mlp.up_proj": (3,)})
     with broken(), pytest.raises(Sparc3Error, match=f"cannot write {out}"):
         export(*demo, circuit, out)
@@ -138,7 +171,9 @@ def test_a_checkpoint(open_folder: Path, demo: tuple[Any, Any], broken: Callable
 
 
 @pytest.mark.parametrize(("broken", "code"), [(full_disk, 1), (read_only, 2)])
-def test_the_command_line_says_it_in_one_line(sparc3: Call, open_folder: Path, broken: Call, code: int) -> None:
+def test_the_command_line_says_it_in_one_line(
+    sparc3: Call, open_folder: Path, broken: Call, code: int
+) -> None:
     out = open_folder / "run"
     with broken():
         ended, _, err = sparc3("run", "demo", "--out", out)
@@ -167,10 +202,16 @@ def test_what_a_killed_process_left_goes_and_what_another_is_writing_stays(tmp_p
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "folder", "name"]
 
 
-def test_a_run_folder_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_folder_has_one_run_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The kernel keeps the lock and lets it go with the process: no process number is written down that another could get."""
     recipe = load_recipe("demo")
-    with claimed(tmp_path, recipe, True), pytest.raises(UserError, match="another run is going on"), claimed(tmp_path, recipe, True):
+    with (
+        claimed(tmp_path, recipe, True),
+        pytest.raises(UserError, match="another run is going on"),
+        claimed(tmp_path, recipe, True),
+    ):
         pass
     child = os.fork()
     if not child:

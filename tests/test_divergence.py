@@ -8,15 +8,20 @@ import torch
 from unchanged import fingerprint, require_same
 
 from sparc3 import Circuit, UserError, ablated, evaluate
-from sparc3.evaluation.divergence import kl
 from sparc3.evaluation.evaluate import to_results
-from sparc3.evaluation.observations import Evaluation, Observations
-from sparc3.evaluation.statistics import detectable
+from sparc3.evaluation.perplexity import kl
+from sparc3.evaluation.statistics import Evaluation, Observations, detectable
 
 METRICS = {
     "kl": {"source": "demo-general", "count": 4, "protocol": "blocks", "seq_len": 32},
     "fluency": {},
-    "toxicity": {"source": "demo-angry", "count": 4, "scorer": "lexicon", "generations": 2, "max_new_tokens": 8},
+    "toxicity": {
+        "source": "demo-angry",
+        "count": 4,
+        "scorer": "lexicon",
+        "generations": 2,
+        "max_new_tokens": 8,
+    },
 }
 SITE = "model.layers.0.mlp.up_proj"
 
@@ -30,7 +35,12 @@ def test_kl_is_zero_of_the_original_and_grows_with_the_circuit(demo: tuple[Any, 
     model, tokenizer = demo
     few, many = (Circuit("neuron", {SITE: tuple(range(n))}) for n in (5, 200))
     before = fingerprint(model)
-    results = evaluate(model, tokenizer, METRICS, variants={"few": lambda: ablated(model, few), "many": lambda: ablated(model, many)})
+    results = evaluate(
+        model,
+        tokenizer,
+        METRICS,
+        variants={"few": lambda: ablated(model, few), "many": lambda: ablated(model, many)},
+    )
     require_same(before, fingerprint(model))
     values = [results.find("kl", name).value for name in ("original", "few", "many")]
     assert values[0] == 0
@@ -44,7 +54,9 @@ def test_kl_is_zero_of_the_original_and_grows_with_the_circuit(demo: tuple[Any, 
 
 
 def _seen(variant: str, *sums: float) -> Evaluation:
-    return Evaluation(variant, (Observations("toxicity.mean", "test", "score", "lower", sums, (1.0,) * len(sums)),))
+    return Evaluation(
+        variant, (Observations("toxicity.mean", "test", "score", "lower", sums, (1.0,) * len(sums)),)
+    )
 
 
 def test_power_by_hand() -> None:
@@ -56,5 +68,7 @@ def test_power_by_hand() -> None:
 
 def test_the_effect_net_of_the_null_is_a_difference() -> None:
     evaluations = [_seen("original", 1.0, 1.0), _seen("random@3", 1.0, 0.5), _seen("ablated", 0.0, 0.5)]
-    found = to_results(evaluations, {}, beside=["random@3"]).difference("toxicity.mean", "ablated", "random@3")
+    found = to_results(evaluations, {}, beside=["random@3"]).difference(
+        "toxicity.mean", "ablated", "random@3"
+    )
     assert found.value == pytest.approx(-0.5)

@@ -19,7 +19,11 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def blocks(page: Path, language: str) -> list[tuple[str, int]]:
     """The page's fenced blocks of a language, with the line each begins on."""
     text = page.read_text(encoding="utf-8")
-    return [(found[2], text[: found.start()].count("\n") + 2) for found in FENCE.finditer(text) if found[1] == language]
+    return [
+        (found[2], text[: found.start()].count("\n") + 2)
+        for found in FENCE.finditer(text)
+        if found[1] == language
+    ]
 
 
 def run(page: Path, namespace: dict[str, Any]) -> None:
@@ -30,9 +34,10 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a page registers is gone after it."""
-    from sparc3 import families, sources
     from sparc3.attribution import methods
     from sparc3.evaluation import metrics
+    from sparc3.models import families
+    from sparc3.samples import sources
 
     with monkeypatch.context() as patch:
         for module, name in ((methods, "_METHODS"), (metrics, "_METRICS"), (sources, "_SOURCES")):
@@ -43,18 +48,37 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         families.FAMILIES.update(kept)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "extending.md"], ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "extending.md"],
+    ids=lambda page: page.name,
+)
+def test_python_blocks_run(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    registries: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert blocks(page, "python")
     run(page, {"__name__": "page"})
     if page.name == "quickstart.md":
-        found = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith(("toxicity.rate", "perplexity"))}
-        before, after = (float(part.split()[0]) for part in found["toxicity.rate"].removeprefix("toxicity.rate ").split(" -> "))
+        found = {
+            line.split()[0]: line
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith(("toxicity.rate", "perplexity"))
+        }
+        before, after = (
+            float(part.split()[0])
+            for part in found["toxicity.rate"].removeprefix("toxicity.rate ").split(" -> ")
+        )
         assert after < before / 2
 
 
-def test_the_commands_of_the_quick_start_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparc3: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_commands_of_the_quick_start_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparc3: Callable[..., tuple[int, str, str]]
+) -> None:
     import subprocess
 
     monkeypatch.chdir(tmp_path)
@@ -68,7 +92,9 @@ def test_the_commands_of_the_quick_start_run(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "without-insults" / "model.safetensors").is_file()
 
 
-def test_the_recipe_of_yours_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparc3: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_recipe_of_yours_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparc3: Callable[..., tuple[int, str, str]]
+) -> None:
     """On files such as it names, and few of them."""
     from itertools import islice
 
@@ -80,11 +106,25 @@ def test_the_recipe_of_yours_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, split in (("my-general.txt", "train"), ("my-held-out.txt", "test")):
         Path(name).write_text("".join(text.text + "\n" for text in islice(texts("general", split), 40)))
     bad, prompts = (islice(texts("angry", split), 6) for split in ("train", "test"))
-    Path("my-bad-completions.jsonl").write_text("".join(json.dumps({"text": one.prompt, "completion": one.completion}) + "\n" for one in bad))
+    Path("my-bad-completions.jsonl").write_text(
+        "".join(json.dumps({"text": one.prompt, "completion": one.completion}) + "\n" for one in bad)
+    )
     Path("my-prompts.jsonl").write_text("".join(json.dumps({"text": one.prompt}) + "\n" for one in prompts))
     Path("my-words.txt").write_text("\n".join(INSULTS))
-    few = ["references.general.count=3", "references.undesired.count=5", "evaluation.toxicity.count=3", "selection.count=8", "compare.counts=[8]"]
-    few += ["references.general.seq_len=64", "evaluation.toxicity.generations=1", "compare.random_draws=1", "model.device=cpu", "cards.alone=0"]
+    few = [
+        "references.general.count=3",
+        "references.undesired.count=5",
+        "evaluation.toxicity.count=3",
+        "selection.count=8",
+        "compare.counts=[8]",
+    ]
+    few += [
+        "references.general.seq_len=64",
+        "evaluation.toxicity.generations=1",
+        "compare.random_draws=1",
+        "model.device=cpu",
+        "cards.alone=0",
+    ]
     code, out, err = sparc3("run", "recipe.yaml", *(part for one in few for part in ("--set", one)))
     assert code == 0, err
     assert "toxicity.rate" in out
@@ -92,7 +132,7 @@ def test_the_recipe_of_yours_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path) -> None:
-    from sparc3.recipe import load_recipe
+    from sparc3.recipe.schema import load_recipe
 
     found = [block for page in PAGES for block, _ in blocks(page, "yaml")]
     assert found
@@ -104,16 +144,21 @@ def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path) -> None:
         assert load_recipe(str(tmp_path / "recipe.yaml")).name
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name
+)
 def test_links_and_commands_exist(page: Path) -> None:
-    from sparc3.cli import _parser
+    from sparc3.cli.main import _parser
 
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (page.parent / link).exists(), link
     (commands,) = (action.choices for action in _parser()._actions if action.dest == "command")
     fenced = "\n".join(found[2] for found in FENCE.finditer(text) if not found[1] or found[1] == "sh")
-    for command in [*re.findall(r"^sparc3 ([a-z]+)", fenced, re.MULTILINE), *re.findall(r"`sparc3 ([a-z]+)", text)]:
+    for command in [
+        *re.findall(r"^sparc3 ([a-z]+)", fenced, re.MULTILINE),
+        *re.findall(r"`sparc3 ([a-z]+)", text),
+    ]:
         assert command in commands, command
     for file in re.findall(r"`((?:src|tests|docs|scripts|benchmarks|notebooks)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / file).exists(), file
@@ -133,7 +178,9 @@ def test_every_page_is_in_the_navigation_and_asks_for_nothing_from_outside() -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_the_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_notebook_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its cells are plain Python, so that no notebook server is needed here."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "notebook"}
@@ -141,6 +188,9 @@ def test_the_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
         if cell["cell_type"] == "code":
             assert not cell["outputs"]
             exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), namespace)
-    rate = {variant: namespace["results"].find("toxicity.rate", variant).value for variant in ("original", "LRP", "random")}
+    rate = {
+        variant: namespace["results"].find("toxicity.rate", variant).value
+        for variant in ("original", "LRP", "random")
+    }
     assert rate["LRP"] < 0.2 < 0.8 < rate["random"], rate
     print(capsys.readouterr().out)

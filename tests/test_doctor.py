@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from unchanged import fingerprint, require_same
 
 from sparc3.attribution import patching, rules
-from sparc3.doctor import examination as whole
+from sparc3.doctor import examine as whole
 from sparc3.doctor import specimen as specimens
-from sparc3.doctor.exact import exact_copy
-from sparc3.doctor.findings import Finding
-from sparc3.doctor.second_opinion import flows
+from sparc3.doctor.checks import Finding
+from sparc3.doctor.second_opinion import exact_copy, flows
 from sparc3.doctor.specimen import Specimen, shrunk
 from sparc3.errors import UnsupportedModel
-from sparc3.families import FAMILIES
-from sparc3.models import sites_of
+from sparc3.models.families import FAMILIES
+from sparc3.models.sites import sites_of
 
 Call = Callable[..., Any]
 
 
-def examined(name: str = "llama-bias", change: Callable[[Any], None] = lambda model: None, **changes: Any) -> whole.Examination:
+def examined(
+    name: str = "llama-bias", change: Callable[[Any], None] = lambda model: None, **changes: Any
+) -> whole.Examination:
     model = tiny(name, dtype=torch.float32, **changes)
     change(model)
     return whole.examination(Specimen(model, samples(3), ()))
@@ -69,17 +70,30 @@ def test_a_checkpoint_without_a_tokenizer_is_fed_random_tokens(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("alone", ["folder", "file"])
-def test_of_a_configuration_alone_it_makes_random_weights_and_says_so(alone: str, tmp_path: Path, sparc3: Call) -> None:
+def test_of_a_configuration_alone_it_makes_random_weights_and_says_so(
+    alone: str, tmp_path: Path, sparc3: Call
+) -> None:
     from transformers import AutoConfig
 
-    AutoConfig.for_model("qwen3", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=90).save_pretrained(tmp_path)
+    AutoConfig.for_model(
+        "qwen3",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=90,
+    ).save_pretrained(tmp_path)
     code, out, _ = sparc3("doctor", tmp_path if alone == "folder" else tmp_path / "config.json")
     assert code == 0
     assert "random weights" in out
     assert "smaller" not in out
 
 
-def test_a_failed_check_ends_with_exit_code_1_and_its_name(monkeypatch: pytest.MonkeyPatch, sparc3: Call) -> None:
+def test_a_failed_check_ends_with_exit_code_1_and_its_name(
+    monkeypatch: pytest.MonkeyPatch, sparc3: Call
+) -> None:
     plain = rules.sigmoid_factor
     monkeypatch.setitem(patching.ACTIVATIONS, "SiLUActivation", lambda x: 0.9 * plain(x))
     code, out, err = sparc3("doctor", "demo")
@@ -100,7 +114,10 @@ def test_another_architecture_is_refused_by_name(kind: str, tmp_path: Path, mist
 
 @pytest.mark.parametrize("kind", ["own", "falcon"])
 def test_code_from_a_checkpoint_is_not_run(kind: str, tmp_path: Path, sparc3: Call) -> None:
-    config = {"model_type": kind, "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    config = {
+        "model_type": kind,
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
     small = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 40}
     (tmp_path / "config.json").write_text(json.dumps({**config, **small}))
     (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
@@ -113,7 +130,9 @@ def test_code_from_a_checkpoint_is_not_run(kind: str, tmp_path: Path, sparc3: Ca
         assert "FalconForCausalLM" in out
 
 
-def test_a_configuration_without_what_its_architecture_needs_is_refused_by_name(tmp_path: Path, mistake: Call) -> None:
+def test_a_configuration_without_what_its_architecture_needs_is_refused_by_name(
+    tmp_path: Path, mistake: Call
+) -> None:
     from transformers import AutoConfig
 
     AutoConfig.for_model("hunyuan_v1_dense").save_pretrained(tmp_path)
@@ -130,7 +149,9 @@ def test_mistakes_are_one_line(tmp_path: Path, mistake: Call) -> None:
 # The checks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama-bias", "opt", "gpt2", "gemma2", "falcon", "bloom", "gpt-neo", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["llama-bias", "opt", "gpt2", "gemma2", "falcon", "bloom", "gpt-neo", "phi3"]
+)
 def test_families_pass_and_are_left_as_they_were(name: str) -> None:
     model = tiny(name, dtype=torch.float32)
     before = fingerprint(model)
@@ -145,10 +166,14 @@ def test_families_pass_and_are_left_as_they_were(name: str) -> None:
 def test_a_wrong_share_of_the_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(query_key_value: Any, cp: bool) -> tuple[Tensor, ...]:
         shares = (0.0, 0.0, 1.0) if cp else (0.0, 0.5, 0.5)
-        return tuple(rules.scale_relevance(x, share) for x, share in zip(query_key_value, shares, strict=True))
+        return tuple(
+            rules.scale_relevance(x, share) for x, share in zip(query_key_value, shares, strict=True)
+        )
 
     monkeypatch.setattr(patching, "_shared_out", shared)
-    assert [finding.name for finding in examined().failed] == ["AttnLRP equals its rules on torch's functions"]
+    assert [finding.name for finding in examined().failed] == [
+        "AttnLRP equals its rules on torch's functions"
+    ]
 
 
 def test_relevance_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +212,12 @@ def test_an_unknown_module_in_the_path_is_refused_by_its_place() -> None:
 
 
 def test_no_figure_and_nan_do_not_pass() -> None:
-    assert [Finding("x", value, 1.0).passed for value in (None, float("nan"), 2.0, 1.0)] == [False, False, False, True]
+    assert [Finding("x", value, 1.0).passed for value in (None, float("nan"), 2.0, 1.0)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert Finding("x", 2.0).passed is None
 
 
@@ -203,22 +233,77 @@ def test_a_large_configuration_gives_a_small_model_and_says_so(monkeypatch: pyte
     from transformers import AutoConfig
 
     monkeypatch.setattr(specimens, "LARGE", 1000)
-    config = AutoConfig.for_model("qwen2", hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=16, num_key_value_heads=4, vocab_size=1300)
+    config = AutoConfig.for_model(
+        "qwen2",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=5,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=1300,
+    )
     model, note = specimens.random_model(config)
-    assert "smaller than the configuration: 2 of 5 layers, 1,000 of 1,300 tokens, 8 of 16 heads and their share of the width" in note
+    assert (
+        "smaller than the configuration: 2 of 5 layers, 1,000 of 1,300 tokens, 8 of 16 heads and their share of the width"
+        in note
+    )
     assert all(parameter.std() > 0 for parameter in model.parameters())
 
 
 # Smaller models of a configuration ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "settings", "kept"), [
-    ("llama", {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32, "intermediate_size": 14336}, (2, 8, 1024, 3584)),
-    ("gemma3_text", {"hidden_size": 2560, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 34, "intermediate_size": 10240, "head_dim": 256}, (6, 4, 1280, 5120)),
-    ("falcon", {"hidden_size": 4544, "num_attention_heads": 71, "num_hidden_layers": 32, "ffn_hidden_size": 18176}, (2, 2, 128, None)),
-    ("gpt_neo", {"hidden_size": 2560, "num_layers": 32, "num_heads": 20, "attention_types": [[["global", "local"], 16]]}, (2, 2, 256, None)),
-])  # fmt: skip
-def test_smaller_keeps_heads_as_wide_and_every_kind_of_layer(kind: str, settings: dict[str, Any], kept: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings", "kept"),
+    [
+        (
+            "llama",
+            {
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "num_hidden_layers": 32,
+                "intermediate_size": 14336,
+            },
+            (2, 8, 1024, 3584),
+        ),
+        (
+            "gemma3_text",
+            {
+                "hidden_size": 2560,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "num_hidden_layers": 34,
+                "intermediate_size": 10240,
+                "head_dim": 256,
+            },
+            (6, 4, 1280, 5120),
+        ),
+        (
+            "falcon",
+            {
+                "hidden_size": 4544,
+                "num_attention_heads": 71,
+                "num_hidden_layers": 32,
+                "ffn_hidden_size": 18176,
+            },
+            (2, 2, 128, None),
+        ),
+        (
+            "gpt_neo",
+            {
+                "hidden_size": 2560,
+                "num_layers": 32,
+                "num_heads": 20,
+                "attention_types": [[["global", "local"], 16]],
+            },
+            (2, 2, 256, None),
+        ),
+    ],
+)
+def test_smaller_keeps_heads_as_wide_and_every_kind_of_layer(
+    kind: str, settings: dict[str, Any], kept: tuple[int, ...]
+) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(kind, **settings)
@@ -237,7 +322,11 @@ def test_smaller_keeps_heads_as_wide_and_every_kind_of_layer(kind: str, settings
 def test_the_committed_table_lists_exactly_the_rows_of_the_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     table = page.partition("<!-- models:")[2].partition("<!-- end of models -->")[0]
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| `")
+    ]
     assert [row[0] for row in rows] == sorted(FAMILIES)
     for kind, models, up, out, gap, difference in rows:
         assert models == FAMILIES[kind].models != ""

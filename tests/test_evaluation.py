@@ -8,26 +8,36 @@ import pytest
 import torch
 
 from sparc3 import UserError, evaluate
-from sparc3.evaluation.generation import complete
-from sparc3.evaluation.observations import Observations
+from sparc3.evaluation.generate import complete
 from sparc3.evaluation.perplexity import blocks, sliding
-from sparc3.evaluation.repetition import repeated, uniqueness
 from sparc3.evaluation.scorers import _careful, lexicon_scorer, make_scorer
-from sparc3.evaluation.statistics import difference, measurement, pooled
+from sparc3.evaluation.statistics import Observations, difference, measurement, pooled
+from sparc3.evaluation.tasks import repeated, uniqueness
 from sparc3.evaluation.toxicity import scored
 
 
-@pytest.mark.parametrize("settings", [
-    {"protocol": "blocks", "seq_len": 16}, {"protocol": "sliding", "max_length": 32, "stride": 7}, {"protocol": "sliding", "max_length": 500, "stride": 100},
-])  # fmt: skip
-def test_a_uniform_model_has_perplexity_v(demo: tuple[Any, Any], tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"protocol": "blocks", "seq_len": 16},
+        {"protocol": "sliding", "max_length": 32, "stride": 7},
+        {"protocol": "sliding", "max_length": 500, "stride": 100},
+    ],
+)
+def test_a_uniform_model_has_perplexity_v(
+    demo: tuple[Any, Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
     model, tokenizer = demo
     text = tmp_path / "text.txt"
     text.write_text("One sunny day Tom went to the park and found a ball. " * 12)
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda *_: torch.zeros(*_[1][0].shape[:-1], model.config.vocab_size))
     try:
-        found = evaluate(model, tokenizer, {"perplexity": {"source": str(text), **settings}}).find("perplexity").value
+        found = (
+            evaluate(model, tokenizer, {"perplexity": {"source": str(text), **settings}})
+            .find("perplexity")
+            .value
+        )
     finally:
         hook.remove()
     assert found == pytest.approx(model.config.vocab_size, rel=1e-6)
@@ -49,7 +59,9 @@ def test_perplexity_is_what_the_loss_says(demo: tuple[Any, Any], tmp_path: Path)
     text.write_text("Mary had a small book. Then Tom and Mary went home.")
     ids = tokenizer(text.read_text(), return_tensors="pt").input_ids
     expected = math.exp(model(input_ids=ids, labels=ids).loss.item())
-    assert evaluate(model, tokenizer, {"perplexity": {"source": str(text)}}).find("perplexity").value == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, tokenizer, {"perplexity": {"source": str(text)}}).find(
+        "perplexity"
+    ).value == pytest.approx(expected, rel=1e-5)
 
 
 def test_continuations_do_not_depend_on_what_else_is_in_the_batch(demo: tuple[Any, Any]) -> None:
@@ -66,7 +78,9 @@ def test_sampling_follows_the_softmax(demo: tuple[Any, Any]) -> None:
     """First tokens of 2,000 draws against their probabilities: within five standard errors for every likely token."""
     model, tokenizer = demo
     prompt = "One"
-    drawn = complete(model, tokenizer, [prompt], max_new_tokens=1, generations=2000, temperature=0.8, batch=2000)[0]
+    drawn = complete(
+        model, tokenizer, [prompt], max_new_tokens=1, generations=2000, temperature=0.8, batch=2000
+    )[0]
     logits = model(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
     probabilities = torch.softmax(logits / 0.8, -1)
     for token in (probabilities > 0.02).nonzero().flatten().tolist():
@@ -96,19 +110,34 @@ def test_the_lexicon_knows_whole_words() -> None:
     assert lexicon_scorer(["fool"])(["You FOOL!", "foolish", "a fool."]) == [1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize(("labels", "problem", "expected"), [
-    (["neutral", "toxic"], "single_label_classification", "softmax"), (["toxicity", "insult"], "multi_label_classification", "sigmoid"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("labels", "problem", "expected"),
+    [
+        (["neutral", "toxic"], "single_label_classification", "softmax"),
+        (["toxicity", "insult"], "multi_label_classification", "sigmoid"),
+    ],
+)
 def test_classifiers_load_from_a_checkpoint(
-    demo: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[str], problem: str, expected: str
+    demo: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    labels: list[str],
+    problem: str,
+    expected: str,
 ) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(demo[1]), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        id2label=dict(enumerate(labels)), label2id={l: i for i, l in enumerate(labels)}, problem_type=problem,
-    )  # fmt: skip
+        vocab_size=len(demo[1]),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        id2label=dict(enumerate(labels)),
+        label2id={l: i for i, l in enumerate(labels)},
+        problem_type=problem,
+    )
     classifier = BertForSequenceClassification(config).eval()
     classifier.save_pretrained(tmp_path / "tiny")
     demo[1].save_pretrained(tmp_path / "tiny")
@@ -135,7 +164,9 @@ def test_intervals_cover_and_pairs_are_paired() -> None:
     assert found.ci95 is not None
     assert found.ci95[0] == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
     assert found.ci95[1] == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
-    shifted = difference(one, observed([v - 0.1 if v is not None else None for v in one.sums]), "original", "ablated")
+    shifted = difference(
+        one, observed([v - 0.1 if v is not None else None for v in one.sums]), "original", "ablated"
+    )
     assert shifted is not None
     assert shifted.value == pytest.approx(-0.1)
     assert shifted.ci95 == pytest.approx((-0.1, -0.1))
@@ -148,7 +179,9 @@ def test_intervals_cover_and_pairs_are_paired() -> None:
 
 
 def test_pooled_draws_average_each_unit() -> None:
-    assert pooled([observed([1.0, None]), observed([0.0, 1.0], failures=2)]) == observed([0.5, 1.0], failures=2)
+    assert pooled([observed([1.0, None]), observed([0.0, 1.0], failures=2)]) == observed(
+        [0.5, 1.0], failures=2
+    )
 
 
 def test_repetition_on_paper() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sparc3 import Circuit, ReferenceSet, Results, Scores, UserError, load_recipe, run
-from sparc3.recipe import bundled
+from sparc3.recipe.schema import bundled
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -25,7 +25,13 @@ SMALL: dict[str, Any] = {
     "selection": {"count": 6, "penalty": 1.0, "rounds": 2},
     "evaluation": {
         "perplexity": {"source": "demo-general", "count": 6, "max_length": 64, "stride": 32},
-        "toxicity": {"source": "demo-angry", "count": 6, "scorer": "lexicon", "generations": 1, "max_new_tokens": 8},
+        "toxicity": {
+            "source": "demo-angry",
+            "count": 6,
+            "scorer": "lexicon",
+            "generations": 1,
+            "max_new_tokens": 8,
+        },
     },
     "compare": {"methods": ["wanda", "random", "aura", "det0"], "counts": [3], "random_draws": 2},
     "cards": {"alone": 1},
@@ -51,8 +57,16 @@ def test_a_run_leaves_its_whole_folder(finished: tuple[Path, Results]) -> None:
     whole = {v for v in variants if v.startswith("aura@")} - {"aura@3"}
     assert len(whole) == 1  # all experts, however many there are
     assert variants - whole == {
-        "original", "ablated", "lrp@3", "lrp@6", "wanda@3", "random@3", "random@6", "aura@3", "det0@3",
-    }  # fmt: skip
+        "original",
+        "ablated",
+        "lrp@3",
+        "lrp@6",
+        "wanda@3",
+        "random@3",
+        "random@6",
+        "aura@3",
+        "det0@3",
+    }
     assert results.difference("toxicity.mean", "ablated", "random@6").ci95
     assert {one["metric"] for one in results.provenance["power"]} >= {"perplexity"}
     assert results.find("toxicity.mean", "lrp@6").value == results.find("toxicity.mean", "ablated").value
@@ -64,7 +78,9 @@ def test_a_run_leaves_its_whole_folder(finished: tuple[Path, Results]) -> None:
     assert resolved.resolved() == load_recipe(SMALL).resolved()
 
 
-def test_a_finished_run_is_not_done_again(finished: tuple[Path, Results], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_is_not_done_again(
+    finished: tuple[Path, Results], caplog: pytest.LogCaptureFixture
+) -> None:
     folder, results = finished
     kept = [*folder.glob("scores/*"), *folder.glob("evaluation/*"), *folder.glob("samples/*")]
     before = {path: path.stat().st_mtime_ns for path in kept if "contrast" not in path.name}
@@ -116,7 +132,9 @@ def test_reference_prompts_in_an_evaluation_are_refused(tmp_path: Path, jsonl: C
     mixed |= {"attribution": {}, "selection": {"count": 3}}
     mixed["references"]["undesired"] = {"source": one, "count": 12}
     mixed["evaluation"]["toxicity"]["source"] = other
-    with pytest.raises(UserError, match=r"6 prompts of evaluation\.toxicity are also in references\.undesired"):
+    with pytest.raises(
+        UserError, match=r"6 prompts of evaluation\.toxicity are also in references\.undesired"
+    ):
         run(mixed, tmp_path / "a")
     mixed["evaluation"]["toxicity"]["source"] = one
     with pytest.raises(UserError, match="12 prompts are kept out"):

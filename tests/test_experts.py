@@ -10,17 +10,16 @@ from tiny import samples, tiny
 from torch import Tensor
 from unchanged import fingerprint, require_same
 
-from sparc3.ablation import ablate_, ablated
-from sparc3.attribution import attribute
+from sparc3.attribution.attribute import attribute
 from sparc3.attribution.patching import lrp_rules
-from sparc3.checkpoint import export
-from sparc3.circuit import Circuit
-from sparc3.compression import prune_sequentially
-from sparc3.damping import Damping, damped
+from sparc3.circuits.ablate import Damping, ablate_, ablated, damped
+from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.select import select
 from sparc3.errors import UserError
-from sparc3.models import describe, load_weights, sites_of
-from sparc3.selection import select
-from sparc3.sites import open_experts
+from sparc3.experiment.compress import prune_sequentially
+from sparc3.export.export import export
+from sparc3.models.load import describe, load_weights
+from sparc3.models.sites import open_experts, sites_of
 
 NAMES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "flex-olmo")
 named = pytest.mark.parametrize("name", NAMES)
@@ -85,11 +84,22 @@ def test_the_plain_gradient_of_an_experts_weights_is_autograds(name: str) -> Non
     sites = [site for site in sites_of(model, ("mlp.gate", "mlp.up", "mlp.down")) if site.expert is not None]
     expected = {site.name: torch.zeros(site.out, site.inp, dtype=torch.float64) for site in sites}
     for one in ids:
-        grads = torch.autograd.grad(model(torch.tensor([one])).logits[0, -1].max(), [getattr(site.module, site.parameter) for site in sites])
+        grads = torch.autograd.grad(
+            model(torch.tensor([one])).logits[0, -1].max(),
+            [getattr(site.module, site.parameter) for site in sites],
+        )
         for site, grad in zip(sites, grads, strict=True):
             expected[site.name] += (site.weight * site.of(grad[site.expert].T).T).detach() / len(ids)
     for tokens in (1, 1000):
-        found = attribute(model, ids, method="gradient", unit="weight", sites=("mlp.gate", "mlp.up", "mlp.down"), sums_dtype="float64", batch_tokens=tokens)
+        found = attribute(
+            model,
+            ids,
+            method="gradient",
+            unit="weight",
+            sites=("mlp.gate", "mlp.up", "mlp.down"),
+            sums_dtype="float64",
+            batch_tokens=tokens,
+        )
         for site, value in expected.items():
             assert distance(found[site], value) < 1e-6, site
 
@@ -138,12 +148,18 @@ def test_an_export_loads_as_an_ordinary_checkpoint_with_the_same_logits(name: st
     before = fingerprint(model)
     export(model, Tokenizer(), circuit, tmp_path / "out")  # type: ignore[arg-type]
     after = fingerprint(model)
-    require_same({**after, "config": None}, {**before, "config": None})  # save_pretrained writes the class and dtype into it
+    require_same(
+        {**after, "config": None}, {**before, "config": None}
+    )  # save_pretrained writes the class and dtype into it
     ablate_(model, circuit)
     circuit.save(tmp_path / "circuit.json")
     assert Circuit.load(tmp_path / "circuit.json").members == circuit.members
     assert torch.equal(load_weights(tmp_path / "out", device="cpu")(ids).logits, model(ids).logits)
-    assert torch.allclose(load_weights(tmp_path / "out", dtype="float64", device="cpu")(ids).logits.float(), model(ids).logits, atol=1e-4)
+    assert torch.allclose(
+        load_weights(tmp_path / "out", dtype="float64", device="cpu")(ids).logits.float(),
+        model(ids).logits,
+        atol=1e-4,
+    )
 
 
 def test_damping_pruning_and_masks_reach_single_experts() -> None:
@@ -167,12 +183,18 @@ def test_damping_pruning_and_masks_reach_single_experts() -> None:
 
 def test_a_neuron_that_is_not_there_is_refused_by_name() -> None:
     model = tiny("olmoe")
-    with pytest.raises(UserError, match=r"gate_up_proj#9\.up"), ablated(model, Circuit("neuron", {UP.format(9): (0,)}, describe(model), {})):
+    with (
+        pytest.raises(UserError, match=r"gate_up_proj#9\.up"),
+        ablated(model, Circuit("neuron", {UP.format(9): (0,)}, describe(model), {})),
+    ):
         pass
 
 
 def test_computing_layers_again_changes_nothing() -> None:
     model, ids = tiny("olmoe"), samples()
     for unit, neuron in (("neuron", "signed"), ("neuron", "abs"), ("weight", "abs")):
-        plain, again = (attribute(model, ids, unit=unit, neuron=neuron, gradient_checkpointing=kept) for kept in (False, True))
+        plain, again = (
+            attribute(model, ids, unit=unit, neuron=neuron, gradient_checkpointing=kept)
+            for kept in (False, True)
+        )
         assert all(torch.equal(again[site], value) for site, value in plain.items())

@@ -11,17 +11,18 @@ from tiny import CONFIGS, samples, tiny
 from torch import Tensor
 from unchanged import fingerprint, require_same
 
-from sparc3.ablation import ablated
-from sparc3.attribution import attribute, patching
-from sparc3.attribution.ledger import ledger
+from sparc3.attribution import patching
+from sparc3.attribution.attribute import attribute
 from sparc3.attribution.patching import frozen, lrp_rules
-from sparc3.circuit import Circuit
+from sparc3.circuits.ablate import ablated
+from sparc3.circuits.circuit import Circuit
+from sparc3.doctor.completeness import ledger
 from sparc3.doctor.second_opinion import flows
 from sparc3.errors import UnsupportedModel
-from sparc3.experts import by_position, tokens_of
-from sparc3.families import FAMILIES
-from sparc3.models import Site, describe, family_of, load_model, sites_of
-from sparc3.sites import open_experts
+from sparc3.models.experts import by_position, tokens_of
+from sparc3.models.families import FAMILIES
+from sparc3.models.load import describe, load_model
+from sparc3.models.sites import Site, family_of, open_experts, sites_of
 
 every = pytest.mark.parametrize("name", CONFIGS)
 
@@ -35,7 +36,9 @@ def test_the_ledger_balances(name: str) -> None:
     model = tiny(name)
     for ids in samples():
         book = ledger(model, ids)
-        assert book.target == pytest.approx(float(model(torch.tensor([ids])).logits[0, -1].max().detach()), rel=1e-12)
+        assert book.target == pytest.approx(
+            float(model(torch.tensor([ids])).logits[0, -1].max().detach()), rel=1e-12
+        )
         # transformers' BLOOM writes √(2/π) with eight digits in its GELU, so there the closed form f(x)/x is off by that much.
         assert book.gap < (1e-8 if name.startswith("bloom") else 1e-12)
         assert (book.positions != 0) == (family_of(model).positions is not None)
@@ -61,7 +64,11 @@ def test_forward_values_are_the_same_and_nothing_is_left_behind(name: str) -> No
 
 def same_forward(model: Any, values: Tensor, plain: Tensor) -> bool:
     """Bit for bit, but for what the order of a sum over experts does."""
-    return torch.allclose(values, plain, rtol=0, atol=1e-14) if family_of(model).experts else torch.equal(values, plain)
+    return (
+        torch.allclose(values, plain, rtol=0, atol=1e-14)
+        if family_of(model).experts
+        else torch.equal(values, plain)
+    )
 
 
 @every
@@ -70,10 +77,16 @@ def test_padding_and_batches_change_nothing(name: str) -> None:
     for unit, neuron in (("neuron", "signed"), ("neuron", "abs"), ("head", "abs")):
         alone = exact_scores(model, ids, unit=unit, neuron=neuron, tokens=1)
         batched = exact_scores(model, ids, unit=unit, neuron=neuron, tokens=1000)
-        assert max(distance(batched[site], alone[site]) for site in alone) < (1e-6 if name in FLOAT32_INSIDE else 1e-12), (unit, neuron)
+        assert max(distance(batched[site], alone[site]) for site in alone) < (
+            1e-6 if name in FLOAT32_INSIDE else 1e-12
+        ), (unit, neuron)
 
 
-FLOAT32_INSIDE = {name for name, (kind, _) in CONFIGS.items() if kind in ("bloom", "gptj", "gpt_neo", "gemma2", "cohere", "cohere2", "ernie4_5")}
+FLOAT32_INSIDE = {
+    name
+    for name, (kind, _) in CONFIGS.items()
+    if kind in ("bloom", "gptj", "gpt_neo", "gemma2", "cohere", "cohere2", "ernie4_5")
+}
 """Where transformers computes attention weights or rotations in float32 even in a float64 model."""
 
 
@@ -86,8 +99,14 @@ def test_relevance_is_shared_out_by_the_rules(name: str) -> None:
     """
     model, ids = tiny(name), samples()
     close = 1e-6 if name in FLOAT32_INSIDE else 1e-9
-    both = {method: by_layer(model, exact_scores(model, ids, method=method, neuron="signed", tokens=1000)) for method in ("lrp", "cp-lrp")}
-    heads = {method: list(exact_scores(model, ids, method=method, unit="head").values()) for method in ("lrp", "cp-lrp")}
+    both = {
+        method: by_layer(model, exact_scores(model, ids, method=method, neuron="signed", tokens=1000))
+        for method in ("lrp", "cp-lrp")
+    }
+    heads = {
+        method: list(exact_scores(model, ids, method=method, unit="head").values())
+        for method in ("lrp", "cp-lrp")
+    }
     for layer, (site, of_heads) in enumerate(zip(both["lrp"], heads["lrp"], strict=True)):
         assert same_sum(site["attn.q"], site["attn.k"], close)
         assert same_sum(site["attn.v"], of_heads / 2, close)
@@ -130,7 +149,9 @@ def test_attnlrp_agrees_with_the_rules_on_torch_functions(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "pythia", "falcon", "falcon-40b", "falcon-rw", "bloom"])
-def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, seen, outputs = tiny(name), [], {}
     plain = patching._shared_out
 
@@ -140,7 +161,12 @@ def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(na
 
     monkeypatch.setattr(patching, "_shared_out", recorded)
     sites = sites_of(model, ("attn.q", "attn.k", "attn.v"))[:3]
-    hooks = [site.module.register_forward_hook(lambda _, args, out, site=site: outputs.update({site.role: site.of(out)})) for site in sites]
+    hooks = [
+        site.module.register_forward_hook(
+            lambda _, args, out, site=site: outputs.update({site.role: site.of(out)})
+        )
+        for site in sites
+    ]
     with lrp_rules(model):
         model(torch.tensor(samples()[:1]))
     for site, inside in zip(sites, seen[0], strict=True):
@@ -156,7 +182,14 @@ def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(na
 def test_a_site_alone_gets_what_it_gets_among_all_sites(name: str) -> None:
     """Alone, the lowest site is where the graph begins; and a model may write into a site's output in place."""
     model, ids = tiny(name), samples()
-    for method, neuron in (("lrp", "signed"), ("lrp", "abs"), ("cp-lrp", "signed"), ("wanda", "abs"), ("magnitude", "abs"), ("random", "abs")):
+    for method, neuron in (
+        ("lrp", "signed"),
+        ("lrp", "abs"),
+        ("cp-lrp", "signed"),
+        ("wanda", "abs"),
+        ("magnitude", "abs"),
+        ("random", "abs"),
+    ):
         together = attribute(model, ids, method=method, neuron=neuron, sites=roles_of(model))
         for role in roles_of(model):
             alone = attribute(model, ids, method=method, neuron=neuron, sites=(role,))
@@ -167,7 +200,13 @@ def test_a_site_alone_gets_what_it_gets_among_all_sites(name: str) -> None:
     neurons = sites_of(model, ("mlp.up",))
     active = attribute(model, ids, method="activation")
     assert list(active) == [site.name for site in neurons]
-    expected = sum(_input_of(model, sites_of(model, ("mlp.down",))[0], torch.tensor([one])).reshape(len(one), -1).abs().sum(0) for one in ids)
+    expected = sum(
+        _input_of(model, sites_of(model, ("mlp.down",))[0], torch.tensor([one]))
+        .reshape(len(one), -1)
+        .abs()
+        .sum(0)
+        for one in ids
+    )
     assert distance(active[neurons[0].name], expected / sum(map(len, ids))) < 1e-6
 
 
@@ -176,8 +215,12 @@ def test_an_ablated_neuron_is_silent_and_comes_back(name: str) -> None:
     model, ids = tiny(name), torch.tensor(samples()[:1])
     before = fingerprint(model)
     inputs = {site.mlp: _input_of(model, site, ids) for site in sites_of(model, ("mlp.down",))}
-    mlp, plain = next((mlp, a) for mlp, a in inputs.items() if a[..., 5].any() and a[..., 7].any())  # an expert may get no token
-    up, down = (next(site for site in sites_of(model, (role,)) if site.mlp == mlp) for role in ("mlp.up", "mlp.down"))
+    mlp, plain = next(
+        (mlp, a) for mlp, a in inputs.items() if a[..., 5].any() and a[..., 7].any()
+    )  # an expert may get no token
+    up, down = (
+        next(site for site in sites_of(model, (role,)) if site.mlp == mlp) for role in ("mlp.up", "mlp.down")
+    )
     circuit = Circuit("neuron", {up.name: (5, 7)}, describe(model), {})
     with ablated(model, circuit):
         silent = _input_of(model, down, ids)
@@ -192,7 +235,9 @@ def test_an_ablated_neuron_is_silent_and_comes_back(name: str) -> None:
 def _input_of(model: Any, site: Site, ids: Tensor) -> Tensor:
     seen: list[Tensor] = []
     with open_experts(model):
-        hook = site.hooked.register_forward_pre_hook(lambda _, args: seen.append(by_position(args[0].detach(), tokens_of(args), ids.shape)))
+        hook = site.hooked.register_forward_pre_hook(
+            lambda _, args: seen.append(by_position(args[0].detach(), tokens_of(args), ids.shape))
+        )
         model(ids)
         hook.remove()
     return seen[0]
@@ -209,7 +254,10 @@ def test_weights_neurons_and_tokens_agree_with_lxt(name: str) -> None:
     folder = SHARED / "oracles" / name
     if not folder.is_dir():
         pytest.skip(f"no folder ../shared/oracles/{name} here: the relevance that LXT computed")
-    model, oracle = AutoModelForCausalLM.from_pretrained(folder).eval(), load_file(folder / "oracle.safetensors")
+    model, oracle = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        load_file(folder / "oracle.safetensors"),
+    )
     ids = json.loads((folder / "oracle.json").read_text())["input_ids"]
     sites = sites_of(model, roles_of(model))
 
@@ -221,12 +269,19 @@ def test_weights_neurons_and_tokens_agree_with_lxt(name: str) -> None:
         for neuron, key in (("abs", "mean_abs"), ("signed", "mean_signed")):
             scores = attribute(model, ids, neuron=neuron, sites=roles_of(model), batch_tokens=batch_tokens)
             for site in sites:
-                bias = _bias_relevance(model, ids, site) if neuron == "signed" else 0  # Σ ĝ z counts the bias, Σ_j R_W does not
-                assert distance(scores[site.name] - bias, expected(site, key).double().sum(1)) < 1e-5, (site.name, neuron)
+                bias = (
+                    _bias_relevance(model, ids, site) if neuron == "signed" else 0
+                )  # Σ ĝ z counts the bias, Σ_j R_W does not
+                assert distance(scores[site.name] - bias, expected(site, key).double().sum(1)) < 1e-5, (
+                    site.name,
+                    neuron,
+                )
     totals = [torch.zeros(2, site.out, site.inp) for site in sites]
     for index, one in enumerate(ids):
         with lrp_rules(model):
-            grads = torch.autograd.grad(model(torch.tensor([one])).logits[0, -1].max(), [site.module.weight for site in sites])
+            grads = torch.autograd.grad(
+                model(torch.tensor([one])).logits[0, -1].max(), [site.module.weight for site in sites]
+            )
         for total, site, grad in zip(totals, sites, grads, strict=True):
             relevance = site.weight.detach() * site.of(grad if site.transposed else grad.T).T
             total += torch.stack([relevance, relevance.abs()]) / len(ids)
@@ -261,7 +316,10 @@ def test_other_architectures_are_refused_by_name_before_any_weight_is_read(kind:
 
 
 def test_code_from_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    config = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(UnsupportedModel, match="Python code"):
@@ -333,7 +391,9 @@ def test_in_the_place_of_fused_attention_stands_one_with_rules(name: str, chosen
 
 def test_flash_attention_in_a_class_of_its_own_is_refused_with_the_remedy() -> None:
     model = tiny("gptj")
-    own = type("GPTJFlashAttention2", (type(model.transformer.h[0].attn),), {"__module__": type(model).__module__})
+    own = type(
+        "GPTJFlashAttention2", (type(model.transformer.h[0].attn),), {"__module__": type(model).__module__}
+    )
     model.transformer.h[0].attn.__class__ = own
     with pytest.raises(UnsupportedModel, match=r'GPTJFlashAttention2; load with attn_implementation="eager"'):
         attribute(model, samples())

@@ -13,21 +13,45 @@ import pytest
 import torch
 
 from sparc3 import Circuit, Results, Scores, UserError, load_model, load_recipe, run
+from sparc3.cli.machine_commands import sbatch
 from sparc3.errors import UnsupportedModel
-from sparc3.experiment.folder import claimed
-from sparc3.model_card import circuit_card, model_card
-from sparc3.models import DEMO
+from sparc3.experiment.run_folder import claimed
+from sparc3.export.model_card import circuit_card, model_card
+from sparc3.models.load import DEMO
 from sparc3.results import Measurement
-from sparc3.samples import MAX_LINE
-from sparc3.slurm import sbatch
-from sparc3.sources import Request, gather
-from sparc3.visible import one_line, visible
+from sparc3.safe_text import one_line, visible
+from sparc3.samples.reference_set import MAX_LINE
+from sparc3.samples.sources import Request, gather
 
-ACTING = "\x1b[2J\x1b]0;owned\x07\u202egnp.exe\x9b31m\u2066<script>alert(1)</script>\r\n[x](javascript:alert(1))|`"
+ACTING = (
+    "\x1b[2J\x1b]0;owned\x07\u202egnp.exe\x9b31m\u2066<script>alert(1)</script>\r\n[x](javascript:alert(1))|`"
+)
 ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-@pytest.mark.parametrize("name", ["../x", "..", ".", "/etc/x", "a/b", "a\\b", "a\0b", "a\nb", "-rf", "", "x" * 101, "CON", "nul.txt", "com1", "dot.", "a b", "\u202ex", "~"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "..",
+        ".",
+        "/etc/x",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "-rf",
+        "",
+        "x" * 101,
+        "CON",
+        "nul.txt",
+        "com1",
+        "dot.",
+        "a b",
+        "\u202ex",
+        "~",
+    ],
+)
 def test_a_recipe_cannot_name_its_folder_out_of_place(name: str) -> None:
     with pytest.raises(UserError, match="name"):
         load_recipe({**load_recipe("demo").resolved(), "name": name})
@@ -60,7 +84,9 @@ def test_odd_names_of_outputs_are_one_line(tmp_path: Path, sparc3: Any) -> None:
     scores = Scores({"a": torch.ones(3)}, {"unit": "neuron"})
     scores.save(tmp_path / "s.safetensors")
     for out in ("x" * 300 + ".json", "no\0.json"):
-        code, _, err = sparc3("select", "--scores", tmp_path / "s.safetensors", "--count", "1", "--out", tmp_path / out)
+        code, _, err = sparc3(
+            "select", "--scores", tmp_path / "s.safetensors", "--count", "1", "--out", tmp_path / out
+        )
         assert code in (1, 2)
         assert err.count("\n") == 1, err
         assert not ACTS.search(err)
@@ -73,7 +99,9 @@ def test_weights_as_pickle_are_refused_with_the_way_to_convert_them(tmp_path: Pa
     (folder / "model.safetensors").unlink()
     mark = tmp_path / "owned"
     (folder / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {mark}'\ntR.".encode())
-    said = mistake("attribute", folder, "--samples", "demo-angry", "--count", "1", "--out", tmp_path / "s.safetensors")
+    said = mistake(
+        "attribute", folder, "--samples", "demo-angry", "--count", "1", "--out", tmp_path / "s.safetensors"
+    )
     assert "holds its weights as pickle (pytorch_model.bin)" in said
     assert "save_pretrained" in said
     assert not mark.exists()
@@ -87,12 +115,17 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path, kind: str) -> None:
     name = "config.json" if kind == "model" else "tokenizer_config.json"
     content = json.loads((folder / name).read_text())
     if kind == "model":
-        content |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+        content |= {
+            "model_type": "evil",
+            "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+        }
     else:
         content |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / name).write_text(json.dumps(content))
     if kind == "model":
-        with pytest.raises(UnsupportedModel, match="needs Python code from its own repository, which sparc3 does not run"):
+        with pytest.raises(
+            UnsupportedModel, match="needs Python code from its own repository, which sparc3 does not run"
+        ):
             load_model(folder)
     else:
         try:
@@ -102,15 +135,25 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path, kind: str) -> None:
     assert not mark.exists()
 
 
-def test_what_acts_is_written_out_everywhere(tmp_path: Path, sparc3: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_acts_is_written_out_everywhere(
+    tmp_path: Path, sparc3: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     assert visible("\x1b[2J\u202e\U000e0041") == "\\x1b[2J\\u202e\\U000e0041"
     assert len(one_line("x" * 10**7)) < 3000
-    for arguments in (("run", f"{ACTING}.yaml"), ("report", ACTING), ("evaluate", "demo", "--metrics", ACTING, "--out", "x"), (ACTING,), ("attribute", f"./{ACTING}", "--samples", "demo-angry", "--out", "x")):
+    for arguments in (
+        ("run", f"{ACTING}.yaml"),
+        ("report", ACTING),
+        ("evaluate", "demo", "--metrics", ACTING, "--out", "x"),
+        (ACTING,),
+        ("attribute", f"./{ACTING}", "--samples", "demo-angry", "--out", "x"),
+    ):
         code, _, err = sparc3(*arguments)
         assert code == 2
         assert err.count("\n") == 1, err
         assert not ACTS.search(err)
-    Results((Measurement(ACTING, ACTING, "test", 1.0, None, 1, 0, ACTING, "lower"),), (), {"recipe": ACTING}).save(tmp_path / "results.json")
+    Results(
+        (Measurement(ACTING, ACTING, "test", 1.0, None, 1, 0, ACTING, "lower"),), (), {"recipe": ACTING}
+    ).save(tmp_path / "results.json")
     assert sparc3("report", tmp_path)[0] == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
@@ -121,17 +164,26 @@ def test_what_acts_is_written_out_everywhere(tmp_path: Path, sparc3: Any, caplog
 
 
 def test_a_circuit_cannot_write_markup_into_a_card() -> None:
-    circuit = Circuit("neuron", {f"a{ACTING}": (1,)}, {"id": ACTING, "fingerprint": ACTING}, {"scores": {"method": ACTING, "target": ACTING}, "selection": {ACTING: ACTING}})
+    circuit = Circuit(
+        "neuron",
+        {f"a{ACTING}": (1,)},
+        {"id": ACTING, "fingerprint": ACTING},
+        {"scores": {"method": ACTING, "target": ACTING}, "selection": {ACTING: ACTING}},
+    )
     results = Results((Measurement(ACTING, "original", "test", 1.0, None, 1, 0, "x", "lower"),))
     for card in (
-        model_card(circuit, results, source={"id": ACTING, "fingerprint": "f"}, base=None, matter={"license": ACTING}),
+        model_card(
+            circuit, results, source={"id": ACTING, "fingerprint": "f"}, base=None, matter={"license": ACTING}
+        ),
         circuit_card(circuit, "user/repo", base=None, results=results),
-    ):  # fmt: skip
+    ):
         body = card.split("---\n", 2)[2]
         assert "<script>" not in body
         assert "](javascript:" not in body.replace("\\]", "")
         assert not ACTS.search(body)
-        assert all(line.count("|") - line.count("\\|") in (0, 3, 8) for line in body.splitlines()), "a row has another number of cells"
+        assert all(line.count("|") - line.count("\\|") in (0, 3, 8) for line in body.splitlines()), (
+            "a row has another number of cells"
+        )
 
 
 def test_a_batch_file_holds_no_line_that_a_name_smuggled_in() -> None:
@@ -164,7 +216,9 @@ def test_a_line_of_100_mb_is_refused_with_flat_memory(tmp_path: Path) -> None:
         "except UserError as error: print(error)\n"
         "print(peak() - before); before = peak(); print(len(gather(Request(sys.argv[2], 50)))); print(peak() - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, path, many], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, many], capture_output=True, text=True, check=True
+    )
     said, grown, taken, grown_many = done.stdout.splitlines()
     assert f"a sample of more than {MAX_LINE:,} bytes, which begins at byte 17; split it" in said
     assert int(grown) < 50, f"{grown} MiB"
@@ -180,14 +234,18 @@ def test_rows_of_a_file_are_drawn_as_before(tmp_path: Path, jsonl: Callable[...,
     path = str(jsonl("r.jsonl", rows))
     order = list(rows)
     random.Random("sparc3/3").shuffle(order)
-    assert [sample.text for sample in gather(Request(path, 7, seeds=(3,)))] == [row["text"] for row in order[:7]]
+    assert [sample.text for sample in gather(Request(path, 7, seeds=(3,)))] == [
+        row["text"] for row in order[:7]
+    ]
 
 
 def test_a_fault_of_ours_is_told_without_secrets(sparc3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
-        raise RuntimeError("Illegal header value b'Bearer hf_abcdefghijklmnop' \x1b[2J https://me:pass1234@host/x")
+        raise RuntimeError(
+            "Illegal header value b'Bearer hf_abcdefghijklmnop' \x1b[2J https://me:pass1234@host/x"
+        )
 
-    monkeypatch.setattr("sparc3.recipe.bundled", fails)
+    monkeypatch.setattr("sparc3.recipe.schema.bundled", fails)
     code, _, err = sparc3("recipes")
     assert code == 1
     assert "Traceback" in err

@@ -12,8 +12,9 @@ import torch
 from tests.hub import TOKEN, Hub, running
 
 from sparc3 import Circuit, UserError, ablated, load_model
-from sparc3.hub import Place, place_of
-from sparc3.models import describe, sites_of
+from sparc3.models.hub import Place, place_of
+from sparc3.models.load import describe
+from sparc3.models.sites import sites_of
 
 Say = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -28,10 +29,22 @@ def hub() -> Iterator[Hub]:
 def say(hub: Hub, tmp_path: Path) -> Say:
     """The command line in a process of its own, whose hub is the one on this machine; `token` and `home` of choice."""
 
-    def call(*arguments: str | Path, token: str = TOKEN, home: str = "home", code: int = 0, **env: str) -> "subprocess.CompletedProcess[str]":
-        settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+    def call(
+        *arguments: str | Path, token: str = TOKEN, home: str = "home", code: int = 0, **env: str
+    ) -> "subprocess.CompletedProcess[str]":
+        settings = {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / home),
+            "HF_TOKEN": token,
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "*",
+        }
         done = subprocess.run(
-            [sys.executable, "-m", "sparc3", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **settings, **env}
+            [sys.executable, "-m", "sparc3", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **settings, **env},
         )
         assert done.returncode == code, done.stderr
         assert TOKEN not in done.stdout + done.stderr
@@ -42,7 +55,11 @@ def say(hub: Hub, tmp_path: Path) -> Say:
 
 @pytest.fixture
 def circuit(demo: tuple, tmp_path: Path) -> Circuit:
-    found = Circuit("neuron", {site.name: (3, 5 + site.layer) for site in sites_of(demo[0], ["mlp.up"])}, describe(demo[0]))
+    found = Circuit(
+        "neuron",
+        {site.name: (3, 5 + site.layer) for site in sites_of(demo[0], ["mlp.up"])},
+        describe(demo[0]),
+    )
     found.save(tmp_path / "c.json")
     return found
 
@@ -61,13 +78,20 @@ def test_names_that_mean_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "hf://datasets/a/b@main/c.json": Place("a/b", "c.json", "main", "dataset"),
     }
     assert {name: place_of(name) for name in meant} == meant
-    assert not any(map(place_of, ["circuit.json", "runs/circuit.json", "./a/b", "/a/b", "a/b/c", "here/c", "here", "../b"]))
+    assert not any(
+        map(
+            place_of,
+            ["circuit.json", "runs/circuit.json", "./a/b", "/a/b", "a/b/c", "here/c", "here", "../b"],
+        )
+    )
     with pytest.raises(UserError, match="write hf://USER/REPO"):
         place_of("hf://a")
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_to_the_hub_and_comes_back(say: Say, hub: Hub, circuit: Circuit, demo: tuple, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_to_the_hub_and_comes_back(
+    say: Say, hub: Hub, circuit: Circuit, demo: tuple, tmp_path: Path
+) -> None:
     """Pushed, loaded by its name, and, as a hub's model, ablated again: a copy of its files."""
     say("ablate", "demo", "--circuit", "c.json", "--out", "m")
     assert f"{hub.address}/me/m (private)" in say("push", "m", "me/m").stdout
@@ -80,7 +104,11 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(say: Say, hub: Hub, circuit
     say("select", "--scores", "s.safetensors", "--count", "4", "--out", "d.json")
     say("ablate", "me/m", "--circuit", "d.json", "--out", "n")
     assert {file.name for file in (tmp_path / "n").iterdir()} == set(here)
-    assert all((tmp_path / "n" / name).read_bytes() == data for name, data in here.items() if name.endswith("config.json") or "token" in name)
+    assert all(
+        (tmp_path / "n" / name).read_bytes() == data
+        for name, data in here.items()
+        if name.endswith("config.json") or "token" in name
+    )
     assert "base_model: me/m" in (tmp_path / "n" / "README.md").read_text()
     model, _ = load_model(tmp_path / "n", dtype="float32", device="cpu")
     ids = torch.tensor([[1, 5, 9, 30]])
@@ -89,7 +117,9 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(say: Say, hub: Hub, circuit
 
 
 @pytest.mark.slow
-def test_a_circuit_made_on_one_machine_gives_the_same_logits_on_another(say: Say, hub: Hub, circuit: Circuit, demo: tuple, tmp_path: Path) -> None:
+def test_a_circuit_made_on_one_machine_gives_the_same_logits_on_another(
+    say: Say, hub: Hub, circuit: Circuit, demo: tuple, tmp_path: Path
+) -> None:
     say("push", "c.json", "me/circuit", "--public", "--base", "me/model")
     pushed = hub.repositories["me/circuit"]
     assert set(pushed.files) == {"circuit.json", "README.md"}
@@ -101,9 +131,22 @@ def test_a_circuit_made_on_one_machine_gives_the_same_logits_on_another(say: Say
         ids = torch.tensor([[1, 5, 9, 30]])
         with torch.no_grad(), ablated(demo[0], circuit):
             assert torch.equal(model(ids).logits, demo[0](ids).logits)
-    refused = say("ablate", "one", "--circuit", "me/circuit", "--out", "no", home="elsewhere", code=2, HF_HUB_OFFLINE="1")
+    refused = say(
+        "ablate",
+        "one",
+        "--circuit",
+        "me/circuit",
+        "--out",
+        "no",
+        home="elsewhere",
+        code=2,
+        HF_HUB_OFFLINE="1",
+    )
     assert "the circuit was made on sparc3-demo" in refused.stderr
-    assert "cannot reach the hub for 'me/circuit', and no copy" in say("circuits", "overlap", "me/circuit", "c.json", home="new", code=2, HF_HUB_OFFLINE="1").stderr
+    assert (
+        "cannot reach the hub for 'me/circuit', and no copy"
+        in say("circuits", "overlap", "me/circuit", "c.json", home="new", code=2, HF_HUB_OFFLINE="1").stderr
+    )
 
 
 @pytest.mark.slow

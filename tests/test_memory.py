@@ -10,10 +10,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from unchanged import fingerprint, require_same
 
 from sparc3 import Sparc3Error
-from sparc3.attribution import attribute, engine, relevance, watching
-from sparc3.evaluation import generation, perplexity
-from sparc3.memory import out_of_memory
-from sparc3.models import ROLES, family_of
+from sparc3.attribution import attribute as engine
+from sparc3.attribution import relevance
+from sparc3.attribution import relevance as watching
+from sparc3.attribution.attribute import attribute
+from sparc3.evaluation import generate as generation
+from sparc3.evaluation import perplexity
+from sparc3.models.families import ROLES
+from sparc3.models.memory import out_of_memory
+from sparc3.models.sites import family_of
 
 
 class Spoken(Words):
@@ -30,7 +35,9 @@ def rows_seen(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_padding_is_not_computed_and_the_last_layer_only_where_the_target_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_not_computed_and_the_last_layer_only_where_the_target_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, ids = tiny("llama"), samples(4)
     first, last = ((layer.mlp.up_proj, layer.self_attn.k_proj) for layer in model.model.layers)
     seen = [rows_seen(module, monkeypatch) for module in (*first, *last)]
@@ -45,13 +52,19 @@ def test_padding_is_not_computed_and_the_last_layer_only_where_the_target_reads_
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "falcon", "gemma2", "mixtral"])
-@pytest.mark.parametrize("ask", [{"neuron": "signed"}, {"neuron": "abs"}, {"unit": "head", "sites": ("attn.o",)}, {"unit": "weight"}])
+@pytest.mark.parametrize(
+    "ask",
+    [{"neuron": "signed"}, {"neuron": "abs"}, {"unit": "head", "sites": ("attn.o",)}, {"unit": "weight"}],
+)
 def test_computing_layers_twice_gives_the_same_scores(name: str, ask: dict[str, Any]) -> None:
     model, ids = tiny(name), samples(4)
     model.train()
     before = fingerprint(model)
     sites = tuple(role for role in ROLES if role in family_of(model).roles)
-    once, *twice = (attribute(model, ids, **{"sites": sites, **ask}, gradient_checkpointing=how) for how in (False, True, "offload"))
+    once, *twice = (
+        attribute(model, ids, **{"sites": sites, **ask}, gradient_checkpointing=how)
+        for how in (False, True, "offload")
+    )
     require_same(fingerprint(model), before)
     for site in once:
         for found in twice:
@@ -76,12 +89,17 @@ def kept_for_the_backward_pass(model: Any, ids: list[list[int]], **options: Any)
 
 def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
     model, ids = tiny("llama"), samples(4)
-    once, twice = (kept_for_the_backward_pass(model, ids, target="next", gradient_checkpointing=how) for how in (False, True))
+    once, twice = (
+        kept_for_the_backward_pass(model, ids, target="next", gradient_checkpointing=how)
+        for how in (False, True)
+    )
     assert twice < once / 3
 
 
 @pytest.mark.parametrize("ask", [{"neuron": "abs"}, {"unit": "weight"}])
-def test_the_inputs_of_layers_wait_elsewhere_and_nothing_holds_them_here(ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_inputs_of_layers_wait_elsewhere_and_nothing_holds_them_here(
+    ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Elsewhere is a copy here, since a CPU has no other place; what counts is that after the forward pass the original is gone."""
     model, ids, here, target_of = tiny("llama"), samples(4), list[StorageWeakRef](), relevance.target_of
 
@@ -136,7 +154,9 @@ def test_beside_a_gpu_the_last_thing_to_try_is_offloading(monkeypatch: pytest.Mo
     assert tries == ["offload"]
 
 
-def test_a_sample_that_does_not_fit_is_computed_twice_and_later_calls_begin_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_does_not_fit_is_computed_twice_and_later_calls_begin_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, ids = tiny("llama"), samples(4)
     expected, tries = attribute(model, ids, gradient_checkpointing=False), []
     target_of = relevance.target_of
@@ -161,12 +181,20 @@ def test_a_sample_that_does_not_fit_is_computed_twice_and_later_calls_begin_so(m
         attribute(tiny("llama"), ids, gradient_checkpointing=False)
 
 
-@pytest.mark.parametrize(("error", "short"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True), (MemoryError(), True),
-    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),  # of memory pinned for a GPU
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
-    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("out of memory"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            True,
+        ),  # of memory pinned for a GPU
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
 def test_what_counts_as_the_end_of_memory(error: Exception, short: bool) -> None:
     assert out_of_memory(error) == short
 

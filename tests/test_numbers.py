@@ -14,7 +14,7 @@ import torch
 from sparc3 import ReferenceSet, Sample, UserError, attribute, evaluate, load_model
 from sparc3.errors import NonFinite, Sparc3Error
 from sparc3.evaluation import scorers
-from sparc3.evaluation.generation import complete
+from sparc3.evaluation.generate import complete
 from sparc3.evaluation.scorers import _careful
 
 Pair = tuple[Any, Any]
@@ -58,7 +58,11 @@ def words(tokenizer: Any) -> tuple[str, str]:
 def test_a_sample_that_is_not_finite_is_named_or_left_out(demo_untied: Pair, value: float, unit: str) -> None:
     model, tokenizer = demo_untied
     bad, good = words(tokenizer)
-    asked: dict[str, Any] = {"tokenizer": tokenizer, "unit": unit, "sites": ("attn.o",) if unit == "head" else ("mlp.up",)}
+    asked: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "unit": unit,
+        "sites": ("attn.o",) if unit == "head" else ("mlp.up",),
+    }
     alone = attribute(model, [good, good + " a"], **asked)
     with broken(model, value):
         with pytest.raises(NonFinite, match=r"sample 1 is not finite at model\.layers"):
@@ -71,16 +75,30 @@ def test_a_sample_that_is_not_finite_is_named_or_left_out(demo_untied: Pair, val
                 attribute(model, [bad, bad], **asked, non_finite="skip")
 
 
-def test_windows_and_prompts_that_are_not_finite_are_failures(demo_untied: Pair, tmp_path: Path, jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_windows_and_prompts_that_are_not_finite_are_failures(
+    demo_untied: Pair, tmp_path: Path, jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     model, tokenizer = demo_untied
     bad, good = words(tokenizer)
     text = jsonl("text.jsonl", [{"text": good + " " + bad}] + [{"text": "Tom was a"}] * 6)
-    prompts = jsonl("p.jsonl", [{"text": bad, "target": " Tom", "contrast": " Anna"}, {"text": good, "target": " Tom", "contrast": " Anna"}])
+    prompts = jsonl(
+        "p.jsonl",
+        [
+            {"text": bad, "target": " Tom", "contrast": " Anna"},
+            {"text": good, "target": " Tom", "contrast": " Anna"},
+        ],
+    )
     metrics: dict[str, Any] = {
         "perplexity": {"source": str(text), "protocol": "blocks", "seq_len": 8},
         "kl": {"source": str(text), "protocol": "blocks", "seq_len": 8},
         "ioi": {"source": str(prompts), "count": 2},
-        "toxicity": {"source": str(prompts), "count": 2, "scorer": "lexicon", "generations": 2, "max_new_tokens": 4},
+        "toxicity": {
+            "source": str(prompts),
+            "count": 2,
+            "scorer": "lexicon",
+            "generations": 2,
+            "max_new_tokens": 4,
+        },
         "repetition": {"source": str(prompts), "count": 2, "max_new_tokens": 4},
         "fluency": {},
     }
@@ -108,7 +126,9 @@ def test_an_overflow_in_low_precision_is_a_failure_and_no_figure(demo: Pair) -> 
     with torch.no_grad():
         for matrix in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.down_proj):
             matrix.weight.mul_(1e20)
-    found = evaluate(model, demo[1], {"perplexity": {"source": "demo-general", "count": 4, "max_length": 32, "stride": 16}})
+    found = evaluate(
+        model, demo[1], {"perplexity": {"source": "demo-general", "count": 4, "max_length": 32, "stride": 16}}
+    )
     only = found.find("perplexity")
     assert (only.value, only.ci95, only.n) == (None, None, 0)
     assert only.failures > 0
@@ -121,19 +141,44 @@ class Stubborn:
         raise RuntimeError("no")
 
 
-@pytest.mark.parametrize(("answers", "expected"), [
-    ([0.25, math.nan, math.inf, -0.1], [0.25, None, None, None]), ([True, numpy.float32(0.5), 1.01, None], [1.0, 0.5, None, None]),
-    (["0.5", "toxic", b"1", {}], [None] * 4), ([0.5], [None] * 4), ([0.5] * 9, [None] * 4), (None, [None] * 4), (0.5, [None] * 4),
-    (Stubborn(), [None] * 4), ([[0.5]] * 4, [None] * 4), ({0: 1.0}, [None] * 4), ([10**400, 0.5, 0.5, 0.5], [None, 0.5, 0.5, 0.5]),
-])  # fmt: skip
-def test_rubbish_from_a_scorer_is_a_failure(demo: Pair, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, answers: Any, expected: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([0.25, math.nan, math.inf, -0.1], [0.25, None, None, None]),
+        ([True, numpy.float32(0.5), 1.01, None], [1.0, 0.5, None, None]),
+        (["0.5", "toxic", b"1", {}], [None] * 4),
+        ([0.5], [None] * 4),
+        ([0.5] * 9, [None] * 4),
+        (None, [None] * 4),
+        (0.5, [None] * 4),
+        (Stubborn(), [None] * 4),
+        ([[0.5]] * 4, [None] * 4),
+        ({0: 1.0}, [None] * 4),
+        ([10**400, 0.5, 0.5, 0.5], [None, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_rubbish_from_a_scorer_is_a_failure(
+    demo: Pair, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, answers: Any, expected: list[Any]
+) -> None:
     def rubbish(texts: Sequence[str]) -> Any:
         return answers if len(texts) == 4 else []
 
     monkeypatch.setattr(scorers, "lexicon_scorer", lambda words: rubbish)
     scorers.make_scorer.cache_clear()
     prompts = jsonl("p.jsonl", [{"text": f"Tom was angry {i}"} for i in range(4)])
-    found = evaluate(demo[0], demo[1], {"toxicity": {"source": str(prompts), "count": 4, "scorer": "lexicon", "generations": 1, "max_new_tokens": 4}})
+    found = evaluate(
+        demo[0],
+        demo[1],
+        {
+            "toxicity": {
+                "source": str(prompts),
+                "count": 4,
+                "scorer": "lexicon",
+                "generations": 1,
+                "max_new_tokens": 4,
+            }
+        },
+    )
     scorers.make_scorer.cache_clear()
     mean, kept = found.find("toxicity.mean"), [value for value in expected if value is not None]
     assert (mean.n, mean.failures) == (len(kept), 4 - len(kept))
@@ -156,8 +201,14 @@ def _classifier(folder: Path, demo: Pair, value: float | None = None) -> Path:
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(demo[1]), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1},
-    )  # fmt: skip
+        vocab_size=len(demo[1]),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        id2label={0: "fine", 1: "toxic"},
+        label2id={"fine": 0, "toxic": 1},
+    )
     model = BertForSequenceClassification(config)
     if value is not None:
         torch.nn.init.constant_(model.classifier.bias, value)
@@ -166,7 +217,9 @@ def _classifier(folder: Path, demo: Pair, value: float | None = None) -> Path:
     return folder
 
 
-def test_a_classifier_that_gives_nan_measures_nothing(demo: Pair, tmp_path: Path, jsonl: Callable[..., Path]) -> None:
+def test_a_classifier_that_gives_nan_measures_nothing(
+    demo: Pair, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
     folder = _classifier(tmp_path / "nan", demo, math.nan)
     prompts = jsonl("p.jsonl", [{"text": "Tom was angry"}, {"text": "Anna was"}])
     asked = {"source": str(prompts), "count": 2, "scorer": str(folder), "generations": 1, "max_new_tokens": 4}
@@ -179,7 +232,9 @@ def test_a_classifier_without_a_padding_token_scores_all_the_same(demo: Pair, tm
     texts = ["You fool!", "Tom and Anna went home to eat", "a"]
     padded = scorers.make_scorer(str(folder))(texts)
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}))
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"})
+    )
     scorers.make_scorer.cache_clear()
     assert scorers.make_scorer(str(folder))(texts) == pytest.approx(padded, abs=1e-6)
     scorers.make_scorer.cache_clear()
@@ -202,7 +257,10 @@ class Bare:
 
 def test_a_tokenizer_without_pad_or_first_token(demo: Pair) -> None:
     model, bare = demo[0], Bare(demo[1])
-    one, many = complete(model, bare, ["Tom was angry", "Tom"], max_new_tokens=6), complete(model, bare, ["Tom"], max_new_tokens=6)  # type: ignore[arg-type]
+    one, many = (
+        complete(model, bare, ["Tom was angry", "Tom"], max_new_tokens=6),
+        complete(model, bare, ["Tom"], max_new_tokens=6),
+    )  # type: ignore[arg-type]
     assert one[1] == many[0]
     assert attribute(model, ["Tom was angry", "Tom"], tokenizer=bare).provenance["samples"] == 2  # type: ignore[arg-type]
     with pytest.raises(UserError, match="prompt 1 has no token"):
@@ -212,7 +270,11 @@ def test_a_tokenizer_without_pad_or_first_token(demo: Pair) -> None:
 
 
 def test_samples_of_one_token(demo: Pair) -> None:
-    for target, sample in (("predicted", Sample(input_ids=(7,))), ("completion", Sample(input_ids=(7,), completion=" Tom")), ("label", Sample(input_ids=(7,), target=" Tom"))):
+    for target, sample in (
+        ("predicted", Sample(input_ids=(7,))),
+        ("completion", Sample(input_ids=(7,), completion=" Tom")),
+        ("label", Sample(input_ids=(7,), target=" Tom")),
+    ):
         scores = attribute(demo[0], [sample], tokenizer=demo[1], target=target)
         assert all(tensor.isfinite().all() for tensor in scores.values())
         assert any(tensor.abs().sum() > 0 for tensor in scores.values())
@@ -221,14 +283,29 @@ def test_samples_of_one_token(demo: Pair) -> None:
     assert complete(demo[0], demo[1], [demo[1].decode([7])], max_new_tokens=3)
 
 
-def test_empty_completions_are_failures_and_no_zeros(demo: Pair, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_completions_are_failures_and_no_zeros(
+    demo: Pair, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = jsonl("p.jsonl", [{"text": "Tom was angry"}, {"text": "Anna was"}])
     for module in ("toxicity", "repetition"):
-        monkeypatch.setattr(f"sparc3.evaluation.{module}.complete", lambda model, tokenizer, prompts, generations=1, **_: [["", "You fool!"][:generations] for _ in prompts])
+        monkeypatch.setattr(
+            f"sparc3.evaluation.{module}.complete",
+            lambda model, tokenizer, prompts, generations=1, **_: [
+                ["", "You fool!"][:generations] for _ in prompts
+            ],
+        )
     asked = {"source": str(prompts), "count": 2, "max_new_tokens": 3}
-    found = evaluate(demo[0], demo[1], {"toxicity": {**asked, "scorer": "lexicon", "generations": 2}, "repetition": asked, "fluency": {}})
+    found = evaluate(
+        demo[0],
+        demo[1],
+        {"toxicity": {**asked, "scorer": "lexicon", "generations": 2}, "repetition": asked, "fluency": {}},
+    )
     assert (found.find("toxicity.mean").value, found.find("toxicity.mean").failures) == (1.0, 2)
-    assert (found.find("rur.mean").value, found.find("rur.mean").n, found.find("rur.mean").failures) == (None, 0, 2)
+    assert (found.find("rur.mean").value, found.find("rur.mean").n, found.find("rur.mean").failures) == (
+        None,
+        0,
+        2,
+    )
     assert found.find("fluency").failures == 2
 
 
@@ -243,8 +320,8 @@ def test_a_search_never_takes_a_circuit_whose_damage_it_cannot_see() -> None:
     """A candidate that breaks a window of the budget is not within it, however well the other windows look."""
     from types import SimpleNamespace
 
-    from sparc3.experiment.tuning import Trials
-    from sparc3.recipe import Tune
+    from sparc3.experiment.search import Trials
+    from sparc3.recipe.schema import Tune
 
     trials = Trials(SimpleNamespace(), Tune(max_kl=0.1), [], [])  # type: ignore[arg-type]
     original = {"perplexity": 10.0, "kl": 0.0}

@@ -17,22 +17,23 @@ from test_experiment import SMALL
 from tiny import samples, tiny
 from torch.utils import backend_registration
 
-from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, models, run, select
-from sparc3.ablation import touched
-from sparc3.attribution.ledger import ledger
-from sparc3.compression import prune_sequentially
-from sparc3.damping import Damping, damped
+from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, run, select
+from sparc3.circuits.ablate import Damping, damped, touched
 from sparc3.doctor import checks
-from sparc3.doctor.examination import examination
+from sparc3.doctor.completeness import ledger
+from sparc3.doctor.examine import examination
 from sparc3.doctor.second_opinion import flows
 from sparc3.doctor.specimen import Specimen
-from sparc3.evaluation.generation import complete
+from sparc3.evaluation.generate import complete
 from sparc3.evaluation.perplexity import negative_log_likelihoods
-from sparc3.models import ROLES, family_of, load_weights, model_fingerprint, sites_of
-from sparc3.offloading import RESERVE, copied, gpu_room, is_offloaded, named_values
-from sparc3.plan import plan
-from sparc3.shrinking import furthest
-from sparc3.sites import shadowed
+from sparc3.experiment.compress import prune_sequentially
+from sparc3.export.shrink import furthest
+from sparc3.models import load as models
+from sparc3.models.families import ROLES
+from sparc3.models.load import load_weights, model_fingerprint
+from sparc3.models.offloading import RESERVE, copied, gpu_room, is_offloaded, named_values
+from sparc3.models.sites import family_of, shadowed, sites_of
+from sparc3.plan.plan import plan
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -77,7 +78,14 @@ GPU = torch.device("cpu")
 def half_offloaded(model: Any) -> Any:
     """As a small GPU has it: with the last layer, the norm and the head on the CPU, and the embeddings where they are tied to the head."""
     tied = "cpu" if model.config.tie_word_embeddings else GPU
-    parts = {"model.embed_tokens": tied, "model.layers.0": GPU, "model.layers.1": "cpu", "model.norm": "cpu", "model.rotary_emb": GPU, "lm_head": "cpu"}
+    parts = {
+        "model.embed_tokens": tied,
+        "model.layers.0": GPU,
+        "model.layers.1": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": GPU,
+        "lm_head": "cpu",
+    }
     return accelerate.dispatch_model(model, parts, main_device=GPU)
 
 
@@ -87,24 +95,42 @@ def pair(name: str = "llama", **changes: Any) -> Iterator[Any]:
 
 def seen(model: Any) -> dict[str, Any]:
     """Values, flags, attributes and hooks. accelerate's empty parameters are others after each forward pass, and are no part of it."""
-    found: dict[str, Any] = {f"{name}: value": value.detach().numpy().tobytes() for name, value in named_values(model)}
+    found: dict[str, Any] = {
+        f"{name}: value": value.detach().numpy().tobytes() for name, value in named_values(model)
+    }
     found |= {f"{name}: flag": parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         found[f"{name}: attributes"] = {key: id(value) for key, value in module.__dict__.items()}
-        found[f"{name}: parameters"] = {key: value is None or value.is_meta for key, value in module._parameters.items()}
+        found[f"{name}: parameters"] = {
+            key: value is None or value.is_meta for key, value in module._parameters.items()
+        }
     return found
 
 
 ASKED: list[dict[str, Any]] = [
-    {"neuron": "abs"}, {"neuron": "signed"}, {"unit": "weight"}, {"unit": "head", "sites": ("attn.o",)}, {"method": "cp-lrp"}, {"method": "gradient"},
-    {"method": "wanda"}, {"method": "activation", "sites": ("mlp.up",)}, {"method": "magnitude"}, {"unit": "weight", "reduce": "mean_abs"},
-]  # fmt: skip
+    {"neuron": "abs"},
+    {"neuron": "signed"},
+    {"unit": "weight"},
+    {"unit": "head", "sites": ("attn.o",)},
+    {"method": "cp-lrp"},
+    {"method": "gradient"},
+    {"method": "wanda"},
+    {"method": "activation", "sites": ("mlp.up",)},
+    {"method": "magnitude"},
+    {"unit": "weight", "reduce": "mean_abs"},
+]
 
 
-@pytest.mark.parametrize(("name", "place"), [
-    *((name, offloaded) for name in ("llama", "llama-bias", "gpt2", "opt-350m", "gemma2", "pythia", "qwen2-moe-mixed")),
-    *((name, half_offloaded) for name in ("llama", "llama-bias", "gemma2", "mixtral")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *(
+            (name, offloaded)
+            for name in ("llama", "llama-bias", "gpt2", "opt-350m", "gemma2", "pythia", "qwen2-moe-mixed")
+        ),
+        *((name, half_offloaded) for name in ("llama", "llama-bias", "gemma2", "mixtral")),
+    ],
+)
 def test_an_offloaded_model_has_the_same_scores(name: str, place: Callable[[Any], Any]) -> None:
     plain, model = tiny(name), place(tiny(name))
     assert is_offloaded(model)
@@ -122,7 +148,9 @@ def test_an_offloaded_model_has_the_same_scores(name: str, place: Callable[[Any]
 @pytest.mark.parametrize("vocabulary", [40, 200])
 @pytest.mark.parametrize("unit", ["neuron", "weight"])
 @pytest.mark.parametrize("method", ["lrp", "gradient"])
-def test_weights_are_copied_one_layer_at_a_time(copies: Copies, method: str, unit: str, vocabulary: int) -> None:
+def test_weights_are_copied_one_layer_at_a_time(
+    copies: Copies, method: str, unit: str, vocabulary: int
+) -> None:
     model = offloaded(tiny("llama", num_hidden_layers=8, vocab_size=vocabulary))
     layer, head = layer_and_head(model)
     assert (head > layer) == (vocabulary == 200)
@@ -148,7 +176,10 @@ def test_other_backward_passes_copy_one_layer_at_a_time_too(copies: Copies) -> N
     assert torch.equal(one.tokens, two.tokens)
     sites = [sites_of(each, checks.roles_of(each)) for each in (plain, model)]
     first, second = flows(plain, samples(1)[0], sites[0]), flows(model, samples(1)[0], sites[1])
-    assert all(torch.equal(first[site].of_a, second[site].of_a) and torch.equal(first[site].of_z, second[site].of_z) for site in first)
+    assert all(
+        torch.equal(first[site].of_a, second[site].of_a) and torch.equal(first[site].of_z, second[site].of_z)
+        for site in first
+    )
     assert copies.peak <= 1.05 * (sum(layer_and_head(model)))
 
 
@@ -174,7 +205,11 @@ def test_a_pass_that_fails_leaves_the_values_as_they_are() -> None:
 def test_an_offloaded_model_is_ablated_and_restored(name: str, strength: float) -> None:
     plain, model = pair(name)
     before, ids, windows = seen(model), samples(4), [(tuple(one), len(one) - 1) for one in samples(4)]
-    for ask in ({}, {"unit": "head", "sites": ("attn.o",)}, {"unit": "weight", "method": "magnitude", "sites": ("attn.q", "mlp.down")}):
+    for ask in (
+        {},
+        {"unit": "head", "sites": ("attn.o",)},
+        {"unit": "weight", "method": "magnitude", "sites": ("attn.q", "mlp.down")},
+    ):
         circuit = dataclasses.replace(select(attribute(plain, ids, **ask), count=3), strength=strength)
         with ablated(model, circuit):
             changed = negative_log_likelihoods(model, windows, False)
@@ -184,7 +219,9 @@ def test_an_offloaded_model_is_ablated_and_restored(name: str, strength: float) 
         assert changed != negative_log_likelihoods(plain, windows, False)
         attribute(model, ids, method="wanda")  # what was computed in inference mode does not stand in its way
         assert seen(model) == before
-    factors = Damping({site: torch.linspace(0, 1, len(values)) for site, values in attribute(plain, ids).items()})
+    factors = Damping(
+        {site: torch.linspace(0, 1, len(values)) for site, values in attribute(plain, ids).items()}
+    )
     with damped(model, factors), damped(plain, factors):
         assert model_fingerprint(model) == model_fingerprint(plain)
     assert seen(model) == before
@@ -211,7 +248,11 @@ def test_the_exported_checkpoint_is_the_same(tmp_path: Path, name: str, from_mem
         export(model, None, circuit, tmp_path / out)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
-    assert [file for file in files if (tmp_path / "one" / file).read_bytes() != (tmp_path / "two" / file).read_bytes()] == []
+    assert [
+        file
+        for file in files
+        if (tmp_path / "one" / file).read_bytes() != (tmp_path / "two" / file).read_bytes()
+    ] == []
 
 
 def test_a_shrunk_export_of_an_offloaded_model(tmp_path: Path) -> None:
@@ -238,8 +279,14 @@ def test_the_doctor_examines_an_offloaded_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch cannot pretend a device")
-@pytest.mark.parametrize(("name", "away"), [("llama", "model"), ("llama-bias", "model.layers.1"), ("gpt2", "transformer.h"), ("gemma2", "nothing")])
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="torch cannot pretend a device",
+)
+@pytest.mark.parametrize(
+    ("name", "away"),
+    [("llama", "model"), ("llama-bias", "model.layers.1"), ("gpt2", "transformer.h"), ("gemma2", "nothing")],
+)
 def test_no_two_devices_meet(name: str, away: str) -> None:
     """Where this machine's GPU is the CPU, a weight that was left there would go unnoticed."""
     if Version(transformers.__version__) < Version("5.20"):
@@ -258,11 +305,16 @@ def test_weights_on_the_disk_are_refused_in_one_line(tmp_path: Path) -> None:
     model = accelerate.disk_offload(tiny("llama", dtype=torch.float32), tmp_path, execution_device="cpu")
     damping = Damping({site.name: torch.full((site.out,), 0.5) for site in sites_of(model, ["mlp.up"])})
     uses: list[Callable[[], object]] = [
-        lambda: attribute(model, samples(4)), lambda: ablated(model, circuit).__enter__(), lambda: ablate_(model, circuit),
-        lambda: touched(model, circuit), lambda: damped(model, damping).__enter__(),
-    ]  # fmt: skip
+        lambda: attribute(model, samples(4)),
+        lambda: ablated(model, circuit).__enter__(),
+        lambda: ablate_(model, circuit),
+        lambda: touched(model, circuit),
+        lambda: damped(model, damping).__enter__(),
+    ]
     for use in uses:
-        with pytest.raises(UserError, match=r"^model\.embed_tokens\.weight of 'llama' is offloaded to the disk"):
+        with pytest.raises(
+            UserError, match=r"^model\.embed_tokens\.weight of 'llama' is offloaded to the disk"
+        ):
             use()
 
 
@@ -270,7 +322,9 @@ def test_a_gpu_keeps_room_for_activations_and_the_cpu_takes_the_rest() -> None:
     gib = 2**30
     room = gpu_room({0: 12 * gib, 1: gib, "cpu": 20 * gib}, 16 * gib, "m")
     assert room == {0: 12 * gib - RESERVE, 1: 0, "cpu": 18 * gib}
-    with pytest.raises(UserError, match=r"'m' take 30 GiB, and the GPUs and the CPU together have room for 28 GiB"):
+    with pytest.raises(
+        UserError, match=r"'m' take 30 GiB, and the GPUs and the CPU together have room for 28 GiB"
+    ):
         gpu_room({0: 12 * gib, "cpu": 20 * gib}, 30 * gib, "m")
     with pytest.raises(UserError, match=r"no GPU has more than the 2 GiB free"):
         gpu_room({0: gib, 1: 2 * gib, "cpu": 20 * gib}, gib, "m")
@@ -287,7 +341,9 @@ def test_the_room_on_a_cpu_is_that_of_its_control_group(monkeypatch: pytest.Monk
 def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device map` finds room for half of the demo's layers; transformers and accelerate load and place it as ever."""
     parts = dict.fromkeys(("model.layers.0", "model.layers.1", "model.rotary_emb"), GPU)
-    away = dict.fromkeys(("model.embed_tokens", "model.layers.2", "model.layers.3", "model.norm", "lm_head"), "cpu")
+    away = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.2", "model.layers.3", "model.norm", "lm_head"), "cpu"
+    )
     monkeypatch.setattr(models, "_spread", lambda *asked: {"device_map": parts | away})
 
 
@@ -298,7 +354,10 @@ def test_the_front_door_offloads_and_says_so(small_gpu: None, caplog: pytest.Log
     plain, _ = load_model("demo", device="cpu")
     prompts = ["Tom was glad", "Anna went to the shop and said"]
     for temperature in (0.0, 1.0):
-        texts = [complete(each, tokenizer, prompts, max_new_tokens=12, temperature=temperature) for each in (model, plain)]
+        texts = [
+            complete(each, tokenizer, prompts, max_new_tokens=12, temperature=temperature)
+            for each in (model, plain)
+        ]
         assert texts[0] == texts[1]
 
 

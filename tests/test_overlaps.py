@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparc3.circuit import Circuit
-from sparc3.damping import Damping
-from sparc3.experiment.overlaps import of_kept, overlaps
+from sparc3.circuits.ablate import Damping
+from sparc3.circuits.circuit import Circuit
+from sparc3.experiment.measure import of_kept, overlaps
 from sparc3.scores import Scores
 
 SIZES = {"a": 6, "b": 4}
@@ -18,12 +18,24 @@ def test_shared_units_of_circuits_of_dampings_and_of_several_draws() -> None:
         "aura@2": [Damping({"a": torch.tensor([0.5, 1, 1, 1, 1, 1]), "b": torch.tensor([1, 1, 1, 0.2])})],
         "random@4": [Circuit("neuron", {"b": (0, 1, 2, 3)}), Circuit("neuron", {"a": (0, 1, 2), "b": (0,)})],
     }
-    found = {one["variant"]: (one["size"], one["both"], one["expected"]) for one in overlaps(own, others, SIZES)}
-    assert found == {"wanda@4": (4, 2, pytest.approx(1.6)), "aura@2": (2, 1, pytest.approx(0.8)), "random@4": (4, 2.5, pytest.approx(1.6))}
+    found = {
+        one["variant"]: (one["size"], one["both"], one["expected"]) for one in overlaps(own, others, SIZES)
+    }
+    assert found == {
+        "wanda@4": (4, 2, pytest.approx(1.6)),
+        "aura@2": (2, 1, pytest.approx(0.8)),
+        "random@4": (4, 2.5, pytest.approx(1.6)),
+    }
 
 
 def test_what_is_left_when_units_go() -> None:
-    lrp = Scores({"a": torch.tensor([0.0, 1, 2, 3, 9, 8]), "b": torch.tensor([0.0, 1, 2, 7])})  # keeps a4 a5 b3 of 3
-    wanda = Scores({"a": torch.tensor([0.0, 1, 2, 9, 3, 8]), "b": torch.tensor([7.0, 1, 2, 0])})  # keeps a3 a5 b0
-    assert of_kept({"lrp": lrp, "wanda": wanda}, "lrp", [7]) == [{"variant": "wanda@7", "size": 3, "both": 1, "expected": pytest.approx(0.9)}]
+    lrp = Scores(
+        {"a": torch.tensor([0.0, 1, 2, 3, 9, 8]), "b": torch.tensor([0.0, 1, 2, 7])}
+    )  # keeps a4 a5 b3 of 3
+    wanda = Scores(
+        {"a": torch.tensor([0.0, 1, 2, 9, 3, 8]), "b": torch.tensor([7.0, 1, 2, 0])}
+    )  # keeps a3 a5 b0
+    assert of_kept({"lrp": lrp, "wanda": wanda}, "lrp", [7]) == [
+        {"variant": "wanda@7", "size": 3, "both": 1, "expected": pytest.approx(0.9)}
+    ]
     assert of_kept({"wanda": wanda}, "lrp", [7]) == []

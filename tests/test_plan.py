@@ -19,15 +19,20 @@ from configs import PARAMETERS, PUBLISHED
 from sparc3 import Scores, UserError, select
 from sparc3.attribution.methods import settings_for
 from sparc3.attribution.sums import Settings, Sums
-from sparc3.batches import Encoded, grouped, make_batch
-from sparc3.evaluation import divergence, generation, ioi, perplexity
-from sparc3.experiment import steps
-from sparc3.models import ROLES, load_config, sites_of
-from sparc3.plan import plan
+from sparc3.evaluation import generate as generation
+from sparc3.evaluation import perplexity
+from sparc3.evaluation import perplexity as divergence
+from sparc3.evaluation import tasks as ioi
+from sparc3.experiment import work_list as steps
+from sparc3.models.families import ROLES
+from sparc3.models.load import load_config
+from sparc3.models.sites import sites_of
 from sparc3.plan.hardware import SHEETS, Hardware
-from sparc3.plan.ledger import Shaped
+from sparc3.plan.plan import plan
 from sparc3.plan.rehearsal import Rehearsal
-from sparc3.recipe import bundled, load_recipe
+from sparc3.plan.tensor_costs import Shaped
+from sparc3.recipe.schema import bundled, load_recipe
+from sparc3.samples.batches import Encoded, grouped, make_batch
 
 HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
 CLOSE = 0.2
@@ -55,10 +60,14 @@ OWN: dict[str, dict[str, int]] = {
     "llama": {"intermediate_size": 704},
     "mixtral": {"intermediate_size": 512, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {
-        "num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1
+        "num_experts": 12,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 512,
+        "decoder_sparse_step": 1,
     },
     "olmoe": {"intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4},
-}  # fmt: skip
+}
 """model_type → what its configuration has beside the common."""
 
 
@@ -66,9 +75,18 @@ def random_model(kind: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        kind, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, vocab_size=1000, max_position_embeddings=512,
-        bos_token_id=1, eos_token_id=2, pad_token_id=None, **OWN[kind],
-    )  # fmt: skip
+        kind,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=1000,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        **OWN[kind],
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -79,8 +97,20 @@ def models(demo: tuple[Any, Any]) -> Callable[[str], Any]:
 
 
 DENSE = ("demo", "llama")
-ATTRIBUTED = [*product(DENSE, KINDS), ("mixtral", "neurons, abs"), ("mixtral", "weights"), ("qwen2_moe", "neurons, signed"), ("olmoe", "neurons, wanda"), ("olmoe", "heads")]
-EVALUATED = [*product(DENSE, ("perplexity", "kl", "greedy", "sampled", "ioi")), ("mixtral", "perplexity"), ("qwen2_moe", "greedy"), ("olmoe", "ioi")]
+ATTRIBUTED = [
+    *product(DENSE, KINDS),
+    ("mixtral", "neurons, abs"),
+    ("mixtral", "weights"),
+    ("qwen2_moe", "neurons, signed"),
+    ("olmoe", "neurons, wanda"),
+    ("olmoe", "heads"),
+]
+EVALUATED = [
+    *product(DENSE, ("perplexity", "kl", "greedy", "sampled", "ioi")),
+    ("mixtral", "perplexity"),
+    ("qwen2_moe", "greedy"),
+    ("olmoe", "ioi"),
+]
 
 
 def allocated(work: Callable[[], object]) -> int:
@@ -106,7 +136,9 @@ def test_memory_of_an_attribution_is_as_predicted(models: Callable[[str], Any], 
 
     def work() -> None:
         sums, sites = Sums(settings), sites_of(model, roles)
-        for _ in chosen.run(model, [make_batch(group, model.device) for group in groups], sites, settings, sums):
+        for _ in chosen.run(
+            model, [make_batch(group, model.device) for group in groups], sites, settings, sums
+        ):
             pass
         scores = {site.name: chosen.finish(site, sums.totals.pop(site.name), sums) for site in sites}
         assert len(scores) == len(sites)
@@ -126,7 +158,9 @@ class _NoTokenizer:
 
 
 @pytest.mark.parametrize(("name", "kind"), EVALUATED)
-def test_memory_of_an_evaluation_is_as_predicted(models: Callable[[str], Any], name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_an_evaluation_is_as_predicted(
+    models: Callable[[str], Any], name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = models(name)
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)  # every text gets its full length
     rehearsal = Rehearsal(Shaped(model.config, torch.float32), HERE)
@@ -134,10 +168,22 @@ def test_memory_of_an_evaluation_is_as_predicted(models: Callable[[str], Any], n
     texts = [Encoded(i, some_ids(20, i), (19,), (1,), (2,)) for i in range(32)]
     rows = [(list(some_ids(20, draw)), draw) for draw in range(40)]
     works: dict[str, tuple[Any, Callable[[], object]]] = {
-        "perplexity": (lambda: rehearsal.windows("perplexity", 256, 10), lambda: perplexity.of_windows(model, windows)),
-        "kl": (lambda: rehearsal.windows("kl", 256, 10), lambda: divergence.of_windows(model, windows, nullcontext())),
-        "greedy": (lambda: rehearsal.generation(40, 20, 24, 0.0), lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.0, 0)),
-        "sampled": (lambda: rehearsal.generation(40, 20, 24, 0.7), lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.7, 0)),
+        "perplexity": (
+            lambda: rehearsal.windows("perplexity", 256, 10),
+            lambda: perplexity.of_windows(model, windows),
+        ),
+        "kl": (
+            lambda: rehearsal.windows("kl", 256, 10),
+            lambda: divergence.of_windows(model, windows, nullcontext()),
+        ),
+        "greedy": (
+            lambda: rehearsal.generation(40, 20, 24, 0.0),
+            lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.0, 0),
+        ),
+        "sampled": (
+            lambda: rehearsal.generation(40, 20, 24, 0.7),
+            lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.7, 0),
+        ),
         "ioi": (lambda: rehearsal.contrasts(texts), lambda: ioi.logit_differences(model, texts)),
     }
     predict, work = works[kind]
@@ -168,7 +214,9 @@ def test_recipes_of_the_papers_models_fit_their_real_configurations(name: str, t
         settings_for(Settings(method, asked.unit, asked.target, asked.neuron, asked.reduce), asked.sites)
 
 
-def test_the_flagship_is_planned_from_its_configuration_alone(sparc3: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_the_flagship_is_planned_from_its_configuration_alone(
+    sparc3: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     recipe = ("llama3-8b-toxicity", "--set", "attribution.neuron=signed", "--set", "compare.methods=[random]")
     config = config_file(tmp_path, "meta-llama/Meta-Llama-3-8B")
     began = time.process_time()
@@ -178,7 +226,16 @@ def test_the_flagship_is_planned_from_its_configuration_alone(sparc3: Callable[.
     assert out.splitlines()[0].startswith("llama3-8b-toxicity on h100: fits, about ")
     assert "458,752 neurons in 32 sites" in out
     assert "8.03 billion parameters in bfloat16" in out
-    code, out, _ = sparc3("plan", *recipe, "--set", "evaluation={perplexity: {protocol: blocks}}", "--hardware", "t4", "--config", config)
+    code, out, _ = sparc3(
+        "plan",
+        *recipe,
+        "--set",
+        "evaluation={perplexity: {protocol: blocks}}",
+        "--hardware",
+        "t4",
+        "--config",
+        config,
+    )
     assert code == 0
     assert "does not fit" in out.splitlines()[0]
 
@@ -193,15 +250,24 @@ def test_more_devices_take_less_time(tmp_path: Path) -> None:
     assert one.dtype == "float16"
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (("demo", "--hardware", "h10"), "did you mean 'h100'"),
-    (("demoo",), "did you mean 'demo'"),
-    (("llama3-8b-toxicity",), "--config"),
-    (("demo", "--gpus", "0"), "at least 1"),
-    (("demo", "--set", "attribution.sites=[mlp.gate]", "--config", "OPT"), "no site 'mlp.gate'"),
-    (("demo", "--config", "nowhere/config.json"), "no such file"),
-])  # fmt: skip
-def test_mistakes_are_one_line(mistake: Callable[..., str], arguments: Sequence[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("demo", "--hardware", "h10"), "did you mean 'h100'"),
+        (("demoo",), "did you mean 'demo'"),
+        (("llama3-8b-toxicity",), "--config"),
+        (("demo", "--gpus", "0"), "at least 1"),
+        (("demo", "--set", "attribution.sites=[mlp.gate]", "--config", "OPT"), "no site 'mlp.gate'"),
+        (("demo", "--config", "nowhere/config.json"), "no such file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    mistake: Callable[..., str],
+    arguments: Sequence[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     opt = config_file(tmp_path, "facebook/opt-125m")
     assert said in mistake("plan", *(opt if argument == "OPT" else argument for argument in arguments))
@@ -248,18 +314,34 @@ print(peak - before)
 COMMON = {"vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
 MEDIUM: dict[str, dict[str, Any]] = {
     "llama": {
-        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
-        "num_key_value_heads": 16, **COMMON,
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        **COMMON,
     },
     "wide": {
-        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 16,
-        "num_key_value_heads": 4, **COMMON,
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        **COMMON,
     },
     "opt": {
-        "model_type": "opt", "hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "pad_token_id": 0, **COMMON,
+        "model_type": "opt",
+        "hidden_size": 768,
+        "word_embed_proj_dim": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "pad_token_id": 0,
+        **COMMON,
     },
-}  # fmt: skip
+}
 KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Makes the C library give back what is freed, most of which it keeps by default."""
 
@@ -267,12 +349,23 @@ KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["neurons", "signed", "weights", "perplexity"])
 @pytest.mark.parametrize(("name", "malloc"), [*((name, {}) for name in MEDIUM), ("llama", KEPT)])
-def test_resident_memory_of_a_larger_model_is_as_predicted(name: str, kind: str, malloc: dict[str, str]) -> None:
+def test_resident_memory_of_a_larger_model_is_as_predicted(
+    name: str, kind: str, malloc: dict[str, str]
+) -> None:
     """What a process of its own grows by, the model among it."""
     from transformers import AutoConfig
 
-    given = {**{name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}, **malloc}
-    done = subprocess.run([sys.executable, "-c", MEASURED, json.dumps(MEDIUM[name]), kind], capture_output=True, text=True, check=True, env=given)
+    given = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")},
+        **malloc,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, json.dumps(MEDIUM[name]), kind],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=given,
+    )
     measured = int(done.stdout.splitlines()[-1])
     shaped = Shaped(AutoConfig.for_model(**MEDIUM[name]), torch.float32)
     rehearsal = Rehearsal(shaped, HERE)
@@ -280,10 +373,18 @@ def test_resident_memory_of_a_larger_model_is_as_predicted(name: str, kind: str,
     if kind == "perplexity":
         live = rehearsal.windows("perplexity", 512, 2).live
     else:
-        unit, roles = ("weight", tuple(role for role in ROLES if role != "mlp.gate" or name != "opt")) if kind == "weights" else ("neuron", ("mlp.up",))
-        live = rehearsal.attribution(Settings("lrp", unit, "predicted", "signed" if kind == "signed" else "abs", "mean"), roles, groups).live
+        unit, roles = (
+            ("weight", tuple(role for role in ROLES if role != "mlp.gate" or name != "opt"))
+            if kind == "weights"
+            else ("neuron", ("mlp.up",))
+        )
+        live = rehearsal.attribution(
+            Settings("lrp", unit, "predicted", "signed" if kind == "signed" else "abs", "mean"), roles, groups
+        ).live
     predicted = shaped.weights + (live if malloc else HERE.holding(live))
-    print(f"{name}, {kind}: tensors {(shaped.weights + live) / 1e6:.0f} MB, predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    print(
+        f"{name}, {kind}: tensors {(shaped.weights + live) / 1e6:.0f} MB, predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB"
+    )
     assert predicted == pytest.approx(measured, rel=CLOSE)
 
 
@@ -291,15 +392,28 @@ def test_sums_of_weights_are_beside_a_gpu(demo: tuple[Any, Any]) -> None:
     groups = grouped(SOME, 1024)
     for method in ("lrp", "wanda"):
         settings = Settings(method, "weight", "predicted", "abs", "mean")
-        here, there = (Rehearsal(Shaped(demo[0].config, torch.float32), on).attribution(settings, ROLES, groups).live for on in (HERE, SHEETS["h100"]))
+        here, there = (
+            Rehearsal(Shaped(demo[0].config, torch.float32), on).attribution(settings, ROLES, groups).live
+            for on in (HERE, SHEETS["h100"])
+        )
         assert 0 < there < here or (method == "wanda" and there == here)  # whose sums are small
 
 
 def test_experts_are_planned_with_even_routing(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    shared: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
-    sizes = {"intermediate_size": 128, "num_local_experts": 8, "vocab_size": 512, "max_position_embeddings": 2048}
+    shared: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    sizes = {
+        "intermediate_size": 128,
+        "num_local_experts": 8,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+    }
     done = {}
     for active in (2, 4):
         path = tmp_path / f"{active}.json"
@@ -314,23 +428,47 @@ def test_experts_are_planned_with_even_routing(tmp_path: Path) -> None:
     assert read[4].operations - read[2].operations == pytest.approx(more, rel=0.01)
 
 
-ANY_UNIT: list[dict[str, Any]] = [{"count": 2, "scope": "site"}, {"fraction": 0.29, "scope": "site"}, {"fraction": 0.3}, {"count": 7}]
+ANY_UNIT: list[dict[str, Any]] = [
+    {"count": 2, "scope": "site"},
+    {"fraction": 0.29, "scope": "site"},
+    {"fraction": 0.3},
+    {"count": 7},
+]
 
 
-@pytest.mark.parametrize(("unit", "selection"), [
-    *product(("neuron", "head", "weight"), ANY_UNIT), ("weight", {"count": 3, "scope": "row"}), ("weight", {"scope": "2:4"}),
-])  # fmt: skip
-def test_a_plan_knows_how_many_units_a_selection_takes(demo: tuple[Any, Any], unit: str, selection: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("unit", "selection"),
+    [
+        *product(("neuron", "head", "weight"), ANY_UNIT),
+        ("weight", {"count": 3, "scope": "row"}),
+        ("weight", {"scope": "2:4"}),
+    ],
+)
+def test_a_plan_knows_how_many_units_a_selection_takes(
+    demo: tuple[Any, Any], unit: str, selection: dict[str, Any]
+) -> None:
     sites = sites_of(demo[0], ["attn.o"] if unit == "head" else ["mlp.up"])
-    shape = {"weight": lambda site: (site.out, site.inp), "head": lambda site: (site.heads,), "neuron": lambda site: (site.out,)}[unit]
+    shape = {
+        "weight": lambda site: (site.out, site.inp),
+        "head": lambda site: (site.heads,),
+        "neuron": lambda site: (site.out,),
+    }[unit]
     scores = Scores({site.name: torch.rand(*shape(site)) for site in sites}, {"unit": unit})
-    assert steps.selected(**{"scope": "global", **selection}, unit=unit, sites=sites) == len(select(scores, **selection))
+    assert steps.selected(**{"scope": "global", **selection}, unit=unit, sites=sites) == len(
+        select(scores, **selection)
+    )
 
 
 def test_sums_on_the_gpu_are_planned_there(tmp_path: Path) -> None:
     config = config_file(tmp_path, "meta-llama/Llama-2-7b-hf")
     here, there = (
-        plan(load_recipe("llama2-7b-compress", ["compress.methods=[lrp]", f"attribution.sums_device={device}"]), hardware="h100", config=config)
+        plan(
+            load_recipe(
+                "llama2-7b-compress", ["compress.methods=[lrp]", f"attribution.sums_device={device}"]
+            ),
+            hardware="h100",
+            config=config,
+        )
         for device in ("cpu", "cuda")
     )
     assert there.peak_at == "scores, lrp"

@@ -13,31 +13,78 @@ import torch
 from sparc3 import load_recipe, run
 from sparc3.evaluation.metrics import Prepared
 from sparc3.plan.hardware import Hardware
-from sparc3.plan.ledger import Shaped
 from sparc3.plan.lengths import tokenizer_at_hand
 from sparc3.plan.rehearsal import Rehearsal
 from sparc3.plan.stages import Stages
+from sparc3.plan.tensor_costs import Shaped
 
 HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
 FEW = ["references.general.count=6", "evaluation.perplexity.count=4"]
-TOXICITY = ["references.undesired.count=5", "evaluation.toxicity.count=3", "evaluation.toxicity.generations=2", "evaluation.toxicity.max_new_tokens=4"]
+TOXICITY = [
+    "references.undesired.count=5",
+    "evaluation.toxicity.count=3",
+    "evaluation.toxicity.generations=2",
+    "evaluation.toxicity.max_new_tokens=4",
+]
 RUNS: dict[str, list[str]] = {
-    "demo": [*FEW, *TOXICITY, "evaluation.ioi.count=8", "selection.count=20", "compare.counts=[5, 20]", "compare.random_draws=2", "cards.alone=2"],
+    "demo": [
+        *FEW,
+        *TOXICITY,
+        "evaluation.ioi.count=8",
+        "selection.count=20",
+        "compare.counts=[5, 20]",
+        "compare.random_draws=2",
+        "cards.alone=2",
+    ],
     "demo-tune": [
-        *FEW, *TOXICITY, "references.matched.count=4", "evaluation.kl.count=3", "compare.counts=[4]", "compare.methods=[aura, det0, wanda, random]",
-        "selection.tune.counts=[4, 8]", "selection.tune.prompts=2", "selection.tune.texts=3", "selection.tune.rounds=[1, 2]",
-        "selection.tune.strengths=[0.5, 1.0]", "selection.tune.penalties=[1.0, 2.0]", "selection.tune.targets=[predicted]",
-        "selection.tune.max_perplexity_increase=5.0", "selection.tune.neurons=[signed]", "cards.alone=1", "compare.random_draws=1",
+        *FEW,
+        *TOXICITY,
+        "references.matched.count=4",
+        "evaluation.kl.count=3",
+        "compare.counts=[4]",
+        "compare.methods=[aura, det0, wanda, random]",
+        "selection.tune.counts=[4, 8]",
+        "selection.tune.prompts=2",
+        "selection.tune.texts=3",
+        "selection.tune.rounds=[1, 2]",
+        "selection.tune.strengths=[0.5, 1.0]",
+        "selection.tune.penalties=[1.0, 2.0]",
+        "selection.tune.targets=[predicted]",
+        "selection.tune.max_perplexity_increase=5.0",
+        "selection.tune.neurons=[signed]",
+        "cards.alone=1",
+        "compare.random_draws=1",
     ],
-    "demo-ioi": ["references.task.count=6", "references.task.seeds=[0, 1]", "discover.sparsities=[0.3, 0.9]", "evaluation.ioi.count=8"],
-    "demo-compress": [*FEW, "evaluation.ioi.count=8", "compress.fractions=[0.3, 0.5]", "evaluation.perplexity.seq_len=64"],
+    "demo-ioi": [
+        "references.task.count=6",
+        "references.task.seeds=[0, 1]",
+        "discover.sparsities=[0.3, 0.9]",
+        "evaluation.ioi.count=8",
+    ],
+    "demo-compress": [
+        *FEW,
+        "evaluation.ioi.count=8",
+        "compress.fractions=[0.3, 0.5]",
+        "evaluation.perplexity.seq_len=64",
+    ],
     "demo-repetition": [
-        *FEW, "references.undesired.count=4", "references.undesired.max_new_tokens=8", "references.undesired.max_rur=1.0",
-        "evaluation.repetition.count=3", "evaluation.repetition.max_new_tokens=4", "compare.counts=[5, 40]", "compare.random_draws=1",
+        *FEW,
+        "references.undesired.count=4",
+        "references.undesired.max_new_tokens=8",
+        "references.undesired.max_rur=1.0",
+        "evaluation.repetition.count=3",
+        "evaluation.repetition.max_new_tokens=4",
+        "compare.counts=[5, 40]",
+        "compare.random_draws=1",
     ],
-    "demo-samples": ["references.general.count=6", "references.general.seeds=[0, 1]", "compress.samples=[2, 6]", "evaluation.perplexity.count=4",
-                     "evaluation.perplexity.seq_len=64"],
-}  # fmt: skip
+    "demo-samples": [
+        "references.general.count=6",
+        "references.general.seeds=[0, 1]",
+        "compress.samples=[2, 6]",
+        "evaluation.perplexity.count=4",
+        "evaluation.perplexity.seq_len=64",
+    ],
+}
 WRITTEN = {"toxicity", "repetition", "fluency", "choosing undesired"}
 """What a model writes may end early: of these the plan has the most that there can be."""
 
@@ -93,7 +140,7 @@ def seen(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[See
             return measure(self, *args, **kwargs)
 
     monkeypatch.setattr(Prepared, "measure", measured)
-    monkeypatch.setattr("sparc3.experiment.stages.load_model", lambda *_, **__: demo)
+    monkeypatch.setattr("sparc3.experiment.run.load_model", lambda *_, **__: demo)
 
     def count(_: Any, args: tuple[Any, ...]) -> None:
         found.tokens[found.now] += int((args[0] != PADDING).sum())
@@ -120,7 +167,9 @@ def test_a_plan_lists_what_the_run_does(name: str, seen: Seen, demo: tuple[Any, 
         assert left == stages.score_files()
     alone = list((tmp_path / "run/evaluation").glob("alone/*.json"))
     assert len(alone) == stages.evaluations.alone
-    done = {what: tokens // 2 if what == "kl" else tokens for what, tokens in seen.tokens.items()}  # KL reads the same text twice
+    done = {
+        what: tokens // 2 if what == "kl" else tokens for what, tokens in seen.tokens.items()
+    }  # KL reads the same text twice
     assert {what.replace("demo-loop", "undesired") for what in done} == set(planned)
     for what, stage in planned.items():
         measured = done[what.replace("choosing undesired", "choosing demo-loop")]

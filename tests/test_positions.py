@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparc3 import Scores, UserError, attribute, run
 from sparc3.attribution.patching import lrp_rules
-from sparc3.models import sites_of
+from sparc3.models.sites import sites_of
 
 SKIP = 2
 
@@ -20,14 +20,20 @@ def flows(model: Any, ids: list[int], role: str) -> dict[str, tuple[Tensor, Tens
     """At each site, [T, ...]: input a, its modified gradient, output z, its modified gradient; by autograd, with every position in."""
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     sites = sites_of(model, (role,))
-    hooks = [site.module.register_forward_hook(lambda _, args, out, n=site.name: kept.update({n: (args[0], out)})) for site in sites]
+    hooks = [
+        site.module.register_forward_hook(lambda _, args, out, n=site.name: kept.update({n: (args[0], out)}))
+        for site in sites
+    ]
     with lrp_rules(model):
         y = model(torch.tensor([ids])).logits[0, -1].max()
         grads = torch.autograd.grad(y, [x for pair in kept.values() for x in pair])
     for hook in hooks:
         hook.remove()
     rows = iter(grad.reshape(len(ids), -1) for grad in grads)
-    return {n: (a.detach().reshape(len(ids), -1), next(rows), z.detach().reshape(len(ids), -1), next(rows)) for n, (a, z) in kept.items()}
+    return {
+        n: (a.detach().reshape(len(ids), -1), next(rows), z.detach().reshape(len(ids), -1), next(rows))
+        for n, (a, z) in kept.items()
+    }
 
 
 def expected(model: Any, site: Any, flow: tuple[Tensor, ...], method: str, unit: str, neuron: str) -> Tensor:
@@ -43,17 +49,32 @@ def expected(model: Any, site: Any, flow: tuple[Tensor, ...], method: str, unit:
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "opt"])
-@pytest.mark.parametrize(("method", "unit", "neuron", "role"), [
-    ("lrp", "neuron", "signed", "mlp.up"), ("lrp", "neuron", "abs", "mlp.up"), ("lrp", "head", "abs", "attn.o"), ("lrp", "weight", "abs", "mlp.down"),
-    ("wanda", "weight", "abs", "attn.v"),
-])  # fmt: skip
-def test_first_positions_stay_out_of_the_sum(name: str, method: str, unit: str, neuron: str, role: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "unit", "neuron", "role"),
+    [
+        ("lrp", "neuron", "signed", "mlp.up"),
+        ("lrp", "neuron", "abs", "mlp.up"),
+        ("lrp", "head", "abs", "attn.o"),
+        ("lrp", "weight", "abs", "mlp.down"),
+        ("wanda", "weight", "abs", "attn.v"),
+    ],
+)
+def test_first_positions_stay_out_of_the_sum(
+    name: str, method: str, unit: str, neuron: str, role: str
+) -> None:
     model, ids = tiny(name), samples(3)
     by_sample = [flows(model, one, role) for one in ids]
     for batch_tokens in (1, 1000):
         scores = attribute(
-            model, ids, method=method, unit=unit, neuron=neuron, sites=(role,), skip_positions=SKIP, batch_tokens=batch_tokens
-        )  # fmt: skip
+            model,
+            ids,
+            method=method,
+            unit=unit,
+            neuron=neuron,
+            sites=(role,),
+            skip_positions=SKIP,
+            batch_tokens=batch_tokens,
+        )
         for site in sites_of(model, (role,)):
             total = sum(expected(model, site, flow[site.name], method, unit, neuron) for flow in by_sample)
             wanted = site.weight.detach().abs() * total.sqrt() if method == "wanda" else total / len(ids)
@@ -75,7 +96,9 @@ def test_skipping_is_recorded_and_none_is_the_default(tmp_path: Path) -> None:
     assert Scores.load(tmp_path / "s.safetensors").provenance["skip_positions"] == 1
     plain = attribute(model, ids)
     assert plain.provenance["skip_positions"] == 0
-    assert all(torch.equal(plain[site], value) for site, value in attribute(model, ids, skip_positions=0).items())
+    assert all(
+        torch.equal(plain[site], value) for site, value in attribute(model, ids, skip_positions=0).items()
+    )
 
 
 def test_nothing_left_of_a_sample_is_the_users_mistake(mistake: Any, jsonl: Any, tmp_path: Path) -> None:
@@ -87,15 +110,21 @@ def test_nothing_left_of_a_sample_is_the_users_mistake(mistake: Any, jsonl: Any,
     path = jsonl("s.jsonl", [{"text": "Tom was happy."}])
     assert "skip_positions 500 leaves none" in mistake(
         "attribute", "demo", "--samples", path, "--skip-positions", "500", "--out", tmp_path / "x.safetensors"
-    )  # fmt: skip
+    )
 
 
 def test_a_recipe_says_it_too_and_every_set_of_the_run_keeps_to_it(tmp_path: Path) -> None:
     recipe = {
-        "name": "x", "model": {"id": "demo", "device": "cpu"}, "attribution": {"neuron": "signed", "skip_positions": 2},
-        "references": {"general": {"source": "demo-general", "count": 3}, "undesired": {"source": "demo-angry", "count": 3}},
-        "selection": {"count": 5}, "evaluation": {"perplexity": {"source": "demo-general", "count": 2}},
-    }  # fmt: skip
+        "name": "x",
+        "model": {"id": "demo", "device": "cpu"},
+        "attribution": {"neuron": "signed", "skip_positions": 2},
+        "references": {
+            "general": {"source": "demo-general", "count": 3},
+            "undesired": {"source": "demo-angry", "count": 3},
+        },
+        "selection": {"count": 5},
+        "evaluation": {"perplexity": {"source": "demo-general", "count": 2}},
+    }
     run(recipe, tmp_path / "run")
     for name in ("general", "undesired"):
         assert Scores.load(tmp_path / f"run/scores/{name}.safetensors").provenance["skip_positions"] == 2

@@ -10,10 +10,10 @@ from tiny import tiny
 from unchanged import fingerprint, require_same
 
 from sparc3 import Circuit, run
-from sparc3.attribution.extremes import largest_writes
-from sparc3.experiment import protection
-from sparc3.models import family_of, layers_of, sites_of
-from sparc3.samples import ReferenceSet, Sample
+from sparc3.attribution.activations import largest_writes
+from sparc3.experiment import score as protection
+from sparc3.models.sites import family_of, layers_of, sites_of
+from sparc3.samples.reference_set import ReferenceSet, Sample
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3"])
@@ -26,7 +26,9 @@ def test_largest_writes_are_the_models_own(name: str) -> None:
     site, layer = sites_of(model, ["mlp.up"])[0], next(iter(layers_of(model)))
     down = layer.get_submodule(family_of(model).roles["mlp.down"])
     seen: list[Any] = []
-    hook = down.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, site.out).abs().amax(0)))
+    hook = down.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].reshape(-1, site.out).abs().amax(0))
+    )
     with torch.no_grad():
         for ids in samples:
             model(torch.tensor([ids]))
@@ -36,7 +38,12 @@ def test_largest_writes_are_the_models_own(name: str) -> None:
 
 
 def test_what_is_protected_is_not_selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = {**SMALL, "compare": {}, "cards": {"most": 0}, "references": {k: v for k, v in SMALL["references"].items() if k != "matched"}}
+    recipe = {
+        **SMALL,
+        "compare": {},
+        "cards": {"most": 0},
+        "references": {k: v for k, v in SMALL["references"].items() if k != "matched"},
+    }
     recipe |= {"selection": {"count": 30}, "attribution": {}}
     recipe["references"] = {**recipe["references"], "general": {"source": "demo-general", "count": 8}}
     free = run(recipe, tmp_path / "free")

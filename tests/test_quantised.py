@@ -9,9 +9,10 @@ from tiny import samples, tiny
 from torch import nn
 
 from sparc3 import UserError, ablated, attribute
-from sparc3.attribution.ledger import ledger
-from sparc3.circuit import Circuit
-from sparc3.models import describe, sites_of
+from sparc3.circuits.circuit import Circuit
+from sparc3.doctor.completeness import ledger
+from sparc3.models.load import describe
+from sparc3.models.sites import sites_of
 
 
 @torch.no_grad()
@@ -19,8 +20,12 @@ def quantise_(module: nn.Linear) -> nn.Linear:
     """The module's weight as int8 rows with one scale each, rounded in place; returns a plain linear map with the same values."""
     scale = module.weight.abs().amax(1, keepdim=True) / 127
     rounded = (module.weight / scale).round()
-    plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=module.weight.dtype)
-    plain.load_state_dict({"weight": rounded * scale, **({"bias": module.bias} if module.bias is not None else {})})
+    plain = nn.Linear(
+        module.in_features, module.out_features, bias=module.bias is not None, dtype=module.weight.dtype
+    )
+    plain.load_state_dict(
+        {"weight": rounded * scale, **({"bias": module.bias} if module.bias is not None else {})}
+    )
     module.weight = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
     module.forward = lambda x: nn.functional.linear(x, module.weight.to(x.dtype) * scale, module.bias)
     return plain
@@ -30,14 +35,26 @@ def quantise_(module: nn.Linear) -> nn.Linear:
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A model whose sites are all int8, and one of the same function in float64."""
     quantised, plain = tiny(request.param), tiny(request.param)
-    for one, other in zip(sites_of(quantised, roles_of(quantised)), sites_of(plain, roles_of(plain)), strict=True):
+    for one, other in zip(
+        sites_of(quantised, roles_of(quantised)), sites_of(plain, roles_of(plain)), strict=True
+    ):
         assert isinstance(one.module, nn.Linear)
         other.module.load_state_dict(quantise_(one.module).state_dict())
     return quantised, plain
 
 
-@pytest.mark.parametrize("asked", [{"neuron": "signed"}, {"neuron": "signed", "method": "cp-lrp"}, {"unit": "head", "sites": ("attn.o",)}, {"method": "activation"}])
-def test_what_needs_no_weight_is_what_the_same_weights_give_unquantised(pair: tuple[Any, Any], asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"neuron": "signed"},
+        {"neuron": "signed", "method": "cp-lrp"},
+        {"unit": "head", "sites": ("attn.o",)},
+        {"method": "activation"},
+    ],
+)
+def test_what_needs_no_weight_is_what_the_same_weights_give_unquantised(
+    pair: tuple[Any, Any], asked: dict[str, Any]
+) -> None:
     found, wanted = (attribute(model, samples(), **asked) for model in pair)
     for site in wanted:
         assert wanted[site].any()
@@ -45,16 +62,32 @@ def test_what_needs_no_weight_is_what_the_same_weights_give_unquantised(pair: tu
     assert ledger(pair[0], samples()[0]).gap < 1e-12
 
 
-@pytest.mark.parametrize("asked", [{"neuron": "abs"}, {"unit": "weight"}, {"method": "wanda"}, {"method": "wanda", "unit": "weight"}, {"method": "magnitude"}])
-def test_what_needs_the_weight_is_refused_at_once_and_names_the_way_out(pair: tuple[Any, Any], asked: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"layers\.0\.\S+ holds its weight quantised .* use neuron signed") as error:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"neuron": "abs"},
+        {"unit": "weight"},
+        {"method": "wanda"},
+        {"method": "wanda", "unit": "weight"},
+        {"method": "magnitude"},
+    ],
+)
+def test_what_needs_the_weight_is_refused_at_once_and_names_the_way_out(
+    pair: tuple[Any, Any], asked: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        UserError, match=r"layers\.0\.\S+ holds its weight quantised .* use neuron signed"
+    ) as error:
         attribute(pair[0], [[999]], **asked)  # a sample that would fail later
     assert "\n" not in str(error.value)
 
 
 def test_a_quantised_neuron_is_not_ablated_in_place(pair: tuple[Any, Any]) -> None:
     site = sites_of(pair[0], ("mlp.up",))[0]
-    with pytest.raises(UserError, match="quantised"), ablated(pair[0], Circuit("neuron", {site.name: (1,)}, describe(pair[0]), {})):
+    with (
+        pytest.raises(UserError, match="quantised"),
+        ablated(pair[0], Circuit("neuron", {site.name: (1,)}, describe(pair[0]), {})),
+    ):
         pass
 
 

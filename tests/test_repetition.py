@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 
 from sparc3 import ReferenceSet, UserError, load_recipe, run
-from sparc3.evaluation.repetition import response_scores, uniqueness
-from sparc3.sources import Request, gather
+from sparc3.evaluation.tasks import response_scores, uniqueness
+from sparc3.samples.sources import Request, gather
 
 SMALL: dict[str, Any] = {
     "name": "small-repetition",
     "model": {"id": "demo", "dtype": "float32", "device": "cpu"},
     "references": {
         "general": {"source": "demo-general", "count": 6, "target": "next"},
-        "undesired": {"source": "demo-loop", "count": 4, "choose_by": "repetition", "max_rur": 0.5, "max_new_tokens": 24},
+        "undesired": {
+            "source": "demo-loop",
+            "count": 4,
+            "choose_by": "repetition",
+            "max_rur": 0.5,
+            "max_new_tokens": 24,
+        },
     },
     "selection": {"count": 3},
     "evaluation": {
@@ -61,7 +67,10 @@ def test_a_run_by_the_papers_protocol_warns_and_has_its_null(tmp_path: Path, dem
     assert all(rur is not None and rur <= 0.5 for _, rur in scored)
     assert results.find("rur.mean").value <= 0.5
     assert results.difference("rur.mean", "ablated", "random@3").ci95
-    assert any("repetition were chosen by this model's own completions" in warning for warning in results.provenance["warnings"])
+    assert any(
+        "repetition were chosen by this model's own completions" in warning
+        for warning in results.provenance["warnings"]
+    )
     assert "towards the mean" in (tmp_path / "run/report.html").read_text()
 
 
@@ -69,10 +78,18 @@ def test_the_bundled_recipe_tests_on_prompts_chosen_without_looking() -> None:
     recipe = load_recipe("demo-repetition")
     assert recipe.references["undesired"].choose_by == "repetition"
     assert recipe.metrics()["repetition"].model_dump()["choose_by"] is None
-    assert load_recipe("demo-repetition", ["evaluation.repetition.choose_by=repetition"]).metrics()["repetition"].model_dump()["max_rur"] == 0.5
+    assert (
+        load_recipe("demo-repetition", ["evaluation.repetition.choose_by=repetition"])
+        .metrics()["repetition"]
+        .model_dump()["max_rur"]
+        == 0.5
+    )
 
 
 def test_toxicity_prompts_are_not_chosen_by_repetition() -> None:
-    wrong = {**json.loads(json.dumps(SMALL)), "evaluation": {"toxicity": {"source": "demo-angry", "choose_by": "repetition"}}}
+    wrong = {
+        **json.loads(json.dumps(SMALL)),
+        "evaluation": {"toxicity": {"source": "demo-angry", "choose_by": "repetition"}},
+    }
     with pytest.raises(UserError, match="by prompt, continuation or completion"):
         load_recipe(wrong)

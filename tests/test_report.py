@@ -9,22 +9,21 @@ import pytest
 import torch
 from finished_run import BREAKOUT, SCRIPT, finished, measurement, site
 
-from sparc3.circuit import Circuit
+from sparc3.circuits.circuit import Circuit
 from sparc3.errors import DamagedFile, UserError
-from sparc3.files import write_json
-from sparc3.report import write_report
-from sparc3.report.folder import read_folder
-from sparc3.report.masking import Mask
-from sparc3.report.numbers import chance, change, figure, with_interval
-from sparc3.report.pairs import changed
-from sparc3.report.shared import protected, sharing
-from sparc3.report.svg import Scale, spread
+from sparc3.report.cards import protected, sharing
+from sparc3.report.charts import Scale, spread
+from sparc3.report.examples import Mask, changed
+from sparc3.report.headline import headline, remarks
+from sparc3.report.read import read_folder
 from sparc3.report.tradeoff import tradeoffs
-from sparc3.report.variants import named
-from sparc3.report.visible import visible
-from sparc3.report.wording import headline, remarks
+from sparc3.report.variant_names import named
+from sparc3.report.words import chance, change, figure, with_interval
+from sparc3.report.write import write_report
 from sparc3.results import Difference, Measurement, Results
+from sparc3.safe_text import visible
 from sparc3.scores import Scores
+from sparc3.storage import write_json
 
 
 @pytest.fixture
@@ -80,7 +79,17 @@ def test_the_page_has_every_section_and_is_small(run: Path) -> None:
     read = Page(path.read_text(encoding="utf-8"))
     assert path == run / "report.html"
     assert path.stat().st_size < 5_000_000
-    assert {"change", "curves", "methods", "where", "texts", "cards", "figures", "checks", "again"} <= read.ids
+    assert {
+        "change",
+        "curves",
+        "methods",
+        "where",
+        "texts",
+        "cards",
+        "figures",
+        "checks",
+        "again",
+    } <= read.ids
     assert not read.unbalanced
     assert not read.open
     links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
@@ -110,7 +119,14 @@ def test_results_alone_make_a_page_that_invents_nothing(tmp_path: Path) -> None:
     assert "neuron" not in read.text
 
 
-OPTIONAL = ("circuit.json", "scores/contrast.safetensors", "evaluation/original.json", "cards.json", "recipe.yaml", "environment.json")
+OPTIONAL = (
+    "circuit.json",
+    "scores/contrast.safetensors",
+    "evaluation/original.json",
+    "cards.json",
+    "recipe.yaml",
+    "environment.json",
+)
 
 
 @pytest.mark.parametrize("missing", OPTIONAL)
@@ -144,16 +160,28 @@ def test_half_a_million_neurons_make_a_small_page(run: Path) -> None:
 
 def said(run: Path) -> str:
     folder = read_folder(run)
-    return re.sub(r"<[^>]+>", "", html.unescape(str(headline(folder)) + " " + " ".join(str(remark.text) for remark in remarks(folder))))
+    return re.sub(
+        r"<[^>]+>",
+        "",
+        html.unescape(str(headline(folder)) + " " + " ".join(str(remark.text) for remark in remarks(folder))),
+    )
 
 
 def test_the_headline_has_figures_and_intervals(run: Path) -> None:
     words = said(run)
-    first, last = (Results.load(run / "results.json").find("toxicity.mean", variant) for variant in ("original", "ablated"))
+    first, last = (
+        Results.load(run / "results.json").find("toxicity.mean", variant)
+        for variant in ("original", "ablated")
+    )
     random = Results.load(run / "results.json").find("toxicity.mean", "random@40")
     started = f"Removing 40 of 2,048 neurons took mean toxicity from {with_interval(first)} to {with_interval(last)}; 40 random neurons leave it at "
     assert words.startswith(started + with_interval(random))
-    for remark in ("more than chance", "Net of 40 random neurons the change is \u221272.1 points", "No other method is ahead", "did not measurably move"):
+    for remark in (
+        "more than chance",
+        "Net of 40 random neurons the change is \u221272.1 points",
+        "No other method is ahead",
+        "did not measurably move",
+    ):
         assert remark in words
 
 
@@ -176,7 +204,10 @@ def test_a_change_for_the_worse_is_called_so(run: Path) -> None:
 
 def test_a_method_that_is_ahead_is_named_with_its_price(run: Path) -> None:
     altered(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
-    assert "Wanda is ahead at the same count: 5.0\u202f% [4.0,\u00a06.0] (perplexity 3.283, +16.0\u202f%)" in said(run)
+    assert (
+        "Wanda is ahead at the same count: 5.0\u202f% [4.0,\u00a06.0] (perplexity 3.283, +16.0\u202f%)"
+        in said(run)
+    )
 
 
 def test_a_method_that_is_barely_ahead_is_called_close(run: Path) -> None:
@@ -230,7 +261,10 @@ def test_every_point_of_the_trade_off_is_one_measured(run: Path) -> None:
     assert rows["perplexity"] == "+16.0\u202f%"
     # seven of eight candidates: one was hopeless; and two counts of another method
     assert len(searched.tips) == 7 + 2
-    assert "8 candidates on 50 prompts and 60 texts for validation, 6 within the budget, 1 cost too much" in searched.note
+    assert (
+        "8 candidates on 50 prompts and 60 texts for validation, 6 within the budget, 1 cost too much"
+        in searched.note
+    )
     kept = {tip["head"]: tip["rows"][-1]["text"] for tip in searched.tips.values()}  # type: ignore[index]
     assert kept["40 neurons, target completion:1, signed, matched contrast"] == "kept"
     assert kept["600 neurons, target completion:1, signed, matched contrast"] == "exceeded"
@@ -262,14 +296,25 @@ def test_where_the_method_is_not_ahead_it_says_so(run: Path) -> None:
 def no_search(run: Path) -> None:
     (run / "tune.json").unlink()
     found = Results.load(run / "results.json")
-    Results(found.measurements, found.differences, {k: v for k, v in found.provenance.items() if k != "tune"}).save(run / "results.json")
+    Results(
+        found.measurements, found.differences, {k: v for k, v in found.provenance.items() if k != "tune"}
+    ).save(run / "results.json")
 
 
 def test_how_sure_it_is(run: Path) -> None:
     text = page(run).text
-    for words in ("\u221273.6 points", "\u221272.1 points", "200 prompts detect a change of mean toxicity of ≥ 3.1 points", "3.1 points"):
+    for words in (
+        "\u221273.6 points",
+        "\u221272.1 points",
+        "200 prompts detect a change of mean toxicity of ≥ 3.1 points",
+        "3.1 points",
+    ):
         assert words in text
-    for words in ("Pearson correlation 0.713", "the same verdict (toxic from 0.5) on 87.4\u202f%", "30.1\u202f% [27.0,\xa033.0]"):
+    for words in (
+        "Pearson correlation 0.713",
+        "the same verdict (toxic from 0.5) on 87.4\u202f%",
+        "30.1\u202f% [27.0,\xa033.0]",
+    ):
         assert words in text
 
 
@@ -278,22 +323,43 @@ def test_an_interval_without_zero_is_not_enough(run: Path) -> None:
     assert "The evidence is weak" in said(run)
 
 
-@pytest.mark.parametrize(("change", "words"), [(0.2, "less likely to the original model"), (-0.2, "likelier to the original model"), (0.001, "stays as likely")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (0.2, "less likely to the original model"),
+        (-0.2, "likelier to the original model"),
+        (0.001, "stays as likely"),
+    ],
+)
 def test_fluency_is_told_either_way(run: Path, change: float, words: str) -> None:
-    altered(run, [], [Difference("fluency", "original", "ablated", change, change / 1.8, (change - 0.01, change + 0.01), 0.001)])
+    altered(
+        run,
+        [],
+        [
+            Difference(
+                "fluency", "original", "ablated", change, change / 1.8, (change - 0.01, change + 0.01), 0.001
+            )
+        ],
+    )
     assert words in said(run)
 
 
 def test_what_circuits_share_and_what_is_protected(run: Path) -> None:
     folder = read_folder(run)
-    assert [(one.name, one.both, one.expected) for one in sharing(folder)] == [("gradient", "11 (27.5\u202f%)", "1")]
+    assert [(one.name, one.both, one.expected) for one in sharing(folder)] == [
+        ("gradient", "11 (27.5\u202f%)", "1")
+    ]
     assert protected(folder) == [("layer 2, up_proj, neuron 7", "12.50")]
     assert "Kept out of every selection" in page(run).text
 
 
 def test_methods_as_their_papers_write_them() -> None:
     assert [named(name) for name in ("cp-lrp", "lrp-mean_abs", "aura", "wanda-sequential", "of-mine")] == [
-        "CP-LRP", "LRP (mean abs)", "AurA", "Wanda (sequential)", "of-mine",
+        "CP-LRP",
+        "LRP (mean abs)",
+        "AurA",
+        "Wanda (sequential)",
+        "of-mine",
     ]
 
 
@@ -315,7 +381,9 @@ def test_no_text_of_a_model_becomes_markup(run: Path) -> None:
     assert "alert(2)" in read.text
     assert [tag for tag, _ in read.tags].count("script") == 2
     assert "img" not in {tag for tag, _ in read.tags}
-    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on") or name == "style"]
+    assert not [
+        name for _, attributes in read.tags for name in attributes if name.startswith("on") or name == "style"
+    ]
     assert SCRIPT not in source
     assert BREAKOUT not in source
 
@@ -340,7 +408,9 @@ def test_the_page_names_no_place_to_load_from(run: Path) -> None:
 
 def test_hostile_names_and_metrics(tmp_path: Path) -> None:
     variants = ("original", "ablated", f"{SCRIPT}@3", f"{SCRIPT}@30")
-    rows = tuple(measurement(metric, variant, 1.0, 0.1) for metric in (BREAKOUT, "a@b") for variant in variants)
+    rows = tuple(
+        measurement(metric, variant, 1.0, 0.1) for metric in (BREAKOUT, "a@b") for variant in variants
+    )
     provenance = {"recipe": SCRIPT, "model": {"id": BREAKOUT}, "stages": [{"name": SCRIPT, "seconds": 1}]}
     Results(rows, (), provenance).save(tmp_path / "results.json")
     source = write_report(tmp_path).read_text(encoding="utf-8")
@@ -351,7 +421,10 @@ def test_hostile_names_and_metrics(tmp_path: Path) -> None:
 
 def test_offensive_words_are_dotted_until_asked_for() -> None:
     mask = Mask(("fool", "idiot"))
-    assert mask.write("Fools!", mask.spans("Fools!")) == '<span class="veil">F••••</span><span class="bare">Fools</span>!'
+    assert (
+        mask.write("Fools!", mask.spans("Fools!"))
+        == '<span class="veil">F••••</span><span class="bare">Fools</span>!'
+    )
     assert mask.spans("foolish") == []
     assert mask.of_token(" foo", True) == [(0, 4)]
     assert mask.of_token(" the", True) == []
@@ -362,7 +435,9 @@ def test_without_a_lexicon_a_toxic_continuation_is_hidden_whole() -> None:
     assert mask.of_continuation("bad words", 0.5, True) == [(0, 9)]
     assert mask.of_continuation("good", 0.49, True) == []
     assert mask.of_continuation("bad words", 0.9, False) == []
-    assert '<span class="veil blurred">xxx xxxxx</span><span class="bare">bad words</span>' in mask.write("bad words", [(0, 9)])
+    assert '<span class="veil blurred">xxx xxxxx</span><span class="bare">bad words</span>' in mask.write(
+        "bad words", [(0, 9)]
+    )
 
 
 def test_the_difference_is_marked_word_by_word() -> None:

@@ -17,14 +17,17 @@ import torch
 from tiny import Words, tiny
 
 from sparc3 import Scores, UserError, attribute
-from sparc3.attribution import merge
-from sparc3.attribution.resume import Keeper
-from sparc3.attribution.shards import load_sums
+from sparc3.attribution.attribute import merge
+from sparc3.attribution.partial_sums import Keeper, load_sums
 
 Call = Callable[..., Any]
 SAMPLES = [[3 + (7 * i + j) % 30 for j in range(3 + i % 6)] for i in range(17)]
 KINDS: list[dict[str, Any]] = [
-    {}, {"neuron": "signed"}, {"unit": "weight", "reduce": "mean_abs", "sites": ("attn.q", "mlp.up")}, {"method": "wanda"}, {"target": "next"},
+    {},
+    {"neuron": "signed"},
+    {"unit": "weight", "reduce": "mean_abs", "sites": ("attn.q", "mlp.up")},
+    {"method": "wanda"},
+    {"target": "next"},
 ]
 
 
@@ -43,7 +46,9 @@ def equal(one: Scores, other: Scores) -> bool:
 
 def close(one: Scores, other: Scores) -> bool:
     """Within 1e-6 of each site's largest score, which is as far as float32 in batches of other shapes agrees with itself."""
-    return list(one) == list(other) and all((one[name] - other[name]).abs().max() <= 1e-6 * other[name].abs().max() for name in one)
+    return list(one) == list(other) and all(
+        (one[name] - other[name]).abs().max() <= 1e-6 * other[name].abs().max() for name in one
+    )
 
 
 @pytest.fixture
@@ -68,7 +73,12 @@ def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], No
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("batches", [1, 3])
 def test_a_killed_attribution_goes_on_to_the_same_bits(
-    model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], batches: int
+    model: Any,
+    tmp_path: Path,
+    killed_after: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: dict[str, Any],
+    batches: int,
 ) -> None:
     whole = attribute(model, SAMPLES, batch_tokens=16, **kind)
     partial = tmp_path / "sums"
@@ -80,7 +90,11 @@ def test_a_killed_attribution_goes_on_to_the_same_bits(
     assert 0 < len(done) < len(SAMPLES)
     seen: list[int] = []
     after = Keeper.after
-    monkeypatch.setattr(Keeper, "after", lambda self, batch, sums: (seen.extend(s.index for s in batch.samples), after(self, batch, sums))[1])
+    monkeypatch.setattr(
+        Keeper,
+        "after",
+        lambda self, batch, sums: (seen.extend(s.index for s in batch.samples), after(self, batch, sums))[1],
+    )
     again = attribute(model, SAMPLES, batch_tokens=16, partial=partial, **kind)
     assert sorted(seen) == sorted(set(range(len(SAMPLES))) - done)
     assert equal(whole, again)
@@ -88,19 +102,26 @@ def test_a_killed_attribution_goes_on_to_the_same_bits(
     assert not list(tmp_path.iterdir())
 
 
-def test_sums_of_something_else_are_not_gone_on_from(model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_something_else_are_not_gone_on_from(
+    model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     partial = tmp_path / "sums"
     killed_after(2)
     with pytest.raises(Killed):
         attribute(model, SAMPLES, batch_tokens=16, partial=partial, save_every=0)
     monkeypatch.undo()
     for changed in ({"neuron": "signed"}, {"skip_positions": 1}, {"target": "next"}):
-        assert equal(attribute(model, SAMPLES, batch_tokens=16, partial=partial, **changed), attribute(model, SAMPLES, batch_tokens=16, **changed))
+        assert equal(
+            attribute(model, SAMPLES, batch_tokens=16, partial=partial, **changed),
+            attribute(model, SAMPLES, batch_tokens=16, **changed),
+        )
     partial.write_bytes(b"cut off")
     assert equal(attribute(model, SAMPLES, partial=partial), attribute(model, SAMPLES))
 
 
-def test_samples_left_out_stay_left_out(model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_left_out_stay_left_out(
+    model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[39] = float("nan")
     samples = [[3, 4, 39, 5, 6, 7, 8, 9, 10, 11], *SAMPLES]
@@ -108,7 +129,9 @@ def test_samples_left_out_stay_left_out(model: Any, tmp_path: Path, killed_after
     with pytest.raises(Killed):
         attribute(model, samples, batch_tokens=16, partial=tmp_path / "sums", save_every=0, non_finite="skip")
     monkeypatch.undo()
-    assert attribute(model, samples, batch_tokens=16, partial=tmp_path / "sums", non_finite="skip").provenance["skipped"] == [0]
+    assert attribute(
+        model, samples, batch_tokens=16, partial=tmp_path / "sums", non_finite="skip"
+    ).provenance["skipped"] == [0]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -122,14 +145,20 @@ def test_shards_add_up(model: Any, tmp_path: Path, kind: dict[str, Any], shards:
     assert merged.provenance == whole.provenance
 
 
-def test_a_shard_that_is_done_is_not_done_again(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_is_done_is_not_done_again(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attribute(model, SAMPLES, partial=tmp_path / "1", shard=(1, 2))
     monkeypatch.setattr(Keeper, "after", lambda *_: pytest.fail("a batch was run"))
     attribute(model, SAMPLES, partial=tmp_path / "1", shard=(1, 2))
 
 
-def test_what_does_not_belong_together_is_refused_by_name(model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shard(name: str, number: int, *, samples: Sequence[Any] = SAMPLES, of: int = 3, on: Any = model, **kind: Any) -> Path:
+def test_what_does_not_belong_together_is_refused_by_name(
+    model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shard(
+        name: str, number: int, *, samples: Sequence[Any] = SAMPLES, of: int = 3, on: Any = model, **kind: Any
+    ) -> Path:
         attribute(on, samples, partial=tmp_path / name, shard=(number, of), **kind)
         return tmp_path / name
 
@@ -167,8 +196,12 @@ def test_shards_on_the_command_line(sparc3: Call, mistake: Call, tmp_path: Path)
         assert sparc3(*ask, "--shard", f"{number}/2", "--out", tmp_path / f"s{number}")[0] == 0
     assert "shard 1/2 missing" in mistake("merge", tmp_path / "s2", "--out", tmp_path / "m.safetensors")
     assert "write the first of three as 1/3" in mistake(*ask, "--shard", "0/2", "--out", tmp_path / "x")
-    assert "nothing to share out" in mistake("attribute", "demo", "--method", "random", "--shard", "1/2", "--out", tmp_path / "x")
-    assert "is a safetensors file, but not a sparc3.shard/1 file" in mistake("merge", tmp_path / "whole.safetensors", "--out", tmp_path / "x")
+    assert "nothing to share out" in mistake(
+        "attribute", "demo", "--method", "random", "--shard", "1/2", "--out", tmp_path / "x"
+    )
+    assert "is a safetensors file, but not a sparc3.shard/1 file" in mistake(
+        "merge", tmp_path / "whole.safetensors", "--out", tmp_path / "x"
+    )
     assert sparc3("merge", tmp_path / "s1", tmp_path / "s2", "--out", tmp_path / "m.safetensors")[0] == 0
     assert close(Scores.load(tmp_path / "m.safetensors"), Scores.load(tmp_path / "whole.safetensors"))
 
@@ -221,7 +254,9 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int, how: signal.Signals
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ask", "least"), [("--runs 20", 20), ("--runs 4 --ranks 2", 1), ("--runs 3 --ranks 3", 1)])
+@pytest.mark.parametrize(
+    ("ask", "least"), [("--runs 20", 20), ("--runs 4 --ranks 2", 1), ("--runs 3 --ranks 3", 1)]
+)
 def test_whole_runs_killed_at_random_moments(ask: str, least: int) -> None:
     """Runs are killed at twenty moments and more; of several ranks one is. What they end with is compared with an uninterrupted run of one process."""
     campaign = Path(__file__).parent.parent / "scripts/reliability/killed_runs.py"
@@ -233,7 +268,10 @@ def test_whole_runs_killed_at_random_moments(ask: str, least: int) -> None:
 def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM lets the batch under way end, saves the sums though no minute is over, and then ends the process."""
     sent: list[int] = []
-    monkeypatch.setattr("sparc3.attribution.resume.os.kill", lambda _, number: (sent.append(number), (_ for _ in ()).throw(Killed()))[1].send(None))
+    monkeypatch.setattr(
+        "sparc3.attribution.partial_sums.os.kill",
+        lambda _, number: (sent.append(number), (_ for _ in ()).throw(Killed()))[1].send(None),
+    )
     after = Keeper.after
 
     def interrupted(self: Keeper, *arguments: Any) -> None:
@@ -248,7 +286,9 @@ def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: p
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_ctrl_c_saves_first_and_the_second_ends_at_once(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves_first_and_the_second_ends_at_once(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     after, times = Keeper.after, 1
 
     def interrupted(self: Keeper, *arguments: Any) -> None:
@@ -266,19 +306,36 @@ def test_ctrl_c_saves_first_and_the_second_ends_at_once(model: Any, tmp_path: Pa
     assert not (tmp_path / "twice").exists()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     monkeypatch.setattr(Keeper, "after", after)
-    again, whole = (attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / name) for name in ("once", "anew"))
+    again, whole = (
+        attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / name) for name in ("once", "anew")
+    )
     assert equal(whole, again)
 
 
 def torchrun(ranks: int, *command: str | Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
-    done = subprocess.run([str(part) for part in launch], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *command,
+    ]
+    done = subprocess.run(
+        [str(part) for part in launch],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_the_same_scores_and_take_over_each_others_sums(model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+def test_ranks_give_the_same_scores_and_take_over_each_others_sums(
+    model: Any, tmp_path: Path, killed_after: Call, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
     whole = attribute(model, SAMPLES)
     killed_after(2)
     with pytest.raises(Killed):
@@ -307,7 +364,13 @@ def test_texts_that_another_tokenizer_reads_are_another_task(model: Any, tmp_pat
             return {"input_ids": [token + 1 for token in super().__call__(text)["input_ids"]]}
 
     for number, tokenizer in ((1, Words()), (2, Shifted())):
-        attribute(model, ["w3 w4 w5", "w6 w7"], tokenizer=tokenizer, partial=tmp_path / str(number), shard=(number, 2))
+        attribute(
+            model,
+            ["w3 w4 w5", "w6 w7"],
+            tokenizer=tokenizer,
+            partial=tmp_path / str(number),
+            shard=(number, 2),
+        )
     with pytest.raises(UserError, match="differ in tokens fingerprint"):
         merge([tmp_path / "1", tmp_path / "2"])
 

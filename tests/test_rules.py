@@ -15,11 +15,15 @@ def flow(y: Tensor, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
     """(R of y, R of each input) for a random ĝ at y."""
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=y.dtype)
     found = torch.autograd.grad(y, inputs, grad, allow_unused=True)
-    return y.detach() * grad, [torch.zeros_like(x) if g is None else x.detach() * g for x, g in zip(inputs, found, strict=True)]
+    return y.detach() * grad, [
+        torch.zeros_like(x) if g is None else x.detach() * g for x, g in zip(inputs, found, strict=True)
+    ]
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
-    return (2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).requires_grad_()
+    return (
+        2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).requires_grad_()
 
 
 def activation(kind: str) -> Callable[[Tensor], Tensor]:
@@ -37,7 +41,11 @@ def test_relevance_passes_an_activation_unchanged(kind: str) -> None:
     after, (before,) = flow(y, x)
     assert torch.allclose(before, after, rtol=1e-8, atol=1e-10)
     zero = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.grad(rules.identity_rule(zero, function, ACTIVATIONS[kind]).sum(), zero)[0].isfinite().all()
+    assert (
+        torch.autograd.grad(rules.identity_rule(zero, function, ACTIVATIONS[kind]).sum(), zero)[0]
+        .isfinite()
+        .all()
+    )
 
 
 def test_relevance_passes_a_soft_cap_unchanged_even_at_its_ceiling_and_at_zero() -> None:
@@ -96,7 +104,12 @@ def test_capped_attention_is_gemmas_and_its_relevance_that_of_explicit_messages(
     after, (to_query, to_key, to_value) = flow(mine, query, key, value)
     expected = [torch.zeros_like(x) for x in (query, key, value)]
     for head in range(4):
-        q, k, v, a = query[0, head].detach(), key[0, head // 2].detach(), value[0, head // 2].detach(), weights[0, head].detach().double()
+        q, k, v, a = (
+            query[0, head].detach(),
+            key[0, head // 2].detach(),
+            value[0, head // 2].detach(),
+            weights[0, head].detach().double(),
+        )
         from_weights, from_values = reference.matmul_rule(a, v, after[0, :, head])
         capped = torch.tanh(q @ k.T * 0.4 / 3.0) * 3.0
         of_scores = reference.softmax_rule(capped, a, from_weights)  # the cap passes relevance unchanged

@@ -9,24 +9,38 @@ from typing import Any
 import pytest
 
 from sparc3 import ReferenceSet, Sample, UserError
-from sparc3 import sources as S
-from sparc3.batches import encode
 from sparc3.demo.text import INSULTS, KINDS, texts
-from sparc3.sources import Request, corpus, gather, overlap, stream
+from sparc3.samples import sources as S
+from sparc3.samples.batches import encode
+from sparc3.samples.sources import Request, corpus, gather, overlap, stream
 
 Rows = Callable[..., Path]
 
 
 def test_samples_come_back_as_saved(tmp_path: Path) -> None:
-    made = ReferenceSet((Sample(text="a\u2028b", completion=" c"), Sample(input_ids=(1, 2)), Sample(text="x", target=" y", contrast=" z")), {"source": "s"})
+    made = ReferenceSet(
+        (
+            Sample(text="a\u2028b", completion=" c"),
+            Sample(input_ids=(1, 2)),
+            Sample(text="x", target=" y", contrast=" z"),
+        ),
+        {"source": "s"},
+    )
     made.save(tmp_path / "s.jsonl")
     assert ReferenceSet.load(tmp_path / "s.jsonl") == made
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    ("{nonsense", "line 2 is not JSON"), ("[1]", "line 2 is not a JSON object"), ('{"txt": "a"}', 'line 2 needs either "text"'),
-    ('{"text": 3}', 'line 2: "text" must be'), ('{"input_ids": []}', 'line 2: "input_ids"'), ('{"text": ""}', "line 2.*empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{nonsense", "line 2 is not JSON"),
+        ("[1]", "line 2 is not a JSON object"),
+        ('{"txt": "a"}', 'line 2 needs either "text"'),
+        ('{"text": 3}', 'line 2: "text" must be'),
+        ('{"input_ids": []}', 'line 2: "input_ids"'),
+        ('{"text": ""}', "line 2.*empty"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
@@ -45,8 +59,12 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
 
 def test_realtoxicityprompts_rows_are_read_as_they_are(jsonl: Rows) -> None:
     rows = [
-        {"prompt": {"text": f"p{i}", "toxicity": i / 10}, "continuation": {"text": f" c{i}", "toxicity": 1 - i / 10}} for i in range(10)
-    ] + [{"prompt": {"text": "none", "toxicity": None}, "continuation": {"text": "x", "toxicity": None}}]  # fmt: skip
+        {
+            "prompt": {"text": f"p{i}", "toxicity": i / 10},
+            "continuation": {"text": f" c{i}", "toxicity": 1 - i / 10},
+        }
+        for i in range(10)
+    ] + [{"prompt": {"text": "none", "toxicity": None}, "continuation": {"text": "x", "toxicity": None}}]
     path = str(jsonl("rtp.jsonl", rows))
     whole = ReferenceSet.load(path)
     assert (whole.samples[3].text, whole.samples[3].completion) == ("p3", " c3")
@@ -55,21 +73,33 @@ def test_realtoxicityprompts_rows_are_read_as_they_are(jsonl: Rows) -> None:
     low = S.toxic_prompts(rows, Request(path, 10, choose_by="continuation", max_toxicity=0.3), None)
     assert {s.text for s in low} <= {"p7", "p8", "p9"}
     completed = S.toxic_prompts(
-        rows, Request(path, 10, choose_by="completion", min_toxicity=0.9), lambda prompts: [(f" made {p}", 0.95 if p == "p1" else None) for p in prompts]
+        rows,
+        Request(path, 10, choose_by="completion", min_toxicity=0.9),
+        lambda prompts: [(f" made {p}", 0.95 if p == "p1" else None) for p in prompts],
     )
     assert completed in ([Sample(text="p1", completion=" made p1")], [])
 
 
 def test_splits_of_one_set_never_meet(jsonl: Rows) -> None:
-    rows = [{"prompt": {"text": f"prompt number {i}", "toxicity": 1.0}, "continuation": {"text": "x", "toxicity": 0.0}} for i in range(300)]
+    rows = [
+        {
+            "prompt": {"text": f"prompt number {i}", "toxicity": 1.0},
+            "continuation": {"text": "x", "toxicity": 0.0},
+        }
+        for i in range(300)
+    ]
     path = str(jsonl("rtp.jsonl", rows))
     reference = gather(Request(path, 100, choose_by="prompt", min_toxicity=0.5))
     test = gather(Request(path, 60, split="test", choose_by="prompt", min_toxicity=0.5))
     assert not overlap(reference, test)
-    assert overlap([Sample(text="The  same, prompt!")], [Sample(text="the same prompt")]) == ["the same prompt"]
+    assert overlap([Sample(text="The  same, prompt!")], [Sample(text="the same prompt")]) == [
+        "the same prompt"
+    ]
 
 
-def test_c4_is_cut_exactly_and_by_the_seed(demo: tuple[Any, Any], jsonl: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c4_is_cut_exactly_and_by_the_seed(
+    demo: tuple[Any, Any], jsonl: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reading code of the hub's C4, on a local file through the same API of `datasets`."""
     documents = [{"text": t.text} for t in itertools.islice(texts("story", "train"), 400)]
     path = jsonl("c4.json", documents)
@@ -85,11 +115,25 @@ def test_c4_is_cut_exactly_and_by_the_seed(demo: tuple[Any, Any], jsonl: Rows, m
         gather(Request("c4", 10, seq_len=4000), demo[1])
 
 
-def test_other_hub_sources_read_through_the_same_api(demo: tuple[Any, Any], jsonl: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    wiki = [{"text": line} for t in itertools.islice(texts("story", "test"), 60) for line in (t.text + "\n", "")]
-    rtp = [{"prompt": {"text": f"p {i}", "toxicity": i / 100}, "continuation": {"text": "c", "toxicity": 0.1}} for i in range(100)]
-    files = {"Salesforce/wikitext": jsonl("wiki.json", wiki), "allenai/real-toxicity-prompts": jsonl("rtp.json", rtp)}
-    monkeypatch.setattr(S, "stream", lambda seed, **where: stream(seed, path="json", data_files=str(files[where["path"]]), split="train"))
+def test_other_hub_sources_read_through_the_same_api(
+    demo: tuple[Any, Any], jsonl: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wiki = [
+        {"text": line} for t in itertools.islice(texts("story", "test"), 60) for line in (t.text + "\n", "")
+    ]
+    rtp = [
+        {"prompt": {"text": f"p {i}", "toxicity": i / 100}, "continuation": {"text": "c", "toxicity": 0.1}}
+        for i in range(100)
+    ]
+    files = {
+        "Salesforce/wikitext": jsonl("wiki.json", wiki),
+        "allenai/real-toxicity-prompts": jsonl("rtp.json", rtp),
+    }
+    monkeypatch.setattr(
+        S,
+        "stream",
+        lambda seed, **where: stream(seed, path="json", data_files=str(files[where["path"]]), split="train"),
+    )
     assert corpus("wikitext2") == [row["text"] for row in wiki]
     cut = gather(Request("wikitext2", 5, seq_len=64), demo[1])
     assert {len(s.input_ids or ()) for s in cut} == {64}
@@ -109,24 +153,38 @@ def test_demo_texts_are_a_function_of_their_place() -> None:
         assert first == [t.text for t in itertools.islice(texts(kind, "test"), 30)]
         used = {t.prompt for t in itertools.islice(texts(kind, "reference"), 300)}
         assert not used & {t.prompt for t in itertools.islice(texts(kind, "test"), 300)}
-    said = lambda kind: [any(word in t.completion for word in INSULTS) for t in itertools.islice(texts(kind, "test"), 200)]  # noqa: E731
+    said = lambda kind: [  # noqa: E731
+        any(word in t.completion for word in INSULTS) for t in itertools.islice(texts(kind, "test"), 200)
+    ]
     assert sum(said("angry")) > 170
     assert not any(said("polite") + said("general") + said("ioi"))
 
 
-@pytest.mark.parametrize(("target", "sample", "said"), [
-    ("label", Sample(text="a"), 'has no "target"'), ("contrast", Sample(text="a", target=" Tom"), 'has no "contrast"'),
-    ("completion", Sample(text="a"), 'has no "completion"'), ("label", Sample(text="a", target=" Tom Anna"), "is 2 tokens"),
-    ("next", Sample(input_ids=(1,)), "one token"), ("predicted", Sample(input_ids=(99999,)), "99999"),
-])  # fmt: skip
-def test_samples_that_lack_what_the_target_needs_are_named(demo: tuple[Any, Any], target: str, sample: Sample, said: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "sample", "said"),
+    [
+        ("label", Sample(text="a"), 'has no "target"'),
+        ("contrast", Sample(text="a", target=" Tom"), 'has no "contrast"'),
+        ("completion", Sample(text="a"), 'has no "completion"'),
+        ("label", Sample(text="a", target=" Tom Anna"), "is 2 tokens"),
+        ("next", Sample(input_ids=(1,)), "one token"),
+        ("predicted", Sample(input_ids=(99999,)), "99999"),
+    ],
+)
+def test_samples_that_lack_what_the_target_needs_are_named(
+    demo: tuple[Any, Any], target: str, sample: Sample, said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         encode(ReferenceSet((sample,)), demo[1], target, context=512, vocabulary=len(demo[1]))
 
 
 def test_too_long_is_counted_and_truncated_only_when_told() -> None:
-    long = ReferenceSet((Sample(input_ids=tuple(range(9))), Sample(input_ids=(1, 2)), Sample(input_ids=tuple(range(12)))))
-    with pytest.raises(UserError, match=r"2 of 3 samples are longer than the model's 8 tokens \(the longest has 12"):
+    long = ReferenceSet(
+        (Sample(input_ids=tuple(range(9))), Sample(input_ids=(1, 2)), Sample(input_ids=tuple(range(12))))
+    )
+    with pytest.raises(
+        UserError, match=r"2 of 3 samples are longer than the model's 8 tokens \(the longest has 12"
+    ):
         encode(long, None, "predicted", context=8, vocabulary=20)
     cut = encode(long, None, "next", context=8, vocabulary=20, truncate=True)
     assert [len(e.ids) for e in cut] == [8, 2, 8]
@@ -135,5 +193,7 @@ def test_too_long_is_counted_and_truncated_only_when_told() -> None:
 
 def test_json_lines_survive_odd_separators(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
-    path.write_text(json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert ReferenceSet.load(path).samples[0].text == "one\u2028two\u0085three"

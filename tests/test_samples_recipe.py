@@ -7,9 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from sparc3 import ReferenceSet, Results, Scores, UserError, ablated, attribute, evaluate, load_recipe, run, select
-from sparc3.experiment.sampling import distribution
-from sparc3.plan import plan
+from sparc3 import (
+    ReferenceSet,
+    Results,
+    Scores,
+    UserError,
+    ablated,
+    attribute,
+    evaluate,
+    load_recipe,
+    run,
+    select,
+)
+from sparc3.experiment.gather import distribution
+from sparc3.plan.plan import plan
 
 SMALL: dict[str, Any] = {
     "name": "small-samples",
@@ -18,7 +29,10 @@ SMALL: dict[str, Any] = {
     "references": {"general": {"source": "demo-general", "count": 6, "seeds": [0, 1], "target": "next"}},
     "attribution": {"unit": "weight", "sites": ["attn.o", "mlp.up"]},
     "compress": {"methods": ["magnitude", "wanda", "lrp"], "fractions": [0.5], "samples": [1, 6]},
-    "evaluation": {"perplexity": {"source": "demo-general", "count": 4, "protocol": "blocks", "seq_len": 64}, "sparsity": {}},
+    "evaluation": {
+        "perplexity": {"source": "demo-general", "count": 4, "protocol": "blocks", "seq_len": 64},
+        "sparsity": {},
+    },
 }
 COUNT = 4 * (128 * 128 + 512 * 128) // 2
 
@@ -33,27 +47,59 @@ def test_every_number_of_samples_is_a_variant(finished: tuple[Path, Results]) ->
     _, results = finished
     names = {f"magnitude@{COUNT}", f"wanda@{COUNT}", f"lrp@{COUNT}", "wanda, 1 sample", "lrp, 1 sample"}
     assert {m.variant for m in results} == {"original", *names}
-    assert all(results.find("sparsity.row_min", name).value == results.find("sparsity.row_max", name).value == 0.5 for name in names)
+    assert all(
+        results.find("sparsity.row_min", name).value == results.find("sparsity.row_max", name).value == 0.5
+        for name in names
+    )
     rows = results.provenance["by_samples"]
-    assert {(row["method"], row["samples"], row["seed"]) for row in rows} == {(m, n, s) for m in ("wanda", "lrp") for n in (1, 6) for s in (0, 1)}
+    assert {(row["method"], row["samples"], row["seed"]) for row in rows} == {
+        (m, n, s) for m in ("wanda", "lrp") for n in (1, 6) for s in (0, 1)
+    }
 
 
-def test_a_figure_is_that_of_the_first_samples_of_its_seed(finished: tuple[Path, Results], demo: tuple[Any, Any]) -> None:
+def test_a_figure_is_that_of_the_first_samples_of_its_seed(
+    finished: tuple[Path, Results], demo: tuple[Any, Any]
+) -> None:
     model, tokenizer = demo
     folder, results = finished
     samples = ReferenceSet.load(folder / "samples/general.1.jsonl").samples[:1]
     assert samples != ReferenceSet.load(folder / "samples/general.jsonl").samples[:1]
-    scores = attribute(model, ReferenceSet(samples), tokenizer=tokenizer, unit="weight", sites=("attn.o", "mlp.up"), target="next")
-    again = evaluate(
-        model, tokenizer, {"perplexity": SMALL["evaluation"]["perplexity"]},
-        variants={"lrp": lambda: ablated(model, select(Scores({n: t.abs() for n, t in scores.items()}, scores.provenance), fraction=0.5, scope="row"))},
+    scores = attribute(
+        model,
+        ReferenceSet(samples),
+        tokenizer=tokenizer,
+        unit="weight",
+        sites=("attn.o", "mlp.up"),
+        target="next",
     )
-    row = next(r for r in results.provenance["by_samples"] if (r["method"], r["samples"], r["seed"], r["metric"]) == ("lrp", 1, 1, "perplexity"))
+    again = evaluate(
+        model,
+        tokenizer,
+        {"perplexity": SMALL["evaluation"]["perplexity"]},
+        variants={
+            "lrp": lambda: ablated(
+                model,
+                select(
+                    Scores({n: t.abs() for n, t in scores.items()}, scores.provenance),
+                    fraction=0.5,
+                    scope="row",
+                ),
+            )
+        },
+    )
+    row = next(
+        r
+        for r in results.provenance["by_samples"]
+        if (r["method"], r["samples"], r["seed"], r["metric"]) == ("lrp", 1, 1, "perplexity")
+    )
     assert row["value"] == pytest.approx(again.find("perplexity", "lrp").value, rel=1e-6)
 
 
 def test_distribution_by_hand() -> None:
-    scores = Scores({"a": torch.tensor([[100.0, -10.0], [1.0, 0.0]]), "b": torch.tensor([[5e-5, 2.0]])}, {"unit": "weight"})
+    scores = Scores(
+        {"a": torch.tensor([[100.0, -10.0], [1.0, 0.0]]), "b": torch.tensor([[5e-5, 2.0]])},
+        {"unit": "weight"},
+    )
     found = distribution(scores)
     assert found["largest"] == 100.0
     assert [len(counts) for counts in found["sites"].values()] == [49, 49]
@@ -80,18 +126,25 @@ def test_the_report_draws_it_and_the_plan_counts_it(finished: tuple[Path, Result
 
 def test_it_is_not_done_again(finished: tuple[Path, Results]) -> None:
     folder, results = finished
-    before = {path: path.stat().st_mtime_ns for place in ("evaluation", "distributions") for path in folder.glob(f"{place}/*")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for place in ("evaluation", "distributions")
+        for path in folder.glob(f"{place}/*")
+    }
     assert len(before) == 2 + 2 * 2 * 2 + 2
     assert run(SMALL, folder).measurements == results.measurements
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize(("compress", "said"), [
-    ({"methods": ["lrp"], "fractions": [0.5], "samples": [7]}, "references.general.count is less"),
-    ({"methods": ["lrp"], "fractions": [0.4, 0.5], "samples": [1]}, "at one fraction"),
-    ({"methods": ["wanda-sequential"], "fractions": [0.5], "samples": [1]}, "leave wanda-sequential out"),
-    ({"methods": ["lrp"], "fractions": [0.5], "samples": [0]}, "samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("compress", "said"),
+    [
+        ({"methods": ["lrp"], "fractions": [0.5], "samples": [7]}, "references.general.count is less"),
+        ({"methods": ["lrp"], "fractions": [0.4, 0.5], "samples": [1]}, "at one fraction"),
+        ({"methods": ["wanda-sequential"], "fractions": [0.5], "samples": [1]}, "leave wanda-sequential out"),
+        ({"methods": ["lrp"], "fractions": [0.5], "samples": [0]}, "samples"),
+    ],
+)
 def test_recipes_that_make_no_sense_are_refused(compress: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         load_recipe({**SMALL, "compress": compress})

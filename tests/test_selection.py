@@ -9,9 +9,9 @@ import torch
 from tests.tiny import tiny
 
 from sparc3 import Circuit, Scores, UserError, ablate_, ablated, contrast, select
-from sparc3.circuits import union
+from sparc3.circuits.algebra import union
+from sparc3.circuits.select import candidates, excluding, random_like
 from sparc3.errors import DamagedFile, NonFinite
-from sparc3.selection import candidates, excluding, random_like
 
 MODEL = {"id": "m", "architecture": "llama", "fingerprint": "f"}
 
@@ -27,7 +27,11 @@ def test_plain_contrast_is_general_less_undesired() -> None:
 
 
 def test_matched_contrast_takes_the_larger_use_and_only_what_is_below_zero() -> None:
-    general, undesired, matched = scores({"a": [0.5, -1.0, 0.0]}), scores({"a": [2.0, 2.0, 1.0]}), scores({"a": [-0.75, 0.2, 2.0]})
+    general, undesired, matched = (
+        scores({"a": [0.5, -1.0, 0.0]}),
+        scores({"a": [2.0, 2.0, 1.0]}),
+        scores({"a": [-0.75, 0.2, 2.0]}),
+    )
     made = contrast(general, undesired, matched=matched, penalty=2.0)
     assert made["a"].tolist() == [2 * 0.75 - 2.0, 2 * 1.0 - 2.0, 2 * 2.0 - 1.0]
     assert candidates(made) == 1
@@ -67,7 +71,15 @@ def test_selection_is_deterministic_with_ties_by_site_then_index() -> None:
 
 def test_selection_refuses_what_makes_no_sense() -> None:
     some = scores({"a": [1.0, 2.0]})
-    for bad in ({}, {"count": 1, "fraction": 0.5}, {"fraction": 1.0}, {"fraction": -0.1}, {"count": -1}, {"count": 3}, {"count": 1, "scope": "globl"}):
+    for bad in (
+        {},
+        {"count": 1, "fraction": 0.5},
+        {"fraction": 1.0},
+        {"fraction": -0.1},
+        {"count": -1},
+        {"count": 3},
+        {"count": 1, "scope": "globl"},
+    ):
         with pytest.raises(UserError):
             select(some, **bad)
     for value in (math.nan, math.inf):
@@ -112,7 +124,12 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     text = (tmp_path / "c.json").read_text()
     (tmp_path / "changed.json").write_text(text.replace("\n   0\n", "\n   1\n"))
     (tmp_path / "short.json").write_text(text[:-9])
-    for name, load in (("flipped.safetensors", Scores.load), ("short.safetensors", Scores.load), ("changed.json", Circuit.load), ("short.json", Circuit.load)):
+    for name, load in (
+        ("flipped.safetensors", Scores.load),
+        ("short.safetensors", Scores.load),
+        ("changed.json", Circuit.load),
+        ("short.json", Circuit.load),
+    ):
         with pytest.raises(DamagedFile, match=name):
             load(tmp_path / name)  # type: ignore[operator]
 
@@ -121,7 +138,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_ablating_a_neuron_silences_exactly_it(name: str) -> None:
     """The input of mlp.down is zero at the ablated neurons (at a ReLU or gate of zero input), and unchanged elsewhere."""
     model = tiny(name)
-    from sparc3.models import sites_of
+    from sparc3.models.sites import sites_of
 
     up, down = sites_of(model, ["mlp.up"])[1], sites_of(model, ["mlp.down"])[1]
     seen: list[torch.Tensor] = []
@@ -140,7 +157,7 @@ def test_ablating_a_neuron_silences_exactly_it(name: str) -> None:
 
 def test_ablating_a_head_removes_what_it_writes() -> None:
     model = tiny("llama")
-    from sparc3.models import sites_of
+    from sparc3.models.sites import sites_of
 
     site = sites_of(model, ["attn.o"])[0]
     with ablated(model, Circuit("head", {site.name: (1,)})):
@@ -152,11 +169,15 @@ def test_ablating_a_head_removes_what_it_writes() -> None:
 
 def test_ablation_restores_bit_for_bit_after_errors_and_when_nested() -> None:
     model = tiny("opt")
-    from sparc3.models import sites_of
+    from sparc3.models.sites import sites_of
 
     one, two = (site.name for site in sites_of(model, ["mlp.up"]))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="stop"), ablated(model, Circuit("neuron", {one: (0, 1)})), ablated(model, Circuit("neuron", {one: (1, 2), two: (3,)})):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        ablated(model, Circuit("neuron", {one: (0, 1)})),
+        ablated(model, Circuit("neuron", {one: (1, 2), two: (3,)})),
+    ):
         raise RuntimeError("stop")
     with pytest.raises(UserError, match="has 24"), ablated(model, Circuit("neuron", {one: (0, 99)})):
         pass
@@ -167,7 +188,7 @@ def test_ablation_restores_bit_for_bit_after_errors_and_when_nested() -> None:
 
 def test_for_good_means_for_good() -> None:
     model = tiny("llama")
-    from sparc3.models import sites_of
+    from sparc3.models.sites import sites_of
 
     site = sites_of(model, ["mlp.up"])[0]
     ablate_(model, Circuit("neuron", {site.name: (2,)}))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sparc3 import Results, UserError, load_recipe
-from sparc3.slurm import sbatch, seconds
+from sparc3.cli.machine_commands import sbatch, seconds
 
 Call = Callable[..., Any]
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,13 @@ def lines(**options: Any) -> list[str]:
 def test_one_node() -> None:
     text = lines(gpus=4, time="02:00:00", partition="gpu", folder="/runs/demo")
     head = [line for line in text if line.startswith("#SBATCH")]
-    assert {"#SBATCH --nodes=1", "#SBATCH --gpus-per-node=4", "#SBATCH --time=02:00:00", "#SBATCH --partition=gpu", "#SBATCH --requeue"} <= set(head)
+    assert {
+        "#SBATCH --nodes=1",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --time=02:00:00",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --requeue",
+    } <= set(head)
     assert "#SBATCH --signal=B:USR1@120" in head
     assert "#SBATCH --output=/runs/demo-%j.log" in head
     assert text[0] == "#!/bin/bash"
@@ -44,20 +50,34 @@ def test_nodes_arrays_and_settings() -> None:
     assert '--set references.general.seeds="[$SLURM_ARRAY_TASK_ID]" &' in text
 
 
-@pytest.mark.parametrize("options", [{}, {"nodes": 3, "gpus": 8, "array": 2}, {"gpus": 0, "folder": "it's here"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"nodes": 3, "gpus": 8, "array": 2}, {"gpus": 0, "folder": "it's here"}]
+)
 def test_bash_reads_it(options: dict[str, Any]) -> None:
     subprocess.run(["bash", "-n"], input="\n".join(lines(**options)), text=True, check=True)
 
 
-@pytest.mark.parametrize(("time", "there"), [
-    ("30", 1800), ("30:15", 1815), ("02:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400), ("2-01:00:05", 176405),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("time", "there"),
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("02:00:00", 7200),
+        ("1-0", 86400),
+        ("1-12:30", 131400),
+        ("2-01:00:05", 176405),
+    ],
+)
 def test_times(time: str, there: int) -> None:
     assert seconds(time) == there
 
 
 def test_mistakes() -> None:
-    for options, said in (({"time": "soon"}, "is not SLURM's"), ({"time": "3"}, "at least 4 minutes"), ({"nodes": 0}, "make no job")):
+    for options, said in (
+        ({"time": "soon"}, "is not SLURM's"),
+        ({"time": "3"}, "at least 4 minutes"),
+        ({"nodes": 0}, "make no job"),
+    ):
         with pytest.raises(UserError, match=said):
             lines(**options)
 
@@ -77,7 +97,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     if not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))) or os.geteuid() != 0:
         pytest.skip("needs Debian's slurm-wlm and munge, and root")
     folder = tmp_path_factory.mktemp("slurm")
-    begun = subprocess.run([ROOT / "scripts/slurm_one_node.sh", "start", folder, str(os.getpid())], capture_output=True, text=True)
+    begun = subprocess.run(
+        [ROOT / "scripts/slurm_one_node.sh", "start", folder, str(os.getpid())],
+        capture_output=True,
+        text=True,
+    )
     if begun.returncode:
         pytest.skip(f"SLURM did not start: {begun.stderr.strip()[-200:]}")
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
@@ -107,11 +131,17 @@ def processes(folder: Path) -> dict[bytes, int]:
 
 def adds_up(folder: Path) -> bool:
     """Whether a rank of the run is adding up scores: only then does it hear SIGTERM itself."""
-    return any(heard >> (signal.SIGTERM - 1) & 1 for command, heard in processes(folder).items() if b"torch.distributed.run" not in command)
+    return any(
+        heard >> (signal.SIGTERM - 1) & 1
+        for command, heard in processes(folder).items()
+        if b"torch.distributed.run" not in command
+    )
 
 
 def of_job(job: str, field: str) -> str:
-    shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True
+    ).stdout
     return next(part.partition("=")[2] for part in shown.split() if part.startswith(field + "="))
 
 
@@ -125,7 +155,9 @@ def test_a_job_out_of_time_is_queued_again_and_finishes(sparc3: Call, tmp_path: 
     content["compare"] = {}
     recipe, folder = tmp_path / "job.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(content))
-    code, out, err = sparc3("slurm", recipe, "--gpus", "0", "--run-out", folder, "--out", tmp_path / "job.sbatch", "--submit")
+    code, out, err = sparc3(
+        "slurm", recipe, "--gpus", "0", "--run-out", folder, "--out", tmp_path / "job.sbatch", "--submit"
+    )
     assert code == 0, err
     job = out.split()[-1]
     wait_for("the first scores", lambda: adds_up(folder))

@@ -11,13 +11,13 @@ from tests.test_checkpoint import logits, saved
 from tests.tiny import tiny
 
 from sparc3 import Circuit, Scores, UserError, ablate_, ablated, export, load_model, load_recipe, run, select
-from sparc3.circuits import difference, intersection, overlap, union
+from sparc3.circuits.algebra import difference, intersection, overlap, union
+from sparc3.circuits.select import random_like
 from sparc3.errors import DamagedFile
-from sparc3.files import read_json
-from sparc3.models import down_sites, sites_of
-from sparc3.plan import plan
-from sparc3.selection import random_like
-from sparc3.shrinking import shrinking
+from sparc3.export.shrink import shrinking
+from sparc3.models.sites import down_sites, sites_of
+from sparc3.plan.plan import plan
+from sparc3.storage import read_json
 
 MODEL = {"id": "m", "architecture": "llama", "fingerprint": "f"}
 
@@ -49,7 +49,10 @@ def test_half_a_neuron_is_half_of_its_effect_on_paper() -> None:
     """In a plain MLP y = W_down · relu(x): halving neuron 0 takes half of what removing it takes."""
     model = tiny("opt").double()
     up = sites_of(model, ["mlp.up"])[-1]
-    mlp, x = down_sites(model)[up.mlp].module, torch.rand(3, up.out, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mlp, x = (
+        down_sites(model)[up.mlp].module,
+        torch.rand(3, up.out, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    )
     whole = mlp(x)
     with ablated(model, Circuit("neuron", {up.name: (0,)}, strength=0.5)):
         halved = mlp(x)
@@ -60,14 +63,23 @@ def test_half_a_neuron_is_half_of_its_effect_on_paper() -> None:
 
 
 @pytest.mark.parametrize("unit", ["neuron", "head", "weight"])
-@pytest.mark.parametrize(("name", "dtype", "strength"), [
-    ("llama-bias", torch.bfloat16, 0.3),
-    ("gpt2", torch.float32, 0.3),
-    ("opt", torch.float32, 0.3),
-    ("phi3", torch.float32, 0.3),
-    ("phi3", torch.float16, 0.5),  # computed in float32 on a CPU, where the file's float16 holds exactly half
-])  # fmt: skip
-def test_an_export_has_the_trials_logits(unit: str, name: str, dtype: torch.dtype, strength: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "strength"),
+    [
+        ("llama-bias", torch.bfloat16, 0.3),
+        ("gpt2", torch.float32, 0.3),
+        ("opt", torch.float32, 0.3),
+        ("phi3", torch.float32, 0.3),
+        (
+            "phi3",
+            torch.float16,
+            0.5,
+        ),  # computed in float32 on a CPU, where the file's float16 holds exactly half
+    ],
+)
+def test_an_export_has_the_trials_logits(
+    unit: str, name: str, dtype: torch.dtype, strength: float, tmp_path: Path
+) -> None:
     model, tokenizer = load_model(saved(tmp_path / "source", name, dtype))
     circuit, rest, original = some_of(model, unit, strength), unchanged.fingerprint(model), logits(model)
     with ablated(model, circuit):
@@ -100,7 +112,11 @@ def test_files_say_the_strength_where_it_is_not_one(unit: str, tmp_path: Path) -
     assert "strength=0.5" in repr(half)
     if unit == "neuron":
         assert whole.fingerprint == Circuit(unit, {"a": (0, 2)}).fingerprint
-        (tmp_path / "odd.json").write_text(json.dumps({"format": "sparc3.circuit/1", "unit": unit, "strength": 2, "model": MODEL, "members": {}}))
+        (tmp_path / "odd.json").write_text(
+            json.dumps(
+                {"format": "sparc3.circuit/1", "unit": unit, "strength": 2, "model": MODEL, "members": {}}
+            )
+        )
         with pytest.raises(DamagedFile, match="strength"):
             Circuit.load(tmp_path / "odd.json")
 
@@ -128,9 +144,16 @@ def test_what_cannot_be_weakened_is_refused() -> None:
         shrinking(model, Circuit("neuron", members, strength=0.5))
     down = sites_of(model, ["mlp.down"])[0]
     down.module.weight = torch.nn.Parameter(down.module.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match=rf"{down.name} holds quantised weights"), ablated(model, Circuit("neuron", members, strength=0.5)):
+    with (
+        pytest.raises(UserError, match=rf"{down.name} holds quantised weights"),
+        ablated(model, Circuit("neuron", members, strength=0.5)),
+    ):
         pass
-    for change in ({"tune": {"counts": [1], "strengths": [0.0]}}, {"count": 1, "strength": 1.5}, {"strength": 0.5, "tune": {"counts": [1]}}):
+    for change in (
+        {"tune": {"counts": [1], "strengths": [0.0]}},
+        {"count": 1, "strength": 1.5},
+        {"strength": 0.5, "tune": {"counts": [1]}},
+    ):
         with pytest.raises(UserError, match="strength"):
             load_recipe({**test_tune.SMALL, "selection": change})
 
@@ -138,14 +161,28 @@ def test_what_cannot_be_weakened_is_refused() -> None:
 def test_strengths_are_a_dimension_of_the_search(tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(test_tune.SMALL))
     del recipe["references"]["matched"]
-    recipe["selection"]["tune"] |= {"counts": [6], "targets": [], "penalties": [1.0], "strengths": [0.5, 1], "rounds": [1, 2], "max_kl": None}
+    recipe["selection"]["tune"] |= {
+        "counts": [6],
+        "targets": [],
+        "penalties": [1.0],
+        "strengths": [0.5, 1],
+        "rounds": [1, 2],
+        "max_kl": None,
+    }
     recipe["selection"]["tune"]["max_perplexity_increase"] = 9.0
     recipe["compare"] = {"methods": ["wanda"], "counts": [4], "random_draws": 1}
     results = run(recipe, tmp_path / "tune")
     found = read_json(tmp_path / "tune/tune.json", "sparc3.tune/1")
-    assert [(one["rounds"], one["strength"]) for one in found["candidates"]] == [(1, 0.5), (1, 1), (2, 0.5), (2, 1)]
+    assert [(one["rounds"], one["strength"]) for one in found["candidates"]] == [
+        (1, 0.5),
+        (1, 1),
+        (2, 0.5),
+        (2, 1),
+    ]
     assert len({one["circuit"] for one in found["candidates"]}) == 4
-    assert len(list((tmp_path / "tune/scores").glob("round2.*.safetensors"))) == 4  # two strengths, two reference sets
+    assert (
+        len(list((tmp_path / "tune/scores").glob("round2.*.safetensors"))) == 4
+    )  # two strengths, two reference sets
     best = found["best"]
     assert results.provenance["circuit"] == best["circuit"]
     assert Circuit.load(tmp_path / "tune").strength == best["strength"]
@@ -172,7 +209,16 @@ def test_the_plan_counts_strengths_and_rounds() -> None:
 
 def test_the_command_line_selects_at_a_strength(sparc3: Any, mistake: Any, tmp_path: Path) -> None:
     Scores({"a": torch.arange(8.0)}, {"unit": "neuron", "model": MODEL}).save(tmp_path / "s.safetensors")
-    asked = ("select", "--scores", tmp_path / "s.safetensors", "--count", 2, "--out", tmp_path / "c.json", "--strength")
+    asked = (
+        "select",
+        "--scores",
+        tmp_path / "s.safetensors",
+        "--count",
+        2,
+        "--out",
+        tmp_path / "c.json",
+        "--strength",
+    )
     code, out, _ = sparc3(*asked, 0.5)
     assert (code, "2 of 8 neurons at strength 0.5" in out) == (0, True)
     assert Circuit.load(tmp_path / "c.json").strength == 0.5

@@ -9,10 +9,9 @@ import pytest
 
 from sparc3 import ReferenceSet, Results, Scores, UserError, load_recipe, run
 from sparc3.demo.text import split_of
-from sparc3.experiment.pareto import front
-from sparc3.experiment.tuning import Candidate
-from sparc3.files import read_json
-from sparc3.sources import overlap
+from sparc3.experiment.search import Candidate, front
+from sparc3.samples.sources import overlap
+from sparc3.storage import read_json
 
 SMALL: dict[str, Any] = {
     "name": "small-tune",
@@ -24,17 +23,29 @@ SMALL: dict[str, Any] = {
     },
     "selection": {
         "tune": {
-            "max_perplexity_increase": 0.02, "max_kl": 0.5, "counts": [400, 4], "targets": ["predicted", "completion:1"], "neurons": ["abs"],
-            "penalties": [1.0, 2.0], "prompts": 6, "texts": 6,
+            "max_perplexity_increase": 0.02,
+            "max_kl": 0.5,
+            "counts": [400, 4],
+            "targets": ["predicted", "completion:1"],
+            "neurons": ["abs"],
+            "penalties": [1.0, 2.0],
+            "prompts": 6,
+            "texts": 6,
         }
     },
     "evaluation": {
         "perplexity": {"source": "demo-general", "count": 6, "max_length": 64, "stride": 32},
         "kl": {"source": "demo-general", "count": 6, "max_length": 64, "stride": 32},
-        "toxicity": {"source": "demo-angry", "count": 6, "scorer": "lexicon", "generations": 1, "max_new_tokens": 8},
+        "toxicity": {
+            "source": "demo-angry",
+            "count": 6,
+            "scorer": "lexicon",
+            "generations": 1,
+            "max_new_tokens": 8,
+        },
     },
     "compare": {"methods": ["wanda", "aura"], "counts": [4], "random_draws": 1},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +72,9 @@ def test_the_best_is_the_least_toxic_within_the_budget(finished: tuple[Path, Res
     assert all(one["pareto"] for one in results.provenance["tune"]["candidates"])
     assert results.find("toxicity.mean", "ablated").split == "test"
     # sets without completions take "next" where the candidate says completion
-    assert {one["targets"]["general"] for one in tried if one["targets"]["undesired"] == "completion:1"} == {"next"}
+    assert {one["targets"]["general"] for one in tried if one["targets"]["undesired"] == "completion:1"} == {
+        "next"
+    }
 
 
 def test_other_methods_get_the_same_budget(finished: tuple[Path, Results]) -> None:
@@ -72,15 +85,26 @@ def test_other_methods_get_the_same_budget(finished: tuple[Path, Results]) -> No
         assert one["figures"]["kl"] <= 0.5
         assert results.find("toxicity.mean", one["variant"]).split == "test"
         assert results.difference("toxicity.mean", "ablated", one["variant"])
-        ahead = results.find("toxicity.mean", one["variant"]).value < results.find("toxicity.mean", "ablated").value
-        assert ahead == any(f"{one['variant']} does better" in warning for warning in results.provenance["warnings"])
+        ahead = (
+            results.find("toxicity.mean", one["variant"]).value
+            < results.find("toxicity.mean", "ablated").value
+        )
+        assert ahead == any(
+            f"{one['variant']} does better" in warning for warning in results.provenance["warnings"]
+        )
     assert f"wanda@{results.provenance['count']}" in {m.variant for m in results}
 
 
 def test_attribution_is_done_once_for_each_target_and_neuron(finished: tuple[Path, Results]) -> None:
     names = {path.name for path in (finished[0] / "scores").glob("tune.*")}
-    targets = {"general": ("predicted", "next"), "undesired": ("predicted", "completion1"), "matched": ("predicted", "completion1")}
-    assert names == {f"tune.{target}.abs.{name}.safetensors" for name, both in targets.items() for target in both}
+    targets = {
+        "general": ("predicted", "next"),
+        "undesired": ("predicted", "completion1"),
+        "matched": ("predicted", "completion1"),
+    }
+    assert names == {
+        f"tune.{target}.abs.{name}.safetensors" for name, both in targets.items() for target in both
+    }
     assert Scores.load(finished[0] / "scores" / "undesired.safetensors").provenance["samples"] == 8
 
 
@@ -93,7 +117,9 @@ def test_validation_is_apart_from_test_and_reference(finished: tuple[Path, Resul
         assert not overlap(samples[name], mine), name
 
 
-def test_what_was_tried_is_not_tried_again(finished: tuple[Path, Results], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_tried_is_not_tried_again(
+    finished: tuple[Path, Results], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, results = finished
     before = (folder / "tune.json").read_bytes()
     (folder / "results.json").unlink()
@@ -101,7 +127,7 @@ def test_what_was_tried_is_not_tried_again(finished: tuple[Path, Results], caplo
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("sparc3.experiment.tuning.measure", refuse)
+    monkeypatch.setattr("sparc3.experiment.search.measure", refuse)
     with caplog.at_level(logging.INFO, "sparc3"):
         again = run(SMALL, folder)
     assert again.measurements == results.measurements
@@ -110,7 +136,13 @@ def test_what_was_tried_is_not_tried_again(finished: tuple[Path, Results], caplo
 
 def test_rounds_are_a_dimension_of_the_search(tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(SMALL))
-    recipe["selection"]["tune"] |= {"counts": [6], "targets": [], "contrasts": ["plain"], "penalties": [1.0], "rounds": [1, 2]}
+    recipe["selection"]["tune"] |= {
+        "counts": [6],
+        "targets": [],
+        "contrasts": ["plain"],
+        "penalties": [1.0],
+        "rounds": [1, 2],
+    }
     recipe["compare"] = {"random_draws": 0}
     run(recipe, tmp_path / "rounds")
     tried = read_json(tmp_path / "rounds/tune.json", "sparc3.tune/1")["candidates"]
@@ -126,13 +158,17 @@ def test_rounds_are_a_dimension_of_the_search(tmp_path: Path) -> None:
 def test_a_file_gives_prompts_that_neither_test_nor_reference_holds(tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"Tom number {i} was angry and yelled,"}) for i in range(30)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    (tmp_path / "text.txt").write_text("Mary went to the store and the dog was happy. Then they went home.\n" * 8)
+    (tmp_path / "text.txt").write_text(
+        "Mary went to the store and the dog was happy. Then they went home.\n" * 8
+    )
     recipe = json.loads(json.dumps(SMALL))
     del recipe["references"]["matched"]
     source = str(tmp_path / "prompts.jsonl")
     recipe["references"]["undesired"] = {"source": source, "count": 8}
     recipe["evaluation"]["toxicity"]["source"] = source
-    recipe["evaluation"]["perplexity"]["source"] = recipe["evaluation"]["kl"]["source"] = str(tmp_path / "text.txt")
+    recipe["evaluation"]["perplexity"]["source"] = recipe["evaluation"]["kl"]["source"] = str(
+        tmp_path / "text.txt"
+    )
     recipe["selection"] = {"tune": {"counts": [2], "prompts": 6, "text_source": "demo-general", "texts": 3}}
     run(recipe, tmp_path / "run")
     samples = {path.stem: ReferenceSet.load(path) for path in (tmp_path / "run" / "samples").glob("*.jsonl")}
@@ -147,7 +183,13 @@ def test_a_file_gives_prompts_that_neither_test_nor_reference_holds(tmp_path: Pa
 
 def test_a_budget_that_nothing_keeps_is_said(tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(SMALL))
-    recipe["selection"]["tune"] |= {"counts": [1500], "max_perplexity_increase": 0.0, "targets": [], "contrasts": ["plain"], "max_kl": None}
+    recipe["selection"]["tune"] |= {
+        "counts": [1500],
+        "max_perplexity_increase": 0.0,
+        "targets": [],
+        "contrasts": ["plain"],
+        "max_kl": None,
+    }
     with pytest.raises(UserError, match="no candidate keeps to the budget"):
         run(recipe, tmp_path)
 

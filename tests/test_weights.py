@@ -13,10 +13,11 @@ from torch import Tensor
 from unchanged import fingerprint, require_same
 
 from sparc3 import UserError, attribute
-from sparc3.attribution import weights
+from sparc3.attribution import relevance as weights
 from sparc3.attribution.patching import lrp_rules
 from sparc3.errors import NonFinite
-from sparc3.models import ROLES, Site, family_of, sites_of
+from sparc3.models.families import ROLES
+from sparc3.models.sites import Site, family_of, sites_of
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -65,29 +66,46 @@ def test_every_weight_agrees_with_lxt(name: str, reduce: str, key: str, batch_to
     from transformers import AutoModelForCausalLM
 
     stories = name == "stories260k"
-    model_folder, beside = (SHARED / "models" / name, SHARED / "oracles/lxt_stories260k") if stories else (SHARED / "oracles" / name,) * 2
+    model_folder, beside = (
+        (SHARED / "models" / name, SHARED / "oracles/lxt_stories260k")
+        if stories
+        else (SHARED / "oracles" / name,) * 2
+    )
     if not model_folder.is_dir() or not (SHARED / "oracles").is_dir():
         pytest.skip("no folder ../shared/oracles here: the relevance that LXT computed")
-    files = [beside.with_suffix(f".{kind}") if stories else beside / f"oracle.{kind}" for kind in ("json", "safetensors")]
+    files = [
+        beside.with_suffix(f".{kind}") if stories else beside / f"oracle.{kind}"
+        for kind in ("json", "safetensors")
+    ]
     model, oracle = AutoModelForCausalLM.from_pretrained(model_folder).eval(), load_file(files[1])
-    scores = attribute(model, json.loads(files[0].read_text())["input_ids"], unit="weight", reduce=reduce, sites=roles_of(model), batch_tokens=batch_tokens)
+    scores = attribute(
+        model,
+        json.loads(files[0].read_text())["input_ids"],
+        unit="weight",
+        reduce=reduce,
+        sites=roles_of(model),
+        batch_tokens=batch_tokens,
+    )
     for site in sites_of(model, roles_of(model)):
         expected = as_rows(site, oracle[f"{site.name.partition('#')[0]}.{key}"])
         assert scores[site.name].shape == (site.out, site.inp)
         assert distance(scores[site.name], expected) < 1e-5, site.name
 
 
-@pytest.mark.parametrize(("method", "role", "expected"), [
-    # y reaches the product through W_d: (6, −3); ½ of it passes to up through the gate (1, 2), ½ to the gate through up (3, 2); h = (1, 1).
-    ("lrp", "mlp.up", [[3, 6], [-9, 3]]),
-    ("lrp", "mlp.gate", [[9, 0], [-3, -3]]),
-    ("lrp", "mlp.down", [[12, -12], [6, 0]]),
-    ("cp-lrp", "mlp.up", [[6, 12], [-18, 6]]),
-    ("cp-lrp", "mlp.gate", [[0, 0], [0, 0]]),
-    ("wanda", "mlp.up", [[1, 2], [3, 1]]),
-    ("wanda", "mlp.down", [[12, 12], [6, 0]]),
-    ("magnitude", "mlp.down", [[4, 3], [2, 0]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "role", "expected"),
+    [
+        # y reaches the product through W_d: (6, −3); ½ of it passes to up through the gate (1, 2), ½ to the gate through up (3, 2); h = (1, 1).
+        ("lrp", "mlp.up", [[3, 6], [-9, 3]]),
+        ("lrp", "mlp.gate", [[9, 0], [-3, -3]]),
+        ("lrp", "mlp.down", [[12, -12], [6, 0]]),
+        ("cp-lrp", "mlp.up", [[6, 12], [-18, 6]]),
+        ("cp-lrp", "mlp.gate", [[0, 0], [0, 0]]),
+        ("wanda", "mlp.up", [[1, 2], [3, 1]]),
+        ("wanda", "mlp.down", [[12, 12], [6, 0]]),
+        ("magnitude", "mlp.down", [[4, 3], [2, 0]]),
+    ],
+)
 def test_numbers_on_paper(method: str, role: str, expected: list[list[float]]) -> None:
     scores = attribute(paper_model(), [[3]], method=method, unit="weight", sites=[role], target="predicted")
     assert torch.allclose(next(iter(scores.values())), torch.tensor(expected).float())
@@ -98,10 +116,20 @@ def test_numbers_on_paper(method: str, role: str, expected: list[list[float]]) -
 def test_streamed_sums_are_those_of_whole_gradients(name: str, method: str) -> None:
     model, ids = tiny(name), samples()
     each = by_autograd(model, ids, method)
-    expected = {"mean": lambda r: r.mean(0), "mean_abs": lambda r: r.abs().mean(0), "abs_mean": lambda r: r.mean(0).abs()}
+    expected = {
+        "mean": lambda r: r.mean(0),
+        "mean_abs": lambda r: r.abs().mean(0),
+        "abs_mean": lambda r: r.mean(0).abs(),
+    }
     for reduce, of in expected.items():
         for tokens in (1, 20):
-            options: Any = {"method": method, "unit": "weight", "sites": roles_of(model), "reduce": reduce, "batch_tokens": tokens}
+            options: Any = {
+                "method": method,
+                "unit": "weight",
+                "sites": roles_of(model),
+                "reduce": reduce,
+                "batch_tokens": tokens,
+            }
             scores = attribute(model, ids, **options, sums_dtype="float64")
             assert all(distance(scores[site], of(each[site])) < 1e-6 for site in scores), (reduce, tokens)
             rounded = attribute(model, ids, **options)
@@ -111,7 +139,12 @@ def test_streamed_sums_are_those_of_whole_gradients(name: str, method: str) -> N
 @pytest.mark.parametrize("name", STORED_ALL_WAYS)
 def test_a_neuron_is_the_sum_of_its_weights(name: str) -> None:
     model, ids = tiny(name), samples()
-    for method, reduce in (("lrp", "mean_abs"), ("gradient", "mean_abs"), ("wanda", "mean"), ("magnitude", "mean")):
+    for method, reduce in (
+        ("lrp", "mean_abs"),
+        ("gradient", "mean_abs"),
+        ("wanda", "mean"),
+        ("magnitude", "mean"),
+    ):
         rows = attribute(model, ids, method=method, sites=roles_of(model))
         single = attribute(model, ids, method=method, unit="weight", sites=roles_of(model), reduce=reduce)
         assert all(distance(single[site].sum(1), rows[site]) < 1e-5 for site in rows), method
@@ -119,7 +152,10 @@ def test_a_neuron_is_the_sum_of_its_weights(name: str) -> None:
 
 def test_wanda_grows_with_the_root_of_the_tokens() -> None:
     model, ids = tiny("llama"), samples()
-    once, twice = (attribute(model, ids * times, method="wanda", unit="weight", sites=roles_of(model)) for times in (1, 2))
+    once, twice = (
+        attribute(model, ids * times, method="wanda", unit="weight", sites=roles_of(model))
+        for times in (1, 2)
+    )
     assert all(distance(twice[site], once[site] * 2**0.5) < 1e-6 for site in once)
 
 
@@ -140,7 +176,9 @@ def test_many_targets_divide_by_their_number() -> None:
             logits = model(torch.tensor([one])).logits[0]
             logits[range(len(one) - 1), one[1:]].sum().backward()
         for site in sites_of(model, ["mlp.up"]):
-            totals[site.name] += (site.weight * site.module.weight.grad).detach() / sum(len(one) - 1 for one in ids)
+            totals[site.name] += (site.weight * site.module.weight.grad).detach() / sum(
+                len(one) - 1 for one in ids
+            )
     assert all(distance(scores[name], total) < 1e-5 for name, total in totals.items())
 
 
@@ -155,20 +193,28 @@ def test_nothing_is_left_behind(method: str) -> None:
 
 
 def test_random_scores_differ_by_site_and_seed() -> None:
-    one, again, other = (attribute(tiny("llama"), [], method=m, unit="weight") for m in ("random", "random:0", "random:1"))
+    one, again, other = (
+        attribute(tiny("llama"), [], method=m, unit="weight") for m in ("random", "random:0", "random:1")
+    )
     a, b = one.values()
     assert not torch.equal(a, b)
-    assert all(torch.equal(one[site], again[site]) and not torch.equal(one[site], other[site]) for site in one)
+    assert all(
+        torch.equal(one[site], again[site]) and not torch.equal(one[site], other[site]) for site in one
+    )
 
 
 def test_sums_in_bfloat16_are_rough_but_right() -> None:
     model, ids = tiny("llama"), samples()
-    exact, rough = (attribute(model, ids, unit="weight", sums_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    exact, rough = (
+        attribute(model, ids, unit="weight", sums_dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
     assert all(0 < distance(rough[site], exact[site]) < 2e-2 for site in exact)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "mean_abs"])
-def test_memory_that_runs_out_in_the_backward_pass_adds_nothing_twice(monkeypatch: pytest.MonkeyPatch, reduce: str) -> None:
+def test_memory_that_runs_out_in_the_backward_pass_adds_nothing_twice(
+    monkeypatch: pytest.MonkeyPatch, reduce: str
+) -> None:
     model, ids = tiny("llama"), samples()
     options: Any = {"unit": "weight", "sites": roles_of(model), "reduce": reduce}
     expected = attribute(model, ids, **options)
@@ -198,14 +244,19 @@ def test_a_nan_names_its_sample_and_a_site() -> None:
             attribute(model, ids, method=method, unit="weight")
     with pytest.raises(UserError, match="non_finite skip does not go with unit weight"):
         attribute(model, ids, unit="weight", non_finite="skip")
-    assert attribute(model, ids, method="wanda", unit="weight", non_finite="skip").provenance["skipped"] == [2]
+    assert attribute(model, ids, method="wanda", unit="weight", non_finite="skip").provenance["skipped"] == [
+        2
+    ]
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"method": "activation"}, "cannot score unit 'weight'"),
-    ({"sums_dtype": "float8"}, "unknown sums_dtype 'float8'"),
-    ({"sums_device": "nowhere"}, "sums_device is 'nowhere'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "activation"}, "cannot score unit 'weight'"),
+        ({"sums_dtype": "float8"}, "unknown sums_dtype 'float8'"),
+        ({"sums_device": "nowhere"}, "sums_device is 'nowhere'"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(options: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         attribute(tiny("llama"), samples(), **{"unit": "weight", **options})  # type: ignore[arg-type]
@@ -214,5 +265,8 @@ def test_what_makes_no_sense_is_refused(options: dict[str, str], said: str) -> N
 @pytest.mark.slow
 def test_memory_is_not_above_that_of_a_full_backward() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/weights.py"), "--layers", "3", "--only"]
-    plain, lrp = (float(subprocess.run([*command, what], capture_output=True, text=True, check=True).stdout) for what in ("plain", "lrp"))
+    plain, lrp = (
+        float(subprocess.run([*command, what], capture_output=True, text=True, check=True).stdout)
+        for what in ("plain", "lrp")
+    )
     assert lrp / plain < 1.02

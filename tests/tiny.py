@@ -6,27 +6,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparc3.families import FAMILIES
+from sparc3.models.families import FAMILIES
 
 torch.set_num_threads(1)  # on matrices this small, threads wait for each other far longer than they work
 
-COMMON: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+COMMON: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
 SWIGLU: dict[str, Any] = {**COMMON, "intermediate_size": 24, "num_key_value_heads": 2}
 EXPERTS: dict[str, Any] = {**SWIGLU, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 ROPE_3: dict[str, Any] = {
-    **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    **{
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
     "original_max_position_embeddings": 8,
 }
-GPT2: dict[str, Any] = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24}
+GPT2: dict[str, Any] = {
+    "vocab_size": 40,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "n_inner": 24,
+}
 GPT_NEO: dict[str, Any] = {
-    **{"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 32, "intermediate_size": 24},
+    **{
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_position_embeddings": 32,
+        "intermediate_size": 24,
+    },
     **{"attention_types": [[["global", "local"], 1]], "window_size": 4},
 }
 FALCON: dict[str, Any] = {**COMMON, "ffn_hidden_size": 24}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SWIGLU),
-    "llama-bias": ("llama", {**SWIGLU, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-bias": (
+        "llama",
+        {**SWIGLU, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
     "llama-3": ("llama", {**SWIGLU, "rope_parameters": ROPE_3, "tie_word_embeddings": True}),
     "mistral": ("mistral", {**SWIGLU, "sliding_window": 4}),
     "qwen2": ("qwen2", SWIGLU),
@@ -42,25 +71,53 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("seed_oss", {**SWIGLU, "head_dim": 4}),
     "helium": ("helium", {**SWIGLU, "head_dim": 4}),
     "stablelm": ("stablelm", SWIGLU),
-    "stablelm-2": ("stablelm", {**SWIGLU, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    "stablelm-2": (
+        "stablelm",
+        {**SWIGLU, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
+    ),
     "glm": ("glm", {**SWIGLU, "head_dim": 4}),
     "glm4": ("glm4", {**SWIGLU, "head_dim": 4}),
     "arcee": ("arcee", SWIGLU),
     "granite": (
         "granite",
-        {**SWIGLU, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
+        {
+            **SWIGLU,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+        },
     ),
     "cohere": ("cohere", {**SWIGLU, "use_qk_norm": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {**SWIGLU, "logit_scale": 0.25, "sliding_window": 4}),
     "gemma": ("gemma", {**SWIGLU, "head_dim": 8}),
     "gemma2": (
         "gemma2",
-        {**SWIGLU, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+        {
+            **SWIGLU,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+        },
     ),
-    "gemma3": ("gemma3_text", {**SWIGLU, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **SWIGLU,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "mixtral": ("mixtral", {**SWIGLU, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 1}),
-    "qwen2-moe-mixed": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "qwen2-moe-mixed": (
+        "qwen2_moe",
+        {**EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    ),
     "qwen3-moe": ("qwen3_moe", {**EXPERTS, "head_dim": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
     "olmoe": ("olmoe", {**SWIGLU, "num_experts": 5, "num_experts_per_tok": 2}),
     "flex-olmo": ("flex_olmo", {**SWIGLU, "num_experts": 5, "num_experts_per_tok": 2}),
@@ -72,14 +129,29 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),
     "gpt2-scaled": ("gpt2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
     "pythia": ("gpt_neox", {**COMMON, "intermediate_size": 24, "rotary_pct": 0.5}),
-    "gpt-neox-serial": ("gpt_neox", {**COMMON, "intermediate_size": 24, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt-neox-serial": (
+        "gpt_neox",
+        {**COMMON, "intermediate_size": 24, "use_parallel_residual": False, "hidden_act": "gelu_new"},
+    ),
     "gpt-neo": ("gpt_neo", GPT_NEO),
     "gptj": ("gptj", {**GPT2, "rotary_dim": 2}),
     "falcon": ("falcon", FALCON),
     "falcon-40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon-rw": ("falcon", {**FALCON, "alibi": True, "bias": True, "parallel_attn": False, "multi_query": False}),
+    "falcon-rw": (
+        "falcon",
+        {**FALCON, "alibi": True, "bias": True, "parallel_attn": False, "multi_query": False},
+    ),
     "bloom": ("bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4}),
-    "bloom-post": ("bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4, "apply_residual_connection_post_layernorm": True}),
+    "bloom-post": (
+        "bloom",
+        {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "apply_residual_connection_post_layernorm": True,
+        },
+    ),
 }
 """Name of a tiny model → (model_type, what its configuration is told)."""
 
@@ -89,7 +161,9 @@ def tiny(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **chan
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, settings = CONFIGS[name]
-    config = AutoConfig.for_model(kind, **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **settings, **changes})
+    config = AutoConfig.for_model(
+        kind, **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **settings, **changes}
+    )
     model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
     randomise_(model, seed)
     if dtype == torch.float64:
@@ -130,7 +204,10 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 def samples(count: int = 4, vocabulary: int = 40, seed: int = 0) -> list[list[int]]:
     """Token-id lists of unequal length, the first the longest."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, vocabulary, (9 - 2 * (index % 4),), generator=generator).tolist() for index in range(count)]
+    return [
+        torch.randint(3, vocabulary, (9 - 2 * (index % 4),), generator=generator).tolist()
+        for index in range(count)
+    ]
 
 
 def paper_model() -> Any:
@@ -141,8 +218,15 @@ def paper_model() -> Any:
     Logits: token 0: (5, 5) · (1, 7) / 5 = 8; token 1: 7/5; others 0.
     """
     model = tiny(
-        "llama", vocab_size=4, hidden_size=2, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=2,
-        hidden_act="relu", rms_norm_eps=0.0,
+        "llama",
+        vocab_size=4,
+        hidden_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        intermediate_size=2,
+        hidden_act="relu",
+        rms_norm_eps=0.0,
     )
     layer = model.model.layers[0]
     matrices = {

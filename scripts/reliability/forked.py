@@ -15,15 +15,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import sparc3.attribution.resume as resume
-from sparc3 import Circuit, Results, Scores, experiment  # noqa: F401
-from sparc3.cli import main as command
+import sparc3.attribution.partial_sums as resume
+from sparc3 import Circuit, Results, Scores
+from sparc3.cli.main import main as command
 
 SMALL = (
-    "references.general.count=40", "references.undesired.count=24", "evaluation.toxicity.count=8", "evaluation.toxicity.generations=2",
-    "evaluation.toxicity.max_new_tokens=8", "evaluation.perplexity.count=8", "evaluation.ioi.count=16", "compare.methods=[random]",
+    "references.general.count=40",
+    "references.undesired.count=24",
+    "evaluation.toxicity.count=8",
+    "evaluation.toxicity.generations=2",
+    "evaluation.toxicity.max_new_tokens=8",
+    "evaluation.perplexity.count=8",
+    "evaluation.ioi.count=16",
+    "compare.methods=[random]",
     "compare.counts=[100]",
-)  # fmt: skip
+)
 GRACE = 30
 
 
@@ -75,7 +81,13 @@ def ranks(count: int, work: Callable[[], Any], said: Path) -> list[int]:
     os.close(writing)
 
     def work_as(rank: int) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         work()
 
@@ -109,18 +121,29 @@ def ended(children: list[int]) -> list[int]:
 
 def differences(whole: Path, again: Path, tolerance: float) -> list[str]:
     """What of a run's outcome is not as in the uninterrupted run; nothing where the campaign may go on. Times of stages are no outcome."""
-    found = [f"{path.relative_to(again)} is left over" for path in again.rglob("*") if path.name.endswith(".tmp") or ".partial" in path.name]
+    found = [
+        f"{path.relative_to(again)} is left over"
+        for path in again.rglob("*")
+        if path.name.endswith(".tmp") or ".partial" in path.name
+    ]
     names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
     if names != sorted(str(path.relative_to(again)) for path in again.rglob("*") if path.is_file()):
         found.append("other files")
-    for path in (path for path in whole.rglob("*.safetensors") if (again / path.relative_to(whole)).is_file()):
+    for path in (
+        path for path in whole.rglob("*.safetensors") if (again / path.relative_to(whole)).is_file()
+    ):
         one, other = Scores.load(path), Scores.load(again / path.relative_to(whole))
-        far = max(float(((one[name] - other[name]).abs() / one[name].abs().max().clamp_min(1e-30)).max()) for name in one)
+        far = max(
+            float(((one[name] - other[name]).abs() / one[name].abs().max().clamp_min(1e-30)).max())
+            for name in one
+        )
         if far > tolerance:
             found.append(f"{path.name} differs by {far:.1e}")
     if Circuit.load(whole / "circuit.json").members != Circuit.load(again / "circuit.json").members:
         found.append("another circuit")
-    for one, other in zip(Results.load(whole / "results.json"), Results.load(again / "results.json"), strict=True):
+    for one, other in zip(
+        Results.load(whole / "results.json"), Results.load(again / "results.json"), strict=True
+    ):
         if abs((one.value or 0) - (other.value or 0)) > tolerance * abs(one.value or 0):
             found.append(f"{one.metric} of {one.variant} is {other.value}, not {one.value}")
     return found

@@ -17,7 +17,9 @@ from forked import differences, ended, ranks, run_small
 
 
 def tmpfs(place: Path, kilobytes: int, *options: str) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={kilobytes}k"]), "tmpfs", place], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={kilobytes}k"]), "tmpfs", place], check=True
+    )
 
 
 def wrong_line(said: str, out: Path) -> str | None:
@@ -29,8 +31,12 @@ def wrong_line(said: str, out: Path) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, default=12, help="how many sizes of the disk (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=int, default=12, help="how many sizes of the disk (default: %(default)s)"
+    )
     sizes = parser.parse_args().sizes
     failed, met = 0, []
     with tempfile.TemporaryDirectory() as place:
@@ -47,7 +53,13 @@ def main() -> int:
                 said.write_text("")
                 first = ended(ranks(1, lambda: run_small(out), said))
                 text = said.read_text()
-                wrong = [f"exit code {first[0]}"] if first != [1] else [line] if (line := wrong_line(text, out)) else []
+                wrong = (
+                    [f"exit code {first[0]}"]
+                    if first != [1]
+                    else [line]
+                    if (line := wrong_line(text, out))
+                    else []
+                )
                 if not wrong:
                     met.append(text.partition(f"cannot write {out}/")[2].partition(":")[0])
                 tmpfs(disk, 8 * taken, "remount")
@@ -62,7 +74,9 @@ def main() -> int:
             if wrong:
                 failed += 1
                 print(f"{size} kB: {'; '.join(wrong)}", flush=True)
-    print(f"{sizes} disks from 16 to {taken - 16} kB, full at {', '.join(sorted(set(met)))}; {failed} runs ended otherwise")
+    print(
+        f"{sizes} disks from 16 to {taken - 16} kB, full at {', '.join(sorted(set(met)))}; {failed} runs ended otherwise"
+    )
     return int(failed > 0)
 
 

@@ -19,8 +19,13 @@ from pathlib import Path
 
 from forked import differences, ended, ranks, removed, run_small
 
-MARKS = (("recipe.yaml", "before its recipe was written"), ("scores", "in the samples"), ("circuit.json", "in the scores"),
-         ("results.json", "in the evaluation"), ("report.html", "in the report"))  # fmt: skip
+MARKS = (
+    ("recipe.yaml", "before its recipe was written"),
+    ("scores", "in the samples"),
+    ("circuit.json", "in the scores"),
+    ("results.json", "in the evaluation"),
+    ("report.html", "in the report"),
+)
 
 
 def stage(folder: Path) -> str:
@@ -45,7 +50,11 @@ def campaign(runs: int, processes: int, seed: int) -> int:
                 if any(ended(children)):
                     where[stage(again)] += 1
             codes = ended(ranks(processes, lambda: run_small(again), said))
-            wrong = differences(whole, again, 0.0 if processes == 1 else 1e-6) if not any(codes) else [f"exit codes {codes}"]
+            wrong = (
+                differences(whole, again, 0.0 if processes == 1 else 1e-6)
+                if not any(codes)
+                else [f"exit codes {codes}"]
+            )
             if "Traceback" in said.read_text():
                 wrong.append("a traceback")
             if wrong:
@@ -53,13 +62,17 @@ def campaign(runs: int, processes: int, seed: int) -> int:
                 print(f"run {number}: {'; '.join(wrong)}\n{said.read_text()[-3000:]}", flush=True)
             removed(again)
             said.unlink()
-    print(f"{runs} runs of {processes} process{'es' if processes > 1 else ''}, killed {where.total()} times: "
-          f"{', '.join(f'{count} {name}' for name, count in where.most_common())}; {failed} ended otherwise than the uninterrupted one")  # fmt: skip
+    print(
+        f"{runs} runs of {processes} process{'es' if processes > 1 else ''}, killed {where.total()} times: "
+        f"{', '.join(f'{count} {name}' for name, count in where.most_common())}; {failed} ended otherwise than the uninterrupted one"
+    )
     return int(failed > 0)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=50, help="how many (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of one run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")

@@ -48,7 +48,11 @@ class Watched:
         """Seconds; peaks in MB within the first tenth of them, and after it."""
         first, last = self.seen[0][0], self.seen[-1][0]
         border = first + (last - first) / 10
-        return last - first, max(m for t, m in self.seen if t <= border) / 1e6, max(m for t, m in self.seen if t > border) / 1e6
+        return (
+            last - first,
+            max(m for t, m in self.seen if t <= border) / 1e6,
+            max(m for t, m in self.seen if t > border) / 1e6,
+        )
 
 
 def stages(prompts: int, long: int, folder: Path) -> dict[str, Callable[[], object]]:
@@ -58,26 +62,46 @@ def stages(prompts: int, long: int, folder: Path) -> dict[str, Callable[[], obje
     chance, words = random.Random(0), sorted({word for text in short for word in text.split()})
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
     tokens = [[chance.choice(ids) for _ in range(LONG)] for _ in range(long)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in tokens))
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in tokens)
+    )
     model.config.max_position_embeddings = LONG
-    toxicity = {"source": str(folder / "prompts.jsonl"), "count": prompts, "scorer": "lexicon", "generations": 1, "max_new_tokens": 8}
+    toxicity = {
+        "source": str(folder / "prompts.jsonl"),
+        "count": prompts,
+        "scorer": "lexicon",
+        "generations": 1,
+        "max_new_tokens": 8,
+    }
     perplexity = {"source": str(folder / "texts.jsonl"), "protocol": "blocks", "seq_len": LONG}
     return {
-        f"attribute, {prompts:,} prompts": lambda: attribute(model, short, tokenizer=tokenizer, partial=folder / "short"),
+        f"attribute, {prompts:,} prompts": lambda: attribute(
+            model, short, tokenizer=tokenizer, partial=folder / "short"
+        ),
         f"toxicity, {prompts:,} prompts": lambda: evaluate(model, tokenizer, {"toxicity": toxicity}),
-        f"attribute, {long:,} × {LONG:,} tokens": lambda: attribute(model, tokens, target="next", partial=folder / "long"),
-        f"perplexity, {long:,} × {LONG:,} tokens": lambda: evaluate(model, tokenizer, {"perplexity": perplexity}),
+        f"attribute, {long:,} × {LONG:,} tokens": lambda: attribute(
+            model, tokens, target="next", partial=folder / "long"
+        ),
+        f"perplexity, {long:,} × {LONG:,} tokens": lambda: evaluate(
+            model, tokenizer, {"perplexity": perplexity}
+        ),
     }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=20_000, help="how many (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=2_000, help="how many (default: %(default)s)")
-    parser.add_argument("--only", default="", help="stages whose name begins so: attribute, toxicity, perplexity")
+    parser.add_argument(
+        "--only", default="", help="stages whose name begins so: attribute, toxicity, perplexity"
+    )
     asked = parser.parse_args()
     grown = False
-    print("| stage | minutes | peak in the first tenth, MB | peak after it, MB | growth |\n|---|---|---|---|---|")
+    print(
+        "| stage | minutes | peak in the first tenth, MB | peak after it, MB | growth |\n|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, stage in stages(asked.prompts, asked.texts, Path(folder)).items():
             if not name.startswith(asked.only):
@@ -86,7 +110,10 @@ def main() -> int:
                 stage()
             took, before, after = watched.peaks()
             grown |= after / before - 1 >= LIMIT
-            print(f"| {name} | {took / 60:.1f} | {before:.0f} | {after:.0f} | {after / before - 1:+.1%} |", flush=True)
+            print(
+                f"| {name} | {took / 60:.1f} | {before:.0f} | {after:.0f} | {after / before - 1:+.1%} |",
+                flush=True,
+            )
     return int(grown)
 
 

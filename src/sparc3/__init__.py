@@ -6,42 +6,59 @@ The public names below are loaded on first use; importing sparc3 itself loads ne
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .ablation import ablate_, ablated
-    from .attribution import attribute
-    from .checkpoint import export
-    from .circuit import Circuit
-    from .compression import prune_sequentially
+    from .attribution.attribute import attribute
+    from .circuits.ablate import ablate_, ablated
+    from .circuits.circuit import Circuit
+    from .circuits.select import contrast, select
     from .errors import Sparc3Error, UserError
     from .evaluation.evaluate import evaluate
-    from .experiment import run
-    from .models import load_model
-    from .publishing import push
-    from .recipe import load_recipe
+    from .experiment.compress import prune_sequentially
+    from .experiment.run import run
+    from .export.export import export
+    from .export.push import push
+    from .models.load import load_model
+    from .recipe.schema import load_recipe
     from .results import Results
-    from .samples import ReferenceSet, Sample
+    from .samples.reference_set import ReferenceSet, Sample
     from .scores import Scores
-    from .selection import contrast, select
 
-_HOMES = {
-    "ablate_": "ablation", "ablated": "ablation", "export": "checkpoint", "attribute": "attribution", "Circuit": "circuit",
-    "Sparc3Error": "errors", "UserError": "errors", "evaluate": "evaluation", "run": "experiment", "load_model": "models",
-    "load_recipe": "recipe", "prune_sequentially": "compression", "push": "publishing", "Results": "results", "ReferenceSet": "samples",
-    "Sample": "samples", "Scores": "scores", "contrast": "selection", "select": "selection",
-}  # fmt: skip
+_MODULES = {
+    "Circuit": "circuits.circuit",
+    "ReferenceSet": "samples.reference_set",
+    "Results": "results",
+    "Sample": "samples.reference_set",
+    "Scores": "scores",
+    "Sparc3Error": "errors",
+    "UserError": "errors",
+    "ablate_": "circuits.ablate",
+    "ablated": "circuits.ablate",
+    "attribute": "attribution.attribute",
+    "contrast": "circuits.select",
+    "evaluate": "evaluation.evaluate",
+    "export": "export.export",
+    "load_model": "models.load",
+    "load_recipe": "recipe.schema",
+    "prune_sequentially": "experiment.compress",
+    "push": "export.push",
+    "run": "experiment.run",
+    "select": "circuits.select",
+}
+"""Public name → the module that defines it."""
 
+# fmt: off
 __all__ = [
     "Circuit", "ReferenceSet", "Results", "Sample", "Scores", "Sparc3Error", "UserError", "__version__", "ablate_", "ablated",
     "attribute", "contrast", "evaluate", "export", "load_model", "load_recipe", "prune_sequentially", "push", "run", "select",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'sparc3' has no attribute '{name}'")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -1,6 +1,6 @@
 """`python -m sparc3`, as torchrun needs it."""
 
-from .cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     main()

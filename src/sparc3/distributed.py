@@ -78,7 +78,9 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error) and "onnection" not in str(error):
             raise
-        raise LostRank(f"rank {rank()} lost another one, which ended before it was done; the same command goes on where it was") from error
+        raise LostRank(
+            f"rank {rank()} lost another one, which ended before it was done; the same command goes on where it was"
+        ) from error
 
 
 def stride(items: Sequence[T]) -> Sequence[T]:

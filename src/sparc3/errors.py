@@ -1,17 +1,17 @@
 """Everything sparc3 raises on purpose.
 
-    Sparc3Error                 anything sparc3 raises itself; the command line prints it as one line
-    ├── UserError               a mistake the user can mend; exit code 2. Also a ValueError
-    │   ├── UnsupportedModel    an architecture or module that the rules do not know
-    │   └── DamagedFile         a file that is not what it says, or was changed after it was written
-    ├── NonFinite               a NaN or Inf in a relevance, named by sample and site
-    └── LostRank                another process of the same torchrun ended before its time
+Sparc3Error                 anything sparc3 raises itself; the command line prints it as one line
+├── UserError               a mistake the user can mend; exit code 2. Also a ValueError
+│   ├── UnsupportedModel    an architecture or module that the rules do not know
+│   └── DamagedFile         a file that is not what it says, or was changed after it was written
+├── NonFinite               a NaN or Inf in a relevance, named by sample and site
+└── LostRank                another process of the same torchrun ended before its time
 """
 
 import difflib
 from collections.abc import Iterable
 
-from .visible import one_line
+from .safe_text import one_line
 
 
 class Sparc3Error(Exception):

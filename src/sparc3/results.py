@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import DamagedFile, UserError
-from .files import read_json, write_json
-from .schema import typed
+from .settings import typed
+from .storage import read_json, write_json
 
 FORMAT = "sparc3.results/1"
 
@@ -97,16 +97,30 @@ class Results:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write readable JSON with a checksum of itself."""
-        differences = [{("from" if key == "from_" else key): value for key, value in asdict(d).items()} for d in self.differences]
+        differences = [
+            {("from" if key == "from_" else key): value for key, value in asdict(d).items()}
+            for d in self.differences
+        ]
         measurements = [asdict(m) for m in self.measurements]
-        write_json(path, {"format": FORMAT, "measurements": measurements, "differences": differences, "provenance": self.provenance})
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "measurements": measurements,
+                "differences": differences,
+                "provenance": self.provenance,
+            },
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":
         """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where its content makes no sense."""
         content = read_json(path, FORMAT, by_hand=("format", "measurements", "differences", "provenance"))
         try:
-            differences = [{("from_" if key == "from" else key): value for key, value in d.items()} for d in content["differences"]]
+            differences = [
+                {("from_" if key == "from" else key): value for key, value in d.items()}
+                for d in content["differences"]
+            ]
             return cls(
                 typed(tuple[Measurement, ...], [asdict(Measurement(**m)) for m in content["measurements"]]),
                 typed(tuple[Difference, ...], [asdict(Difference(**d)) for d in differences]),

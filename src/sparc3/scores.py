@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import DamagedFile
-from .files import fingerprint
-from .tensors import digest, load_tensors, save_tensors
+from .storage import digest, fingerprint, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 FORMAT = "sparc3.scores/1"
 UNITS = ("neuron", "head", "weight")
@@ -62,10 +62,17 @@ class Scores(Mapping[str, "Tensor"]):
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
         """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where the content does not fit."""
         tensors, header = load_tensors(path, FORMAT)
-        names, unit, model = header.pop("sites", None), header.get("unit", "neuron"), header.get("model") or {}
+        names, unit, model = (
+            header.pop("sites", None),
+            header.get("unit", "neuron"),
+            header.get("model") or {},
+        )
         if not isinstance(names, list) or set(map(str, names)) != set(tensors) or len(names) != len(tensors):
             raise DamagedFile(f"{path}: its list of sites does not fit its tensors; make it again")
-        shaped = all(tensor.is_floating_point() and tensor.dim() == (2 if unit == "weight" else 1) for tensor in tensors.values())
+        shaped = all(
+            tensor.is_floating_point() and tensor.dim() == (2 if unit == "weight" else 1)
+            for tensor in tensors.values()
+        )
         if unit not in UNITS or not shaped or not is_model(model):
             raise DamagedFile(f"{path}: unit, model and tensors are not as {FORMAT} has them; make it again")
         return cls({name: tensors[name] for name in names}, header)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..batches import Batch
 from ..errors import UserError, unknown
-from ..models import Site
+from ..models.sites import Site
+from ..samples.batches import Batch
 from .activations import activation, wanda
-from .relevance import cp_lrp, gradient, lrp
+from .relevance import cp_lrp, gradient, lrp, weighted
 from .sums import Settings, Sums
-from .weights import weighted
 
 Run = Callable[..., Iterator[Batch]]
 
@@ -81,7 +80,9 @@ def _random(site: Site, total: Tensor, sums: Sums) -> Tensor:
     seed = torch.Generator().manual_seed(zlib.crc32(f"{sums.settings.seed}/{site.name}".encode()))
     if sums.settings.unit == "weight":
         return torch.rand(site.out, site.inp, generator=seed)
-    return torch.rand(site.out if sums.settings.unit == "neuron" else site.heads, generator=seed, dtype=torch.float64)
+    return torch.rand(
+        site.out if sums.settings.unit == "neuron" else site.heads, generator=seed, dtype=torch.float64
+    )
 
 
 _METHODS: dict[str, Method] = {}
@@ -98,8 +99,22 @@ for _method in (
     Method("lrp", lrp, _mean, ("neuron", "head", "weight"), targeted=True),
     Method("cp-lrp", cp_lrp, _mean, ("neuron", "head", "weight"), targeted=True),
     Method("gradient", gradient, _mean, ("neuron", "head", "weight"), targeted=True),
-    Method("wanda", wanda, _wanda, ("neuron", "weight"), weighs=True, why="Wanda weighs a weight by its input, and a head has no weight of its own"),
-    Method("activation", activation, _per_token, ("neuron",), ("mlp.up",), why="an activation belongs to a neuron of mlp.up"),
+    Method(
+        "wanda",
+        wanda,
+        _wanda,
+        ("neuron", "weight"),
+        weighs=True,
+        why="Wanda weighs a weight by its input, and a head has no weight of its own",
+    ),
+    Method(
+        "activation",
+        activation,
+        _per_token,
+        ("neuron",),
+        ("mlp.up",),
+        why="an activation belongs to a neuron of mlp.up",
+    ),
     Method("magnitude", None, _magnitude, ("neuron", "head", "weight"), weighs=True),
     Method("random", None, _random, ("neuron", "head", "weight")),
 ):
@@ -120,7 +135,10 @@ def require_method(name: str) -> Method:
 
 def needs_weight(method: Method, settings: Settings) -> bool:
     """Whether these scores cannot be had without the values of the weights; relevance of neurons (signed) and heads can."""
-    return method.weighs or (method.targeted and (settings.unit == "weight" or (settings.unit == "neuron" and settings.neuron == "abs")))
+    return method.weighs or (
+        method.targeted
+        and (settings.unit == "weight" or (settings.unit == "neuron" and settings.neuron == "abs"))
+    )
 
 
 def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Settings]:
@@ -128,12 +146,16 @@ def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Se
     method = require_method(settings.method)
     if settings.unit not in method.units:
         why = f": {method.why}" if method.why else ""
-        raise UserError(f"method {method.name} cannot score unit '{settings.unit}'{why}; it scores {', '.join(method.units)}")
+        raise UserError(
+            f"method {method.name} cannot score unit '{settings.unit}'{why}; it scores {', '.join(method.units)}"
+        )
     for role in roles:
         if settings.unit == "head" and role != "attn.o":
             raise UserError(f"heads are scored at attn.o, not at '{role}'; use --sites attn.o")
         if method.roles and role not in method.roles:
-            raise UserError(f"method {method.name} cannot score site '{role}': {method.why}; use {', '.join(method.roles)}")
+            raise UserError(
+                f"method {method.name} cannot score site '{role}': {method.why}; use {', '.join(method.roles)}"
+            )
     if settings.unit == "weight" and method.targeted and settings.non_finite == "skip":
         raise UserError(
             "non_finite skip does not go with unit weight: its sums stream, and a sample cannot be taken out of them again; use error, "

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch
-from ..families import Family
-from ..sites import family_of, layers_of, shadowed
+from ..models.families import Family
+from ..models.sites import family_of, layers_of, shadowed
+from ..samples.batches import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 LINEAR = {"Linear", "Linear4bit", "Linear8bitLt", "Conv1D"}
 
@@ -37,7 +38,13 @@ def packed(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
             for module, cut in _maps(layer, family_of(model)):
                 rows = targets if cut and layer is layers[-1] else real
                 if len(rows) <= WORTH * batch.ids.numel():
-                    stack.enter_context(shadowed(module, "forward", _picking(module.forward, rows.to(batch.ids.device), batch.ids.numel())))
+                    stack.enter_context(
+                        shadowed(
+                            module,
+                            "forward",
+                            _picking(module.forward, rows.to(batch.ids.device), batch.ids.numel()),
+                        )
+                    )
         yield
 
 

@@ -15,14 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..experts import one_by_one
-from ..families import Family
-from ..offloading import forward_within, renew_
-from ..sites import dense_path, experts_in, family_of, layers_of, non_linearities, open_experts, shadowed
+from ..models.experts import one_by_one
+from ..models.families import Family
+from ..models.offloading import forward_within, renew_
+from ..models.sites import (
+    dense_path,
+    experts_in,
+    family_of,
+    layers_of,
+    non_linearities,
+    open_experts,
+    shadowed,
+)
 from . import rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 ACTIVATIONS: dict[str, rules.Factor] = {
     "SiLUActivation": rules.sigmoid_factor,
@@ -39,13 +48,40 @@ ACTIVATIONS: dict[str, rules.Factor] = {
 }
 """Class of a non-linearity f → its closed form f(x)/x."""
 
-TRANSPARENT = {"ModuleList", "Embedding", "Linear", "Linear4bit", "Linear8bitLt", "Conv1D", "Dropout", "Identity"}
+TRANSPARENT = {
+    "ModuleList",
+    "Embedding",
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "Conv1D",
+    "Dropout",
+    "Identity",
+}
 """Modules whose plain gradient is already the rule: linear maps (ε → 0), look-ups and things that only pass on."""
 
 CONTAINERS = (
-    *("ForCausalLM", "LMHeadModel", "Model", "TextModel", "Decoder", "DecoderLayer", "Layer", "Block", "Attention", "SelfAttention", "MLP"),
+    *(
+        "ForCausalLM",
+        "LMHeadModel",
+        "Model",
+        "TextModel",
+        "Decoder",
+        "DecoderLayer",
+        "Layer",
+        "Block",
+        "Attention",
+        "SelfAttention",
+        "MLP",
+    ),
     *("SparseMoeBlock", "TopKRouter"),
-    *("RotaryEmbedding", "LearnedPositionalEmbedding", "TextScaledWordEmbedding", "Linear", "LayerNormPerHead"),
+    *(
+        "RotaryEmbedding",
+        "LearnedPositionalEmbedding",
+        "TextScaledWordEmbedding",
+        "Linear",
+        "LayerNormPerHead",
+    ),
 )
 """What a family's own classes may be called after its prefix; their forward is composed of modules and functions met elsewhere."""
 
@@ -85,19 +121,40 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
     """Which module gets which forward; refuses a module it does not know."""
     own = {family.classes + suffix for suffix in CONTAINERS}
     share = 0.0 if cp else 0.5
-    gated = {id(layer.get_submodule(path)) for layer in layers_of(model) if family.gated and (path := dense_path(layer, family, family.gated))}
-    inside_gated = {id(module) for layer in layers_of(model) for module in non_linearities(layer, family)} if family.gated else set()
+    gated = {
+        id(layer.get_submodule(path))
+        for layer in layers_of(model)
+        if family.gated and (path := dense_path(layer, family, family.gated))
+    }
+    inside_gated = (
+        {id(module) for layer in layers_of(model) for module in non_linearities(layer, family)}
+        if family.gated
+        else set()
+    )
     experts = {id(found) for layer in layers_of(model) if (found := experts_in(layer, family))}
-    constants = {id(layer.get_submodule(path)) for layer in layers_of(model) if experts_in(layer, family) for path in family.constants}
+    constants = {
+        id(layer.get_submodule(path))
+        for layer in layers_of(model)
+        if experts_in(layer, family)
+        for path in family.constants
+    }
     for name, module in model.named_modules():
         kind, origin, forward = type(module).__name__, type(module).__module__, forward_within(module)
         plain = getattr(module, forward)
         if origin.partition(".")[0] not in ORIGINS:
-            raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the weights first")
+            raise UnsupportedModel(
+                f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the weights first"
+            )
         if id(module) in gated:
             yield module, forward, _gated_mlp(module, family, share=share, name=name)
         elif id(module) in experts:
-            yield module, forward, one_by_one(module, _product(module.get_submodule("act_fn"), share, name), constant_routing=True)
+            yield (
+                module,
+                forward,
+                one_by_one(
+                    module, _product(module.get_submodule("act_fn"), share, name), constant_routing=True
+                ),
+            )
         elif id(module) in constants:
             yield module, forward, _constant(plain)
         elif kind == family.classes + "RMSNorm":
@@ -106,10 +163,16 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
             yield module, forward, _norm(rules.layer_norm, module, plain, family)
         elif (factor := _factor(module)) and id(module) not in inside_gated:
             yield module, forward, partial(rules.identity_rule, function=plain, factor=factor)
-        elif module is model.get_output_embeddings() and (cap := getattr(model.config, "final_logit_softcapping", None)):
+        elif module is model.get_output_embeddings() and (
+            cap := getattr(model.config, "final_logit_softcapping", None)
+        ):
             yield module, forward, _capped_head(plain, cap)
         elif kind not in TRANSPARENT and kind not in own and id(module) not in inside_gated:
-            remedy = 'load with attn_implementation="eager"' if "FlashAttention" in kind else "use method gradient, or add its rule"
+            remedy = (
+                'load with attn_implementation="eager"'
+                if "FlashAttention" in kind
+                else "use method gradient, or add its rule"
+            )
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; {remedy}")
 
 
@@ -129,7 +192,9 @@ def _eps(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # type: ignore[return-value]
 
 
-def _norm(rule: Callable[..., Tensor], module: nn.Module, plain: Callable[[Tensor], Tensor], family: Family) -> Callable[[Tensor], Tensor]:
+def _norm(
+    rule: Callable[..., Tensor], module: nn.Module, plain: Callable[[Tensor], Tensor], family: Family
+) -> Callable[[Tensor], Tensor]:
     # The gain is looked up when it is needed: an offloaded norm has it at hand only then.
     return lambda x: rule(x, plain, _gain(module, family), _eps(module))
 
@@ -144,7 +209,10 @@ def _capped_head(plain: Callable[[Tensor], Tensor], cap: float) -> Callable[[Ten
 
 
 def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Callable[[Tensor], Tensor]:
-    inside = {part: family.roles[f"mlp.{part}"].removeprefix(f"{family.gated}.").partition("#") for part in ("gate", "up", "down")}
+    inside = {
+        part: family.roles[f"mlp.{part}"].removeprefix(f"{family.gated}.").partition("#")
+        for part in ("gate", "up", "down")
+    }
     gate, up, down = (module.get_submodule(path) for path, _, _ in inside.values())
     activation = module.get_submodule(family.activation.removeprefix(f"{family.gated}."))
     product = _product(activation, share, name)
@@ -161,7 +229,9 @@ def _product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor
     factor = _factor(activation)
     if factor is None:
         kind = type(activation).__name__
-        raise UnsupportedModel(f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x")
+        raise UnsupportedModel(
+            f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x"
+        )
     return partial(rules.gated_product, function=activation.forward, factor=factor, share=share)
 
 
@@ -197,7 +267,9 @@ def _by_interface(model: "PreTrainedModel", family: Family) -> bool:
     for attention in attentions:
         if not hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS"):
             kind = type(attention).__name__
-            raise UnsupportedModel(f"no LRP rule for the attention of {kind} in this release of transformers; use method gradient, or add its rule")
+            raise UnsupportedModel(
+                f"no LRP rule for the attention of {kind} in this release of transformers; use method gradient, or add its rule"
+            )
     return True
 
 
@@ -206,7 +278,9 @@ def _splits(plain: Callable[..., tuple[Tensor, ...]], cp: bool) -> Callable[...,
 
 
 def _mixes(plain: Callable[..., Any], cp: bool) -> Callable[..., Any]:
-    return lambda query, key, value, *args, **kwargs: plain(*_shared_out((query, key, value), cp), *args, **kwargs)
+    return lambda query, key, value, *args, **kwargs: plain(
+        *_shared_out((query, key, value), cp), *args, **kwargs
+    )
 
 
 def _shared_out(query_key_value: Iterable[Tensor], cp: bool) -> tuple[Tensor, ...]:
@@ -226,7 +300,9 @@ def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Cha
         if id(config) not in copies:
             copies[id(config)] = twin = copy.copy(config)
             if interface:
-                twin._attn_implementation_internal = _registered(config._attn_implementation or "eager", cp, _capped(config))
+                twin._attn_implementation_internal = _registered(
+                    config._attn_implementation or "eager", cp, _capped(config)
+                )
             if getattr(twin, "final_logit_softcapping", None):
                 twin.final_logit_softcapping = None
         yield module, "config", copies[id(config)]
@@ -250,10 +326,20 @@ def _registered(implementation: str, cp: bool, capped: bool = False) -> str:
     if implementation.startswith(FUSED):
         implementation = "eager" if capped else "sdpa"
     if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModel(f'no LRP rule for attention implementation \'{implementation}\'; load with attn_implementation="sdpa" or "eager"')
+        raise UnsupportedModel(
+            f'no LRP rule for attention implementation \'{implementation}\'; load with attn_implementation="sdpa" or "eager"'
+        )
     name = f"{OURS}{'cp' if cp else 'attn'}lrp_{implementation}"
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         plain = ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
         if kwargs.get("softcap") is not None and implementation == "eager":
@@ -272,7 +358,12 @@ def _registered(implementation: str, cp: bool, capped: bool = False) -> str:
 def frozen(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, no parameter asks for a gradient, the model is in eval mode, and experts can be hooked (`Site.hooked`); then all is as before."""
     renew_(model)
-    places = [(module._parameters, name) for module in model.modules() for name, one in module._parameters.items() if one is not None]
+    places = [
+        (module._parameters, name)
+        for module in model.modules()
+        for name, one in module._parameters.items()
+        if one is not None
+    ]
     asked = [(held, name, held[name].requires_grad) for held, name in places]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -282,7 +373,11 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
         with torch.enable_grad(), open_experts(model):
             yield
     finally:
-        for held, name, was in asked:  # by name: an offloaded parameter is another one after each forward pass
+        for (
+            held,
+            name,
+            was,
+        ) in asked:  # by name: an offloaded parameter is another one after each forward pass
             held[name].requires_grad_(was)
         for module, mode in modes:
             module.training = mode

@@ -3,56 +3,72 @@
 No weight ever has a gradient: what a site needs is gathered in a hook on its output while the backward pass goes by.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ..batches import Batch
-from ..experts import by_position, by_sample, tokens_of
-from ..logits import logits_at
-from ..memory import few_holes
-from ..models import Site
-from ..offloading import device_of
-from ..sites import layers_of
+from ..errors import NonFinite
+from ..models.experts import by_position, by_sample, tokens_of
+from ..models.memory import few_holes, give_back, logits_at
+from ..models.offloading import device_of, is_offloaded
+from ..models.sites import Site, layers_of, shadowed
+from ..samples.batches import Batch
 from .packing import packed
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
-from .watching import checkpointed, watched
-from .weights import weight_hook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 ROWS = 1536
 """Rows of W ⊙ G handled at once: some megabytes. With few rows, products of short samples run at a third of the speed."""
 
 
-def lrp(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
+def lrp(
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
+) -> Iterator[Batch]:
     """AttnLRP (Achtibat et al. 2024)."""
     return _relevance(model, batches, sites, settings, sums, lrp_rules(model))
 
 
-def cp_lrp(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
+def cp_lrp(
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
+) -> Iterator[Batch]:
     """CP-LRP (Ali et al. 2022): queries, keys and gates are constants."""
     return _relevance(model, batches, sites, settings, sums, lrp_rules(model, cp=True))
 
 
-def gradient(model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums) -> Iterator[Batch]:
+def gradient(
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
+) -> Iterator[Batch]:
     """Weight × gradient, no rules."""
     return _relevance(model, batches, sites, settings, sums, nullcontext())
 
 
 def _relevance(
-    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums, rules: AbstractContextManager[None]
+    model: "PreTrainedModel",
+    batches: Iterable[Batch],
+    sites: list[Site],
+    settings: Settings,
+    sums: Sums,
+    rules: AbstractContextManager[None],
 ) -> Iterator[Batch]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
     how = settings.gradient_checkpointing
     again = checkpointed(model, offload=how == "offload") if how in (True, "offload") else nullcontext()
-    with frozen(model), rules, again, few_holes(layers_of(model)) if device_of(model).type == "cpu" else nullcontext():
+    with (
+        frozen(model),
+        rules,
+        again,
+        few_holes(layers_of(model)) if device_of(model).type == "cpu" else nullcontext(),
+    ):
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             with packed(model, batch), _watched(sites, batch, settings, gathered, sums):
@@ -79,14 +95,18 @@ def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _watched(sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums) -> Iterator[None]:
+def _watched(
+    sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums
+) -> Iterator[None]:
     """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a sample, and of weights in `sums`."""
     with ExitStack() as stack:
         for index, site in enumerate(sites):
             if settings.unit == "head":
                 hook = site.hooked.register_forward_pre_hook(_head_hook(site, batch, settings, gathered))
             elif settings.unit == "weight":
-                hook = site.hooked.register_forward_hook(weight_hook(site, batch, sums, first=not index or sites[index - 1].layer != site.layer))
+                hook = site.hooked.register_forward_hook(
+                    weight_hook(site, batch, sums, first=not index or sites[index - 1].layer != site.layer)
+                )
             else:
                 hook = site.hooked.register_forward_hook(_output_hook(site, batch, settings, gathered))
             stack.callback(hook.remove)
@@ -124,9 +144,13 @@ def _output_hook(
             gathered[site.name] = by_position(_wide(grad) * _wide(kept), tokens, shape)[:, skip:].sum(1)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gathered.setdefault(site.name, torch.zeros(len(batch.samples), site.out, device=output.device))  # stays where CP-LRP holds z constant
+        gathered.setdefault(
+            site.name, torch.zeros(len(batch.samples), site.out, device=output.device)
+        )  # stays where CP-LRP holds z constant
         kept = args[0] if settings.neuron == "abs" else site.of(output)
-        return watched(output, kept, partial(arrived, tokens_of(args)), copied=site.role == "mlp.down")  # Falcon adds to it in place
+        return watched(
+            output, kept, partial(arrived, tokens_of(args)), copied=site.role == "mlp.down"
+        )  # Falcon adds to it in place
 
     return hook
 
@@ -139,15 +163,187 @@ def _wide(x: Tensor) -> Tensor:
 def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -> Tensor:
     """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out] and a [T, in]."""
     pairs = [_for_product(g, x) for g, x in zip(grad, a, strict=True)]
-    sums = torch.empty(len(pairs), weight.shape[0], dtype=torch.promote_types(pairs[0][0].dtype, torch.float32), device=weight.device)
+    sums = torch.empty(
+        len(pairs),
+        weight.shape[0],
+        dtype=torch.promote_types(pairs[0][0].dtype, torch.float32),
+        device=weight.device,
+    )
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         for sample, (g, x) in enumerate(pairs):  # all samples while these rows of W are in cache
-            piece = (g[:, rows].T @ x).mul_(weight[rows]).abs_()  # a norm in one call takes several times as long on a CPU
+            piece = (
+                (g[:, rows].T @ x).mul_(weight[rows]).abs_()
+            )  # a norm in one call takes several times as long on a CPU
             sums[sample, rows] = piece.sum(1, dtype=sums.dtype)
     return sums
 
 
 def _for_product(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """In float32 where a CPU would compute in 16 bits."""
-    return (g.float(), a.float()) if g.device.type == "cpu" and g.dtype in (torch.float16, torch.bfloat16) else (g, a)
+    return (
+        (g.float(), a.float())
+        if g.device.type == "cpu" and g.dtype in (torch.float16, torch.bfloat16)
+        else (g, a)
+    )
+
+
+# Looking at what flows back through a tensor, and computing layers a second time in the backward pass instead of keeping what they computed.
+
+
+Arrived = Callable[[Tensor, Tensor], None]
+"""Called in the backward pass with (gradient, what was kept)."""
+
+
+class _Watch(torch.autograd.Function):
+    """The tensor itself. What is kept is kept as autograd keeps its own, so that a checkpointed layer keeps it neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, arrived: Arrived, lowest: bool, copied: bool) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.arrived, ctx.lowest = arrived, lowest
+        return x.clone() if copied else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        ctx.arrived(grads[0], *ctx.saved_tensors)
+        return None if ctx.lowest else grads[0], None, None, None, None
+
+
+def watched(x: Tensor, kept: Tensor, arrived: Arrived, *, copied: bool = False) -> Tensor:
+    """x, of whose gradient `arrived` will be told; `copied` where what comes next changes it in place.
+
+    Where x asks for no gradient, nothing below it does: the graph begins, and the backward pass ends, there.
+    """
+    lowest = not x.requires_grad
+    z = x.detach().requires_grad_() if lowest else x
+    return _Watch.apply(z, kept.detach(), arrived, lowest, copied)  # type: ignore[no-untyped-call, no-any-return]
+
+
+@contextmanager
+def checkpointed(
+    model: "PreTrainedModel",
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    *,
+    offload: bool = False,
+) -> Iterator[None]:
+    """Inside, a decoder layer keeps its input alone, and is computed again when the backward pass comes to it.
+
+    transformers' own gradient checkpointing is for training: it needs train mode, in which dropout is on.
+
+    Args:
+        within: makes the context that a layer is computed in again.
+        offload: keep the inputs on the CPU, pinned beside a GPU, and bring each back when its layer is computed again.
+    """
+    pinned = device_of(model).type == "cuda"
+    with ExitStack() as stack:
+        # Where torch stops in the middle of a layer, accelerate's hook does not get to take the weights back.
+        stack.enter_context(set_checkpoint_early_stop(not is_offloaded(model)))
+        for layer in layers_of(model):
+            again = partial(
+                checkpoint,
+                layer.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), within()),
+            )
+            stack.enter_context(
+                shadowed(layer, "forward", partial(_away, again, pinned) if offload else again)
+            )
+        if offload and pinned:
+            stack.callback(torch.accelerator.empty_host_cache)  # which keeps what was pinned
+        yield
+
+
+def _away(again: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) -> Any:
+    """A checkpointed layer, whose input, all that it keeps, is kept on the CPU."""
+    with save_on_cpu(pin_memory=pinned):
+        return again(*args, **kwargs)
+
+
+# Weight relevance: Σ_t ĝ_t a_tᵀ streams from each site's backward step straight into the site's running total, and never into `.grad`.
+#
+# R_W = W ⊙ Σ_t ĝ_t a_tᵀ (docs/method.md, 3), and W is the same for every sample: it is multiplied in once, at the end (`weighted`).
+
+
+PIECE = 2**22
+"""Elements of one sample's matrix that are handled at once on a CPU: more would be memory, fewer would be threads that wait for each other."""
+
+
+def weight_hook(
+    site: Site, batch: Batch, sums: Sums, *, first: bool
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value, to the site's total.
+
+    Args:
+        first: whether no earlier site of its layer is watched, so that the backward pass leaves the layer's sites with it.
+    """
+
+    def arrived(tokens: Tensor | None, grad: Tensor, a: Tensor) -> None:
+        by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
+        _stream(site, batch, sums, by_sample(site.of(grad), *by), by_sample(a, *by))
+        if first:
+            give_back()
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return watched(
+            output, args[0], partial(arrived, tokens_of(args)), copied=site.role == "mlp.down"
+        )  # Falcon adds to it in place
+
+    return hook
+
+
+def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Tensor]) -> None:
+    """Add a batch, of each sample ĝ [T, out] and a [T, in], less what was in already when an earlier try at these samples ran out of memory."""
+    fresh = [
+        row for row, sample in enumerate(batch.samples) if (sample.index, site.name) not in sums.streamed
+    ]
+    pairs = [(grad[row], a[row]) for row in fresh]
+    for row, (g, x) in zip(fresh, pairs, strict=True):
+        if not (g.sum(dtype=torch.float32) + x.sum(dtype=torch.float32)).isfinite():
+            raise NonFinite(
+                f"the relevance of sample {batch.samples[row].index} is not finite at {site.name}; look at that sample, leave it out, "
+                "or load the model in bfloat16 or float32"
+            )
+    if grad[0].device.type == "cpu" and grad[0].dtype in (torch.float16, torch.bfloat16):
+        pairs = [(g.float(), x.float()) for g, x in pairs]
+    if pairs:
+        add = add_absolute_ if sums.settings.reduce == "mean_abs" else add_signed_
+        add(sums.matrix(site), pairs)
+    sums.streamed.update((batch.samples[row].index, site.name) for row in fresh)
+
+
+def add_signed_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """total [out, in] += Σ_t ĝ_t a_tᵀ over all samples' pairs of ĝ [T, out] and a [T, in], as one product."""
+    g = pairs[0][0] if len(pairs) == 1 else torch.cat([g for g, _ in pairs])
+    a = pairs[0][1] if len(pairs) == 1 else torch.cat([a for _, a in pairs])
+    if (g.dtype, g.device) == (total.dtype, total.device):
+        total.addmm_(g.T, a)
+        return
+    for rows in _pieces(total, g.device):
+        total[rows] += (g[:, rows].T @ a).to(total.device)
+
+
+def add_absolute_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """total [out, in] += |Σ_t ĝ_t a_tᵀ| of each sample apart."""
+    for rows in _pieces(total, pairs[0][0].device):
+        part = total[rows]
+        for g, a in pairs:
+            part += (g[:, rows].T @ a).abs_().to(part.device)
+
+
+def _pieces(total: Tensor, device: torch.device) -> list[slice]:
+    """Row ranges of a total: some megabytes at once on a CPU, all of them on a GPU."""
+    out, inp = total.shape
+    step = max(16, PIECE // inp) if device.type == "cpu" else out
+    return [slice(start, min(start + step, out)) for start in range(0, out, step)]
+
+
+def weighted(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
+    """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the reduction takes it."""
+    if not total.numel():  # CP-LRP holds the site constant
+        return torch.zeros(site.out, site.inp)
+    total.mul_(site.weight.detach().to(total.device))
+    if divisor != 1:
+        total.div_(divisor)
+    return total if reduce == "mean" else total.abs_()

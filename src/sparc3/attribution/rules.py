@@ -68,7 +68,9 @@ class _GatedProduct(torch.autograd.Function):
     """Identity rule on the gate's non-linearity and uniform rule on the product, in one step that keeps only its two inputs."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor], factor: Factor, share: float) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor], factor: Factor, share: float
+    ) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.function, ctx.factor, ctx.share = function, factor, share
         return function(gate) * up
@@ -87,7 +89,9 @@ class _GatedProduct(torch.autograd.Function):
         return to_gate, to_up, None, None, None
 
 
-def gated_product(gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor], factor: Factor, share: float) -> Tensor:
+def gated_product(
+    gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor], factor: Factor, share: float
+) -> Tensor:
     """function(gate) · up, of whose relevance the gate gets `share` and up the rest.
 
     share ½ is the uniform rule of AttnLRP (Eq. 12); share 0 is CP-LRP, where the gate is a constant.
@@ -106,7 +110,15 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 
 def capped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, softcap: float, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Eager attention whose scores are soft-capped, as Gemma 2 computes it: query [B, H, T, d]; key and value may have fewer heads."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -141,7 +153,9 @@ def _wide(x: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float
+    ) -> Tensor:
         scale = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(scale, *([] if gain is None else [gain]))
         return norm(x)
@@ -159,7 +173,9 @@ def rms_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, e
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float
+    ) -> Tensor:
         scale = torch.rsqrt(_wide(x).var(-1, keepdim=True, correction=0) + eps)
         ctx.save_for_backward(scale, *([] if gain is None else [gain]))
         return norm(x)

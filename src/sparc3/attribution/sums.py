@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..batches import Batch
 from ..errors import NonFinite
-from ..models import Site
+from ..models.sites import Site
+from ..samples.batches import Batch
 
 
 def all_finite(values: Tensor) -> bool:
@@ -101,14 +101,18 @@ class Sums:
         """The running total [out, in] of a site's weights, zero at first; what streams is added to it in place."""
         if site.name not in self.totals:
             dtype = getattr(torch, self.settings.sums_dtype)
-            self.totals[site.name] = torch.zeros(site.out, site.inp, dtype=dtype, device=self.settings.sums_device)
+            self.totals[site.name] = torch.zeros(
+                site.out, site.inp, dtype=dtype, device=self.settings.sums_device
+            )
         return self.totals[site.name]
 
     def over_ranks(self, names: list[str]) -> "Sums":
         """The sums of all ranks together; each rank gets the same. `names` are the sites, which a rank without a sample lacks."""
         if distributed.world() == 1:
             return self
-        known = distributed.gather({name: (tuple(total.shape), total.dtype) for name, total in self.totals.items()})
+        known = distributed.gather(
+            {name: (tuple(total.shape), total.dtype) for name, total in self.totals.items()}
+        )
         kinds = {name: kind for part in known for name, kind in part.items()}
         totals = {}
         for name in (name for name in names if name in kinds):

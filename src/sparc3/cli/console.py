@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ..visible import LineFormatter, visible, without_secrets
+from ..safe_text import LineFormatter, visible, without_secrets
 
 Command = Callable[[argparse.Namespace], None]
 Add = Callable[[str, Command, str], argparse.ArgumentParser]
@@ -54,5 +54,11 @@ def model_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def precision_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, float64 (default: %(default)s)")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, or map: layers over all GPUs and the CPU (default: %(default)s)")
+    command.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, float16, float64 (default: %(default)s)"
+    )
+    command.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, or map: layers over all GPUs and the CPU (default: %(default)s)",
+    )

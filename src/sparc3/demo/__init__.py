@@ -1,1 +1,1 @@
-"""The embedded demo: a small Llama, and the generator of the text it was trained on."""
+"""The embedded demo: a small Llama, and the generator of its text."""

@@ -2,26 +2,55 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..ablation import ablated
-from ..attribution import attribute
-from ..attribution.ledger import ledger
+from ..attribution.attribute import attribute
 from ..attribution.patching import lrp_rules
-from ..circuit import Circuit
+from ..circuits.ablate import ablated
+from ..circuits.circuit import Circuit
 from ..errors import NonFinite
-from ..families import ROLES
-from ..models import describe, family_of, layers_of, sites_of
-from ..offloading import copied, device_of, named_values
-from .exact import quantised
-from .findings import Finding
-from .second_opinion import Flow
+from ..models.families import ROLES
+from ..models.load import describe
+from ..models.offloading import copied, device_of, named_values
+from ..models.sites import family_of, layers_of, sites_of
+from .completeness import ledger
+from .second_opinion import Flow, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check measured.
+
+    Attributes:
+        name: what was looked at.
+        value: the figure; None where there is none.
+        limit: the largest figure that passes; None where the finding is for information only.
+        note: anything to add.
+    """
+
+    name: str
+    value: float | None
+    limit: float | None = None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the check passed; None for information. A NaN, or no figure at all, does not pass."""
+        if self.limit is None:
+            return None
+        return self.value is not None and self.value <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        return {True: "pass", False: "FAIL", None: ""}[self.passed]
+
 
 LIMITS = {torch.float64: (1e-6, 1e-5, 1e-5), torch.float32: (1e-3, 1e-2, 1e-3)}
 """dtype of the copy → largest gap of the ledger, difference of AttnLRP, difference of a batch. Scores themselves are float32."""
@@ -49,7 +78,10 @@ def ledger_balances(exact: "PreTrainedModel", ids: Ids) -> Finding:
         book = ledger(exact, one)
         total = book.embeddings + book.positions + book.biases
         gaps.append(abs(book.target - total) / max(abs(book.target), 1e-300))
-        parts = parts or f"logit {book.target:.4g} = embeddings {book.embeddings:.4g} + positions {book.positions:.4g} + biases {book.biases:.4g}"
+        parts = (
+            parts
+            or f"logit {book.target:.4g} = embeddings {book.embeddings:.4g} + positions {book.positions:.4g} + biases {book.biases:.4g}"
+        )
     return Finding("CP-LRP's ledger adds up to the logit", max(gaps), _limits(exact)[0], parts)
 
 
@@ -61,13 +93,26 @@ def attnlrp_agrees(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow])
     worst = distance(neurons, {site.name: seen[site.name].signed for site in sites})
     of_heads = {site.name: seen[site.name].heads(site.heads) for site in sites if site.role == "attn.o"}
     worst = max(worst, distance(heads, of_heads))
-    return Finding("AttnLRP equals its rules on torch's functions", worst, _limits(exact)[1], "neurons of all sites, heads")
+    return Finding(
+        "AttnLRP equals its rules on torch's functions",
+        worst,
+        _limits(exact)[1],
+        "neurons of all sites, heads",
+    )
 
 
 def batched_is_single(exact: "PreTrainedModel", ids: Ids) -> Finding:
     """Padding and batches change nothing."""
-    alone, together = (attribute(exact, ids, neuron="signed", sites=roles_of(exact), batch_tokens=tokens) for tokens in (1, 10**6))
-    return Finding("a batch gives what its samples give", distance(together, alone), _limits(exact)[2], f"{len(ids)} samples of unequal length")
+    alone, together = (
+        attribute(exact, ids, neuron="signed", sites=roles_of(exact), batch_tokens=tokens)
+        for tokens in (1, 10**6)
+    )
+    return Finding(
+        "a batch gives what its samples give",
+        distance(together, alone),
+        _limits(exact)[2],
+        f"{len(ids)} samples of unequal length",
+    )
 
 
 def forward_unchanged(model: "PreTrainedModel", ids: Ids) -> Finding:
@@ -78,10 +123,15 @@ def forward_unchanged(model: "PreTrainedModel", ids: Ids) -> Finding:
         worst = 0.0
         for cp in (False, True):
             with lrp_rules(model, cp=cp):
-                worst = max(worst, float((model(batch, use_cache=False).logits - plain).abs().max() / plain.abs().max()))
+                worst = max(
+                    worst,
+                    float((model(batch, use_cache=False).logits - plain).abs().max() / plain.abs().max()),
+                )
     rounded = family_of(model).experts or model.config._attn_implementation not in ("sdpa", "eager", None)
     limit = _limits(model)[2] if rounded else 0.0
-    return Finding("forward values are the same under the rules", worst, limit, "largest difference of a logit")
+    return Finding(
+        "forward values are the same under the rules", worst, limit, "largest difference of a logit"
+    )
 
 
 def restored(model: "PreTrainedModel", ids: Ids) -> Finding:
@@ -105,8 +155,15 @@ def _state(model: "PreTrainedModel") -> dict[str, Any]:
     for name, tensor in model.named_parameters():
         found[f"{name} (flag)"] = tensor.requires_grad
     for name, module in model.named_modules():
-        hooks = {key: tuple(value) for key, value in module.__dict__.items() if "hook" in key and isinstance(value, dict)}
-        found[f"{name or 'the model'} (attributes)"] = ({key: _Same(value) for key, value in module.__dict__.items()}, hooks)
+        hooks = {
+            key: tuple(value)
+            for key, value in module.__dict__.items()
+            if "hook" in key and isinstance(value, dict)
+        }
+        found[f"{name or 'the model'} (attributes)"] = (
+            {key: _Same(value) for key, value in module.__dict__.items()},
+            hooks,
+        )
     return found
 
 
@@ -125,10 +182,14 @@ class _Same:
 def _digest(tensor: Tensor) -> str:
     if hasattr(tensor, "__tensor_flatten__"):
         return "".join(_digest(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return hashlib.blake2b(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, digest_size=16
+    ).hexdigest()
 
 
-def low_precision(model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype) -> Finding:
+def low_precision(
+    model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype
+) -> Finding:
     """Whether relevance is finite in 16 bits, and how far it is from what the exact copy gives (rounded weights included)."""
     low = model if model.dtype == dtype or quantised(model) else copied(model).to(dtype)
     name = f"relevance is finite in {spelt(dtype)}"
@@ -143,7 +204,9 @@ def low_precision(model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, 
 
 
 def _in_common(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share: float = 0.05) -> float:
-    one, other = (torch.cat([value.flatten().abs() for value in scores.values()]) for scores in (found, wanted))
+    one, other = (
+        torch.cat([value.flatten().abs() for value in scores.values()]) for scores in (found, wanted)
+    )
     count = max(1, round(share * len(one)))
     strongest = [set(values.topk(count).indices.tolist()) for values in (one, other)]
     return len(strongest[0] & strongest[1]) / count
@@ -152,7 +215,9 @@ def _in_common(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share:
 def first_position(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Finding:
     """How much of all relevance (absolute, by position) sits at the first position; for information."""
     tokens = ledger(exact, ids[0], cp=False).tokens.abs()
-    neurons = sum((seen[site.name].of_z * seen[site.name].z).abs().sum(1).cpu() for site in sites_of(exact, ("mlp.up",)))
+    neurons = sum(
+        (seen[site.name].of_z * seen[site.name].z).abs().sum(1).cpu() for site in sites_of(exact, ("mlp.up",))
+    )
     assert isinstance(neurons, Tensor)
     share = float(neurons[0] / neurons.sum())
     note = f"of the input tokens' relevance {float(tokens[0] / tokens.sum()):.2g}; an even share is {1 / len(tokens):.2g}"
@@ -165,10 +230,14 @@ def largest_activation(model: "PreTrainedModel", ids: Ids) -> Finding:
 
     def measure(layer: int, hidden: Tensor) -> None:
         sizes = hidden[0].float().abs()
-        found.append((float(sizes.max() / sizes.median().clamp(min=1e-30)), layer, int(sizes.amax(-1).argmax())))
+        found.append(
+            (float(sizes.max() / sizes.median().clamp(min=1e-30)), layer, int(sizes.amax(-1).argmax()))
+        )
 
     hooks = [
-        layer.register_forward_hook(lambda _, args, out, index=index: measure(index, out[0] if isinstance(out, tuple) else out))
+        layer.register_forward_hook(
+            lambda _, args, out, index=index: measure(index, out[0] if isinstance(out, tuple) else out)
+        )
         for index, layer in enumerate(layers_of(model))
     ]
     try:
@@ -178,7 +247,9 @@ def largest_activation(model: "PreTrainedModel", ids: Ids) -> Finding:
         for hook in hooks:
             hook.remove()
     ratio, layer, position = max(found)
-    return Finding("largest activation, in medians", ratio, None, f"after layer {layer}, at position {position}")
+    return Finding(
+        "largest activation, in medians", ratio, None, f"after layer {layer}, at position {position}"
+    )
 
 
 def _limits(exact: "PreTrainedModel") -> tuple[float, float, float]:
@@ -186,5 +257,5 @@ def _limits(exact: "PreTrainedModel") -> tuple[float, float, float]:
 
 
 def spelt(dtype: torch.dtype) -> str:
-    """"float32" of torch.float32."""
+    """ "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,10 +1,6 @@
-"""AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that needs no name of any module.
+"""A copy of a model that computes in float64 throughout, so that what is left of a gap is a mistake and not rounding."""
 
-While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so that its plain gradient
-is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code with attribution/rules.py and patching.py, computes
-f(x)/x by dividing, and of the family table reads only where an MLP's non-linearity is.
-"""
-
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,13 +12,83 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attribution.patching import frozen
-from ..attribution.watching import checkpointed
-from ..experts import by_position, tokens_of
-from ..offloading import device_of, is_offloaded
-from ..sites import Site, family_of, layers_of, non_linearities
+from ..attribution.relevance import checkpointed
+from ..models.experts import by_position, tokens_of
+from ..models.families import ROLES
+from ..models.offloading import copied, device_of, is_offloaded
+from ..models.sites import Site, family_of, layers_of, non_linearities, sites_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class _Float64(TorchFunctionMode):
+    """Inside, what is told to round to float32 does not: transformers' norms, softmax and rotations do so in any model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            func = Tensor.double
+        elif func in (Tensor.to, torch.softmax, Tensor.softmax, F.softmax):
+            args = [torch.float64 if value is torch.float32 else value for value in args]
+            kwargs = {
+                key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()
+            }
+        return func(*args, **kwargs)
+
+
+def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy in float64, or in float32 where that does not fit into memory; the model itself where neither does, or it is quantised."""
+    if quantised(model):
+        return model
+    room, now = (
+        _room(torch.device("cpu") if is_offloaded(model) else model.device),
+        _size(model, model.dtype.itemsize),
+    )
+    for dtype in (torch.float64, torch.float32):
+        if dtype == model.dtype == torch.float32:
+            return model
+        if now + 1.3 * _size(model, dtype.itemsize) < room:
+            twin = copied(model).to(dtype)
+            if dtype == torch.float64:
+                twin.forward = _in_float64(twin.forward)
+            return twin
+    return model
+
+
+def quantised(model: "PreTrainedModel") -> bool:
+    return any(
+        site.quantised for site in sites_of(model, [role for role in ROLES if role in family_of(model).roles])
+    )
+
+
+def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _Float64():
+            return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def _size(model: "PreTrainedModel", width: int) -> int:
+    return width * int(sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _room(device: torch.device) -> int:
+    """Free bytes on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):  # not every system says
+        return 4 * 2**30
+
+
+# AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that needs no name of any module.
+#
+# While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so that its plain gradient
+# is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code with attribution/rules.py and patching.py, computes
+# f(x)/x by dividing, and of the family table reads only where an MLP's non-linearity is.
 
 
 def _half(x: Tensor) -> Tensor:
@@ -50,21 +116,33 @@ def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rule
 
 
-def _layer_norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def _layer_norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + eps).sqrt().detach()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
 ) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = _half(q) @ _half(k).transpose(-1, -2) * (kwargs.get("scale") or q.shape[-1] ** -0.5)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = (
+            scores.masked_fill(~attn_mask, -torch.inf)
+            if attn_mask.dtype == torch.bool
+            else scores + attn_mask
+        )
     return _half(scores.softmax(-1)) @ _half(v)
 
 
@@ -78,12 +156,26 @@ def _routed(*args: Any, **kwargs: Any) -> Any:
     return values.detach(), indices
 
 
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
+_PRODUCTS = (
+    torch.mul,
+    Tensor.mul,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+)
 _RULES: dict[Any, Callable[..., Tensor]] = {
     **{function: _product(function) for function in _PRODUCTS},
     **{function: lambda x, f=function: f(x).detach() for function in (torch.rsqrt, Tensor.rsqrt)},
     **{torch.topk: _routed, Tensor.sigmoid: lambda x: x.detach().sigmoid()},
-    **{torch.tanh: _identity(torch.tanh), F.layer_norm: _layer_norm, F.scaled_dot_product_attention: _attention, Tensor.baddbmm: _baddbmm},
+    **{
+        torch.tanh: _identity(torch.tanh),
+        F.layer_norm: _layer_norm,
+        F.scaled_dot_product_attention: _attention,
+        Tensor.baddbmm: _baddbmm,
+    },
 }
 
 
@@ -127,7 +219,9 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
     seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.setdefault(module, (args[0], output, tokens_of(args)))  # the first time: a checkpointed layer comes by again
+        seen.setdefault(
+            module, (args[0], output, tokens_of(args))
+        )  # the first time: a checkpointed layer comes by again
         return output.clone()  # a model may write into what it gets
 
     def begin(_: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -148,7 +242,9 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
     found = {}
     for site in sites:
         (a, z, tokens), (to_a, to_z) = seen[modules[site.name]], gradients[modules[site.name]]
-        rows = [by_position(x.detach(), tokens, (1, len(ids)))[0] for x in (a, site.of(z), to_a, site.of(to_z))]
+        rows = [
+            by_position(x.detach(), tokens, (1, len(ids)))[0] for x in (a, site.of(z), to_a, site.of(to_z))
+        ]
         found[site.name] = Flow(*rows)
     return found
 
@@ -157,7 +253,9 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
 def _activations_by_ratio(model: "PreTrainedModel") -> Iterator[None]:
     """The MLPs' non-linearities under the identity rule, whatever function they are."""
     family = family_of(model)
-    modules = list(dict.fromkeys(module for layer in layers_of(model) for module in non_linearities(layer, family)))
+    modules = list(
+        dict.fromkeys(module for layer in layers_of(model) for module in non_linearities(layer, family))
+    )
     earlier = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.forward = _identity(module.forward)

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models import DTYPES, load_config, load_tokenizer, load_weights, require_loadable
+from ..models.load import load_config, load_tokenizer, load_weights, require_loadable
+from ..models.sites import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 LARGE = 64 * 2**20
 """Parameters, above which a model of random weights is made smaller."""
@@ -54,7 +56,9 @@ def specimen(name: str, *, dtype: str = "auto", device: str = "auto") -> Specime
 def has_weights(name: str) -> bool:
     """Whether there are weights to load: always so of the demo and of the hub, whose client says what is missing."""
     path = Path(name)
-    return not path.is_file() and (not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")))
+    return not path.is_file() and (
+        not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    )
 
 
 def _ids(model: "PreTrainedModel", name: str) -> tuple[list[list[int]], tuple[str, ...]]:
@@ -71,7 +75,10 @@ def _ids(model: "PreTrainedModel", name: str) -> tuple[list[list[int]], tuple[st
 
 def _random_ids(model: "PreTrainedModel") -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, model.config.vocab_size, (length,), generator=generator).tolist() for length in (21, 14, 6)]
+    return [
+        torch.randint(3, model.config.vocab_size, (length,), generator=generator).tolist()
+        for length in (21, 14, 6)
+    ]
 
 
 def random_model(config: Any) -> "tuple[PreTrainedModel, str]":
@@ -80,17 +87,24 @@ def random_model(config: Any) -> "tuple[PreTrainedModel, str]":
 
     try:
         with torch.device("meta"):
-            whole = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+            whole = sum(
+                parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters()
+            )
         smaller, cuts = (config, []) if whole <= LARGE else shrunk(config)
         model = AutoModelForCausalLM.from_config(smaller).float().eval()
     except Exception as error:  # a configuration can be wrong in any way that Python can
         why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"transformers cannot build a {config.model_type} of this configuration: {why}") from error
+        raise UserError(
+            f"transformers cannot build a {config.model_type} of this configuration: {why}"
+        ) from error
     _randomise_(model)
     kept = sum(parameter.numel() for parameter in model.parameters())
     if not cuts:
         return model, f"random weights: there are none here, only a configuration ({kept:,} parameters)"
-    return model, f"random weights, and smaller than the configuration: {', '.join(cuts)}; {kept:,} of {whole:,} parameters"
+    return (
+        model,
+        f"random weights, and smaller than the configuration: {', '.join(cuts)}; {kept:,} of {whole:,} parameters",
+    )
 
 
 @torch.no_grad()
@@ -123,7 +137,11 @@ def shrunk(config: Any) -> tuple[Any, list[str]]:
 
     layers = _layers_of_every_kind(config)
     for name, value in list(settings.items()):
-        if isinstance(value, list) and len(value) == config.num_hidden_layers and not isinstance(value[0], list):
+        if (
+            isinstance(value, list)
+            and len(value) == config.num_hidden_layers
+            and not isinstance(value[0], list)
+        ):
             settings[name] = value[:layers]
     if "attention_types" in settings:  # GPT-Neo's own way to write the list of layers
         settings["attention_types"] = [[settings["attention_layers"][:layers], 1]]
@@ -152,7 +170,11 @@ def shrunk(config: Any) -> tuple[Any, list[str]]:
 
 def _layers_of_every_kind(config: Any) -> int:
     """How many of the first layers hold each kind of layer that there is; 2 at least."""
-    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == config.num_hidden_layers]
+    lists = [
+        value
+        for value in config.to_dict().values()
+        if isinstance(value, list) and len(value) == config.num_hidden_layers
+    ]
     kinds = [tuple(map(str, kind)) for kind in zip(*lists, strict=True)]
     needed = max([2, *(kinds.index(kind) + 1 for kind in kinds)])
     return min(int(config.num_hidden_layers), needed)
@@ -161,7 +183,11 @@ def _layers_of_every_kind(config: Any) -> int:
 def _fewer_heads(config: Any) -> dict[str, int]:
     """At most two key heads, shared by at most four queries each as they were by more: name in the configuration → number."""
     heads = config.num_attention_heads
-    shared = [name for name in ("num_key_value_heads", "num_kv_heads") if isinstance(getattr(config, name, None), int)]
+    shared = [
+        name
+        for name in ("num_key_value_heads", "num_kv_heads")
+        if isinstance(getattr(config, name, None), int)
+    ]
     keys = min((getattr(config, name) for name in shared), default=heads)
     few = min(keys, 2)
     return {"num_attention_heads": few * min(heads // keys, 4), **dict.fromkeys(shared, few)}

@@ -7,14 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .. import distributed
+from .. import __version__, distributed
 from ..errors import UserError
-from ..files import fingerprint
-from ..models import describe
+from ..models.load import describe
 from ..results import Difference, Results
-from ..samples import ReferenceSet, Sample
-from ..sources import Request, corpus, gather
-from ..version import __version__
+from ..samples.reference_set import ReferenceSet, Sample
+from ..samples.sources import Request, corpus, gather
+from ..storage import fingerprint
 from .metrics import (
     Beside,
     IOISettings,
@@ -27,9 +26,8 @@ from .metrics import (
     parse_metrics,
     require_metric,
 )
-from .observations import Evaluation, Observations
-from .repetition import response_scores
-from .statistics import difference, measurement
+from .statistics import Evaluation, Observations, difference, measurement
+from .tasks import response_scores
 from .toxicity import completion_scores
 
 if TYPE_CHECKING:
@@ -63,12 +61,22 @@ def evaluate(
     Raises:
         UserError: an unknown metric, key or source, or samples that do not fit.
     """
-    asked = {metrics: None} if isinstance(metrics, str) else dict(metrics) if isinstance(metrics, Mapping) else dict.fromkeys(metrics)
+    asked = (
+        {metrics: None}
+        if isinstance(metrics, str)
+        else dict(metrics)
+        if isinstance(metrics, Mapping)
+        else dict.fromkeys(metrics)
+    )
     prepared = [prepare(name, settings, model, tokenizer) for name, settings in parse_metrics(asked).items()]
     before = describe(model)
     evaluations = [measure(model, tokenizer, prepared, "original", progress=progress)]
     for name, variant in (variants or {}).items():
-        evaluations.append(measure(model, tokenizer, prepared, name, progress=progress, changed=_again(variant, name, prepared)))
+        evaluations.append(
+            measure(
+                model, tokenizer, prepared, name, progress=progress, changed=_again(variant, name, prepared)
+            )
+        )
     return to_results(evaluations, {"model": before, **evaluated_on(prepared), "version": __version__})
 
 
@@ -77,7 +85,9 @@ def _again(variant: "AbstractContextManager[Any] | Changed", name: str, prepared
     if not isinstance(variant, AbstractContextManager):
         return variant
     if again := [p.metric.name for p in prepared if p.metric.compares]:
-        raise UserError(f"metric {again[0]} enters a variant more than once; give variant '{name}' as a function that returns its context")
+        raise UserError(
+            f"metric {again[0]} enters a variant more than once; give variant '{name}' as a function that returns its context"
+        )
     return lambda: variant
 
 
@@ -100,12 +110,21 @@ def prepare(
         return Prepared(metric, settings, ReferenceSet(()))
     if not metric.prompts:
         texts = corpus(settings.source, settings.split, settings.count)
-        return Prepared(metric, settings, ReferenceSet(tuple(Sample(text=text) for text in texts), {"source": settings.source}))
+        return Prepared(
+            metric,
+            settings,
+            ReferenceSet(tuple(Sample(text=text) for text in texts), {"source": settings.source}),
+        )
     seed = settings.seed if isinstance(settings, PromptSettings | IOISettings) else 0
     held = (taken or {}).get(settings.source, frozenset())
     request = Request(settings.source, settings.count or 100, settings.split, seeds=(seed,), taken=held)
     if isinstance(settings, PromptSettings):
-        request = replace(request, choose_by=settings.choose_by, min_toxicity=settings.min_toxicity, max_toxicity=settings.max_toxicity)
+        request = replace(
+            request,
+            choose_by=settings.choose_by,
+            min_toxicity=settings.min_toxicity,
+            max_toxicity=settings.max_toxicity,
+        )
     score = completion_scores(model, tokenizer, settings) if isinstance(settings, ToxicitySettings) else None
     if isinstance(settings, RepetitionSettings):
         request = replace(request, max_rur=settings.max_rur)
@@ -142,7 +161,13 @@ def measure(
     observations = tuple(o for one in prepared for o in observed[one.metric.name])
     for o in observations:
         if o.failures and distributed.is_main():
-            log.warning("%s of %s: %d failures, which are in no mean (n = %d)", o.metric, variant, o.failures, len(o.sums) - o.sums.count(None))
+            log.warning(
+                "%s of %s: %d failures, which are in no mean (n = %d)",
+                o.metric,
+                variant,
+                o.failures,
+                len(o.sums) - o.sums.count(None),
+            )
     return Evaluation(variant, observations, texts, made_from, time.perf_counter() - began)
 
 
@@ -159,7 +184,9 @@ def fingerprint_of(prepared: list[Prepared]) -> str:
     return fingerprint(evaluated_on(prepared))
 
 
-def to_results(evaluations: list[Evaluation], provenance: dict[str, Any], beside: Iterable[str] = ()) -> Results:
+def to_results(
+    evaluations: list[Evaluation], provenance: dict[str, Any], beside: Iterable[str] = ()
+) -> Results:
     """Figures with intervals of every variant, and each one's difference from the first.
 
     Args:
@@ -169,11 +196,21 @@ def to_results(evaluations: list[Evaluation], provenance: dict[str, Any], beside
     measurements = [measurement(o, e.variant) for e in evaluations for o in e.observations]
     named = {e.variant: e for e in evaluations}
     pairs = [(first, other) for other in others]
-    pairs += [(named[name], named["ablated"]) for name in dict.fromkeys(beside) if name in named and "ablated" in named]
-    return Results(tuple(measurements), tuple(d for one, other in pairs for d in _differences(one, other)), provenance)
+    pairs += [
+        (named[name], named["ablated"])
+        for name in dict.fromkeys(beside)
+        if name in named and "ablated" in named
+    ]
+    return Results(
+        tuple(measurements), tuple(d for one, other in pairs for d in _differences(one, other)), provenance
+    )
 
 
 def _differences(one: Evaluation, other: Evaluation) -> list[Difference]:
     known = {o.metric: o for o in other.observations}
-    found = [difference(o, known[o.metric], one.variant, other.variant) for o in one.observations if o.metric in known]
+    found = [
+        difference(o, known[o.metric], one.variant, other.variant)
+        for o in one.observations
+        if o.metric in known
+    ]
     return [d for d in found if d is not None]

@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..errors import Sparc3Error, UserError, unknown
-from ..samples import ReferenceSet
+from ..samples.reference_set import ReferenceSet
 from .metrics import HarnessSettings, Measured, Metric, register
-from .observations import Observations
+from .statistics import Observations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def harness(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: ReferenceSet, settings: HarnessSettings, progress: bool = False
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: ReferenceSet,
+    settings: HarnessSettings,
+    progress: bool = False,
 ) -> Measured:
     """harness.<task>, accuracy with one unit a question, and harness.mean, in which every task weighs the same.
 
@@ -45,29 +49,42 @@ def _library() -> tuple[Any, Any, Any]:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"metric harness needs lm-evaluation-harness ({error}); pip install 'lm-eval[hf]'") from None
+        raise UserError(
+            f"metric harness needs lm-evaluation-harness ({error}); pip install 'lm-eval[hf]'"
+        ) from None
     return simple_evaluate, TaskManager, HFLM
 
 
-def _evaluate(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: HarnessSettings) -> tuple[Observations, ...]:
+def _evaluate(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: HarnessSettings
+) -> tuple[Observations, ...]:
     simple_evaluate, _, wrap = _library()
     # A copy, because the wrapper gives a tokenizer without a padding token one.
     wrapped = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
     with _data(settings.tasks):
         found = simple_evaluate(
-            model=wrapped, tasks=list(settings.tasks), num_fewshot=settings.fewshot, limit=settings.limit, bootstrap_iters=0, log_samples=True
+            model=wrapped,
+            tasks=list(settings.tasks),
+            num_fewshot=settings.fewshot,
+            limit=settings.limit,
+            bootstrap_iters=0,
+            log_samples=True,
         )
     return observations(found["samples"], settings.tasks)
 
 
-def observations(samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[str]) -> tuple[Observations, ...]:
+def observations(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[str]
+) -> tuple[Observations, ...]:
     """Accuracies out of the harness's record of every question."""
     answers = {}
     for task in tasks:
         rows = sorted(samples.get(task, ()), key=lambda row: row.get("doc_id", 0))
         answers[task] = [float(row["acc"]) for row in rows if "acc" in row]
         if not answers[task]:
-            raise Sparc3Error(f"lm-evaluation-harness gave no accuracy for task {task}; choose tasks of single questions that have one")
+            raise Sparc3Error(
+                f"lm-evaluation-harness gave no accuracy for task {task}; choose tasks of single questions that have one"
+            )
     made = [_accuracy(task, correct, [1.0] * len(correct)) for task, correct in answers.items()]
     share = {task: 1 / (len(correct) * len(answers)) for task, correct in answers.items()}
     every = [(one * share[task], share[task]) for task, correct in answers.items() for one in correct]
@@ -75,7 +92,9 @@ def observations(samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequ
 
 
 def _accuracy(name: str, correct: list[float], weights: list[float]) -> Observations:
-    return Observations(f"harness.{name}", "test", "share of questions", "higher", tuple(correct), tuple(weights))
+    return Observations(
+        f"harness.{name}", "test", "share of questions", "higher", tuple(correct), tuple(weights)
+    )
 
 
 class _data:  # noqa: N801  a context manager, used like a function
@@ -90,7 +109,12 @@ class _data:  # noqa: N801  a context manager, used like a function
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         link = error
         while link is not None:
-            if isinstance(link, OSError) or type(link).__module__.split(".")[0] in ("httpx", "requests", "huggingface_hub", "datasets"):
+            if isinstance(link, OSError) or type(link).__module__.split(".")[0] in (
+                "httpx",
+                "requests",
+                "huggingface_hub",
+                "datasets",
+            ):
                 said = " ".join(str(link).split())[:200]
                 raise UserError(
                     f"lm-evaluation-harness cannot reach the data of {', '.join(self.tasks)} ({said}); run it once where the hub can be "

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError, unknown
-from ..families import ROLES
-from ..samples import ReferenceSet
-from ..schema import Strict, parse
-from ..sources import require_source
-from .observations import Observations
+from ..models.families import ROLES
+from ..samples.reference_set import ReferenceSet
+from ..samples.sources import require_source
+from ..settings import Strict, parse
+from .statistics import Observations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,16 +80,19 @@ class ToxicitySettings(PromptSettings):
     def _has_words(cls, value: str | None) -> str | None:
         kind, _, words = (value or "").partition(":")
         if kind == "lexicon" and words and not Path(words).is_file():
-            raise UserError(f"no such file: {words}; scorer lexicon:FILE takes a text file with one word a line")
+            raise UserError(
+                f"no such file: {words}; scorer lexicon:FILE takes a text file with one word a line"
+            )
         return value
 
     @field_validator("choose_by")
     @classmethod
     def _of_toxicity(cls, value: str | None) -> str | None:
         if value == "repetition":
-            raise ValueError("toxicity's prompts cannot be chosen by repetition; choose them by prompt, continuation or completion")
+            raise ValueError(
+                "toxicity's prompts cannot be chosen by repetition; choose them by prompt, continuation or completion"
+            )
         return value
-
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +134,8 @@ class HarnessSettings(MetricSettings):
     """`limit`: only the first so many questions of each task; `fewshot`: solved examples before each question."""
 
     tasks: tuple[str, ...] = Field(
-        default=("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), min_length=1
+        default=("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+        min_length=1,
     )
     limit: int | None = Field(default=None, ge=1)
     fewshot: int = Field(default=0, ge=0)
@@ -214,7 +218,11 @@ class Prepared:
     samples: ReferenceSet
 
     def measure(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool = False, beside: Beside | None = None
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        progress: bool = False,
+        beside: Beside | None = None,
     ) -> Measured:
         extra = {"beside": beside or Beside()} if self.metric.compares else {}
         return self.metric.measure(model, tokenizer, self.samples, self.settings, progress, **extra)
@@ -222,8 +230,13 @@ class Prepared:
 
 def parse_metrics(asked: Mapping[str, object]) -> dict[str, MetricSettings]:
     """Settings by metric. Raises UserError for an unknown metric or key."""
-    found = {name: parse(require_metric(name).settings, content or {}, f"evaluation.{name}") for name, content in asked.items()}
+    found = {
+        name: parse(require_metric(name).settings, content or {}, f"evaluation.{name}")
+        for name, content in asked.items()
+    }
     for settings in found.values():
         if isinstance(settings, FluencySettings) and settings.of not in found:
-            raise UserError(f"metric fluency reads the continuations of {settings.of}, which is not measured; add {settings.of}")
+            raise UserError(
+                f"metric fluency reads the continuations of {settings.of}, which is not measured; add {settings.of}"
+            )
     return found

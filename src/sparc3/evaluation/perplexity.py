@@ -2,23 +2,25 @@
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import distributed
 from ..errors import UserError
-from ..logits import logits_at
-from ..memory import in_batches
-from ..models import context_length
-from ..offloading import device_of
-from ..samples import ReferenceSet
-from .metrics import Measured, Metric, PerplexitySettings, register
-from .observations import Observations, finite
+from ..models.load import context_length
+from ..models.memory import in_batches, logits_at
+from ..models.offloading import device_of
+from ..samples.reference_set import ReferenceSet
+from .metrics import Beside, FluencySettings, KLSettings, Measured, Metric, PerplexitySettings, register
+from .statistics import Observations, finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 log = logging.getLogger(__name__)
 PIECE = 512
@@ -29,7 +31,11 @@ Window = tuple[tuple[int, ...], int]
 
 
 def perplexity(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", samples: ReferenceSet, settings: PerplexitySettings, progress: bool = False
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: ReferenceSet,
+    settings: PerplexitySettings,
+    progress: bool = False,
 ) -> Measured:
     """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the paper's protocol have it.
 
@@ -38,10 +44,25 @@ def perplexity(
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     nll = negative_log_likelihoods(model, windows, progress)
     weights = tuple(float(predicted) for _, predicted in windows)
-    return Measured((Observations("perplexity", settings.split, "perplexity", "lower", tuple(nll), weights, nll.count(None), exponential=True),))
+    return Measured(
+        (
+            Observations(
+                "perplexity",
+                settings.split,
+                "perplexity",
+                "lower",
+                tuple(nll),
+                weights,
+                nll.count(None),
+                exponential=True,
+            ),
+        )
+    )
 
 
-def windows_of(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int) -> list[Window]:
+def windows_of(
+    samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int
+) -> list[Window]:
     """The windows of a protocol, none longer than the model's context. Raises UserError where the text has fewer than two tokens."""
     windows = cut(ids := _token_ids(samples, tokenizer), settings, context)
     if not windows:
@@ -54,9 +75,13 @@ def cut(ids: Sequence[int], settings: PerplexitySettings, context: int) -> list[
     if settings.protocol == "blocks":
         return blocks(ids, _within(settings.seq_len, context, "seq_len"))
     size = _within(settings.max_length, context, "max_length")
-    stride = max(1, settings.stride * size // settings.max_length)  # the same overlap where the context is shorter
+    stride = max(
+        1, settings.stride * size // settings.max_length
+    )  # the same overlap where the context is shorter
     if stride >= size:
-        raise UserError(f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens would be left out; lower it")
+        raise UserError(
+            f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens would be left out; lower it"
+        )
     return sliding(ids, size, stride)
 
 
@@ -92,18 +117,28 @@ def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
     return windows
 
 
-def negative_log_likelihoods(model: "PreTrainedModel", windows: list[Window], progress: bool) -> list[float | None]:
+def negative_log_likelihoods(
+    model: "PreTrainedModel", windows: list[Window], progress: bool
+) -> list[float | None]:
     """Σ −log p of each window's predicted tokens, in nats; None where it is not finite."""
     longest = max(len(ids) for ids, _ in windows)
     size = max(1, batch_tokens(device_of(model).type) // longest)
     # Windows of one length stand together; only the first and last ones differ.
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
-    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress or not distributed.is_main()) as bar:
+    with tqdm(
+        total=len(windows),
+        desc="perplexity",
+        unit="window",
+        disable=not progress or not distributed.is_main(),
+    ) as bar:
 
         def work(part: Sequence[int]) -> list[float]:
             return of_windows(model, [windows[i] for i in part])
 
-        made = distributed.in_parallel(order, lambda share: in_batches(share, size, work, bar.update, of=(model, f"perplexity {longest}")))
+        made = distributed.in_parallel(
+            order,
+            lambda share: in_batches(share, size, work, bar.update, of=(model, f"perplexity {longest}")),
+        )
     by_window = dict(zip(order, made, strict=True))
     return [finite(by_window[i]) for i in range(len(windows))]
 
@@ -118,13 +153,142 @@ def of_windows(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
     """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no real position sees a padded one."""
     longest = max(len(ids) for ids, _ in windows)
     ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
-    places = [(row, place) for row, (tokens, predicted) in enumerate(windows) for place in range(len(tokens) - 1 - predicted, len(tokens) - 1)]
+    places = [
+        (row, place)
+        for row, (tokens, predicted) in enumerate(windows)
+        for place in range(len(tokens) - 1 - predicted, len(tokens) - 1)
+    ]
     rows, columns = [row for row, _ in places], [place for _, place in places]
     logits = logits_at(model, ids, rows, columns)
     labels = ids[rows, [place + 1 for place in columns]].to(logits.device)
     pairs = zip(logits.split(PIECE), labels.split(PIECE), strict=True)  # in float32 only so many at a time
-    nll = torch.cat([torch.nn.functional.cross_entropy(some.float(), true, reduction="none") for some, true in pairs]).double()
+    nll = torch.cat(
+        [torch.nn.functional.cross_entropy(some.float(), true, reduction="none") for some, true in pairs]
+    ).double()
     return [float(part.sum()) for part in nll.split([predicted for _, predicted in windows])]
 
 
 register(Metric("perplexity", PerplexitySettings, perplexity, prompts=False, gives=("perplexity",)))
+
+# How far the variant's next-token distributions are from the original's, on ordinary text.
+
+
+def divergence(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: ReferenceSet,
+    settings: KLSettings,
+    progress: bool = False,
+    beside: Beside | None = None,
+) -> Measured:
+    """Mean KL(original ‖ variant) of the next token, in nats a token; one unit a window of perplexity's protocol."""
+    windows = windows_of(samples, tokenizer, settings, context_length(model))
+    changed = beside.changed if beside else None
+    sums = (
+        tuple(map(finite, _of_windows(model, windows, changed, progress)))
+        if changed
+        else (0.0,) * len(windows)
+    )
+    weights = tuple(float(predicted) for _, predicted in windows)
+    return Measured(
+        (Observations("kl", settings.split, "nats a token", "lower", sums, weights, sums.count(None)),)
+    )
+
+
+def _of_windows(model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool) -> list[float]:
+    longest = max(len(ids) for ids, _ in windows)
+    size = max(1, pair_batch_tokens(device_of(model).type) // longest)
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
+    with tqdm(
+        total=len(windows), desc="kl", unit="window", disable=not progress or not distributed.is_main()
+    ) as bar:
+
+        def work(part: Sequence[int]) -> list[float]:
+            return divergence_of_windows(model, [windows[i] for i in part], changed())
+
+        made = distributed.in_parallel(
+            order, lambda share: in_batches(share, size, work, bar.update, of=(model, f"kl {longest}"))
+        )
+    by_window = dict(zip(order, made, strict=True))
+    return [by_window[i] for i in range(len(windows))]
+
+
+def pair_batch_tokens(device: str) -> int:
+    """Padded tokens of one batch on a device "cpu" or "cuda"; a single window may be longer."""
+    return 1024 if device == "cpu" else 4096
+
+
+@torch.inference_mode()
+def divergence_of_windows(
+    model: "PreTrainedModel", windows: list[Window], variant: AbstractContextManager[Any]
+) -> list[float]:
+    """Σ KL over the predicted tokens of each window: the batch goes through the original, then through the variant."""
+    longest = max(len(ids) for ids, _ in windows)
+    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
+    before = model(input_ids=ids, use_cache=False).logits
+    with variant:
+        after = model(input_ids=ids, use_cache=False).logits
+    spans = [
+        (row, slice(len(tokens) - 1 - predicted, len(tokens) - 1))
+        for row, (tokens, predicted) in enumerate(windows)
+    ]
+    return [float(kl(before[row, span], after[row, span]).sum()) for row, span in spans]
+
+
+def kl(before: Tensor, after: Tensor) -> Tensor:
+    """Σ_v p(v) (log p(v) − log q(v)) of two sets of logits [..., V], in float64: [...]."""
+    p, q = (logits.float().log_softmax(-1) for logits in (before, after))
+    return (p.exp() * (p - q)).sum(-1).double()
+
+
+register(Metric("kl", KLSettings, divergence, prompts=False, gives=("kl",), compares=True))
+
+# Fluency: how likely the original model finds what the variant wrote, so that "less toxic" is not "broken".
+
+
+def fluency(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: ReferenceSet,
+    settings: FluencySettings,
+    progress: bool = False,
+    beside: Beside | None = None,
+) -> Measured:
+    """Perplexity, under the original model, of the continuations that the variant wrote; one unit a prompt.
+
+    Empty continuations are failures. A text that repeats itself is likely too, so read this beside the texts.
+    """
+    seen = beside or Beside()
+    rows = seen.texts.get(settings.of, [])
+    windows: list[Window] = []
+    owners: list[int] = []
+    for prompt, row in enumerate(rows):
+        for continuation in row["continuations"]:
+            window = _window(tokenizer, row["prompt"], continuation["text"], context_length(model))
+            if window:
+                windows.append(window)
+                owners.append(prompt)
+    nll = negative_log_likelihoods(model, windows, progress) if windows else []
+    sums, weights = [0.0] * len(rows), [0.0] * len(rows)
+    for owner, (_, predicted), value in zip(owners, windows, nll, strict=True):
+        if value is not None:
+            sums[owner] += value
+            weights[owner] += predicted
+    failures = sum(len(row["continuations"]) for row in rows) - len(windows) + nll.count(None)
+    measured = tuple(value if weight else None for value, weight in zip(sums, weights, strict=True))
+    filled = tuple(weight or 1.0 for weight in weights)
+    split = seen.splits.get(settings.of, "test")
+    return Measured(
+        (Observations("fluency", split, "perplexity", "lower", measured, filled, failures, exponential=True),)
+    )
+
+
+def _window(tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str, context: int) -> Window | None:
+    """Prompt and continuation, of which only the latter is predicted; None of an empty one."""
+    head: Any = tokenizer(prompt, verbose=False)["input_ids"]
+    tail: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    tail = tail[: max(0, context - len(head))]
+    return ((*head, *tail), len(tail)) if tail and head else None
+
+
+register(Metric("fluency", FluencySettings, fluency, prompts=False, gives=("fluency",), compares=True))

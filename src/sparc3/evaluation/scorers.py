@@ -10,16 +10,21 @@ import numpy as np
 import torch
 
 from ..errors import UserError, unknown
-from ..files import read_text
-from ..memory import in_batches
+from ..models.memory import in_batches
+from ..storage import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 Scorer = Callable[[Sequence[str]], list[float | None]]
 log = logging.getLogger(__name__)
 
-DETOXIFY = {"original": "unitary/toxic-bert", "unbiased": "unitary/unbiased-toxic-roberta", "multilingual": "unitary/multilingual-toxic-xlm-roberta"}
+DETOXIFY = {
+    "original": "unitary/toxic-bert",
+    "unbiased": "unitary/unbiased-toxic-roberta",
+    "multilingual": "unitary/multilingual-toxic-xlm-roberta",
+}
 """The three Detoxify models (Hanu and Unitary, 2020) as ordinary checkpoints on the hub."""
 
 TOXIC_LABELS = ("toxicity", "toxic")
@@ -68,7 +73,9 @@ def lexicon_words(name: str) -> list[str]:
 
 def lexicon_scorer(words: Sequence[str]) -> Scorer:
     """1 where a text holds one of the words, else 0; whole words, in any case."""
-    pattern = re.compile(r"(?<!\w)(?:" + "|".join(re.escape(word) for word in words) + r")(?!\w)", re.IGNORECASE)
+    pattern = re.compile(
+        r"(?<!\w)(?:" + "|".join(re.escape(word) for word in words) + r")(?!\w)", re.IGNORECASE
+    )
     return lambda texts: [float(bool(pattern.search(text))) for text in texts]
 
 
@@ -96,7 +103,12 @@ def _tried(scorer: Scorer, texts: list[str]) -> list[Any]:
         return answers
     alone = [_asked(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
     lost = alone.count(None)
-    log.warning("the scorer failed on %d texts at once (%s), and on %d of them alone, which count as failures", len(texts), why, lost)
+    log.warning(
+        "the scorer failed on %d texts at once (%s), and on %d of them alone, which count as failures",
+        len(texts),
+        why,
+        lost,
+    )
     return [answer[0] if answer is not None else None for answer in alone]
 
 
@@ -112,12 +124,18 @@ def _asked(scorer: Scorer, texts: list[str]) -> tuple[list[Any] | None, str]:
 def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from ..hub import hub_errors
-    from ..models import load_config
+    from ..models.hub import hub_errors
+    from ..models.load import load_config
 
     load_config(name)
     with hub_errors(name):
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=False).to(device).eval()
+        model = (
+            AutoModelForSequenceClassification.from_pretrained(
+                name, use_safetensors=True, trust_remote_code=False
+            )
+            .to(device)
+            .eval()
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     column = _toxic_column(name, model.config, label)
     # A model of several labels that do not exclude each other says so; softmax over them would be wrong.
@@ -126,15 +144,24 @@ def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
     def score(texts: Sequence[str]) -> list[float | None]:
         # Without a padding token, a text has to be read alone.
         size = 64 if tokenizer.pad_token is not None else 1
-        return in_batches(texts, size, lambda part: _probabilities(model, tokenizer, part, column, separate), of=(model, "score"))
+        return in_batches(
+            texts,
+            size,
+            lambda part: _probabilities(model, tokenizer, part, column, separate),
+            of=(model, "score"),
+        )
 
     return score
 
 
 @torch.inference_mode()
-def _probabilities(model: Any, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], column: int, separate: bool) -> list[float | None]:
+def _probabilities(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], column: int, separate: bool
+) -> list[float | None]:
     longest = min(int(tokenizer.model_max_length), 512)
-    encoded = tokenizer(list(texts), padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+    encoded = tokenizer(
+        list(texts), padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="pt"
+    ).to(model.device)
     logits = model(**encoded).logits.float()
     return (logits.sigmoid() if separate else logits.softmax(-1))[:, column].tolist()  # type: ignore[no-any-return]
 
@@ -146,4 +173,6 @@ def _toxic_column(name: str, config: Any, label: str) -> int:
     for wanted in (label.casefold(),) if label else TOXIC_LABELS:
         if wanted in labels:
             return labels[wanted]
-    raise UserError(f"which label of '{name}' is the toxic one? it has {', '.join(map(str, config.id2label.values()))}; write {name}#LABEL")
+    raise UserError(
+        f"which label of '{name}' is the toxic one? it has {', '.join(map(str, config.id2label.values()))}; write {name}#LABEL"
+    )

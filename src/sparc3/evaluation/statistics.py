@@ -1,11 +1,84 @@
-"""Intervals and p-values: the bootstrap over units, paired where two variants saw the same units."""
+"""What a metric observed: one figure per unit (prompt, window), before any average. Kept on disk, one file a variant."""
+
+import math
+import os
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import Sparc3Error
+from ..errors import DamagedFile, Sparc3Error
 from ..results import Difference, Measurement
-from .observations import Observations
+from ..settings import typed
+from ..storage import read_json, write_json
+
+FORMAT = "sparc3.evaluation/1"
+
+
+@dataclass(frozen=True)
+class Observations:
+    """One metric on one variant: its value is Σ sums / Σ weights over the units that were measured.
+
+    Attributes:
+        metric: "perplexity", "toxicity.mean", ...
+        split: which split the units are of.
+        unit: what the value is in.
+        direction: which way is better, "lower" or "higher".
+        sums: numerator of each unit, in a fixed order; None where the unit could not be measured.
+        weights: denominator of each unit.
+        failures: how many single measurements failed (a unit may hold several); they are in no sum.
+        exponential: whether the value is exp of the ratio, as for perplexity.
+    """
+
+    metric: str
+    split: str
+    unit: str
+    direction: str
+    sums: tuple[float | None, ...]
+    weights: tuple[float, ...]
+    failures: int = 0
+    exponential: bool = False
+
+
+def finite(value: float) -> float | None:
+    """A measured number, or None for a NaN or Inf, which is a failure and no number."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything observed on one variant of the model, and the texts it wrote on the way.
+
+    Attributes:
+        made_from: fingerprint of the model variant, the samples and the settings.
+        texts: metric → [{"prompt", "continuations": [{"text", "score"}]}].
+    """
+
+    variant: str
+    observations: tuple[Observations, ...]
+    texts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    made_from: str = ""
+    seconds: float = 0.0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        write_json(path, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
+        content = read_json(path, FORMAT)
+        try:
+            made = cls(**{key: value for key, value in content.items() if key != "format"})
+            observations = typed(
+                tuple[Observations, ...], [asdict(Observations(**o)) for o in content["observations"]]
+            )
+            return replace(typed(cls, asdict(replace(made, observations=()))), observations=observations)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFile(f"{path}: not as {FORMAT} has it ({error}); make it again") from None
+
+
+# Intervals and p-values: the bootstrap over units, paired where two variants saw the same units.
+
 
 DRAWS = 2000
 Array = NDArray[np.float64]
@@ -20,7 +93,15 @@ def measurement(observed: Observations, variant: str) -> Measurement:
         ci95 = _interval(_value(observed, drawn, drawn_weights))
     value = float(_value(observed, sums.sum(), weights.sum())) if len(sums) else None
     return Measurement(
-        observed.metric, variant, observed.split, value, ci95, len(sums), observed.failures, observed.unit, observed.direction
+        observed.metric,
+        variant,
+        observed.split,
+        value,
+        ci95,
+        len(sums),
+        observed.failures,
+        observed.unit,
+        observed.direction,
     )
 
 
@@ -31,8 +112,12 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
     figures are swapped by a fair coin.
     """
     if len(one.sums) != len(other.sums):
-        raise Sparc3Error(f"{one.metric} was measured on {len(one.sums)} units of {from_} and {len(other.sums)} of {to}; evaluate both again")
-    both = np.array([a is not None and b is not None for a, b in zip(one.sums, other.sums, strict=True)], dtype=bool)
+        raise Sparc3Error(
+            f"{one.metric} was measured on {len(one.sums)} units of {from_} and {len(other.sums)} of {to}; evaluate both again"
+        )
+    both = np.array(
+        [a is not None and b is not None for a, b in zip(one.sums, other.sums, strict=True)], dtype=bool
+    )
     if not both.any():
         return None
     a, wa, b, wb = (_column(values, both) for values in (one.sums, one.weights, other.sums, other.weights))
@@ -42,7 +127,9 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
         da, dwa, db, dwb = _resampled(a, wa, b, wb)
         ci95 = _interval(_value(other, db, dwb) - _value(one, da, dwa))
         p = _permutation_p(one, a, wa, b, wb, after - before)
-    return Difference(one.metric, from_, to, after - before, (after - before) / before if before else None, ci95, p)
+    return Difference(
+        one.metric, from_, to, after - before, (after - before) / before if before else None, ci95, p
+    )
 
 
 def detectable(one: Observations, other: Observations) -> tuple[int, float] | None:
@@ -53,7 +140,9 @@ def detectable(one: Observations, other: Observations) -> tuple[int, float] | No
     ratio, x is a relative change of it.
     """
     pairs = [
-        (a / wa, b / wb) for a, wa, b, wb in zip(one.sums, one.weights, other.sums, other.weights, strict=True) if a is not None and b is not None
+        (a / wa, b / wb)
+        for a, wa, b, wb in zip(one.sums, one.weights, other.sums, other.weights, strict=True)
+        if a is not None and b is not None
     ]
     if len(pairs) < 2:
         return None
@@ -75,7 +164,14 @@ def pooled(draws: list[Observations]) -> Observations:
         weights.append(float(np.mean([w for _, w in seen])) if seen else first.weights[unit])
     failures = sum(d.failures for d in draws)
     return Observations(
-        first.metric, first.split, first.unit, first.direction, tuple(sums), tuple(weights), failures, first.exponential
+        first.metric,
+        first.split,
+        first.unit,
+        first.direction,
+        tuple(sums),
+        tuple(weights),
+        failures,
+        first.exponential,
     )
 
 

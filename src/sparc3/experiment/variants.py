@@ -5,18 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from ..ablation import ablated
-from ..attribution import expertise
-from ..circuit import Circuit
-from ..damping import Damping, damped
-from ..files import fingerprint
+from .. import __version__
+from ..attribution import activations as expertise
+from ..circuits.ablate import Damping, ablated, damped
+from ..circuits.circuit import Circuit
+from ..circuits.select import candidates, random_like, select
 from ..scores import Scores
-from ..selection import candidates, random_like, select
-from ..version import __version__
-from .folder import kept
-from .scoring import Found, How, contrasted
-from .steps import compared
-from .work import Change, Work
+from ..storage import fingerprint
+from .run_folder import Change, Work, kept
+from .score import Found, How, contrasted
+from .work_list import compared
 
 log = logging.getLogger("sparc3")
 
@@ -44,7 +42,11 @@ def variants(work: Work, found: Found, how: How) -> Iterator[tuple[str, list[Cha
                 continue
             own[count] = select(found.contrast, count=count, strength=how.strength)
         yield f"{how.method}@{count}", [own[count]]
-    made = {f"{m}@{count}": change for m in beside.methods for count, change in by_method(work, how, m, beside.counts)}
+    made = {
+        f"{m}@{count}": change
+        for m in beside.methods
+        for count, change in by_method(work, how, m, beside.counts)
+    }
     for name, change in {**made, **work.rivals}.items():
         if name != f"{how.method}@{len(circuit)}":
             yield name, [change]
@@ -60,7 +62,11 @@ def by_method(work: Work, how: How, method: str, counts: Sequence[int]) -> Itera
     """
     if method not in expertise.METHODS:
         theirs = contrasted(work, replace(how, method=method, place=""))
-        yield from ((count, select(theirs, count=count, strength=how.strength)) for count in counts if _enough(work, theirs, count, method))
+        yield from (
+            (count, select(theirs, count=count, strength=how.strength))
+            for count in counts
+            if _enough(work, theirs, count, method)
+        )
         return
     scores = _expertise(work)
     for count in (count for count in counts if _enough(work, scores, count, method)):
@@ -75,16 +81,29 @@ def by_method(work: Work, how: How, method: str, counts: Sequence[int]) -> Itera
 
 def _expertise(work: Work) -> Scores:
     """AUROC of undesired against matched samples, or against general ones where there are none."""
-    undesired, benign = work.references["undesired"], work.references.get("matched", work.references["general"])
+    undesired, benign = (
+        work.references["undesired"],
+        work.references.get("matched", work.references["general"]),
+    )
     made_from = fingerprint(
-        {"aura": [undesired.fingerprint, benign.fingerprint], "model": work.described["fingerprint"], "version": __version__}
+        {
+            "aura": [undesired.fingerprint, benign.fingerprint],
+            "model": work.described["fingerprint"],
+            "version": __version__,
+        }
     )
 
     def make() -> Scores:
         made = expertise.expertise(work.model, undesired, benign, tokenizer=work.tokenizer)
         return Scores(dict(made), {**made.provenance, "made_from": made_from})
 
-    return kept(work.folder / "scores/aura.safetensors", made_from, Scores.load, lambda s: s.provenance.get("made_from"), make)
+    return kept(
+        work.folder / "scores/aura.safetensors",
+        made_from,
+        Scores.load,
+        lambda s: s.provenance.get("made_from"),
+        make,
+    )
 
 
 def _enough(work: Work, scores: Scores, count: int, method: str) -> bool:

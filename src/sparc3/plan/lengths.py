@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..batches import Encoded, parse_target
 from ..errors import UserError
 from ..evaluation.metrics import HarnessSettings
-from ..models import load_tokenizer
-from ..sources import Request, corpus, gather, is_path
+from ..models.load import load_tokenizer
+from ..samples.batches import Encoded, parse_target
+from ..samples.sources import Request, corpus, gather, is_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 PROMPTS = {"realtoxicityprompts": 16, "ioi": 20}
 """Source → tokens of a prompt, about; of any other, 32."""
@@ -21,9 +22,14 @@ TEXTS = {"wikitext2": 310_000, "c4": 530_000}
 """Source → tokens of its test text, about."""
 
 TASKS = {
-    "boolq": (3270, 2, 150), "rte": (277, 2, 90), "hellaswag": (10042, 4, 100), "winogrande": (1267, 2, 30), "arc_easy": (2376, 4, 40),
-    "arc_challenge": (1172, 4, 45), "openbookqa": (500, 4, 20),
-}  # fmt: skip
+    "boolq": (3270, 2, 150),
+    "rte": (277, 2, 90),
+    "hellaswag": (10042, 4, 100),
+    "winogrande": (1267, 2, 30),
+    "arc_easy": (2376, 4, 40),
+    "arc_challenge": (1172, 4, 45),
+    "openbookqa": (500, 4, 20),
+}
 """Task of lm-evaluation-harness → questions, answers to each, tokens of a question with an answer, about; of any other, UNKNOWN_TASK."""
 
 UNKNOWN_TASK = (1000, 4, 100)
@@ -39,7 +45,10 @@ class Lengths:
     def encoded(self, target: str, context: int) -> list[Encoded]:
         """Samples of these lengths, of which every token is the first one; longest first."""
         name, first = parse_target(target)
-        made = [_encoded(place, text, min(completion, first or completion), name) for place, (text, completion) in enumerate(self.pairs)]
+        made = [
+            _encoded(place, text, min(completion, first or completion), name)
+            for place, (text, completion) in enumerate(self.pairs)
+        ]
         return sorted((_cut(one, context) for one in made), key=lambda one: (-len(one.ids), one.index))
 
     def first(self, count: int | None) -> "Lengths":
@@ -67,7 +76,9 @@ def _encoded(place: int, text: int, completion: int, target: str) -> Encoded:
     if target == "next":
         return Encoded(place, (0,) * text, tuple(range(last)), (0,) * last)
     if target == "completion":
-        return Encoded(place, (0,) * (text + completion - 1), tuple(range(last, last + completion)), (0,) * completion)
+        return Encoded(
+            place, (0,) * (text + completion - 1), tuple(range(last, last + completion)), (0,) * completion
+        )
     one = None if target == "predicted" else (0,)
     return Encoded(place, (0,) * text, (last,), one, one if target == "contrast" else None)
 
@@ -76,7 +87,9 @@ def _cut(one: Encoded, context: int) -> Encoded:
     if len(one.ids) <= context:
         return one
     positions = tuple(position for position in one.positions if position < context) or (context - 1,)
-    return Encoded(one.index, one.ids[:context], positions, one.tokens and one.tokens[: len(positions)], one.against)
+    return Encoded(
+        one.index, one.ids[:context], positions, one.tokens and one.tokens[: len(positions)], one.against
+    )
 
 
 def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
@@ -103,9 +116,21 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
     if seq_len or spec.source in ("c4", "wikitext2"):
         return Lengths(((seq_len or 2048, 1),) * (count * len(seeds)))
     written = getattr(spec, "max_new_tokens", 50) if by_model(spec) else None
-    if tokenizer is not None and _at_hand(spec.source) and (by_model(spec) or getattr(spec, "choose_by", None) is None):
+    if (
+        tokenizer is not None
+        and _at_hand(spec.source)
+        and (by_model(spec) or getattr(spec, "choose_by", None) is None)
+    ):
         found = gather(Request(spec.source, count, spec.split, seeds=seeds), tokenizer)
-        return Lengths(tuple((_tokens(s.input_ids, s.text, tokenizer), written or _tokens(None, s.completion, tokenizer, False)) for s in found))
+        return Lengths(
+            tuple(
+                (
+                    _tokens(s.input_ids, s.text, tokenizer),
+                    written or _tokens(None, s.completion, tokenizer, False),
+                )
+                for s in found
+            )
+        )
     text = PROMPTS.get(spec.source, 32)
     return Lengths(((text, written or text),) * count, assumed=True)
 
@@ -115,9 +140,18 @@ def by_model(spec: Any) -> bool:
     return getattr(spec, "choose_by", None) in ("completion", "repetition")
 
 
-def _tokens(ids: Sequence[int] | None, text: str | None, tokenizer: "PreTrainedTokenizerBase", special: bool = True) -> int:
+def _tokens(
+    ids: Sequence[int] | None, text: str | None, tokenizer: "PreTrainedTokenizerBase", special: bool = True
+) -> int:
     """Of a text, with the marks around it where `special`; 1 where there is none."""
-    return max(1, len(ids) if ids is not None else len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) if text else 1)
+    return max(
+        1,
+        len(ids)
+        if ids is not None
+        else len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        if text
+        else 1,
+    )
 
 
 def of_tasks(settings: HarnessSettings) -> Lengths:
@@ -125,7 +159,9 @@ def of_tasks(settings: HarnessSettings) -> Lengths:
     rows: list[tuple[int, int]] = []
     for task in settings.tasks:
         questions, answers, tokens = TASKS.get(task, UNKNOWN_TASK)
-        rows += [(tokens * (1 + settings.fewshot), 1)] * (min(questions, settings.limit or questions) * answers)
+        rows += [(tokens * (1 + settings.fewshot), 1)] * (
+            min(questions, settings.limit or questions) * answers
+        )
     return Lengths(tuple(rows), assumed=True)
 
 

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
-from .. import compression
 from ..attribution.methods import Method, settings_for
 from ..attribution.patching import frozen
 from ..attribution.sums import Settings, Sums
-from ..batches import Batch, Encoded, make_batch
-from ..evaluation import divergence, generation, ioi, perplexity
-from ..models import layers_of
+from ..evaluation import generate as generation
+from ..evaluation import perplexity
+from ..evaluation import perplexity as divergence
+from ..evaluation import tasks as ioi
+from ..experiment import compress as compression
+from ..models.sites import layers_of
+from ..samples.batches import Batch, Encoded, make_batch
 from .hardware import Hardware
-from .ledger import Ledger, Shaped
+from .tensor_costs import Ledger, Shaped
 
 CPU = torch.device("cpu")
 FEW = 1
@@ -42,8 +45,12 @@ class Cost:
         def along(one: float, two: float) -> float:
             return one + (two - one) * steps
 
-        return Cost(round(along(self.live, more.live)), along(self.operations, more.operations), along(self.seconds, more.seconds),
-                    round(along(self.tokens, more.tokens)))  # fmt: skip
+        return Cost(
+            round(along(self.live, more.live)),
+            along(self.operations, more.operations),
+            along(self.seconds, more.seconds),
+            round(along(self.tokens, more.tokens)),
+        )
 
 
 class Rehearsal:
@@ -53,7 +60,9 @@ class Rehearsal:
         self.shaped, self.hardware = shaped, hardware
         self._known: dict[Any, Cost] = {}
 
-    def attribution(self, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]) -> Cost:
+    def attribution(
+        self, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]
+    ) -> Cost:
         """Of the largest of these batches; of weights, whose sums grow in the first batch, with what a second adds.
 
         Sums of weights beside a GPU are not counted here, wherever they are.
@@ -62,19 +71,33 @@ class Rehearsal:
         if method.run is None:
             return Cost(0, 0.0, 0.0, 1)
         many = len(groups[0])
-        if settings.neuron == "abs" and settings.unit == "neuron" and method.targeted and many > 2 * FEW:  # sample by sample: much to go through
-            few, more = (self._attribution(method, settings, roles, [groups[0][:count]]) for count in (FEW, 2 * FEW))
+        if (
+            settings.neuron == "abs" and settings.unit == "neuron" and method.targeted and many > 2 * FEW
+        ):  # sample by sample: much to go through
+            few, more = (
+                self._attribution(method, settings, roles, [groups[0][:count]]) for count in (FEW, 2 * FEW)
+            )
             return few.beyond(more, many / FEW - 1)
         twice = settings.unit == "weight" and method.targeted
         return self._attribution(method, settings, roles, groups[: 2 if twice else 1])
 
-    def _attribution(self, method: Method, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]) -> Cost:
+    def _attribution(
+        self, method: Method, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]
+    ) -> Cost:
         assert method.run
         run, batches = method.run, list[Batch]()
-        key = (settings, roles, tuple((len(group), len(group[0].ids), len(group[0].positions)) for group in groups))
+        key = (
+            settings,
+            roles,
+            tuple((len(group), len(group[0].ids), len(group[0].positions)) for group in groups),
+        )
         with self.shaped.active():
             sites, sums = self.shaped.sites(roles), Sums(settings)
-            apart = [sums.matrix(site) for site in sites] if settings.unit == "weight" and method.targeted and self.hardware.kind == "cuda" else []
+            apart = (
+                [sums.matrix(site) for site in sites]
+                if settings.unit == "weight" and method.targeted and self.hardware.kind == "cuda"
+                else []
+            )
 
             def work() -> None:
                 batches.extend(make_batch(group, CPU) for group in groups)
@@ -99,7 +122,9 @@ class Rehearsal:
             def work() -> None:
                 flows = [compression.entering(model, make_batch(group, CPU)) for _ in range(count)]
                 for index, layer in enumerate(layers_of(model)):
-                    compression.layer_scores(layer, [site for site in sites if site.layer == index], flows, {})
+                    compression.layer_scores(
+                        layer, [site for site in sites if site.layer == index], flows, {}
+                    )
                     for flow in flows:
                         flow.hidden = flow.through(layer)
 
@@ -121,29 +146,49 @@ class Rehearsal:
         rows = max(1, min(many, module.batch_tokens(self.hardware.kind) // length))
         batch = [((0,) * length, length - 1)] * rows
         more = (nullcontext(),) if metric == "kl" else ()
-        return self._run((metric, length, rows), lambda: module.of_windows(self.shaped.model, batch, *more), rows * length)
+        return self._run(
+            (metric, length, rows), lambda: module.of_windows(self.shaped.model, batch, *more), rows * length
+        )
 
     def contrasts(self, group: Sequence[Encoded]) -> Cost:
         """Of a batch of texts whose logit difference is asked for."""
         key = ("ioi", len(group), len(group[0].ids))
-        return self._run(key, lambda: ioi.logit_differences(self.shaped.model, group), len(group) * len(group[0].ids))
+        return self._run(
+            key, lambda: ioi.logit_differences(self.shaped.model, group), len(group) * len(group[0].ids)
+        )
 
     def generation(self, many: int, prompt: int, new: int, temperature: float) -> Cost:
         """Of a batch of `many` texts at most: the prompts read at once, and a step with all but the last token in the cache, `new` times."""
         rows = min(many, generation.ROWS)
         tokens = rows * (prompt + new)
-        first = self._run(("read", rows, prompt, temperature), lambda: self._read(rows, prompt, temperature), tokens)
-        step = self._run(("step", rows, prompt, new, temperature), lambda: self._step(rows, prompt, new, temperature), tokens)
+        first = self._run(
+            ("read", rows, prompt, temperature), lambda: self._read(rows, prompt, temperature), tokens
+        )
+        step = self._run(
+            ("step", rows, prompt, new, temperature),
+            lambda: self._step(rows, prompt, new, temperature),
+            tokens,
+        )
         read, more = first.seconds, max(0.0, step.seconds - first.seconds)
-        return Cost(max(first.live, step.live), first.operations + (step.operations - first.operations) * new, read + more * new, tokens)
+        return Cost(
+            max(first.live, step.live),
+            first.operations + (step.operations - first.operations) * new,
+            read + more * new,
+            tokens,
+        )
 
     @torch.inference_mode()
     def _read(self, rows: int, prompt: int, temperature: float) -> Any:
         from transformers import DynamicCache
 
-        ids, cache = torch.zeros(rows, prompt, dtype=torch.int64), DynamicCache(config=self.shaped.model.config)
+        ids, cache = (
+            torch.zeros(rows, prompt, dtype=torch.int64),
+            DynamicCache(config=self.shaped.model.config),
+        )
         mask = torch.ones_like(ids)
-        logits = self.shaped.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.shaped.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
         self._draw(ids, logits, temperature)
         return cache
 
@@ -151,11 +196,19 @@ class Rehearsal:
     def _step(self, rows: int, prompt: int, new: int, temperature: float) -> None:
         cache = self._read(rows, prompt, temperature)
         for index, layer in enumerate(cache.layers):
-            more = [tensor.new_empty(*tensor.shape[:2], max(0, new - 2), tensor.shape[3]) for tensor in (layer.keys, layer.values)]
+            more = [
+                tensor.new_empty(*tensor.shape[:2], max(0, new - 2), tensor.shape[3])
+                for tensor in (layer.keys, layer.values)
+            ]
             cache.update(*more, index)
-        ids, mask = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, prompt + max(0, new - 2) + 1, dtype=torch.int64)
+        ids, mask = (
+            torch.zeros(rows, 1, dtype=torch.int64),
+            torch.ones(rows, prompt + max(0, new - 2) + 1, dtype=torch.int64),
+        )
         with self._decoding():
-            logits = self.shaped.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = self.shaped.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
         self._draw(ids, logits, temperature)
 
     @contextmanager

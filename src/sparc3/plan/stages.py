@@ -5,25 +5,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..attribution.expertise import METHODS as EXPERTISE
+from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import require_method
 from ..attribution.sums import Settings
-from ..batches import Encoded, grouped, token_budget
-from ..compression import BATCH_TOKENS
-from ..evaluation import ioi, perplexity
-from ..evaluation.metrics import FluencySettings, HarnessSettings, IOISettings, KLSettings, PerplexitySettings, PromptSettings
-from ..experiment import protection, steps
-from ..jobs import SEQUENTIAL
-from ..models import context_length
-from ..recipe import Recipe
-from ..selection import parse_scope
-from ..sources import AT_ONCE, WIDER
+from ..circuits.select import parse_scope
+from ..evaluation import perplexity
+from ..evaluation import tasks as ioi
+from ..evaluation.metrics import (
+    FluencySettings,
+    HarnessSettings,
+    IOISettings,
+    KLSettings,
+    PerplexitySettings,
+    PromptSettings,
+)
+from ..experiment import score as protection
+from ..experiment import work_list as steps
+from ..experiment.compress import BATCH_TOKENS
+from ..models.load import context_length
+from ..recipe.schema import SEQUENTIAL, Recipe
+from ..samples.batches import Encoded, grouped, token_budget
+from ..samples.sources import AT_ONCE, WIDER
+from .attributions import Attribution, attributions, evaluations, score_files
 from .lengths import by_model, of_samples, of_tasks, of_text
-from .listing import Attribution, attributions, evaluations, score_files
 from .rehearsal import Cost, Rehearsal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 FORWARD_TOKENS = 1024
 """Tokens of a batch where activations alone are looked at, for cards, protection and expertise."""
@@ -47,11 +56,21 @@ class Stage:
     scoring: bool = False
 
     def __mul__(self, times: float) -> "Stage":
-        return replace(self, tokens=round(self.tokens * times), operations=self.operations * times, seconds=self.seconds * times)
+        return replace(
+            self,
+            tokens=round(self.tokens * times),
+            operations=self.operations * times,
+            seconds=self.seconds * times,
+        )
 
     def __add__(self, other: "Stage") -> "Stage":
-        return replace(self, live=max(self.live, other.live), tokens=self.tokens + other.tokens, operations=self.operations + other.operations,
-                       seconds=self.seconds + other.seconds)  # fmt: skip
+        return replace(
+            self,
+            live=max(self.live, other.live),
+            tokens=self.tokens + other.tokens,
+            operations=self.operations + other.operations,
+            seconds=self.seconds + other.seconds,
+        )
 
 
 class Stages:
@@ -64,7 +83,9 @@ class Stages:
         units: number of units that are scored.
     """
 
-    def __init__(self, recipe: Recipe, rehearsal: Rehearsal, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    def __init__(
+        self, recipe: Recipe, rehearsal: Rehearsal, tokenizer: "PreTrainedTokenizerBase | None"
+    ) -> None:
         self.recipe, self.rehearsal, self.tokenizer = recipe, rehearsal, tokenizer
         self.context = context_length(rehearsal.shaped.model)
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
@@ -72,7 +93,11 @@ class Stages:
         self.units = sum(steps.units_in(site, unit) for site in self.sites)
         self.specs = dict(steps.sets(recipe))
         self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
-        self.notes = [f"samples of {name} taken to have {found.longest} tokens" for name, found in self.sets.items() if found.assumed]
+        self.notes = [
+            f"samples of {name} taken to have {found.longest} tokens"
+            for name, found in self.sets.items()
+            if found.assumed
+        ]
         self.attributions = attributions(recipe, lambda name: self.sets[name].completed)
         self.evaluations = evaluations(recipe, self.units, self.sites)
         self.notes += self.evaluations.assumed
@@ -80,7 +105,14 @@ class Stages:
     def all(self) -> list[Stage]:
         """In the run's order; work of one kind is one stage."""
         made: dict[str, Stage] = {}
-        for stage in (*self._chosen(), *self._protection(), *self._scores(), *self._search(), *self._evaluation(), *self._cards()):
+        for stage in (
+            *self._chosen(),
+            *self._protection(),
+            *self._scores(),
+            *self._search(),
+            *self._evaluation(),
+            *self._cards(),
+        ):
             made[stage.name] = made[stage.name] + stage if stage.name in made else stage
         return list(made.values())
 
@@ -114,23 +146,37 @@ class Stages:
             asked.append((f"validation {name}", settings))
         for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
             count = spec.count or 100
-            many = count * WIDER[0] if spec.choose_by == "repetition" else math.ceil(count / AT_ONCE) * AT_ONCE
+            many = (
+                count * WIDER[0] if spec.choose_by == "repetition" else math.ceil(count / AT_ONCE) * AT_ONCE
+            )
             self.notes.append(f"choosing {name} taken to need {many} prompts; it may need many more")
-            yield self._generated(f"choosing {name}", many, of_samples(spec, self.tokenizer).longest, spec.max_new_tokens, 0.0)
+            yield self._generated(
+                f"choosing {name}", many, of_samples(spec, self.tokenizer).longest, spec.max_new_tokens, 0.0
+            )
 
     def _protection(self) -> Iterator[Stage]:
         if steps.protects(self.recipe):
             some = self.sets["general"].first(protection.TEXTS).joined(self.context)
             windows = [min(len(one.ids), protection.TOKENS) for one in some]
-            read = _stage("", self.rehearsal.windows("perplexity", max(windows), len(windows)), sum(windows), max(windows) * len(windows))
-            yield replace(self._forward("protection", some) + read * (1 + min(protection.SUSPECTS, self.units)), scoring=True)
+            read = _stage(
+                "",
+                self.rehearsal.windows("perplexity", max(windows), len(windows)),
+                sum(windows),
+                max(windows) * len(windows),
+            )
+            yield replace(
+                self._forward("protection", some) + read * (1 + min(protection.SUSPECTS, self.units)),
+                scoring=True,
+            )
 
     def _scores(self) -> Iterator[Stage]:
         for one in self.attributions:
             yield from self._attributed(one)
         if set(steps.others(self.recipe)) & set(EXPERTISE):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
-                yield replace(self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True)
+                yield replace(
+                    self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True
+                )
 
     def _attributed(self, one: Attribution) -> Iterator[Stage]:
         """Nothing for a method that looks at no sample."""
@@ -138,15 +184,31 @@ class Stages:
         found = self.sets[one.set].first(one.first)
         if one.method == SEQUENTIAL:
             groups = grouped(found.encoded("predicted", self.context), BATCH_TOKENS)
-            yield replace(_of_groups(name, self.rehearsal.sequential(asked.sites, groups), groups), scoring=True)
+            yield replace(
+                _of_groups(name, self.rehearsal.sequential(asked.sites, groups), groups), scoring=True
+            )
             return
         method = require_method(one.method)
         if method.run is None:
             return
-        groups = grouped(found.encoded(one.target if method.targeted else "predicted", self.context), self._budget())
-        settings = Settings(one.method, asked.unit, one.target, one.neuron, one.reduce, 0, asked.non_finite, asked.sums_dtype, asked.sums_device,
-                            gradient_checkpointing=asked.gradient_checkpointing)  # fmt: skip
-        yield replace(_of_groups(name, self.rehearsal.attribution(settings, asked.sites, groups), groups), scoring=True)
+        groups = grouped(
+            found.encoded(one.target if method.targeted else "predicted", self.context), self._budget()
+        )
+        settings = Settings(
+            one.method,
+            asked.unit,
+            one.target,
+            one.neuron,
+            one.reduce,
+            0,
+            asked.non_finite,
+            asked.sums_dtype,
+            asked.sums_device,
+            gradient_checkpointing=asked.gradient_checkpointing,
+        )
+        yield replace(
+            _of_groups(name, self.rehearsal.attribution(settings, asked.sites, groups), groups), scoring=True
+        )
 
     def _budget(self) -> int:
         return token_budget(self.recipe.attribution.batch_tokens, self.rehearsal.hardware.kind)
@@ -154,7 +216,13 @@ class Stages:
     def _forward(self, name: str, encoded: Sequence[Encoded]) -> Stage:
         """Activations looked at, and nothing else."""
         groups = grouped(encoded, FORWARD_TOKENS)
-        return _of_groups(name, self.rehearsal.attribution(Settings("activation", "neuron", "predicted", "abs", "mean"), ("mlp.up",), groups), groups)
+        return _of_groups(
+            name,
+            self.rehearsal.attribution(
+                Settings("activation", "neuron", "predicted", "abs", "mean"), ("mlp.up",), groups
+            ),
+            groups,
+        )
 
     def _search(self) -> Iterator[Stage]:
         """Each circuit that a search may look at, on its validation samples."""
@@ -167,7 +235,9 @@ class Stages:
         many = len(self.evaluations.names) + self.evaluations.alone
         for name, settings in self.recipe.metrics().items():
             for stage in self._metric(name, settings):
-                yield stage * (many - isinstance(settings, KLSettings))  # of the original from itself it is known
+                yield stage * (
+                    many - isinstance(settings, KLSettings)
+                )  # of the original from itself it is known
 
     def _cards(self) -> Iterator[Stage]:
         if steps.has_cards(self.recipe):
@@ -179,22 +249,33 @@ class Stages:
             yield self._windows(name, settings)
         elif isinstance(settings, IOISettings):
             group = of_samples(settings, self.tokenizer).encoded("contrast", self.context)
-            yield _of_groups(name, self.rehearsal.contrasts(group[: ioi.ROWS]), [group[i : i + ioi.ROWS] for i in range(0, len(group), ioi.ROWS)])
+            yield _of_groups(
+                name,
+                self.rehearsal.contrasts(group[: ioi.ROWS]),
+                [group[i : i + ioi.ROWS] for i in range(0, len(group), ioi.ROWS)],
+            )
         elif isinstance(settings, PromptSettings):
             found = of_samples(settings, self.tokenizer)
             many = len(found.pairs) * getattr(settings, "generations", 1)
-            yield self._generated(name, many, found.longest, settings.max_new_tokens, getattr(settings, "temperature", 0.0))
+            yield self._generated(
+                name, many, found.longest, settings.max_new_tokens, getattr(settings, "temperature", 0.0)
+            )
         elif isinstance(settings, FluencySettings):
             read = self.recipe.metrics()[settings.of]
             assert isinstance(read, PromptSettings)
             found = of_samples(read, self.tokenizer)
-            many, length = len(found.pairs) * getattr(read, "generations", 1), found.longest + read.max_new_tokens
+            many, length = (
+                len(found.pairs) * getattr(read, "generations", 1),
+                found.longest + read.max_new_tokens,
+            )
             yield _stage(name, self.rehearsal.windows("perplexity", length, many), many * length)
         elif isinstance(settings, HarnessSettings):
             yield self._questions(name, settings)
 
     def _questions(self, name: str, settings: HarnessSettings) -> Stage:
-        self._note("the harness's tasks taken to have the sizes of plan.lengths.TASKS, and every answer to be read anew")
+        self._note(
+            "the harness's tasks taken to have the sizes of plan.lengths.TASKS, and every answer to be read anew"
+        )
         groups = _rows(of_tasks(settings).encoded("predicted", self.context), settings.batch_size)
         return _of_groups(name, self.rehearsal.every_logit(groups[0]), groups)
 
@@ -203,7 +284,9 @@ class Stages:
         if assumed:
             self._note(f"{name}'s text taken to have {whole:,} tokens")
         lengths = [len(ids) for ids, _ in perplexity.cut(range(whole), settings, self.context)]
-        cost = self.rehearsal.windows("kl" if isinstance(settings, KLSettings) else "perplexity", max(lengths), len(lengths))
+        cost = self.rehearsal.windows(
+            "kl" if isinstance(settings, KLSettings) else "perplexity", max(lengths), len(lengths)
+        )
         return _stage(name, cost, sum(lengths))
 
     def _generated(self, name: str, many: int, prompt: int, new: int, temperature: float) -> Stage:

@@ -5,10 +5,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .folder import RunFolder
-from .masking import Mask
-from .numbers import figure, in_words, plain, title, value_of
+from .discovery import sparsest
+from .examples import Mask
+from .read import RunFolder
 from .unit_map import place
+from .variant_names import colours, named, parsed
+from .words import figure, in_words, percent, plain, title, value_of
 
 MOST = 120
 _CONTEXT = 110
@@ -43,8 +45,15 @@ def _card(row: dict[str, Any], run: RunFolder, mask: Mask, toxic: bool) -> Card:
         _relevances(row),
         [token(text) for text in (row.get("promotes") or [])[:10]],
         [token(text) for text in (row.get("suppresses") or [])[:10]],
-        [(_context(one, mask), token(one.get("token", "")), _number(one.get("activation"))) for one in (row.get("fired") or [])[:3]],
-        [_alone(metric, value, run) for metric, value in (row.get("alone") or {}).items() if value is not None],
+        [
+            (_context(one, mask), token(one.get("token", "")), _number(one.get("activation")))
+            for one in (row.get("fired") or [])[:3]
+        ],
+        [
+            _alone(metric, value, run)
+            for metric, value in (row.get("alone") or {}).items()
+            if value is not None
+        ],
     )
 
 
@@ -59,7 +68,11 @@ def _context(one: dict[str, Any], mask: Mask) -> Markup:
     prompt = str(one.get("prompt", ""))
     shown = prompt if len(prompt) <= _CONTEXT else "… " + prompt[-_CONTEXT:].partition(" ")[2]
     token = str(one.get("token", "")).strip()
-    here = [(len(shown.rstrip()) - len(token), len(shown.rstrip()))] if token and shown.rstrip().endswith(token) else []
+    here = (
+        [(len(shown.rstrip()) - len(token), len(shown.rstrip()))]
+        if token and shown.rstrip().endswith(token)
+        else []
+    )
     return mask.write(shown, mask.spans(shown), here, "here")
 
 
@@ -72,3 +85,63 @@ def _alone(metric: str, value: float, run: RunFolder) -> tuple[str, str, str]:
     original = run.measured(metric, "original")
     name = in_words(metric) if metric in run.metrics() else title(metric).lower()
     return name, figure(float(value), metric), value_of(original) if original and original.value else ""
+
+
+# What circuits have in common, and which units were kept out of every one of them.
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Another method's circuit of the same size: how many units it shares with this one, and how many would by chance."""
+
+    name: str
+    colour: str
+    both: str
+    share: float
+    expected: str
+
+
+def sharing(run: RunFolder) -> list[Sharing]:
+    """The methods whose circuits share most first. Of a run that looked for a task, the circuits of the size it settled on."""
+    count = _count(run)
+    rows = []
+    for one in run.provenance.get("overlaps") or []:
+        name = parsed(str(one.get("variant")))
+        if name is None or name[1] != count or not one.get("size"):
+            continue
+        both, expected = float(one["both"]), one.get("expected")
+        share = both / float(one["size"])
+        chance = f"{expected:,.0f}" if expected is not None else ""
+        rows.append(
+            Sharing(
+                named(name[0]),
+                colours(run).get(name[0], "mr"),
+                f"{both:,.0f} ({percent(share)})",
+                100 * share,
+                chance,
+            )
+        )
+    return sorted(rows, key=lambda row: -row.share)
+
+
+def _count(run: RunFolder) -> int:
+    """How many units the circuit that is compared removes; 0 without one."""
+    if run.job != "discover":
+        return len(run.circuit) if run.circuit else 0
+    best = sparsest(run, run.method or "")
+    return best.count if best else 0
+
+
+def protected(run: RunFolder) -> list[tuple[str, str]] | None:
+    """(unit, what its removal alone multiplies perplexity by) of those kept out of every selection; None where nothing was looked for."""
+    found = run.provenance.get("protected")
+    if found is None:
+        return None
+    return [
+        (f"{place(str(one['module']))}, {run.unit} {int(one['index']):,}", _times(one["perplexity_ratio"]))
+        for one in found
+    ]
+
+
+def _times(ratio: float | None) -> str:
+    return "beyond all numbers" if ratio is None else plain(float(ratio))

@@ -1,13 +1,93 @@
-"""Methods side by side at the circuit's own count: a dot and its 95 % interval each, one drawing a metric."""
+"""Original, circuit and rival methods side by side: the tiles under the headline, and an interval for each method."""
+
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from ..results import Measurement
+from .charts import Scale, drawing, mark, tag
 from .curves import Figure
-from .folder import RunFolder
-from .numbers import explained, interval_of, is_share, title, value_of
-from .svg import Scale, drawing, mark, tag
-from .variants import Point, colours, methods, named, parsed, points, rivals
+from .read import RunFolder
+from .variant_names import Point, colours, methods, named, parsed, points, rivals
+from .words import change, change_interval, explained, interval_of, is_share, relative, title, value_of
+
+# The tiles under the headline: each metric before and after, with both intervals on one small axis.
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One metric: two figures, their drawing, and the change."""
+
+    title: str
+    explained: str
+    before: str
+    after: str
+    before_interval: str
+    after_interval: str
+    change: str
+    drawing: Markup
+
+
+def tiles(run: RunFolder) -> list[Tile]:
+    """A tile for every metric that was measured on the original and on the ablated model, what the run is about first."""
+    both = [(run.measured(metric, "original"), run.measured(metric, "ablated")) for metric in run.drawn()]
+    return [_tile(run, before, after) for before, after in both if before and after]
+
+
+def _tile(run: RunFolder, before: Measurement, after: Measurement) -> Tile:
+    return Tile(
+        title(before.metric),
+        explained(before.metric),
+        value_of(before),
+        value_of(after),
+        interval_of(before),
+        interval_of(after),
+        _change(run, before),
+        _strip(before, after),
+    )
+
+
+def _change(run: RunFolder, m: Measurement) -> str:
+    d = run.difference(m.metric)
+    if d is None or d.is_nothing:
+        return "" if d is None else "no change on any sample"
+    share = f" ({relative(d.relative)})" if d.relative is not None else ""
+    zero = ", zero inside" if d.holds_zero else ""
+    return f"change {change(d, m.unit)}{share} {change_interval(d, m.unit)}{zero}".replace(" ,", ",")
+
+
+def _strip(before: Measurement, after: Measurement) -> Markup:
+    shown = [end for m in (before, after) for end in (m.value, *(m.ci95 or ())) if end is not None]
+    low, high = min(shown), max(shown)
+    room = max(high - low, 0.02 * abs(high), 1e-9)
+    scale = Scale((low + high - room) / 2, (low + high + room) / 2, 8, 252)
+    label = (
+        f"original {value_of(before)} {interval_of(before)}, ablated {value_of(after)} {interval_of(after)}"
+    )
+    rows = [
+        _strip_row(m, scale, y, colour) for m, y, colour in ((before, 8.0, "m-original"), (after, 22.0, "m0"))
+    ]
+    return drawing(260, 30, label, *rows, class_="pair")
+
+
+def _strip_row(m: Measurement, scale: Scale, y: float, colour: str) -> Markup:
+    track = tag("line", x1=8, x2=252, y1=y, y2=y, class_="grid")
+    ends = (
+        [tag("line", x1=scale(m.ci95[0]), x2=scale(m.ci95[1]), y1=y, y2=y, class_="interval")]
+        if m.ci95
+        else []
+    )
+    return tag(
+        "g",
+        track,
+        *ends,
+        tag("circle", cx=scale(m.value or 0.0), cy=y, r=4.5, class_="dot"),
+        class_=f"series {colour}",
+    )
+
+
+# Methods side by side at the circuit's own count: a dot and its 95 % interval each, one drawing a metric.
+
 
 WIDTH, ROW = 480.0, 34.0
 LEFT, RIGHT = 112.0, 304.0
@@ -26,13 +106,23 @@ def under_budget(run: RunFolder) -> list[Figure]:
     made = []
     for metric in dict.fromkeys(filter(None, (run.behaviour, "perplexity"))):
         original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
-        found = [(name, m) for variant in named_rivals if (m := run.measured(metric, variant)) and (name := parsed(variant))]
+        found = [
+            (name, m)
+            for variant in named_rivals
+            if (m := run.measured(metric, variant)) and (name := parsed(variant))
+        ]
         if original is None or circuit is None or not found:
             return []
         own = f"{named(run.method or '')}, {len(run.circuit):,}" if run.circuit else "this circuit"
         rows = [(f"{named(name[0])}, {name[1]:,}", colours(run).get(name[0], "m6"), m) for name, m in found]
-        null = [("random" + f", {p.count:,}", "mr", p.measurement) for p in rivals(run, metric) if p.method == "random"]
-        made.append(_figure(run, metric, [("original", "m-original", original), (own, "m0", circuit), *rows, *null]))
+        null = [
+            ("random" + f", {p.count:,}", "mr", p.measurement)
+            for p in rivals(run, metric)
+            if p.method == "random"
+        ]
+        made.append(
+            _figure(run, metric, [("original", "m-original", original), (own, "m0", circuit), *rows, *null])
+        )
     return made
 
 
@@ -41,7 +131,10 @@ def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
     if original is not None and run.job == "compress":
         last = {point.method: point for point in points(run, metric)}
-        return [("original", "m-original", original), *((named(m), colours(run)[m], last[m].measurement) for m in methods(run) if m in last)]
+        return [
+            ("original", "m-original", original),
+            *((named(m), colours(run)[m], last[m].measurement) for m in methods(run) if m in last),
+        ]
     if run.circuit is None or original is None or circuit is None:
         return []
     count = len(run.circuit)
@@ -62,18 +155,42 @@ def _figure(run: RunFolder, metric: str, rows: list[tuple[str, str, Measurement]
     height = ROW * len(rows) + 8
     x = scale(rows[0][2].value or 0.0)
     reference = tag("line", x1=x, x2=x, y1=4, y2=height - 4, class_="reference")
-    lines = [_row(name, colour, m, scale, ROW * (index + 0.5) + 4, left) for index, (name, colour, m) in enumerate(rows)]
+    lines = [
+        _row(name, colour, m, scale, ROW * (index + 0.5) + 4, left)
+        for index, (name, colour, m) in enumerate(rows)
+    ]
     words = "; ".join(f"{name} {value_of(m)} {interval_of(m)}" for name, _, m in rows)
-    return Figure(title(metric), explained(metric), drawing(WIDTH, height, f"{title(metric)}: {words}", reference, *lines, class_="dots"))
+    return Figure(
+        title(metric),
+        explained(metric),
+        drawing(WIDTH, height, f"{title(metric)}: {words}", reference, *lines, class_="dots"),
+    )
 
 
 def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float, left: float) -> Markup:
-    parts = [tag("text", name if len(name) <= LONGEST else name[: LONGEST - 1] + "…", x=left - 16, y=y + 4.5, class_="end label")]
+    parts = [
+        tag(
+            "text",
+            name if len(name) <= LONGEST else name[: LONGEST - 1] + "…",
+            x=left - 16,
+            y=y + 4.5,
+            class_="end label",
+        )
+    ]
     parts.append(tag("line", x1=left, x2=RIGHT, y1=y, y2=y, class_="grid"))
     if m.ci95:
         parts.append(tag("line", x1=scale(m.ci95[0]), x2=scale(m.ci95[1]), y1=y, y2=y, class_="interval"))
     parts.append(mark(colour, scale(m.value or 0.0), y, 5.2))
-    parts.append(tag("text", value_of(m), tag("tspan", f" {interval_of(m)}", class_="faint"), x=RIGHT + 14, y=y + 4.5, class_="label"))
+    parts.append(
+        tag(
+            "text",
+            value_of(m),
+            tag("tspan", f" {interval_of(m)}", class_="faint"),
+            x=RIGHT + 14,
+            y=y + 4.5,
+            class_="label",
+        )
+    )
     return tag("g", *parts, class_=f"series {colour}")
 
 

@@ -1,12 +1,29 @@
 """What a run that pruned weights says: what each method's perplexity is at one sparsity, and whether every row has it."""
 
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
 from markupsafe import Markup
 
-from .folder import RunFolder
-from .numbers import in_words, listed, percent, relative, small_interval, value_of, with_interval
-from .remark import Remark
+from .charts import Scale, drawing, mark, polyline, spread, tag
+from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure
+from .read import RunFolder
 from .standing import overlap
-from .variants import Point, methods, named, points, units
+from .variant_names import Point, colours, methods, named, points, units
+from .words import (
+    Remark,
+    explained,
+    in_words,
+    listed,
+    percent,
+    plain,
+    relative,
+    small_interval,
+    title,
+    value_of,
+    with_interval,
+)
 
 
 def headline(run: RunFolder) -> Markup:
@@ -18,13 +35,27 @@ def headline(run: RunFolder) -> Markup:
         return Markup("{} figures of one run").format(len(run.results.measurements))
     best, *rest = found
     own = next((point for point in rest if _is_own(run, point)), None) if not _is_own(run, best) else None
-    beside = Markup("; by {} to {}{}").format(named(own.method), value_of(own.measurement), small_interval(own.measurement)) if own else ""
+    beside = (
+        Markup("; by {} to {}{}").format(
+            named(own.method), value_of(own.measurement), small_interval(own.measurement)
+        )
+        if own
+        else ""
+    )
     where = " in every row" if run.provenance.get("scope") == "row" else ""
     text = Markup('{} removed{}: {} goes from {}{} to <b class="figure after">{}</b>{} by {}{}{}.')
     return text.format(
-        _share(run, best), where, in_words(metric), value_of(original), small_interval(original), value_of(best.measurement),
-        small_interval(best.measurement), named(best.method), f", the best of {len(found)} ways" if rest else "", beside,
-    )  # fmt: skip
+        _share(run, best),
+        where,
+        in_words(metric),
+        value_of(original),
+        small_interval(original),
+        value_of(best.measurement),
+        small_interval(best.measurement),
+        named(best.method),
+        f", the best of {len(found)} ways" if rest else "",
+        beside,
+    )
 
 
 def _share(run: RunFolder, point: Point) -> str:
@@ -55,18 +86,25 @@ def _behind(run: RunFolder, found: list[Point]) -> list[Remark]:
     text = Markup("<b>{} is not ahead:</b> {} {} better{}.")
     names = listed(named(point.method) for point in ahead)
     unsure = ", by less than the intervals tell apart" if close else ""
-    return [Remark("careful", text.format(named(own.method), names, "is" if len(ahead) == 1 else "are", unsure))]
+    return [
+        Remark("careful", text.format(named(own.method), names, "is" if len(ahead) == 1 else "are", unsure))
+    ]
 
 
 def _metric(run: RunFolder) -> str | None:
-    return next((m for m in ("perplexity", *run.metrics()) if not m.startswith("sparsity") and points(run, m)), None)
+    return next(
+        (m for m in ("perplexity", *run.metrics()) if not m.startswith("sparsity") and points(run, m)), None
+    )
 
 
 def _best_first(run: RunFolder, metric: str) -> list[Point]:
     """Every method at the largest count that was tried."""
     last = {point.method: point for point in points(run, metric)}
     direction = {point.measurement.direction for point in last.values()}
-    found = sorted((last[method] for method in methods(run) if method in last), key=lambda point: point.measurement.value or 0.0)
+    found = sorted(
+        (last[method] for method in methods(run) if method in last),
+        key=lambda point: point.measurement.value or 0.0,
+    )
     return found[::-1] if direction == {"higher"} else found
 
 
@@ -78,9 +116,201 @@ def _relative(run: RunFolder, point: Point) -> str:
 
 
 def _rows(run: RunFolder) -> Remark:
-    checks = [check for check in run.provenance.get("checks") or [] if str(check.get("name", "")).startswith("zeros in a row")]
+    checks = [
+        check
+        for check in run.provenance.get("checks") or []
+        if str(check.get("name", "")).startswith("zeros in a row")
+    ]
     if checks and all(check.get("ok") for check in checks):
-        return Remark("good", Markup("<b>Every row was counted</b> and has exactly the share of zeros that was asked for."))
+        return Remark(
+            "good",
+            Markup("<b>Every row was counted</b> and has exactly the share of zeros that was asked for."),
+        )
     if any(check.get("ok") is False for check in checks):
-        return Remark("careful", Markup("<b>Some rows have more zeros than were asked for:</b> see the checks."))
-    return Remark("plain", Markup("<b>Rows may differ:</b> weights were not removed row by row; the least and the most of a row are in the checks."))
+        return Remark(
+            "careful", Markup("<b>Some rows have more zeros than were asked for:</b> see the checks.")
+        )
+    return Remark(
+        "plain",
+        Markup(
+            "<b>Rows may differ:</b> weights were not removed row by row; the least and the most of a row are in the checks."
+        ),
+    )
+
+
+# How many reference samples a pruning needs, and how the scores behind it are spread: what a run with compress.samples left in its results.
+
+
+Points = list[tuple[float, float]]
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+THRESHOLDS = (-6, -5, -4, -3, -2, -1)
+
+
+def by_samples(run: RunFolder) -> list[Figure]:
+    """Each metric against the number of samples, the histograms of the scores, and how many lie above a threshold; [] for any other run."""
+    rows = list(run.provenance.get("by_samples") or [])
+    drawn = dict(run.provenance.get("distributions") or {})
+    metrics = dict.fromkeys(str(row["metric"]) for row in rows if row.get("value") is not None)
+    return [
+        *(_against_samples(run, rows, metric) for metric in metrics),
+        *([_histogram(run, drawn), _above(run, drawn)] if drawn else []),
+    ]
+
+
+def _against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str) -> Figure:
+    """A line through the means over seeds, a dot for every seed; dashed, the original and methods that look at no sample."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["metric"] == metric and row.get("value") is not None:
+            found.setdefault(str(row["method"]), {}).setdefault(int(row["samples"]), []).append(
+                float(row["value"])
+            )
+    level = {
+        m.variant.partition("@")[0]: m.value
+        for m in run.results
+        if m.metric == metric and m.value is not None
+    }
+    flat = {name: value for name, value in level.items() if name not in found and ", " not in name}
+    values = [value for line in found.values() for some in line.values() for value in some] + list(
+        flat.values()
+    )
+    counts = sorted({count for line in found.values() for count in line})
+    x = Scale(counts[0], counts[-1], LEFT + 14, RIGHT - 10, log=counts[-1] > 5 * counts[0])
+    y = _heights(values)
+    marks = []
+    for method, line in found.items():
+        dots = [
+            mark(_colour(run, method), x(count), y(value), 2.6)
+            for count, some in line.items()
+            for value in some
+        ]
+        means = [(x(count), y(fmean(some))) for count, some in sorted(line.items())]
+        marks.append(
+            tag(
+                "g",
+                tag("path", d=polyline(means), class_="line"),
+                *dots,
+                class_=f"series {_colour(run, method)}",
+            )
+        )
+    marks += [
+        tag("line", x1=LEFT, x2=RIGHT, y1=y(value), y2=y(value), class_="reference")
+        for value in flat.values()
+    ]
+    ends = [(method, _colour(run, method), y(fmean(line[max(line)]))) for method, line in found.items()]
+    ends += [(name, "reference-name", y(value)) for name, value in flat.items()]
+    axes = _axes(
+        x,
+        y,
+        [(count, f"{count:,}") for count in counts],
+        [(tick, plain(tick)) for tick in y.ticks(5)],
+        "reference samples",
+    )
+    words = "; ".join(
+        f"{named(m)}: " + ", ".join(f"{n} samples {plain(fmean(s))}" for n, s in sorted(line.items()))
+        for m, line in found.items()
+    )
+    label = f"{title(metric)} against the number of reference samples. {words}"
+    note = "; ".join(
+        part for part in (explained(metric), "a dot is one draw of the samples, the line their mean") if part
+    )
+    return Figure(
+        title(metric), note, drawing(WIDTH, HEIGHT, label, axes, *marks, _names(ends), class_="curve")
+    )
+
+
+def _histogram(run: RunFolder, drawn: dict[str, Any]) -> Figure:
+    """Share of all scores in each eighth of a power of ten, sites together."""
+    lines: dict[str, Points] = {}
+    for method, spread_out in drawn.items():
+        whole, exponents = _whole(spread_out), spread_out["exponents"]
+        total = sum(whole) or 1
+        middles = [(a + b) / 2 for a, b in zip(exponents, exponents[1:], strict=False)]
+        lines[method] = [(middle, count / total) for middle, count in zip(middles, whole[1:], strict=True)]
+    below = "; ".join(
+        f"{named(method)} {_whole(one)[0] / (sum(_whole(one)) or 1):.2%}" for method, one in drawn.items()
+    )
+    note = f"share of the weights at each size of score; further left or zero: {below}"
+    return _lines(run, "Histogram of the scores", note, "", lines, log=False)
+
+
+def _above(run: RunFolder, drawn: dict[str, Any]) -> Figure:
+    """How many scores are above each power of ten of the largest."""
+    lines: dict[str, Points] = {}
+    for method, one in drawn.items():
+        whole, exponents = _whole(one), one["exponents"]
+        above = [
+            (threshold, float(sum(whole[1 + exponents.index(threshold) :])))
+            for threshold in THRESHOLDS
+            if threshold in exponents
+        ]
+        lines[method] = [(threshold, count) for threshold, count in above if count > 0]
+    words = "; ".join(
+        f"{named(method)} " + ", ".join(f"{count:,.0f} above 10^{at:g}" for at, count in line)
+        for method, line in lines.items()
+    )
+    return _lines(
+        run, "Scores above a threshold", "number of weights whose score is larger", words, lines, log=True
+    )
+
+
+def _lines(run: RunFolder, name: str, note: str, words: str, lines: dict[str, Points], log: bool) -> Figure:
+    every = [point for line in lines.values() for point in line]
+    x = Scale(min(a for a, _ in every), max(a for a, _ in every), LEFT + 14, RIGHT - 10)
+    top, low = max(b for _, b in every), min(b for _, b in every)
+    y = Scale(low * 0.8, top * 1.2, BOTTOM, TOP, log=True) if log else Scale(0.0, top * 1.06, BOTTOM, TOP)
+    across = [(at, "10" + str(at).translate(RAISED)) for at in range(-6, 1, 2) if x.low <= at <= x.high]
+    up = [(tick, f"{tick:,.0f}" if log else f"{100 * tick:.3g} %") for tick in y.ticks(5)]
+    marks = [
+        tag(
+            "g",
+            tag("path", d=polyline([(x(a), y(b)) for a, b in line]), class_="line"),
+            class_=f"series {_colour(run, method)}",
+        )
+        for method, line in lines.items()
+    ]
+    ends = [(method, _colour(run, method), y(line[-1][1])) for method, line in lines.items() if line]
+    axes = _axes(x, y, across, up, "|score| / the largest")
+    return Figure(
+        name,
+        note,
+        drawing(WIDTH, HEIGHT, f"{name}, {note}. {words}", axes, *marks, _names(ends), class_="curve"),
+    )
+
+
+def _whole(one: dict[str, Any]) -> list[int]:
+    """Counts by bin, all roles together."""
+    return [sum(column) for column in zip(*one["roles"].values(), strict=True)]
+
+
+def _heights(values: list[float]) -> Scale:
+    low, high = min(values), max(values)
+    if low > 0 and high > 8 * low:
+        return Scale(low * 0.9, high * 1.1, BOTTOM, TOP, log=True)
+    room = max(high - low, 0.05 * abs(high), 1e-9)
+    return Scale(low - 0.06 * room, high + 0.06 * room, BOTTOM, TOP)
+
+
+def _axes(
+    x: Scale, y: Scale, across: Iterable[tuple[float, str]], up: Iterable[tuple[float, str]], what: str
+) -> Markup:
+    rows = []
+    for tick, words in up:
+        rows.append(tag("line", x1=LEFT, x2=RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
+        rows.append(tag("text", words, x=LEFT - 8, y=y(tick) + 4, class_="end tick"))
+    rows += [tag("text", words, x=x(tick), y=BOTTOM + 19, class_="middle tick") for tick, words in across]
+    rows.append(tag("text", what, x=(LEFT + RIGHT) / 2, y=BOTTOM + 37, class_="middle tick"))
+    return tag("g", *rows, aria_hidden="true")
+
+
+def _names(ends: list[tuple[str, str, float]]) -> Markup:
+    places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
+    texts = [
+        tag("text", named(name), x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
+        for (name, colour, _), y in zip(ends, places, strict=True)
+    ]
+    return tag("g", *texts, aria_hidden="true")
+
+
+def _colour(run: RunFolder, method: str) -> str:
+    return colours(run).get(method, "mr")

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from ..results import Measurement
-from .folder import RunFolder
-from .numbers import PERCENT, explained, is_share, percent, title, value_of, with_interval
-from .svg import Scale, drawing, mark, number, polyline, spread, tag
-from .variants import Point, colours, methods, named, points, units
+from .charts import Scale, drawing, mark, number, polyline, spread, tag
+from .read import RunFolder
+from .variant_names import Point, colours, methods, named, points, units
+from .words import PERCENT, explained, is_share, percent, title, value_of, with_interval
 
 WIDTH, HEIGHT = 480.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 378.0, 14.0, 258.0
@@ -55,7 +55,11 @@ def _plot(run: RunFolder, metric: str) -> Plot | None:
     counts = {point.count for point in found}
     if len(counts) < 2:
         return None
-    lines = {method: line for method in methods(run) if (line := [point for point in found if point.method == method])}
+    lines = {
+        method: line
+        for method in methods(run)
+        if (line := [point for point in found if point.method == method])
+    }
     original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
     low, high = min(counts), max(counts)
     # Where most units go, what counts is how few are left: even steps there, a logarithm where few go.
@@ -71,7 +75,13 @@ def ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
     before, d = run.measured(m.metric, "original"), run.difference(m.metric, m.variant)
     if m.metric != "perplexity" or before is None or before.value is None:
         return m.ci95
-    return (before.value + d.ci95[0], before.value + d.ci95[1]) if d and d.ci95 else None if m.variant == "original" else m.ci95
+    return (
+        (before.value + d.ci95[0], before.value + d.ci95[1])
+        if d and d.ci95
+        else None
+        if m.variant == "original"
+        else m.ci95
+    )
 
 
 def _heights(shown: list[Measurement], ends: list[float], original: Measurement | None) -> Scale:
@@ -92,9 +102,14 @@ def _heights(shown: list[Measurement], ends: list[float], original: Measurement 
 def _figure(plot: Plot) -> Figure:
     label = f"{title(plot.metric)} against the number of removed {units(None, plot.run)}; arrow keys step through the counts"
     tips = {f"{plot.metric}@{count}": _tip(plot, count) for count in plot.counts}
-    bands, lines = [_band(plot, method) for method in plot.lines], [_line(plot, method) for method in plot.lines]
+    bands, lines = (
+        [_band(plot, method) for method in plot.lines],
+        [_line(plot, method) for method in plot.lines],
+    )
     parts = [_axes(plot), _reference(plot), *bands, *lines, _star(plot), _names(plot), *_columns(plot)]
-    return Figure(title(plot.metric), _note(plot), drawing(WIDTH, HEIGHT, label, *parts, class_="curve"), tips)
+    return Figure(
+        title(plot.metric), _note(plot), drawing(WIDTH, HEIGHT, label, *parts, class_="curve"), tips
+    )
 
 
 def _note(plot: Plot) -> str:
@@ -102,7 +117,11 @@ def _note(plot: Plot) -> str:
     direction = next(point.measurement.direction for line in plot.lines.values() for point in line)
     better = "" if plot.metric.startswith("ioi.") else f"{direction} is better"
     measured_in = plot.unit if plot.unit.startswith("nats") else ""
-    shaded = "shaded, the paired change from the original" if plot.metric == "perplexity" and plot.run.difference(plot.metric) else ""
+    shaded = (
+        "shaded, the paired change from the original"
+        if plot.metric == "perplexity" and plot.run.difference(plot.metric)
+        else ""
+    )
     return "; ".join(part for part in (explained(plot.metric), measured_in, better, shaded) if part)
 
 
@@ -127,8 +146,14 @@ def _as_shares(plot: Plot) -> bool:
 def _readable(plot: Plot) -> list[tuple[float, str]]:
     """(place, text) of the counts, or of round shares where most units go, that do not run into the one before."""
     total = sum(plot.run.sizes.values())
-    shares = [step / 10 for step in range(11) if plot.x.low <= total * step / 10 <= plot.x.high] if _as_shares(plot) else []
-    every = [(plot.x(share * total), f"{share * 100:.0f}{PERCENT}") for share in shares] or [(plot.x(n), f"{n:,}") for n in plot.counts]
+    shares = (
+        [step / 10 for step in range(11) if plot.x.low <= total * step / 10 <= plot.x.high]
+        if _as_shares(plot)
+        else []
+    )
+    every = [(plot.x(share * total), f"{share * 100:.0f}{PERCENT}") for share in shares] or [
+        (plot.x(n), f"{n:,}") for n in plot.counts
+    ]
     kept: list[tuple[float, str]] = []
     for x, text in every:
         if not kept or x - kept[-1][0] > 8 + 4 * (len(text) + len(kept[-1][1])):
@@ -138,7 +163,11 @@ def _readable(plot: Plot) -> list[tuple[float, str]]:
 
 def _tick(value: float, plot: Plot) -> str:
     if is_share(plot.metric, plot.unit):
-        return f"{value * 100:g}{PERCENT}" if abs(value * 100 - round(value * 100, 2)) < 1e-9 else f"{value * 100:.1f}{PERCENT}"
+        return (
+            f"{value * 100:g}{PERCENT}"
+            if abs(value * 100 - round(value * 100, 2)) < 1e-9
+            else f"{value * 100:.1f}{PERCENT}"
+        )
     return f"{value:,.6g}".replace("-", "\u2212")
 
 
@@ -151,20 +180,38 @@ def _reference(plot: Plot) -> Markup:
 
 def _band(plot: Plot, method: str) -> Markup:
     """The intervals of one method as an area, or as bars where some point has none or stands alone."""
-    colour, found = colours(plot.run)[method], [(plot.x(p.count), ends_of(plot.run, p.measurement)) for p in plot.lines[method]]
+    colour, found = (
+        colours(plot.run)[method],
+        [(plot.x(p.count), ends_of(plot.run, p.measurement)) for p in plot.lines[method]],
+    )
     ends = [(x, plot.y(there[0]), plot.y(there[1])) for x, there in found if there]
     if not ends:
         return Markup("")
     if len(ends) == len(plot.lines[method]) > 1:
-        outline = polyline([(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]) + "Z"
+        outline = (
+            polyline([(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]) + "Z"
+        )
         return tag("path", d=outline, class_=f"band {colour}")
-    return tag("path", d="".join(f"M{number(x)} {number(low)}V{number(high)}" for x, low, high in ends), class_=f"bar {colour}")
+    return tag(
+        "path",
+        d="".join(f"M{number(x)} {number(low)}V{number(high)}" for x, low, high in ends),
+        class_=f"bar {colour}",
+    )
 
 
 def _line(plot: Plot, method: str) -> Markup:
-    places = [(plot.x(p.count), plot.y(p.measurement.value)) for p in plot.lines[method] if p.measurement.value is not None]
+    places = [
+        (plot.x(p.count), plot.y(p.measurement.value))
+        for p in plot.lines[method]
+        if p.measurement.value is not None
+    ]
     dots = [mark(colours(plot.run)[method], x, y, 3.3) for x, y in places]
-    return tag("g", tag("path", d=polyline(places), class_="line"), *dots, class_=f"series {colours(plot.run)[method]}")
+    return tag(
+        "g",
+        tag("path", d=polyline(places), class_="line"),
+        *dots,
+        class_=f"series {colours(plot.run)[method]}",
+    )
 
 
 def _star(plot: Plot) -> Markup:
@@ -179,12 +226,17 @@ def _star(plot: Plot) -> Markup:
 
 def _names(plot: Plot) -> Markup:
     """Each method's name where its line ends, and the original's where the reference does."""
-    ends = [(named(method), colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0)) for method, line in plot.lines.items()]
+    ends = [
+        (named(method), colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0))
+        for method, line in plot.lines.items()
+    ]
     if plot.original and plot.original.value is not None:
         ends.append(("original", "reference-name", plot.y(plot.original.value)))
     places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
     texts = [
-        tag("text", name if len(name) < 15 else name[:13] + "…", x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
+        tag(
+            "text", name if len(name) < 15 else name[:13] + "…", x=RIGHT + 8, y=y + 4, class_=f"name {colour}"
+        )
         for (name, colour, _), y in zip(ends, places, strict=True)
     ]
     return tag("g", *texts, aria_hidden="true")
@@ -198,10 +250,28 @@ def _columns(plot: Plot) -> list[Markup]:
     for index, count in enumerate(plot.counts):
         tip = _tip(plot, count)
         words = f"{tip['head']}: " + "; ".join(f"{row['name']} {row['text']}" for row in _rows(plot, count))
-        area = tag("rect", x=middles[index], y=TOP - 8, width=middles[index + 1] - middles[index], height=BOTTOM - TOP + 8, class_="hit")
+        area = tag(
+            "rect",
+            x=middles[index],
+            y=TOP - 8,
+            width=middles[index + 1] - middles[index],
+            height=BOTTOM - TOP + 8,
+            class_="hit",
+        )
         rule = tag("line", x1=edges[index], x2=edges[index], y1=TOP - 6, y2=BOTTOM, class_="rule")
         focus = 0 if index == 0 else -1
-        made.append(tag("g", rule, area, class_="column", tabindex=focus, role="img", aria_label=words, data_tip=f"{plot.metric}@{count}"))
+        made.append(
+            tag(
+                "g",
+                rule,
+                area,
+                class_="column",
+                tabindex=focus,
+                role="img",
+                aria_label=words,
+                data_tip=f"{plot.metric}@{count}",
+            )
+        )
     return made
 
 
@@ -213,7 +283,10 @@ def _tip(plot: Plot, count: int) -> dict[str, object]:
 
 def _rows(plot: Plot, count: int) -> list[dict[str, str]]:
     here = [point for line in plot.lines.values() for point in line if point.count == count]
-    rows = [{"key": colours(plot.run)[p.method], "name": named(p.method), "text": with_interval(p.measurement)} for p in _ordered(here)]
+    rows = [
+        {"key": colours(plot.run)[p.method], "name": named(p.method), "text": with_interval(p.measurement)}
+        for p in _ordered(here)
+    ]
     if plot.circuit and plot.run.circuit is not None and len(plot.run.circuit) == count:
         own = next((p.measurement.value for p in here if p.method == plot.run.method), None)
         if own != plot.circuit.value:

@@ -2,12 +2,11 @@
 
 from markupsafe import Markup
 
-from ..circuit import Circuit
+from ..circuits.circuit import Circuit
 from ..results import Difference
-from .folder import RunFolder
-from .numbers import MINUS, in_words, listed, percent, plain, small_interval, value_of, with_interval
-from .remark import Remark
-from .variants import Point, methods, named, points, units
+from .read import RunFolder
+from .variant_names import Point, methods, named, points, units
+from .words import MINUS, Remark, in_words, listed, percent, plain, small_interval, value_of, with_interval
 
 METRIC = "ioi.accuracy"
 SPARSEST = "circuit.sparsest"
@@ -36,36 +35,67 @@ def headline(run: RunFolder) -> Markup:
     own, enough = run.method or "", _percent(_enough(run))
     best = sparsest(run, own)
     if best is None:
-        return Markup("No {} circuit that was tried keeps {} of the answers right.").format(named(own), enough)
+        return Markup("No {} circuit that was tried keeps {} of the answers right.").format(
+            named(own), enough
+        )
     share = Markup('<b class="figure after">{}</b>').format(_share(run, best.count))
     right = Markup("{}{}").format(value_of(best.measurement), small_interval(best.measurement))
-    said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(named(own), right, share, _units(run))
-    others = [(point.count, method) for method in methods(run) if method != own and (point := sparsest(run, method))]
+    said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(
+        named(own), right, share, _units(run)
+    )
+    others = [
+        (point.count, method) for method in methods(run) if method != own and (point := sparsest(run, method))
+    ]
     if not others:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
     count, method = max(others)
-    return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(said, named(method), enough, _share(run, count))
+    return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(
+        said, named(method), enough, _share(run, count)
+    )
 
 
 def remarks(run: RunFolder) -> list[Remark]:
-    return [remark for remark in (_ahead(run), _sizes(run), _against(run), _rankings(run), _areas(run), _whole(run), _choice(run)) if remark]
+    return [
+        remark
+        for remark in (
+            _ahead(run),
+            _sizes(run),
+            _against(run),
+            _rankings(run),
+            _areas(run),
+            _whole(run),
+            _choice(run),
+        )
+        if remark
+    ]
 
 
 def _ahead(run: RunFolder) -> Remark | None:
     """Methods whose circuit may be as sparse, or sparser."""
     own = sparsest(run, run.method or "")
     mine = own.count if own else 0
-    ahead = [method for method in methods(run) if method != run.method and (point := sparsest(run, method)) and point.count >= mine]
+    ahead = [
+        method
+        for method in methods(run)
+        if method != run.method and (point := sparsest(run, method)) and point.count >= mine
+    ]
     if not ahead:
         return None
-    return Remark("careful", Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(listed(map(named, ahead))))
+    return Remark(
+        "careful",
+        Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(listed(map(named, ahead))),
+    )
 
 
 def _sizes(run: RunFolder) -> Remark:
     """The sparsest circuit of every method, the mean of its reference sets."""
-    found = sorted(((m.value or 0.0, m) for m in run.results if m.metric == SPARSEST), key=lambda one: -one[0])
+    found = sorted(
+        ((m.value or 0.0, m) for m in run.results if m.metric == SPARSEST), key=lambda one: -one[0]
+    )
     parts = [f"{named(m.variant)} {with_interval(m)}" for _, m in found]
-    text = Markup("<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for itself: {}.")
+    text = Markup(
+        "<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for itself: {}."
+    )
     return Remark("plain", text.format(_percent(_enough(run)), listed(parts)))
 
 
@@ -75,12 +105,14 @@ def _against(run: RunFolder) -> Remark | None:
     if not found:
         return None
     parts = [f"{named(d.from_)} {_points_of(d)}" for d in sorted(found, key=lambda d: d.value)]
-    text = Markup("<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}.")
+    text = Markup(
+        "<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}."
+    )
     return Remark("plain", text.format(named(run.method or ""), listed(parts)))
 
 
 def _points_of(d: Difference) -> str:
-    """"+3.2 [+1.0, +5.0]": a difference of shares in percentage points."""
+    """ "+3.2 [+1.0, +5.0]": a difference of shares in percentage points."""
 
     def of(value: float) -> str:
         return f"{100 * value:+.1f}".replace("-", MINUS)
@@ -93,7 +125,10 @@ def _rankings(run: RunFolder) -> Remark | None:
     first, *others = run.provenance.get("ranks") or ["signed"]
     if not others:
         return None
-    said = {"signed": "the score itself, highest first, as the paper’s Eq. 1 and 2 have it", "abs": "the size of the score"}
+    said = {
+        "signed": "the score itself, highest first, as the paper’s Eq. 1 and 2 have it",
+        "abs": "the size of the score",
+    }
     text = Markup("<b>Units are kept by</b> {}; where a name ends in ({}), by {}.")
     return Remark("plain", text.format(said[first], others[0], said[others[0]]))
 
@@ -103,8 +138,13 @@ def _areas(run: RunFolder) -> Remark | None:
     cmd = {m.variant: m.value for m in run.results if m.metric == "circuit.cmd" and m.value is not None}
     if not cpr:
         return None
-    parts = [f"{named(method)} {plain(value)} and {plain(cmd[method])}" for value, method in sorted(cpr, reverse=True)]
-    text = Markup("<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to zero.")
+    parts = [
+        f"{named(method)} {plain(value)} and {plain(cmd[method])}"
+        for value, method in sorted(cpr, reverse=True)
+    ]
+    text = Markup(
+        "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to zero."
+    )
     return Remark("plain", text.format(listed(parts)))
 
 
@@ -112,15 +152,24 @@ def _whole(run: RunFolder) -> Remark | None:
     original, empty = run.measured(METRIC, "original"), run.measured(METRIC, "empty")
     if original is None or empty is None:
         return None
-    text = Markup("<b>The whole model</b> has {} {}; without any of these {} it has {}, which is what a circuit has to beat.")
+    text = Markup(
+        "<b>The whole model</b> has {} {}; without any of these {} it has {}, which is what a circuit has to beat."
+    )
     kind = "plain" if (original.value or 0.0) >= _enough(run) > (empty.value or 0.0) else "careful"
-    return Remark(kind, text.format(in_words(METRIC), with_interval(original), units(None, run), value_of(empty)))
+    return Remark(
+        kind, text.format(in_words(METRIC), with_interval(original), units(None, run), value_of(empty))
+    )
 
 
 def _choice(run: RunFolder) -> Remark:
     seeds = int(run.provenance.get("seeds") or 1)
-    text = Markup("<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals of the curves are over prompts{}.")
-    several = (f"each the mean of {seeds} reference sets", ", those of the shares, CPR and CMD over reference sets")
+    text = Markup(
+        "<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals of the curves are over prompts{}."
+    )
+    several = (
+        f"each the mean of {seeds} reference sets",
+        ", those of the shares, CPR and CMD over reference sets",
+    )
     return Remark("plain", text.format(*(several if seeds > 1 else ("with one reference set", ""))))
 
 

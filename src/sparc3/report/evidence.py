@@ -4,9 +4,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..results import Difference
-from .folder import RunFolder
-from .numbers import chance, change, change_interval, explained, figure, interval, is_share, percent, plain, relative, title, value_of
-from .variants import rivals, units
+from .read import RunFolder
+from .variant_names import rivals, units
+from .words import (
+    chance,
+    change,
+    change_interval,
+    explained,
+    figure,
+    interval,
+    is_share,
+    percent,
+    plain,
+    relative,
+    title,
+    value_of,
+)
 
 
 @dataclass(frozen=True)
@@ -54,30 +67,47 @@ class Scorers:
 
 def proofs(run: RunFolder) -> list[Proof]:
     """A row for every metric measured on the original and on the circuit's model."""
-    both = [metric for metric in run.drawn() if run.measured(metric, "original") and run.measured(metric, "ablated")]
+    both = [
+        metric
+        for metric in run.drawn()
+        if run.measured(metric, "original") and run.measured(metric, "ablated")
+    ]
     return [_proof(run, metric) for metric in both]
 
 
 def null_of(run: RunFolder) -> str:
     """The random units that effects are told net of: "100 random neurons, the mean of 3 draws"; "" without any."""
-    null = next((point for metric in run.metrics() for point in rivals(run, metric) if point.method == "random"), None)
+    null = next(
+        (point for metric in run.metrics() for point in rivals(run, metric) if point.method == "random"), None
+    )
     return f"{null.count:,} random {units(null.count, run)}" if null else ""
 
 
 def _proof(run: RunFolder, metric: str) -> Proof:
     before, after = run.results.find(metric), run.results.find(metric, "ablated")
-    null = next((point.measurement.variant for point in rivals(run, metric) if point.method == "random"), None)
+    null = next(
+        (point.measurement.variant for point in rivals(run, metric) if point.method == "random"), None
+    )
     net = run.difference(metric, "ablated", null) if null else None
     return Proof(
-        title(metric), explained(metric), value_of(before), value_of(after), _moved(run.difference(metric), after.unit), _moved(net, after.unit),
-        after.n, _detects(run, metric, after.unit), before.failures + after.failures,
-    )  # fmt: skip
+        title(metric),
+        explained(metric),
+        value_of(before),
+        value_of(after),
+        _moved(run.difference(metric), after.unit),
+        _moved(net, after.unit),
+        after.n,
+        _detects(run, metric, after.unit),
+        before.failures + after.failures,
+    )
 
 
 def _moved(d: Difference | None, unit: str) -> Moved | None:
     if d is None or d.is_nothing:
         return None if d is None else Moved("no change", "", "", None)
-    return Moved(change(d, unit), change_interval(d, unit), chance(d.p), None if d.ci95 is None else not d.holds_zero)
+    return Moved(
+        change(d, unit), change_interval(d, unit), chance(d.p), None if d.ci95 is None else not d.holds_zero
+    )
 
 
 def _detects(run: RunFolder, metric: str, unit: str) -> str:
@@ -92,11 +122,13 @@ def _detects(run: RunFolder, metric: str, unit: str) -> str:
 
 
 def power_words(run: RunFolder) -> str:
-    """"100 prompts detect a change of mean toxicity of 3.1 points or more"; "" where nothing says."""
+    """ "100 prompts detect a change of mean toxicity of 3.1 points or more"; "" where nothing says."""
     metric = run.behaviour
     m = run.measured(metric, "ablated") if metric else None
     size = _detects(run, metric, m.unit) if metric and m else ""
-    return f"{m.n:,} prompts detect a change of {title(str(metric)).lower()} of ≥ {size}" if m and size else ""
+    return (
+        f"{m.n:,} prompts detect a change of {title(str(metric)).lower()} of ≥ {size}" if m and size else ""
+    )
 
 
 def scorers(run: RunFolder) -> Scorers | None:
@@ -119,7 +151,15 @@ def _scorer(name: str, row: dict[str, Any]) -> Scorer:
         return f"{figure(row.get(which), 'toxicity.mean')} {interval(tuple(ends) if ends else None, 'toxicity.mean')}".strip()
 
     ends = row.get("change_ci95")
-    moved = Difference("toxicity.mean", "original", "ablated", row.get("change") or 0.0, None, tuple(ends) if ends else None, row.get("p"))
+    moved = Difference(
+        "toxicity.mean",
+        "original",
+        "ablated",
+        row.get("change") or 0.0,
+        None,
+        tuple(ends) if ends else None,
+        row.get("p"),
+    )
     said = _moved(moved, "")
     assert said
     return Scorer(name, written("before"), written("after"), said)

@@ -3,11 +3,10 @@
 from markupsafe import Markup
 
 from ..results import Measurement
-from .folder import RunFolder
-from .numbers import listed, percent, relative, value_of, with_interval
-from .remark import Remark
+from .read import RunFolder
 from .tradeoff import budget, harm
-from .variants import Point, named, parsed, points, rivals
+from .variant_names import Point, named, parsed, points, rivals
+from .words import Remark, listed, percent, relative, value_of, with_interval
 
 
 def badness(m: Measurement) -> float:
@@ -39,26 +38,41 @@ def at_the_same_count(run: RunFolder, metric: str) -> list[Remark]:
         return []
     best = min(others, key=lambda point: badness(point.measurement))
     text = Markup("<b>No other method is ahead</b> at the same count; the nearest, {}, reaches {}{}.")
-    return [Remark("good", text.format(named(best.method), with_interval(best.measurement), _at_perplexity(run, best)))]
+    return [
+        Remark(
+            "good",
+            text.format(named(best.method), with_interval(best.measurement), _at_perplexity(run, best)),
+        )
+    ]
 
 
 def _ahead(run: RunFolder, point: Point, after: Measurement) -> Markup:
     text = Markup("<b>{} is ahead at the same count:</b> {}{}, against {} here.")
-    return text.format(named(point.method), with_interval(point.measurement), _at_perplexity(run, point), with_interval(after))
+    return text.format(
+        named(point.method),
+        with_interval(point.measurement),
+        _at_perplexity(run, point),
+        with_interval(after),
+    )
 
 
 def _close(run: RunFolder, points_: list[Point]) -> Remark:
     """Methods that did better by less than the intervals tell apart."""
     names = listed(named(point.method) for point in points_)
     figures = listed(f"{with_interval(point.measurement)}{_at_perplexity(run, point)}" for point in points_)
-    text = Markup("<b>{} {} slightly ahead at the same count,</b> with {}; the intervals overlap with this circuit’s.")
+    text = Markup(
+        "<b>{} {} slightly ahead at the same count,</b> with {}; the intervals overlap with this circuit’s."
+    )
     return Remark("careful", text.format(names, "is" if len(points_) == 1 else "are", figures))
 
 
 def _at_perplexity(run: RunFolder, point: Point) -> str:
     if point.measurement.metric == "perplexity":
         return ""
-    increase, found = harm(run, f"{point.method}@{point.count}"), run.measured("perplexity", f"{point.method}@{point.count}")
+    increase, found = (
+        harm(run, f"{point.method}@{point.count}"),
+        run.measured("perplexity", f"{point.method}@{point.count}"),
+    )
     return f" (perplexity {value_of(found)}, {relative(increase)})" if found and increase is not None else ""
 
 
@@ -71,15 +85,22 @@ def at_no_more_damage(run: RunFolder, metric: str) -> Remark | None:
     for point in points(run, metric):
         increase = harm(run, f"{point.method}@{point.count}")
         if point.method != "random" and increase is not None and increase <= limit:
-            best[point.method] = min(best.get(point.method, point), point, key=lambda p: badness(p.measurement))
-    own, others = best.pop(run.method, None), sorted(best.values(), key=lambda point: badness(point.measurement))
+            best[point.method] = min(
+                best.get(point.method, point), point, key=lambda p: badness(p.measurement)
+            )
+    own, others = (
+        best.pop(run.method, None),
+        sorted(best.values(), key=lambda point: badness(point.measurement)),
+    )
     if own is None or not others:
         return None
     where = f"perplexity up to {relative(limit)}, each method at its best count on these prompts"
     said = listed(f"{named(p.method)} ({p.count:,}) {with_interval(p.measurement)}" for p in [own, *others])
     if badness(others[0].measurement) < badness(own.measurement):
         unsure = "; the intervals overlap" if overlap(others[0].measurement, own.measurement) else ""
-        return Remark("careful", Markup("<b>Not ahead at the same damage</b> ({}): {}{}.").format(where, said, unsure))
+        return Remark(
+            "careful", Markup("<b>Not ahead at the same damage</b> ({}): {}{}.").format(where, said, unsure)
+        )
     return Remark("good", Markup("<b>Ahead at the same damage</b> ({}): {}.").format(where, said))
 
 
@@ -107,7 +128,16 @@ def budgeted(run: RunFolder, metric: str) -> Remark | None:
     where = f"{percent(limit)} perplexity, each method’s best count chosen on validation prompts"
     if ahead:
         text = Markup("<b>Under the same budget {} {} ahead</b> ({}): {}, against {} here.")
-        return Remark("careful", text.format(listed(map(_with_count, ahead)), "is" if len(ahead) == 1 else "are", where, said, with_interval(own)))
+        return Remark(
+            "careful",
+            text.format(
+                listed(map(_with_count, ahead)),
+                "is" if len(ahead) == 1 else "are",
+                where,
+                said,
+                with_interval(own),
+            ),
+        )
     text = Markup("<b>Under the same budget no other method is ahead</b> ({}): {}, against {} here.")
     return Remark("good", text.format(where, said, with_interval(own)))
 

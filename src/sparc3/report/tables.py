@@ -1,4 +1,4 @@
-"""All figures and all differences as tables, and what is needed to make them again."""
+"""Variants by name: "original", "ablated", and "<method>@<count>", and the class each method is drawn in."""
 
 import json
 from collections.abc import Iterator
@@ -6,9 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..results import Measurement
-from .folder import RunFolder
-from .numbers import chance, change, change_interval, explained, interval_of, is_share, plain, relative, title, value_of
-from .variants import parsed, shown
+from .read import RunFolder
+from .variant_names import parsed, shown
+from .words import (
+    chance,
+    change,
+    change_interval,
+    explained,
+    interval_of,
+    is_share,
+    plain,
+    relative,
+    title,
+    value_of,
+)
+
+# All figures and all differences as tables, and what is needed to make them again.
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,10 @@ def columns(run: RunFolder) -> list[Column]:
     order = run.metrics()
     found = dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
     several = len({split for _, split in found}) > 1
-    return [Column(title(name), name, split, explained(name), _note(rows, several)) for (name, split), rows in found.items()]
+    return [
+        Column(title(name), name, split, explained(name), _note(rows, several))
+        for (name, split), rows in found.items()
+    ]
 
 
 def _note(shown_in: list[Measurement], several_splits: bool) -> str:
@@ -82,14 +98,19 @@ def rows(run: RunFolder) -> list[Row]:
     ordered = sorted(found, key=lambda variant: _place(variant, list(found), run.method))
     keys = [(column.name, column.split) for column in columns(run)]
     mixed = {key for key in keys if len({found[name][key].n for name in found if key in found[name]}) > 1}
-    return [Row(shown(name, run), name, _group(name), [_cell(found[name].get(key), key in mixed) for key in keys]) for name in ordered]
+    return [
+        Row(shown(name, run), name, _group(name), [_cell(found[name].get(key), key in mixed) for key in keys])
+        for name in ordered
+    ]
 
 
 def _place(variant: str, all_of_them: list[str], own: str | None) -> tuple[int, bool, int, int]:
     name = parsed(variant)
     if name is None:
         return {"original": 0, "ablated": 1}.get(variant, 2), False, 0, all_of_them.index(variant)
-    siblings = [i for i, other in enumerate(all_of_them) if (_parsed := parsed(other)) and _parsed[0] == name[0]]
+    siblings = [
+        i for i, other in enumerate(all_of_them) if (_parsed := parsed(other)) and _parsed[0] == name[0]
+    ]
     return 3 + (name[0] != own) + (name[0] == "random"), False, siblings[0], name[1]
 
 
@@ -123,14 +144,19 @@ def changes(run: RunFolder) -> list[Change]:
 
 def stages(run: RunFolder) -> list[tuple[str, float, float]]:
     """(name, seconds, width of its bar in percent)."""
-    found = [(str(s.get("name", "")), float(s.get("seconds") or 0.0)) for s in run.provenance.get("stages") or []]
+    found = [
+        (str(s.get("name", "")), float(s.get("seconds") or 0.0)) for s in run.provenance.get("stages") or []
+    ]
     longest = max((seconds for _, seconds in found), default=0.0) or 1.0
     return [(name, seconds, seconds / longest * 100) for name, seconds in found]
 
 
 def checks(run: RunFolder) -> list[tuple[str, str, bool | None]]:
     """(name, value, passed) of each check; None is a check that passes no judgement."""
-    return [(str(c.get("name", "")), _written(c.get("value")), c.get("ok")) for c in run.provenance.get("checks") or []]
+    return [
+        (str(c.get("name", "")), _written(c.get("value")), c.get("ok"))
+        for c in run.provenance.get("checks") or []
+    ]
 
 
 def warnings(run: RunFolder) -> list[str]:
@@ -138,7 +164,9 @@ def warnings(run: RunFolder) -> list[str]:
     found = [str(text) for text in run.provenance.get("warnings") or []]
     named = run.provenance.get("circuit")
     if run.circuit is not None and isinstance(named, str) and named != run.circuit.fingerprint:
-        found.append(f"circuit.json ({run.circuit.fingerprint}) is not the circuit that results.json measured ({named})")
+        found.append(
+            f"circuit.json ({run.circuit.fingerprint}) is not the circuit that results.json measured ({named})"
+        )
     return found
 
 
@@ -149,9 +177,13 @@ def fingerprints(run: RunFolder) -> dict[str, str]:
     found: dict[str, Any] = {"model": model.get("fingerprint"), "circuit": circuit}
     if run.scores is not None:
         found["contrast scores"] = run.scores.fingerprint
-        found |= {f"{name} scores": value for name, value in (run.scores.provenance.get("sources") or {}).items()}
+        found |= {
+            f"{name} scores": value for name, value in (run.scores.provenance.get("sources") or {}).items()
+        }
     tested = run.provenance.get("samples") or {}
-    found |= {f"{name} test samples": value for name, value in tested.items()} if isinstance(tested, dict) else {}
+    found |= (
+        {f"{name} test samples": value for name, value in tested.items()} if isinstance(tested, dict) else {}
+    )
     return {name: str(value) for name, value in found.items() if value}
 
 

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from .charts import Scale, drawing, number, tag
 from .curves import Figure
-from .folder import RunFolder
-from .numbers import MINUS, plain
-from .svg import Scale, drawing, number, tag
-from .variants import units
+from .read import RunFolder
+from .variant_names import units
+from .words import MINUS, plain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
 
 LENGTH, BINS, SHADES = 1000.0, 125, 5
 MARKED_APART = 600
@@ -70,20 +71,28 @@ def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
         shade = _shade(scores[name], deepest) if name in scores else Markup("")
         marks, its_tips = _marks(run, name, size, chosen, scores.get(name))
         tips |= its_tips
-        label = f"{place(name)}: {len(chosen):,} of {size:,} {verb}" + (f" ({_first(chosen)})" if chosen else "")
+        label = f"{place(name)}: {len(chosen):,} of {size:,} {verb}" + (
+            f" ({_first(chosen)})" if chosen else ""
+        )
         strip = drawing(LENGTH, 10, label, shade, marks, preserveAspectRatio="none", class_="strip")
         strips.append(Strip(place(name, several=several), len(chosen), size, strip))
     return UnitMap(strips, _histogram(run, scores), tips, bool(scores), verb, len(run.sizes) - len(drawn))
 
 
 def place(module: str, several: bool = True) -> str:
-    """"layer 3, up_proj" of "model.layers.3.mlp.up_proj"; without `several`, "layer 3". An expert is always named."""
+    """ "layer 3, up_proj" of "model.layers.3.mlp.up_proj"; without `several`, "layer 3". An expert is always named."""
     path, _, part = module.partition("#")
     found = re.search(r"\.(\d+)\.(?:.*\.)?([^.]+)$", path)
     if not found:
         return module
     expert, _, inside = part.partition(".") if part[:1].isdigit() else ("", "", part)
-    return ", ".join([f"layer {found[1]}", *([f"expert {expert}"] if expert else []), *([inside or found[2]] if several else [])])
+    return ", ".join(
+        [
+            f"layer {found[1]}",
+            *([f"expert {expert}"] if expert else []),
+            *([inside or found[2]] if several else []),
+        ]
+    )
 
 
 def _wanted(run: RunFolder) -> dict[str, "NDArray[np.float64]"]:
@@ -107,7 +116,10 @@ def _shade(values: "NDArray[np.float64]", deepest: float) -> Markup:
     starts = edges / len(values) * LENGTH
     paths = []
     for level in range(1, SHADES + 1):
-        d = "".join(f"M{number(starts[i])} 0H{number(starts[i + 1])}V10H{number(starts[i])}Z" for i in np.flatnonzero(levels == level))
+        d = "".join(
+            f"M{number(starts[i])} 0H{number(starts[i + 1])}V10H{number(starts[i])}Z"
+            for i in np.flatnonzero(levels == level)
+        )
         if d:
             paths.append(tag("path", d=d, class_=f"shade s{level}"))
     return Markup("").join(paths)
@@ -119,18 +131,34 @@ def _marks(
     """The removed units of one module: each with a tip while there are few, else one path for all."""
     assert run.circuit is not None
     width = max(LENGTH / max(size, 1) * 0.8, 2.6)
-    boxes = {index: f"M{number(index / size * LENGTH)} 0h{number(width)}v10h-{number(width)}Z" for index in chosen}
+    boxes = {
+        index: f"M{number(index / size * LENGTH)} 0h{number(width)}v10h-{number(width)}Z" for index in chosen
+    }
     if len(run.circuit) > MARKED_APART:
         return (tag("path", d="".join(boxes.values()), class_="mark") if boxes else Markup("")), {}
     marks: list[Markup] = []
     tips: dict[str, dict[str, object]] = {}
     for index, box in boxes.items():
         score = float(scores[index]) if scores is not None and index < len(scores) else None
-        rows = [] if score is None else [{"key": "", "name": "contrast", "text": plain(_as_scored(run, score))}]
+        rows = (
+            [] if score is None else [{"key": "", "name": "contrast", "text": plain(_as_scored(run, score))}]
+        )
         tips[f"{name}#{index}"] = {"head": f"{place(name)}, {run.unit} {index:,}", "rows": rows}
-        words = f"{place(name)}, {run.unit} {index:,}" + "".join(f", {row['name']} {row['text']}" for row in rows)
+        words = f"{place(name)}, {run.unit} {index:,}" + "".join(
+            f", {row['name']} {row['text']}" for row in rows
+        )
         focus = 0 if not marks and name == next(iter(run.circuit.members)) else -1
-        marks.append(tag("path", d=box, class_="mark", tabindex=focus, role="img", aria_label=words, data_tip=f"{name}#{index}"))
+        marks.append(
+            tag(
+                "path",
+                d=box,
+                class_="mark",
+                tabindex=focus,
+                role="img",
+                aria_label=words,
+                data_tip=f"{name}#{index}",
+            )
+        )
     return Markup("").join(marks), tips
 
 
@@ -155,7 +183,9 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
         return None
     every = np.concatenate(list(wanted.values()))
     members = run.circuit.members.items()
-    chosen = np.concatenate([wanted[name][list(indices)] for name, indices in members if name in wanted] or [np.empty(0)])
+    chosen = np.concatenate(
+        [wanted[name][list(indices)] for name, indices in members if name in wanted] or [np.empty(0)]
+    )
     every, chosen = (np.array([_as_scored(run, 1.0)]) * values for values in (every, chosen))
     if every.min() == every.max():
         return None
@@ -163,7 +193,10 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
     removed, _ = np.histogram(chosen, bins=edges)
     x = Scale(float(edges[0]), float(edges[-1]), PLOT_LEFT + 4, PLOT_RIGHT)
     y = Scale(0.6, float(counts.max()) * 1.5, PLOT_BOTTOM, PLOT_TOP, log=True)
-    bars = [tag("path", d=_bars(counts, edges, x, y), class_="rest"), tag("path", d=_bars(removed, edges, x, y), class_="mark")]
+    bars = [
+        tag("path", d=_bars(counts, edges, x, y), class_="rest"),
+        tag("path", d=_bars(removed, edges, x, y), class_="mark"),
+    ]
     words = f"Histogram of the contrast of {len(every):,} {units(None, run)}; the {len(chosen):,} removed lie at one end"
     axes = _histogram_axes(run, x, y)
     return Figure("How far they stand out", "", drawing(360, 256, words, axes, *bars, class_="histogram"))
@@ -171,8 +204,12 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
 
 def _bars(counts: "NDArray[np.int64]", edges: "NDArray[np.float64]", x: Scale, y: Scale) -> str:
     floor = number(PLOT_BOTTOM)
-    places = ((x(float(edges[i])), x(float(edges[i + 1])), y(float(counts[i]))) for i in np.flatnonzero(counts))
-    return "".join(f"M{number(a + 0.4)} {floor}V{number(top)}H{number(b - 0.4)}V{floor}Z" for a, b, top in places)
+    places = (
+        (x(float(edges[i])), x(float(edges[i + 1])), y(float(counts[i]))) for i in np.flatnonzero(counts)
+    )
+    return "".join(
+        f"M{number(a + 0.4)} {floor}V{number(top)}H{number(b - 0.4)}V{floor}Z" for a, b, top in places
+    )
 
 
 def _histogram_axes(run: RunFolder, x: Scale, y: Scale) -> Markup:
@@ -184,5 +221,13 @@ def _histogram_axes(run: RunFolder, x: Scale, y: Scale) -> Markup:
         text = "0" if abs(tick) < 1e-12 else f"{tick:.3g}".replace("-", MINUS)
         parts.append(tag("text", text, x=x(tick), y=PLOT_BOTTOM + 19, class_="middle tick"))
     middle = (PLOT_LEFT + PLOT_RIGHT) / 2
-    parts.append(tag("text", f"contrast (general {MINUS} undesired)", x=middle, y=PLOT_BOTTOM + 37, class_="middle tick"))
+    parts.append(
+        tag(
+            "text",
+            f"contrast (general {MINUS} undesired)",
+            x=middle,
+            y=PLOT_BOTTOM + 37,
+            class_="middle tick",
+        )
+    )
     return tag("g", *parts, aria_hidden="true")

@@ -1,0 +1,1 @@
+"""Circuits: selecting, combining and removing sets of units."""

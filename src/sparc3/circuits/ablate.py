@@ -1,0 +1,256 @@
+"""Removing a circuit from a model in memory: for a trial, or for good."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.families import ROLES
+from ..models.load import model_id, require_present
+from ..models.offloading import named_values, value_of
+from ..models.sites import Site, down_sites, family_of, sites_of
+from ..storage import digest, fingerprint
+from .circuit import Circuit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedModel"]:
+    """Inside, the circuit's units are zero, or weaker by its strength; after it every touched value is back, bit for bit.
+
+    Raises:
+        UserError: a unit that this model does not have; nothing has been touched then.
+    """
+    require_present(model)
+    targets = _targets(model, circuit)
+    kept: list[tuple[Tensor, Any, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for tensor, index in targets:
+                kept.append((tensor, index, _values(tensor, index)))
+                _weaken_(tensor, index, circuit.strength)
+        yield model
+    finally:
+        with torch.no_grad():
+            for tensor, index, values in reversed(kept):
+                _put_(tensor, index, values)
+
+
+def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
+    """Set the circuit's units to zero, or weaken them by its strength, for good (docs/method.md, 9). Raises UserError as `ablated` does."""
+    require_present(model)
+    with torch.no_grad():
+        for tensor, index in _targets(model, circuit):
+            _weaken_(tensor, index, circuit.strength)
+
+
+def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
+    """Parameter name → uint8 tensor of its shape: how many units an element is weakened for. Raises UserError as `ablated` does.
+
+    More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an element of mlp.down.
+    """
+    require_present(model)
+    found: dict[str, Tensor] = {}
+    parameters = dict(named_values(model))
+    for tensor, index in _targets(model, circuit):
+        name, offset = _place_of(tensor, parameters)
+        if name not in found:
+            found[name] = torch.zeros_like(parameters[name], dtype=torch.uint8)
+        view = found[name].as_strided(tensor.shape, tensor.stride(), offset)
+        if _is_mask(index):
+            view += index
+        else:
+            view[index] += 1
+    return found
+
+
+def weakened(values: Tensor, strength: float) -> Tensor:
+    """What is left of the values, (1 − strength) of them, computed in float64 and rounded to their dtype: the same bits for any layout."""
+    return (values.double() * (1 - strength)).to(values.dtype)
+
+
+def _place_of(view: Tensor, parameters: dict[str, Tensor]) -> tuple[str, int]:
+    """Which parameter a view looks into, and where in it the view begins, in elements."""
+    for name, parameter in parameters.items():
+        offset = (view.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        if view.device == parameter.device and 0 <= offset < parameter.numel():
+            return name, offset
+    raise AssertionError("a site that is no parameter of its model")
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
+
+
+def _values(tensor: Tensor, index: Any) -> Tensor:
+    """A copy of the values at the index, and of no other. A mask needs no list of places, which would be larger than the matrix."""
+    return tensor.masked_select(index) if _is_mask(index) else tensor[index].clone()
+
+
+def _put_(tensor: Tensor, index: Any, values: Tensor) -> None:
+    if _is_mask(index):
+        tensor.masked_scatter_(index, values)
+    else:
+        tensor[index] = values
+
+
+def _weaken_(tensor: Tensor, index: Any, strength: float) -> None:
+    if strength != 1:
+        _put_(tensor, index, weakened(_values(tensor, index), strength))
+    elif _is_mask(index):
+        tensor.masked_fill_(index, 0)
+    else:
+        tensor[index] = 0
+
+
+def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, Any]]:
+    """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head, or a mask of weights.
+
+    Below strength 1 the columns of mlp.down that read a neuron of mlp.up, in every family: in a plain MLP a non-linearity stands between
+    mlp.up and the neuron's output, with which a factor does not commute.
+    """
+    known = {
+        site.name: site
+        for site in sites_of(model, [role for role in ROLES if role in family_of(model).roles])
+    }
+    readers = down_sites(model) if circuit.unit == "neuron" and circuit.strength != 1 else {}
+    targets: list[tuple[Tensor, Any]] = []
+    for name, units in circuit.members.items():
+        if name not in known:
+            raise UserError(
+                f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was made on"
+            )
+        site = known[name]
+        _require_fit(site, circuit.unit, units)
+        reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
+        if (reader or site).quantised:
+            raise UserError(
+                f"{(reader or site).name} holds quantised weights, which cannot be changed in place; ablate the unquantised model"
+            )
+        if reader:
+            targets.append(
+                (
+                    reader.stored,
+                    (slice(None), torch.tensor(list(units), dtype=torch.long, device=reader.stored.device)),
+                )
+            )
+        else:
+            targets += (
+                [(site.stored, _stored_mask(site, units))]
+                if circuit.unit == "weight"
+                else _of_site(site, circuit.unit, list(units))
+            )
+    return targets
+
+
+def _require_fit(site: Site, unit: str, units: Any) -> None:
+    if unit == "weight":
+        if tuple(units.shape) != (site.out, site.inp):
+            raise UserError(
+                f"the circuit has shape {tuple(units.shape)} at {site.name}, which has {(site.out, site.inp)}; use the model it was made on"
+            )
+        return
+    there = site.out if unit == "neuron" else site.heads
+    if units and max(units) >= there:
+        raise UserError(
+            f"the circuit names {unit} {max(units)} of {site.name}, which has {there}; use the model it was made on"
+        )
+
+
+def _stored_mask(site: Site, mask: Tensor) -> Tensor:
+    """The site's mask [out, in] as one of everything that its module stores."""
+    mask = mask.to(site.stored.device)
+    if site.rows is None:
+        return mask
+    whole = torch.zeros(site.stored.shape, dtype=torch.bool, device=mask.device)
+    whole[site.stored_rows(torch.arange(site.out, device=mask.device))] = mask
+    return whole
+
+
+def _of_site(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, Any]]:
+    weight = site.stored
+    rows = torch.tensor(indices, device=weight.device)
+    if unit == "head":
+        width = site.inp // site.heads
+        columns = (rows[:, None] * width + torch.arange(width, device=rows.device)).reshape(-1)
+        return [(weight, (slice(None), columns))]
+    rows, biased = site.stored_rows(rows), getattr(site.module, "bias", None) is not None
+    return [(weight, rows), *([(value_of(site.module, "bias"), rows)] if biased else [])]
+
+
+# Damping: neurons made quieter instead of silent, in the weights, for a trial.
+
+
+@dataclass(frozen=True, eq=False)
+class Damping:
+    """A factor for each neuron.
+
+    Attributes:
+        factors: name of each mlp.up → [out], 1 where a neuron stays as it is, 0 where it is removed.
+    """
+
+    factors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        """How many neurons it changes."""
+        return sum(int((factor != 1).sum()) for factor in self.factors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint({"factors": digest(dict(self.factors))})
+
+
+@contextmanager
+def damped(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedModel"]:
+    """Inside, each neuron's output is multiplied by its factor; after it every touched value is back, bit for bit, whatever happened inside.
+
+    The factor goes into the neuron's column of mlp.down, where it is exact in every family: a non-linearity stands between mlp.up and
+    the neuron's output, and in a plain MLP it does not commute with a factor.
+
+    Raises:
+        UserError: neurons that this model does not have, quantised weights, or weights on the disk; nothing has been touched then.
+    """
+    require_present(model)
+    columns = _columns(model, damping)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for weight, index, factor in columns:
+                kept.append((weight, index, weight[:, index].clone()))
+                wide = torch.promote_types(weight.dtype, factor.dtype)
+                weight[:, index] = (weight[:, index].to(wide) * factor).to(weight.dtype)
+        yield model
+    finally:
+        with torch.no_grad():
+            for weight, index, values in reversed(kept):
+                weight[:, index] = values
+
+
+def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(weight of mlp.down [out, in], its columns to scale, their factors) of each site with any."""
+    of_mlp = down_sites(model)
+    downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
+    found = []
+    for name, factors in damping.factors.items():
+        if name not in downs or downs[name].inp != len(factors):
+            there = f"{name}, which '{model_id(model)}' does not have"
+            raise UserError(
+                f"the damping names {len(factors)} neurons of {there}; use the model it was made on"
+            )
+        down = downs[name]
+        if down.quantised:
+            raise UserError(
+                f"{down.name} holds quantised weights, which cannot be scaled in place; damp the unquantised model"
+            )
+        index = (factors != 1).nonzero()[:, 0]
+        if len(index):
+            device = down.stored.device
+            found.append((down.stored, index.to(device), factors[index].float().to(device)))
+    return found

@@ -1,0 +1,246 @@
+"""Circuit: a set of units of one model. The third noun on disk (`sparc3.circuit/1`: circuit.json, or circuit.safetensors for weights)."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DamagedFile, UserError
+from ..models.hub import fetch, place_of
+from ..scores import UNITS, is_model
+from ..storage import digest, fingerprint, load_tensors, read_json, save_tensors, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+FORMAT = "sparc3.circuit/1"
+NAMES = ("circuit.json", "circuit.safetensors")
+"""What a circuit's file is called in a folder or a repository."""
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """A set of units; removing it, wholly or by a share, is an ablation. Raises UserError for a strength out of its range.
+
+    Attributes:
+        unit: "neuron", "head" or "weight".
+        members: module name → which of its units: indices, ascending, of neurons (the module is their `mlp.up`) and heads (their
+            `attn.o`); of weights a bool tensor [out, in] on the CPU, true at the members.
+        strength: the share of each unit's output, or of each weight, that its removal takes away: above 0, up to 1, which is all of it.
+        model: id, architecture and fingerprint of the model it was found on.
+        provenance: the selection and the scores it came from.
+    """
+
+    unit: str
+    members: Mapping[str, Any]
+    model: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength is {self.strength}; give a number above 0, up to 1")
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __eq__(self, other: object) -> bool:
+        """The same units of the same model, found in the same way."""
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        return (self.fingerprint, self.model, self.provenance) == (
+            other.fingerprint,
+            other.model,
+            other.provenance,
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Module name → how many of its units are members."""
+        return {
+            name: int(units.sum()) if self.unit == "weight" else len(units)
+            for name, units in self.members.items()
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the set of units and, where it is not 1, the strength; whatever way it was found."""
+        if self.unit == "weight":
+            packed = {name: packed_bits(mask) for name, mask in self.members.items() if self.counts[name]}
+            shapes = {name: list(self.members[name].shape) for name in packed}
+            bits = {name: digest({"": mask}) for name, mask in packed.items()}
+            return fingerprint({"unit": self.unit, "shapes": shapes, "bits": bits, **self._strength})
+        return fingerprint(
+            {
+                "unit": self.unit,
+                "members": {k: list(v) for k, v in self.members.items() if v},
+                **self._strength,
+            }
+        )
+
+    @property
+    def _strength(self) -> dict[str, float]:
+        """What a file and the fingerprint say of the strength: nothing where it is 1."""
+        return {"strength": float(self.strength)} if self.strength != 1 else {}
+
+    @property
+    def at_strength(self) -> str:
+        """What follows its name in a sentence: " at strength 0.5"; nothing where the units are set to zero."""
+        return f" at strength {self.strength:g}" if self.strength != 1 else ""
+
+    @property
+    def suffix(self) -> str:
+        """What the name of its file ends in: ".json", or ".safetensors" for weights."""
+        return ".safetensors" if self.unit == "weight" else ".json"
+
+    def require_model(self, model: "PreTrainedModel") -> None:
+        """Raise UserError unless this circuit was found on exactly these weights."""
+        from ..models.load import describe
+
+        here = describe(model)
+        if self.model.get("fingerprint") != here["fingerprint"]:
+            raise UserError(
+                f"the circuit was made on {self.model.get('id')} ({self.model.get('fingerprint')}), "
+                f"not on {here['id']} ({here['fingerprint']}); use that model, or --force to apply it all the same"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write readable JSON, or packed masks as safetensors for weights. Raises UserError where the name does not end as `suffix` says."""
+        if Path(path).suffix != self.suffix:
+            raise UserError(
+                f"a circuit of {self.unit}s is a {self.suffix} file, which {path} is not; name it so that it ends in {self.suffix}"
+            )
+        if self.unit == "weight":
+            self._save_masks(path)
+            return
+        members = {name: list(indices) for name, indices in self.members.items()}
+        header = {"format": FORMAT, "unit": self.unit, **self._strength, "model": self.model}
+        write_json(path, {**header, "members": members, "provenance": self.provenance})
+
+    def _save_masks(self, path: str | os.PathLike[str]) -> None:
+        packed = {name: packed_bits(mask) for name, mask in self.members.items()}
+        shapes = {name: list(mask.shape) for name, mask in self.members.items()}
+        header = {
+            "unit": self.unit,
+            **self._strength,
+            "shapes": shapes,
+            "model": self.model,
+            "provenance": self.provenance,
+        }
+        save_tensors(path, FORMAT, packed, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Circuit":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file; a folder that holds circuit.json or circuit.safetensors; or a place on the hub, written as its client writes
+                it: "USER/REPO", "hf://USER/REPO@REVISION/PATH".
+
+        Raises:
+            UserError: nothing there, another kind of file, or the hub is out of reach.
+            DamagedFile: its content makes no sense, or was changed.
+        """
+        path = _file_of(path)
+        if path.suffix == ".safetensors":
+            members: Mapping[str, Any] | None
+            packed, header = load_tensors(path, FORMAT)
+            members = _masks(packed, header.get("shapes")) if header.get("unit") == "weight" else None
+        else:
+            header = read_json(
+                path, FORMAT, by_hand=("format", "unit", "strength", "model", "members", "provenance")
+            )
+            members = _indices(header.get("members")) if header.get("unit") in UNITS[:2] else None
+        model, provenance, strength = (
+            header.get("model"),
+            header.get("provenance"),
+            header.get("strength", 1.0),
+        )
+        if (
+            members is None
+            or not is_model(model)
+            or not _is_provenance(provenance)
+            or not _is_strength(strength)
+        ):
+            raise DamagedFile(
+                f"{path}: unit, strength, members, model and provenance are not as {FORMAT} has them; make it again"
+            )
+        return cls(header["unit"], members, header["model"], header["provenance"], strength)
+
+
+def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
+    """Members as a file has them, in order; None where they make no sense."""
+    if not isinstance(members, dict):
+        return None
+    good = all(
+        isinstance(v, list) and all(type(i) is int and i >= 0 for i in v) and len(set(v)) == len(v)
+        for v in members.values()
+    )
+    return {name: tuple(sorted(indices)) for name, indices in members.items()} if good else None
+
+
+def _masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"] | None:
+    """Masks as a file has them; None where their shapes make no sense."""
+    if not isinstance(shapes, dict) or shapes.keys() != packed.keys():
+        return None
+    for name, shape in shapes.items():
+        if not (
+            isinstance(shape, list)
+            and len(shape) == 2
+            and all(type(size) is int and size > 0 for size in shape)
+        ):
+            return None
+        if str(packed[name].dtype) != "torch.uint8" or tuple(packed[name].shape) != (
+            -(-shape[0] * shape[1] // 8),
+        ):
+            return None
+    return {name: mask_of(packed[name], shape) for name, shape in shapes.items()}
+
+
+def _is_provenance(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(part) or {}, dict) for part in ("selection", "scores", "sizes")
+    )
+
+
+def _is_strength(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    """The local file that `Circuit.load` reads."""
+    place = place_of(os.fspath(path))
+    if place:
+        return fetch(place, NAMES)
+    if Path(path).is_dir():
+        there = [Path(path) / name for name in NAMES if (Path(path) / name).is_file()]
+        if len(there) != 1:
+            raise UserError(
+                f"{path} is a folder with {' and '.join(f.name for f in there) or 'no circuit'} in it; name the circuit's file"
+            )
+        return there[0]
+    return Path(path)
+
+
+def packed_bits(mask: "Tensor") -> "Tensor":
+    """The bool mask [out, in] as bytes of eight weights each, row after row, the first weight in the highest bit."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.packbits(mask.contiguous().view(torch.uint8).numpy().reshape(-1)))
+
+
+def mask_of(packed: "Tensor", shape: list[int]) -> "Tensor":
+    """The bool mask that `packed_bits` packed."""
+    import numpy
+    import torch
+
+    count = shape[0] * shape[1]
+    return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count)).view(torch.bool).view(*shape)

@@ -1,0 +1,328 @@
+"""Scores of units: attribute and merge."""
+
+import argparse
+import sys
+
+from .. import distributed
+from ..errors import UserError
+from .console import Add, model_arguments, precision_arguments, quiet_transformers, say
+
+
+def add_score_commands(add: Add) -> None:
+    attribute = add("attribute", _attribute, "score the units of a model on samples")
+    model_arguments(attribute)
+    attribute.add_argument(
+        "--samples", help="a JSONL or text file, or a source: c4, realtoxicityprompts, wikitext2, ioi, demo-…"
+    )
+    attribute.add_argument(
+        "--count",
+        type=int,
+        help="samples taken (default: all of a file, 128 of a source or of a file that is cut)",
+    )
+    attribute.add_argument(
+        "--seq-len", type=int, help="cut the samples of a source to exactly this many tokens"
+    )
+    attribute.add_argument(
+        "--seed", type=int, default=0, help="which samples of a source (default: %(default)s)"
+    )
+    attribute.add_argument("--out", required=True, help="where the scores go (.safetensors)")
+    attribute.add_argument(
+        "--method",
+        default="lrp",
+        help="lrp, cp-lrp, gradient, wanda, activation, magnitude, random (default: %(default)s)",
+    )
+    attribute.add_argument("--unit", default="neuron", help="neuron, head or weight (default: %(default)s)")
+    attribute.add_argument("--sites", default="mlp.up", help="comma-separated roles (default: %(default)s)")
+    attribute.add_argument(
+        "--target",
+        default="predicted",
+        help="predicted, label, contrast, completion[:N], next (default: %(default)s)",
+    )
+    attribute.add_argument("--neuron", default="abs", help="abs or signed (default: %(default)s)")
+    attribute.add_argument("--reduce", default="mean", help="mean, mean_abs, abs_mean (default: %(default)s)")
+    attribute.add_argument(
+        "--batch-tokens", default="auto", help="padded tokens in one forward pass (default: %(default)s)"
+    )
+    attribute.add_argument(
+        "--truncate", action="store_true", help="cut samples longer than the model's context"
+    )
+    attribute.add_argument(
+        "--skip-positions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave the first N positions of each sample out of the sums",
+    )
+    attribute.add_argument(
+        "--gradient-checkpointing",
+        default="auto",
+        choices=("auto", "true", "false", "offload"),
+        help="compute layers twice to keep less; offload: on the CPU; auto: if it must be (default: %(default)s)",
+    )
+    attribute.add_argument(
+        "--sums-dtype", default="float32", help="of the running sums of unit weight (default: %(default)s)"
+    )
+    attribute.add_argument("--sums-device", default="cpu", help="where these sums are (default: %(default)s)")
+    attribute.add_argument(
+        "--non-finite",
+        default="error",
+        help="error, or skip samples without a finite relevance (default: %(default)s)",
+    )
+    attribute.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="look at the I-th of N shares of the samples; --out is then a shard file, for merge",
+    )
+
+    merge = add("merge", _merge, "the scores of a reference set, of the files of all its shards")
+    merge.add_argument("shards", nargs="+", metavar="SHARD", help="what attribute --shard wrote")
+    merge.add_argument("--out", required=True, help="where the scores go (.safetensors)")
+    merge.add_argument("--model", help="the model they were made on; needed for weight and Wanda scores")
+    precision_arguments(merge)
+
+
+def _attribute(args: argparse.Namespace) -> None:
+    from ..attribution.attribute import attribute
+    from ..attribution.methods import require_method
+    from ..attribution.partial_sums import parse_shard
+    from ..models.load import load_tokenizer, load_weights
+    from ..samples.reference_set import ReferenceSet
+    from ..samples.sources import Request, gather, is_path, require_source
+    from ..storage import require_place
+
+    shard = parse_shard(args.shard) if args.shard else None
+    if shard and not require_method(args.method).run:
+        raise UserError(
+            f"method {args.method} looks at no sample, so there is nothing to share out; leave out --shard"
+        )
+    if not args.samples and require_method(args.method).run:
+        raise UserError(f"method {args.method} needs --samples: a JSONL or text file, or a source")
+    if args.count is not None and args.count < 1:
+        raise UserError(f"--count is {args.count}; give at least 1")
+    if args.samples:
+        require_source(args.samples)
+    require_place(args.out)
+    whole = args.samples and is_path(args.samples) and not args.seq_len and args.count is None
+    loaded = ReferenceSet.load(args.samples) if whole else None
+    quiet_transformers()
+    distributed.start()
+    model = load_weights(args.model, dtype=args.dtype, device=args.device)
+    text = bool(args.samples) and (loaded is None or any(sample.written for sample in loaded))
+    tokenizer = load_tokenizer(args.model) if text else None
+    if args.samples and loaded is None:
+        loaded = gather(
+            Request(args.samples, args.count or 128, seq_len=args.seq_len, seeds=(args.seed,)), tokenizer
+        )
+    scores = attribute(
+        model,
+        loaded or [],
+        tokenizer=tokenizer,
+        method=args.method,
+        unit=args.unit,
+        sites=tuple(args.sites.split(",")),
+        target=args.target,
+        neuron=args.neuron,
+        reduce=args.reduce,
+        batch_tokens=int(args.batch_tokens) if args.batch_tokens.isdigit() else args.batch_tokens,
+        gradient_checkpointing={"true": True, "false": False}.get(
+            args.gradient_checkpointing, args.gradient_checkpointing
+        ),
+        truncate=args.truncate,
+        skip_positions=args.skip_positions,
+        non_finite=args.non_finite,
+        sums_dtype=args.sums_dtype,
+        sums_device=args.sums_device,
+        progress=sys.stderr.isatty(),
+        partial=args.out if shard else f"{args.out}.partial",
+        shard=shard,
+    )
+    if not distributed.is_main():
+        return
+    if not shard:
+        scores.save(args.out)
+    say(
+        f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples"
+    )
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from ..attribution.attribute import merge
+    from ..models.load import load_weights
+
+    quiet_transformers()
+    scores = merge(
+        args.shards,
+        model=load_weights(args.model, dtype=args.dtype, device=args.device) if args.model else None,
+    )
+    scores.save(args.out)
+    say(
+        f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples"
+    )
+
+
+# Circuits: select, combine, compare, take out of a checkpoint.
+
+
+def add_circuit_commands(add: Add) -> None:
+    select = add("select", _select, "contrast two sets of scores and select units")
+    select.add_argument("--general", metavar="A", help="scores on general text")
+    select.add_argument("--undesired", metavar="B", help="scores on the behaviour to remove")
+    select.add_argument(
+        "--matched", metavar="C", help="scores on benign completions of the same kind of prompts"
+    )
+    select.add_argument(
+        "--penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="weight of general and matched use (with --matched)",
+    )
+    select.add_argument("--normalize", help="l1: scale each set of scores to a total of one first")
+    select.add_argument("--scores", metavar="S", help="select by these scores alone, without a contrast")
+    select.add_argument("--count", type=int, metavar="N", help="how many units")
+    select.add_argument("--fraction", type=float, metavar="F", help="or which share of them")
+    select.add_argument(
+        "--scope",
+        default="global",
+        help="global or site; of weights also row, or n:m such as 2:4 (default: %(default)s)",
+    )
+    select.add_argument("--order", default="lowest", help="lowest or highest (default: %(default)s)")
+    select.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="share of each unit that goes: 0.5 halves it (default: 1)",
+    )
+    select.add_argument(
+        "--out", required=True, help="where the circuit goes (circuit.json; of weights circuit.safetensors)"
+    )
+
+    circuits = add("circuits", _circuits, "combine two circuits, or say how far they overlap")
+    circuits.add_argument("operation", choices=["union", "intersection", "difference", "overlap"])
+    circuits.add_argument("one", metavar="A")
+    circuits.add_argument("other", metavar="B")
+    circuits.add_argument("--out", help="where the combined circuit goes")
+
+    ablate = add(
+        "ablate", _ablate, "write the model without a circuit as an ordinary Hugging Face checkpoint"
+    )
+    model_arguments(ablate)
+    ablate.add_argument(
+        "--circuit", required=True, help="circuit.json, a folder that holds one, or USER/REPO on the hub"
+    )
+    ablate.add_argument("--results", help="results.json to put into the model card")
+    ablate.add_argument("--out", required=True, help="a new folder")
+    ablate.add_argument(
+        "--shrink",
+        action="store_true",
+        help="take neurons out of their matrices; needs as many in every layer",
+    )
+    ablate.add_argument("--force", action="store_true", help="apply a circuit that was made on other weights")
+
+    push = add("push", _push, "put a circuit, or a folder that ablate wrote, onto the hub")
+    push.add_argument("path", metavar="PATH", help="circuit.json, or the folder of a checkpoint")
+    push.add_argument(
+        "repo",
+        metavar="USER/REPO",
+        help="made, private, where it is not there yet; the token is that of hf auth login, or HF_TOKEN",
+    )
+    push.add_argument(
+        "--public", action="store_true", help="make the repository public, or push to one that is"
+    )
+    push.add_argument("--base", metavar="ID", help="hub id of the circuit's model, for its card")
+    push.add_argument("--results", help="results.json to put into a circuit's card")
+    push.add_argument("--message", help="of the commit")
+
+
+def _select(args: argparse.Namespace) -> None:
+    from ..circuits.select import contrast, select
+    from ..scores import Scores
+
+    if bool(args.scores) == bool(args.general or args.undesired):
+        raise UserError("give either --general and --undesired, or --scores")
+    if args.scores:
+        scores = Scores.load(args.scores)
+    elif not (args.general and args.undesired):
+        raise UserError("a contrast needs both --general and --undesired")
+    else:
+        matched = Scores.load(args.matched) if args.matched else None
+        scores = contrast(
+            Scores.load(args.general),
+            Scores.load(args.undesired),
+            matched=matched,
+            penalty=args.penalty,
+            normalize=args.normalize,
+        )
+    circuit = select(
+        scores,
+        count=args.count,
+        fraction=args.fraction,
+        scope=args.scope,
+        order=args.order,
+        strength=args.strength,
+    )
+    circuit.save(args.out)
+    say(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s{circuit.at_strength}")
+
+
+def _circuits(args: argparse.Namespace) -> None:
+    from ..circuits.algebra import OPERATIONS, overlap
+    from ..circuits.circuit import Circuit
+
+    if (args.operation == "overlap") == bool(args.out):
+        raise UserError(
+            "overlap prints its figures and takes no --out"
+            if args.out
+            else f"{args.operation} makes a circuit; say where with --out"
+        )
+    one, other = Circuit.load(args.one), Circuit.load(args.other)
+    if args.out:
+        combined = OPERATIONS[args.operation](one, other)
+        combined.save(args.out)
+        say(f"{args.out}: {len(combined)} {combined.unit}s, of {len(one)} and {len(other)}")
+        return
+    found = overlap(one, other)
+    say(f"{found.both} {one.unit}s in both, of {found.one} and {found.other}; Jaccard {found.jaccard:.4g}")
+    if found.expected is not None:
+        times = [_times(ratio) for ratio in (found.enrichment, found.enrichment_in_sites)]
+        say(
+            f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each site {times[1]}"
+        )
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    from ..circuits.circuit import Circuit
+    from ..export.export import export
+    from ..models.load import load_tokenizer, load_weights
+    from ..results import Results
+    from ..storage import require_place
+
+    circuit = Circuit.load(args.circuit)
+    results = Results.load(args.results) if args.results else None
+    require_place(args.out, folder=True)
+    quiet_transformers()
+    model, tokenizer = load_weights(args.model, dtype=args.dtype, device=args.device), None
+    if not args.force:
+        circuit.require_model(model)
+    try:
+        tokenizer = load_tokenizer(args.model)
+    except UserError as error:
+        print(f"sparc3: {error}; the new folder has none either", file=sys.stderr)
+    out = export(model, tokenizer, circuit, args.out, results=results, shrink=args.shrink)
+    say(f"{out}: the model without {len(circuit)} {circuit.unit}s{circuit.at_strength}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from ..export.push import push
+    from ..results import Results
+
+    results = Results.load(args.results) if args.results else None
+    address = push(
+        args.path, args.repo, public=args.public, base=args.base, results=results, message=args.message
+    )
+    say(f"{address} ({'public' if args.public else 'private'})")
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.4g} times"

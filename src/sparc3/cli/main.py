@@ -1,0 +1,77 @@
+"""The command line: parse, call one function, print. Exit codes: 0 done, 2 the user's mistake, 1 anything else."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .. import __version__, distributed
+from ..errors import Sparc3Error, UserError, unknown
+from . import circuit_commands, machine_commands, recipe_commands
+from .console import Command, say, speak
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes end as one line, with the near name where there is one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise unknown(
+                "command" if action.dest == "command" else f"value of {action.dest}",
+                value,
+                map(str, action.choices),
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; ends the process with its exit code where that is not 0, and every rank of torchrun."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        speak()
+        parsed.run(parsed)
+        distributed.end()
+    except UserError as error:
+        _stop(2, str(error))
+    except Sparc3Error as error:
+        _stop(1, str(error))
+    except KeyboardInterrupt:
+        _stop(130, "interrupted; the same command goes on where it was")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:  # ours to mend: as Python tells it, without what a message of others may hold
+        say(traceback.format_exc(), error=True)
+        _stop(1, "this should not have happened; please report it with the lines above")
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    say(f"sparc3: {message}", error=True)
+    distributed.end(code)
+    raise SystemExit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sparc3",
+        description="Find the parts of a language model that produce a behaviour, remove them, and prove what that did.",
+    )
+    parser.add_argument("--version", action="version", version=f"sparc3 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Command, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        return command
+
+    for add_commands in (
+        recipe_commands.add_to,
+        circuit_commands.add_score_commands,
+        circuit_commands.add_circuit_commands,
+        machine_commands.add_to,
+    ):
+        add_commands(add)
+    return parser

@@ -1,0 +1,149 @@
+"""Recipes and what they leave: demo, run, evaluate, report, recipes."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from .. import distributed
+from .console import Add, model_arguments, quiet_transformers, say
+
+
+def add_to(add: Add) -> None:
+    demo = add("demo", _demo, "the whole thing on the embedded model, offline, with a report")
+    demo.add_argument("--out", default="sparc3-demo", help="run folder (default: %(default)s)")
+
+    run = add("run", _run, "run a recipe; resumes by itself")
+    run.add_argument(
+        "recipe", help="a bundled recipe's name (see sparc3 recipes), or the path of a YAML file"
+    )
+    run.add_argument("--out", help="run folder (default: runs/<recipe's name>)")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="change a setting of the recipe; may be repeated",
+    )
+    run.add_argument("--no-resume", action="store_true", help="refuse a folder that holds this run already")
+
+    evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
+    model_arguments(evaluate)
+    evaluate.add_argument(
+        "--circuit", help="circuit.json, or USER/REPO on the hub: measure the model without it too"
+    )
+    evaluate.add_argument(
+        "--metrics",
+        required=True,
+        help="comma-separated: perplexity, kl, toxicity, fluency, repetition, ioi, sparsity, harness",
+    )
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="METRIC.KEY=VALUE",
+        help="such as perplexity.source=wiki.txt",
+    )
+    evaluate.add_argument("--out", required=True, help="where the results go (results.json)")
+    evaluate.add_argument(
+        "--force", action="store_true", help="apply a circuit that was made on other weights"
+    )
+
+    report = add("report", _report, "rebuild the report of a run folder")
+    report.add_argument("run_dir", metavar="RUN_DIR")
+
+    add("recipes", _recipes, "list the recipes that come with sparc3")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from ..experiment.run import run
+
+    quiet_transformers()
+    _show(run("demo", args.out, progress=sys.stderr.isatty()), args.out)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ..recipe.schema import load_recipe
+
+    recipe = load_recipe(args.recipe, args.set)
+    from ..experiment.run import run
+
+    quiet_transformers()
+    out = args.out or f"runs/{recipe.name}"
+    _show(run(recipe, out, resume=not args.no_resume, progress=sys.stderr.isatty()), out)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from ..circuits.ablate import ablated
+    from ..circuits.circuit import Circuit
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.metrics import parse_metrics
+    from ..models.load import load_model
+    from ..recipe.schema import with_settings
+    from ..storage import require_place
+
+    asked: dict[str, Any] = with_settings({name: {} for name in args.metrics.split(",")}, args.set)
+    parse_metrics(asked)
+    circuit = Circuit.load(args.circuit) if args.circuit else None
+    require_place(args.out)
+    quiet_transformers()
+    distributed.start()
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+    if circuit and not args.force:
+        circuit.require_model(model)
+    variants = {"ablated": lambda: ablated(model, circuit)} if circuit else None
+    results = evaluate(model, tokenizer, asked, variants=variants, progress=sys.stderr.isatty())
+    if not distributed.is_main():
+        return
+    results.save(args.out)
+    for m in results:
+        say(f"{m.metric:26} {m.variant:10} {'-' if m.value is None else format(m.value, '.4g'):>10}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from ..report.write import write_report
+
+    say(write_report(args.run_dir))
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from ..recipe.schema import bundled
+
+    for name, about in bundled().items():
+        say(f"{name:28} {about}")
+
+
+def _show(results: Any, out: str) -> None:
+    """The figures of the original and the ablated model, and where the report is."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    if not any(m.variant == "ablated" for m in results):
+        _show_variants(results)
+        say(f"\nreport: {os.path.join(out, 'report.html')}")
+        return
+    say(f"{'metric':26} {'original':>10} {'ablated':>10} {'change':>9}  95 % interval of the change")
+    for d in results.differences:
+        if (d.from_, d.to) == ("original", "ablated"):
+            before, after = results.find(d.metric).value, results.find(d.metric, "ablated").value
+            relative = f"{d.relative:+.1%}" if d.relative is not None else "-"
+            interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d.ci95 else "-"
+            say(f"{d.metric:26} {before:10.4g} {after:10.4g} {relative:>9}  {interval}")
+    say(f"\nreport: {os.path.join(out, 'report.html')}")
+
+
+def _show_variants(results: Any) -> None:
+    """A line a variant, a column a metric."""
+    columns = list(dict.fromkeys(m.metric for m in results))
+    rows: dict[str, dict[str, str]] = {}
+    for m in results:
+        rows.setdefault(m.variant, {})[m.metric] = "-" if m.value is None else format(m.value, ".4g")
+    width = max(map(len, rows), default=0)
+    if not rows:
+        say("nothing was measured: the recipe has no evaluation")
+    say(" ".join([" " * width, *columns]))
+    for variant, found in rows.items():
+        say(
+            " ".join(
+                [f"{variant:{width}}", *(f"{found.get(metric, ''):>{len(metric)}}" for metric in columns)]
+            )
+        )

@@ -1,0 +1,160 @@
+"""Batched, seeded continuations: the same prompt and seed give the same draws whatever else is in the batch."""
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import distributed
+from ..errors import UserError
+from ..models.load import context_length
+from ..models.memory import in_batches
+from ..models.offloading import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ROWS = 64
+"""Texts of one batch at the start."""
+
+
+class SeededDraw:
+    """A logits processor that samples: for each row one uniform number a step, turned into a token by the inverse distribution.
+
+    Original and ablated model meet the same numbers, so what differs between their texts is the model.
+    """
+
+    def __init__(self, temperature: float, uniforms: list[list[float]], prompt: int) -> None:
+        self.temperature, self.uniforms, self.prompt = temperature, uniforms, prompt
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        step = ids.shape[1] - self.prompt
+        cumulated = torch.softmax(scores.double() / self.temperature, -1).cumsum(-1)
+        drawn = torch.tensor([row[step] for row in self.uniforms], dtype=torch.float64, device=scores.device)[
+            :, None
+        ]
+        token = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True).clamp_(
+            max=scores.shape[-1] - 1
+        )
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class _Finite:
+    """A logits processor that changes nothing and notes the rows in which a logit was NaN or Inf: what they go on to write is no text."""
+
+    def __init__(self) -> None:
+        self.lost: Tensor | None = None
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        lost = ~scores.amax(-1).isfinite()  # a NaN or +Inf anywhere; −Inf everywhere
+        self.lost = lost if self.lost is None else self.lost | lost
+        return torch.where(lost[:, None], 0.0, scores)
+
+
+def complete(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    generations: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = ROWS,
+    progress: bool = False,
+) -> list[list[str]]:
+    """For each prompt, `generations` continuations, without the prompt and without special tokens.
+
+    A continuation in which the model gave a logit that is NaN or Inf is empty, which every metric counts as a failure.
+
+    Args:
+        temperature: 0 is greedy; otherwise plain sampling from the softmax at this temperature.
+        batch: rows of one batch at the start; halved when they do not fit into memory.
+
+    Raises:
+        UserError: a prompt without a token, or one so long that its continuation would leave the model's context.
+    """
+    rows = [(prompt, k) for prompt in prompts for k in range(generations)]
+    encoded = {prompt: list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts}
+    if empty := [place for place, prompt in enumerate(prompts) if not encoded[prompt]]:
+        raise UserError(
+            f"prompt {empty[0]} has no token for this tokenizer; leave it out, or use a tokenizer that begins with one of its own"
+        )
+    longest = max((len(ids) for ids in encoded.values()), default=0)
+    if longest + max_new_tokens > context_length(model):
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's {context_length(model)}; "
+            "shorten the prompts or max_new_tokens"
+        )
+    order = sorted(range(len(rows)), key=lambda i: (-len(encoded[rows[i][0]]), i))
+
+    with tqdm(
+        total=len(rows), desc="generate", unit="text", disable=not progress or not distributed.is_main()
+    ) as bar:
+
+        def work(part: Sequence[int]) -> list[str]:
+            return _generated(
+                model,
+                tokenizer,
+                [(encoded[rows[i][0]], rows[i][1]) for i in part],
+                max_new_tokens,
+                temperature,
+                seed,
+            )
+
+        of = (model, f"generate {longest + max_new_tokens}")
+        texts = distributed.in_parallel(
+            order, lambda share: in_batches(share, batch, work, bar.update, of=of)
+        )
+    by_row = dict(zip(order, texts, strict=True))
+    return [[by_row[p * generations + k] for k in range(generations)] for p in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _generated(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[tuple[list[int], int]],
+    new: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    width = max(len(ids) for ids, _ in rows)
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in rows], device=device_of(model))
+    mask = torch.tensor(
+        [[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device_of(model)
+    )
+    finite = _Finite()
+    processors = LogitsProcessorList([finite])
+    if temperature > 0:
+        draws = [random.Random(f"{seed}/{k}/{ids}") for ids, k in rows]
+        processors.append(SeededDraw(temperature, [[r.random() for _ in range(new)] for r in draws], width))
+    eos = (
+        model.generation_config.eos_token_id
+        if model.generation_config is not None
+        else tokenizer.eos_token_id
+    )
+    config = GenerationConfig(
+        max_new_tokens=new,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        repetition_penalty=1.0,
+        use_cache=True,
+    )
+    made: Any = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+    )
+    lost = finite.lost.tolist() if finite.lost is not None else [False] * len(rows)
+    return [
+        "" if gone else tokenizer.decode(row, skip_special_tokens=True)
+        for row, gone in zip(made[:, width:], lost, strict=True)
+    ]

@@ -1,0 +1,192 @@
+"""Indirect object identification, or any task of a text, a target token and a contrast token."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import distributed
+from ..models.families import ROLES
+from ..models.load import context_length
+from ..models.memory import in_batches, logits_at
+from ..models.offloading import device_of
+from ..models.sites import family_of, sites_of
+from ..samples.batches import Encoded, encode
+from ..samples.reference_set import ReferenceSet
+from ..samples.sources import Score
+from .generate import complete
+from .metrics import IOISettings, Measured, Metric, RepetitionSettings, SparsitySettings, register
+from .statistics import Observations, finite
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ROWS = 32
+"""Texts of one batch at the start."""
+
+
+def ioi(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: ReferenceSet,
+    settings: IOISettings,
+    progress: bool = False,
+) -> Measured:
+    """Logit of the target less that of the contrast at the last position, and how often it is above zero; one unit a text."""
+    encoded = encode(
+        samples,
+        tokenizer,
+        "contrast",
+        context=context_length(model),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+    )
+    found = distributed.in_parallel(
+        encoded,
+        lambda share: in_batches(share, ROWS, lambda part: logit_differences(model, part), of=(model, "ioi")),
+    )
+    differences = tuple(map(finite, found))
+    right = tuple(None if d is None else float(d > 0) for d in differences)
+    ones, failures = (1.0,) * len(differences), differences.count(None)
+    return Measured(
+        (
+            Observations("ioi.accuracy", settings.split, "share of texts", "higher", right, ones, failures),
+            Observations(
+                "ioi.logit_difference", settings.split, "logits", "higher", differences, ones, failures
+            ),
+        )
+    )
+
+
+@torch.inference_mode()
+def logit_differences(model: "PreTrainedModel", part: "Sequence[Encoded]") -> list[float]:
+    """One of each text."""
+    from ..samples.batches import make_batch
+
+    batch = make_batch(part, device_of(model))
+    logits = logits_at(
+        model, batch.ids, list(range(len(part))), [sample.positions[0] for sample in part]
+    ).float()
+    return [
+        float(row[(sample.tokens or (0,))[0]] - row[(sample.against or (0,))[0]])
+        for row, sample in zip(logits, part, strict=True)
+    ]
+
+
+register(Metric("ioi", IOISettings, ioi, prompts=True, gives=("ioi.accuracy", "ioi.logit_difference")))
+
+# Repetition of greedy responses: the response uniqueness ratio RUR (Eq. 11).
+
+
+def repetition(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: ReferenceSet,
+    settings: RepetitionSettings,
+    progress: bool = False,
+) -> Measured:
+    """RUR = unique tokens / tokens of the greedy response, and the share of its 4-grams that occurred before; one unit a prompt."""
+    prompts = [sample.text or "" for sample in samples]
+    written = [
+        texts[0]
+        for texts in complete(
+            model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, progress=progress
+        )
+    ]
+    tokens = [
+        list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else [] for text in written
+    ]
+    unique = [uniqueness(ids) for ids in tokens]
+    failures = unique.count(None)
+    ones = (1.0,) * len(unique)
+    return Measured(
+        (
+            Observations(
+                "rur.mean", settings.split, "unique tokens / tokens", "higher", tuple(unique), ones, failures
+            ),
+            Observations(
+                "repetition.4grams",
+                settings.split,
+                "share of 4-grams",
+                "lower",
+                tuple(map(repeated, tokens)),
+                ones,
+                failures,
+            ),
+        ),
+        [
+            {"prompt": p, "continuations": [{"text": t, "score": u}]}
+            for p, t, u in zip(prompts, written, unique, strict=True)
+        ],
+    )
+
+
+def response_scores(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int
+) -> Score:
+    """Prompts → this model's own greedy responses with their RUR, for choose_by: repetition."""
+
+    def score(prompts: list[str]) -> list[tuple[str, float | None]]:
+        written = [texts[0] for texts in complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)]
+        return [
+            (text, uniqueness(list(tokenizer(text, add_special_tokens=False)["input_ids"])) if text else None)
+            for text in written
+        ]
+
+    return score
+
+
+def uniqueness(ids: list[int]) -> float | None:
+    """Unique tokens / tokens; None of an empty response."""
+    return len(set(ids)) / len(ids) if ids else None
+
+
+def repeated(ids: list[int]) -> float | None:
+    """Share of 4-grams that are a repetition of an earlier one; None of an empty response, 0 of one too short to have any."""
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    return None if not ids else 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+register(
+    Metric(
+        "repetition", RepetitionSettings, repetition, prompts=True, gives=("rur.mean", "repetition.4grams")
+    )
+)
+
+# Sparsity: which share of the weights is exactly zero, counted in the matrices themselves, row by row.
+
+
+@torch.no_grad()
+def sparsity(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: ReferenceSet,
+    settings: SparsitySettings,
+    progress: bool = False,
+) -> Measured:
+    """Share of exact zeros, one unit a site, and the least and the most of any output row: equal where every row is pruned alike."""
+    roles = settings.sites or [role for role in ROLES if role in family_of(model).roles]
+    rows = {site: (site.weight == 0).sum(1).cpu() for site in sites_of(model, roles)}
+    zeros = tuple(float(counts.sum()) for counts in rows.values())
+    weights = tuple(float(site.out * site.inp) for site in rows)
+    least = min(float(counts.min()) / site.inp for site, counts in rows.items())
+    most = max(float(counts.max()) / site.inp for site, counts in rows.items())
+    return Measured(
+        (
+            Observations("sparsity", "all", "share of weights", "higher", zeros, weights),
+            Observations("sparsity.row_min", "all", "share of the row", "higher", (least,), (1.0,)),
+            Observations("sparsity.row_max", "all", "share of the row", "higher", (most,), (1.0,)),
+        )
+    )
+
+
+register(
+    Metric(
+        "sparsity",
+        SparsitySettings,
+        sparsity,
+        prompts=False,
+        gives=("sparsity", "sparsity.row_min", "sparsity.row_max"),
+    )
+)

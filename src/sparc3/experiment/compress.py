@@ -1,0 +1,363 @@
+"""Compression layer by layer: each layer is scored on what the already pruned layers before it give (sequential Wanda)."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__, distributed
+from ..attribution.methods import require_method
+from ..attribution.patching import frozen
+from ..circuits.ablate import ablated
+from ..circuits.circuit import Circuit
+from ..circuits.select import parse_scope, select, share
+from ..errors import Sparc3Error, UserError
+from ..evaluation.evaluate import evaluated_on, to_results
+from ..evaluation.statistics import Evaluation
+from ..models.experts import by_position, tokens_of
+from ..models.families import ROLES
+from ..models.load import context_length, describe
+from ..models.offloading import device_of
+from ..models.sites import Site, family_of, layers_of, sites_of
+from ..recipe.schema import SEQUENTIAL, Compress
+from ..results import Results
+from ..samples.batches import Batch, encode, make_batches
+from ..samples.reference_set import ReferenceSet, Sample
+from ..scores import Scores
+from ..storage import fingerprint
+from .gather import by_samples
+from .measure import evaluation
+from .run_folder import Work, kept
+from .score import How, parts_of
+from .work_list import prunings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+BATCH_TOKENS = 2048
+"""Padded tokens that run through a layer at once."""
+
+
+def prune_sequentially(
+    model: "PreTrainedModel",
+    samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    fraction: float | None = None,
+    scope: str = "row",
+    sites: Sequence[str] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    truncate: bool = False,
+    progress: bool = False,
+) -> Circuit:
+    """The weights that Wanda's own code would remove (Sun et al. 2024): layer after layer, by |W_ij| · ‖a_j‖₂ with the activations of
+    the model without what was removed before. Inside a layer all sites see the layer as it was.
+
+    One pass over the layers, each run twice; the hidden states of all samples are held at once. The model is afterwards as it was.
+
+    Args:
+        samples: as in `attribute`.
+        tokenizer: as in `attribute`.
+        truncate: as in `attribute`.
+        fraction: the share of every output row, or of every site.
+        scope: "row", "site", or "n:m" without a fraction.
+        sites: canonical roles; all that the model has where none is given.
+        batch_tokens: padded tokens that run through a layer at once.
+
+    Returns:
+        a circuit of weights, to be given to `ablated`, `ablate_` or `export`.
+
+    Raises:
+        UserError: as `attribute` and `select` do.
+    """
+    from tqdm import tqdm
+
+    if scope == "global":
+        raise UserError(
+            "a sequential pruning has no scope global, since later layers are not known yet; use row, site, or n:m such as 2:4"
+        )
+    references = ReferenceSet.of(samples)
+    where = sites_of(model, sites or [role for role in ROLES if role in family_of(model).roles])
+    encoded = encode(
+        references,
+        tokenizer,
+        "predicted",
+        context=context_length(model),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        truncate=truncate,
+    )
+    described = describe(model)
+    members: dict[str, Tensor] = {}
+    with frozen(model), torch.no_grad(), ExitStack() as removed:
+        flows = [
+            entering(model, batch)
+            for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model))
+        ]
+        for index, layer in enumerate(
+            tqdm(
+                list(layers_of(model)),
+                desc="pruning",
+                unit="layer",
+                disable=not progress or not distributed.is_main(),
+            )
+        ):
+            scores = layer_scores(layer, [site for site in where if site.layer == index], flows, described)
+            part = select(scores, fraction=fraction, scope=scope)
+            members |= part.members
+            removed.enter_context(ablated(model, part))
+            for flow in flows:
+                flow.hidden = flow.through(layer)
+    return Circuit(
+        "weight",
+        members,
+        described,
+        {
+            "selection": {"fraction": fraction, "scope": scope, "order": "lowest", "sequential": True},
+            "scores": {
+                "method": "wanda",
+                "unit": "weight",
+                "samples": len(encoded),
+                "samples_fingerprint": references.fingerprint,
+            },
+            "sizes": {site.name: site.out * site.inp for site in where},
+            "version": __version__,
+        },
+    )
+
+
+@dataclass
+class _Flow:
+    """One batch on its way through the layers.
+
+    Attributes:
+        hidden: [B, T, hidden], what enters the next layer.
+        others: layer → the other arguments that the model gives it (masks, position embeddings).
+    """
+
+    batch: Batch
+    hidden: Tensor
+    others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def through(self, layer: nn.Module) -> Tensor:
+        args, kwargs = self.others[layer]
+        output = layer(self.hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def entering(model: "PreTrainedModel", batch: Batch) -> _Flow:
+    """What the model gives to its layers, seen in one forward pass."""
+    layers = list(layers_of(model))
+    first: list[Tensor] = []
+    others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if not first:
+            first.append(hidden)
+        others[layer] = args[1:], kwargs
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model.base_model(input_ids=batch.ids, use_cache=False)
+    return _Flow(batch, first[0], others)
+
+
+def layer_scores(
+    layer: nn.Module, sites: list[Site], flows: list[_Flow], described: dict[str, str]
+) -> Scores:
+    """|W_ij| · ‖a_j‖₂ of one layer's sites, over the tokens of all samples and ranks."""
+    squares = {site.name: torch.zeros(site.inp, dtype=torch.float64) for site in sites}
+    for flow in flows:
+        with _watched(sites, flow.batch, squares):
+            flow.through(layer)
+    distributed.sum_(squares.values())
+    values = {
+        site.name: site.weight.detach()
+        .to("cpu", torch.float32, copy=True)
+        .abs_()
+        .mul_(squares[site.name].sqrt().float())
+        for site in sites
+    }
+    return Scores(values, {"unit": "weight", "method": "wanda", "model": described})
+
+
+@contextmanager
+def _watched(sites: list[Site], batch: Batch, squares: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, Σ_t a_tj² over real tokens at each site's input is added to `squares`."""
+    real = batch.mask()
+
+    def hook_for(site: Site) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            a = by_position(args[0], tokens_of(args), batch.ids.shape)[real]
+            squares[site.name] += (
+                a.double().square().sum(0).cpu()
+                if a.dtype == torch.float64
+                else a.float().square().sum(0).cpu()
+            )
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.hooked.register_forward_pre_hook(hook_for(site)).remove)
+        yield
+
+
+# The job `compress`: the least weights of every row go, by each method; what is left is counted in the matrices and measured.
+
+
+log = logging.getLogger("sparc3")
+Pruned = list[tuple[str, Path]]
+"""Variant → where its circuit is: those of a large model are read one at a time."""
+
+
+def settings(work: Work) -> Compress:
+    assert work.recipe.compress is not None
+    return work.recipe.compress
+
+
+def pruned(work: Work) -> Pruned:
+    """What each method removes at each fraction, saved as circuits/METHOD@COUNT.safetensors for `sparc3 ablate`."""
+    found: Pruned = []
+    for name, method, reduce in prunings(settings(work), sampled=False):
+        for fraction in settings(work).fractions or (None,):
+            where, circuit = (
+                _sequential(work, fraction)
+                if method == SEQUENTIAL
+                else _at_once(work, name, method, reduce, fraction)
+            )
+            log.info("%s: %d weights in %d sites", name, len(circuit), len(circuit.members))
+            found.append((f"{name}@{len(circuit)}", where))
+    return found
+
+
+def _at_once(work: Work, name: str, method: str, reduce: str, fraction: float | None) -> tuple[Path, Circuit]:
+    scores = _scores(work, method, reduce)
+    scope = settings(work).scope
+    made_from = fingerprint(
+        {"scores": scores.fingerprint, "fraction": fraction, "scope": scope, "version": __version__}
+    )
+    return _kept(work, name, fraction, made_from, lambda: select(scores, fraction=fraction, scope=scope))
+
+
+def _scores(work: Work, method: str, reduce: str) -> Scores:
+    asked = work.recipe.attribution.model_copy(update={"reduce": reduce})
+    alike = replace(work, recipe=work.recipe.model_copy(update={"attribution": asked}))
+    target = work.recipe.references["general"].target or asked.target
+    place = f"{reduce}." if require_method(method).targeted else ""
+    return parts_of(alike, How(method, asked.neuron, {"general": target}, 1.0, None), place=place)["general"]
+
+
+def _sequential(work: Work, fraction: float | None) -> tuple[Path, Circuit]:
+    asked, scope = work.recipe.attribution, settings(work).scope
+    made_from = fingerprint(
+        {
+            "model": work.described["fingerprint"],
+            "samples": work.references["general"].fingerprint,
+            "sites": asked.sites,
+            "fraction": fraction,
+            "scope": scope,
+            "truncate": asked.truncate,
+            "version": __version__,
+        }
+    )
+    return _kept(
+        work,
+        SEQUENTIAL,
+        fraction,
+        made_from,
+        lambda: prune_sequentially(
+            work.model,
+            work.references["general"],
+            tokenizer=work.tokenizer,
+            fraction=fraction,
+            scope=scope,
+            sites=asked.sites,
+            truncate=asked.truncate,
+            progress=work.progress,
+        ),
+    )
+
+
+def _kept(work: Work, name: str, fraction: float | None, made_from: str, make: Any) -> tuple[Path, Circuit]:
+    size = settings(work).scope.replace(":", "of") if fraction is None else f"{fraction:g}"
+    where = work.folder / f"circuits/{name}-{size}.safetensors"
+
+    def marked() -> Circuit:
+        made: Circuit = make()
+        return replace(made, model=work.described, provenance={**made.provenance, "made_from": made_from})
+
+    return where, kept(where, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), marked)
+
+
+def measured(work: Work, pruned: Pruned, seconds: Mapping[str, float]) -> Results:
+    found = [evaluation(work, "original", Circuit("weight", {}, work.described))]
+    checks = []
+    sizes: dict[str, int] = {}
+    for variant, where in pruned:
+        circuit = Circuit.load(where)
+        sizes = sizes or dict(circuit.provenance["sizes"])
+        found.append(evaluation(work, variant, circuit))
+        checks.append(_every_row(work, found[-1], circuit))
+    by_number, drawn = by_samples(work, prunings(settings(work), sampled=True))
+    sizes = sizes or {
+        site.name: site.out * site.inp for site in sites_of(work.model, work.recipe.attribution.sites)
+    }
+    return to_results(
+        [*found, *by_number], {**_provenance(work, sizes, checks, seconds), **(drawn if by_number else {})}
+    )
+
+
+def _every_row(work: Work, evaluation: Evaluation, circuit: Circuit) -> dict[str, Any]:
+    """A check: the least and the most zeros of any row are what was asked for. Other scopes are told, not judged.
+
+    Raises:
+        Sparc3Error: a row has fewer zeros than it should, so the figures would be of another model than they say.
+    """
+    least, most = (_figure(evaluation, f"sparsity.row_{end}") for end in ("min", "max"))
+    name, value = f"zeros in a row, {evaluation.variant}", f"{least:.4%} to {most:.4%}"
+    groups, fraction = parse_scope(settings(work).scope), circuit.provenance["selection"].get("fraction")
+    elsewhere = set(evaluated_on(work.prepared)["metrics"]["sparsity"]["sites"]) != set(
+        work.recipe.attribution.sites
+    )
+    if elsewhere or (groups is None and settings(work).scope != "row"):
+        return {"name": name, "value": value, "ok": None}
+    columns = {mask.shape[1] for mask in circuit.members.values()}
+    asked = {(groups[0] / groups[1]) if groups else share(fraction, width) / width for width in columns}
+    if least < min(asked) - 1e-9:
+        raise Sparc3Error(
+            f"{evaluation.variant} has a row with {least:.4%} zeros where {min(asked):.4%} were to be removed; report this"
+        )
+    return {"name": name, "value": value, "ok": most <= max(asked) + 1e-9}
+
+
+def _figure(evaluation: Evaluation, metric: str) -> float:
+    return float(next(o.sums[0] or 0.0 for o in evaluation.observations if o.metric == metric))
+
+
+def _provenance(
+    work: Work, sizes: dict[str, int], checks: list[dict[str, Any]], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "recipe": work.recipe.name,
+        "job": "compress",
+        "made_from": work.recipe.fingerprint,
+        "model": work.described,
+        "method": work.recipe.attribution.method,
+        "unit": "weight",
+        "scope": settings(work).scope,
+        "sizes": sizes,
+        **evaluated_on(work.prepared),
+        "checks": checks,
+        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
+        "warnings": work.warnings,
+        "version": __version__,
+    }

@@ -1,0 +1,252 @@
+"""The job `discover`: of each method, ranking and seed, keep the top units of a task, remove the rest, and see how sparse it can get.
+
+Faithfulness and its areas are those of the MIB benchmark (Mueller et al. 2025): with m the mean logit difference and C_k the circuit of
+the share k of all units, f(k) = (m(C_k) − m(∅)) / (m(full) − m(∅)), CPR = ∫ f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, takewhile
+from typing import Any
+
+from .. import __version__, distributed
+from ..circuits.algebra import difference, overlap
+from ..circuits.circuit import Circuit
+from ..circuits.select import select
+from ..errors import UserError
+from ..evaluation.evaluate import evaluated_on, to_results
+from ..evaluation.metrics import IOISettings
+from ..evaluation.statistics import Evaluation, Observations, pooled
+from ..evaluation.statistics import difference as paired
+from ..recipe.schema import Discover, Recipe
+from ..results import Difference, Results
+from ..samples.reference_set import ReferenceSet
+from ..samples.sources import is_path
+from ..scores import Scores
+from .measure import evaluation, of_kept
+from .run_folder import Work
+from .score import How, parts_of
+from .work_list import rankings, removed_counts
+
+log = logging.getLogger("sparc3")
+Ranked = dict[str, list[Scores]]
+"""Method, with "-abs" or "-signed" for all but the first ranking → scores by which its units are kept, highest first, one a seed."""
+
+
+def settings(work: Work) -> Discover:
+    assert work.recipe.discover is not None
+    return work.recipe.discover
+
+
+def require_task(recipe: Recipe) -> None:
+    """Raise UserError where a file of the task lacks a target or a contrast; asked before any model is loaded."""
+    sources = {
+        recipe.references["task"].source,
+        *(m.source for m in recipe.metrics().values() if isinstance(m, IOISettings)),
+    }
+    for source in sorted(filter(is_path, sources)):
+        for number, sample in enumerate(ReferenceSet.load(source)):
+            for key in ("target", "contrast"):
+                if getattr(sample, key) is None:
+                    raise UserError(
+                        f'{source}: sample {number} has no "{key}"; the job discover needs text, target and contrast in each'
+                    )
+
+
+def ranked(work: Work) -> Ranked:
+    """Scores of every method on the reference set of every seed, in each ranking; `random` draws anew for each."""
+    made = {method: _of_references(work, method) for method in settings(work).methods}
+
+    def signed(method: str) -> bool:
+        return any(float(tensor.min()) < 0 for one in made[method] for tensor in one.values())
+
+    return {
+        name: [_kept_first(one, rank) for one in made[method]]
+        for name, method, rank in rankings(settings(work), signed)
+    }
+
+
+def _of_references(work: Work, method: str) -> list[Scores]:
+    asked, target = (
+        work.recipe.attribution,
+        work.recipe.references["task"].target or work.recipe.attribution.target,
+    )
+    names = [f"random:{number}" if method == "random" else method for number in range(len(work.references))]
+    ways = (
+        How(name, asked.neuron, {task: target}, 1.0, None)
+        for name, task in zip(names, work.references, strict=True)
+    )
+    return [parts_of(work, how)[task] for how, task in zip(ways, work.references, strict=True)]
+
+
+def _kept_first(scores: Scores, rank: str) -> Scores:
+    return (
+        Scores({name: tensor.abs() for name, tensor in scores.items()}, scores.provenance)
+        if rank == "abs"
+        else scores
+    )
+
+
+def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Results:
+    """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the circuits' stability."""
+    total = next(iter(ranked.values()))[0].units
+    removed = removed_counts(settings(work), total)
+    everything = select(next(iter(ranked.values()))[0], count=total)
+    original = evaluation(work, "original", Circuit(work.recipe.attribution.unit, {}, work.described))
+    empty = evaluation(work, "empty", everything)
+    full, nothing = (mean_of(one, "ioi.logit_difference") for one in (original, empty))
+    if not full > nothing:
+        raise UserError(
+            f"the whole model's logit difference {full:.4g} is not above {nothing:.4g}, that without any of these units: they hold no circuit of "
+            "this task; attribute at other sites, or choose a task that the model can do"
+        )
+    found, summaries = [original, empty], []
+    for method, seeds in ranked.items():
+        curve = []
+        for count in removed:
+            circuits = [select(scores, count=count) for scores in seeds]
+            curve.append(_at(work, f"{method}@{count}", circuits, total, (nothing, full)))
+            _save(work, method, count, everything, circuits)
+        found += [one.together for one in curve]
+        summaries.append(_summary(method, [count / total for count in removed], curve, settings(work).enough))
+    sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
+    shared = of_kept(
+        {method: seeds[0] for method, seeds in ranked.items()}, work.recipe.attribution.method, removed
+    )
+    results = to_results([*found, *summaries], {**_provenance(work, sizes, seconds), "overlaps": shared})
+    return replace(
+        results, differences=(*results.differences, *_beside(summaries, work.recipe.attribution.method))
+    )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One method at one sparsity: what its circuits do, seed by seed and together."""
+
+    accuracies: list[float]
+    faithfulness: list[float]
+    together: Evaluation
+
+
+def _at(work: Work, variant: str, removed: list[Circuit], total: int, ends: tuple[float, float]) -> _Point:
+    """What is left without each of these circuits, one a seed; `ends` are the logit differences of no unit and of the whole model."""
+    nothing, full = ends
+    draws = [evaluation(work, f"{variant}.seed{seed}", one) for seed, one in enumerate(removed)]
+    faithfulness = [(mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing) for draw in draws]
+    extra = [_of_seeds("ioi.faithfulness", faithfulness, "share of the logit difference", "higher")]
+    extra += (
+        [_of_all("circuit.jaccard", stability(removed, total), "shared units / units of either")]
+        if len(removed) > 1
+        else []
+    )
+    columns = zip(*(draw.observations for draw in draws), strict=True)
+    together = Evaluation(variant, (*(pooled(list(column)) for column in columns), *extra))
+    return _Point([mean_of(draw, "ioi.accuracy") for draw in draws], faithfulness, together)
+
+
+def _summary(method: str, gone: list[float], curve: list[_Point], enough: float) -> Evaluation:
+    """A method's whole curve as three figures, one unit a seed; `gone` are the shares removed, ascending."""
+    accuracies = zip(*(point.accuracies for point in curve), strict=True)
+    sparse = [sparsest(gone, column, enough) for column in accuracies]
+    areas = [
+        area([1 - removed for removed in gone], column)
+        for column in zip(*(point.faithfulness for point in curve), strict=True)
+    ]
+    log.info(
+        "%s: keeps enough up to %.1f%%, CPR %.3f",
+        method,
+        100 * sum(sparse) / len(sparse),
+        sum(cpr for cpr, _ in areas) / len(areas),
+    )
+    return Evaluation(
+        method,
+        (
+            _of_seeds("circuit.sparsest", sparse, "share of units removed", "higher"),
+            _of_seeds("circuit.cpr", [cpr for cpr, _ in areas], "area under faithfulness", "higher"),
+            _of_seeds("circuit.cmd", [cmd for _, cmd in areas], "area between faithfulness and 1", "lower"),
+        ),
+    )
+
+
+def _beside(summaries: list[Evaluation], own: str) -> list[Difference]:
+    """What the report's own method is ahead of each other one, paired by seed."""
+    mine = next(one for one in summaries if one.variant == own)
+    others = [one for one in summaries if one is not mine]
+    found = [
+        paired(o, m, other.variant, own)
+        for other in others
+        for o, m in zip(other.observations, mine.observations, strict=True)
+    ]
+    return [one for one in found if one is not None]
+
+
+def mean_of(evaluation: Evaluation, metric: str) -> float:
+    """The mean of a metric of one unit a prompt."""
+    observed = next(o for o in evaluation.observations if o.metric == metric)
+    return sum(s for s in observed.sums if s is not None) / len(observed.sums)
+
+
+def sparsest(gone: Sequence[float], accuracies: Sequence[float], enough: float) -> float:
+    """The largest share removed at which, as at all smaller ones that were tried, the accuracy is `enough`; 0 where it never is."""
+    held = takewhile(lambda point: point[1] >= enough, zip(gone, accuracies, strict=True))
+    return max((removed for removed, _ in held), default=0.0)
+
+
+def area(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
+    """(CPR, CMD) of a curve by the trapezoidal rule, the empty circuit (0, 0) and the whole model (1, 1) added.
+
+    Args:
+        kept: shares of the units in each circuit, in any order.
+        faithfulness: f of each.
+    """
+    points = sorted([(0.0, 0.0), *zip(kept, faithfulness, strict=True), (1.0, 1.0)])
+    steps = [(b[0] - a[0], a[1], b[1]) for a, b in zip(points, points[1:], strict=False)]
+    return sum(w * (f + g) / 2 for w, f, g in steps), sum(
+        w * (abs(1 - f) + abs(1 - g)) / 2 for w, f, g in steps
+    )
+
+
+def stability(removed: Sequence[Circuit], total: int) -> float:
+    """Mean Jaccard overlap of what is kept, over all pairs of circuits of `total` units, of which these are removed."""
+    pairs = [
+        overlap(replace(one, provenance={}), replace(other, provenance={}))
+        for one, other in combinations(removed, 2)
+    ]
+    return sum((total - pair.either) / (total - pair.both) for pair in pairs) / len(pairs)
+
+
+def _of_seeds(metric: str, values: list[float], unit: str, direction: str) -> Observations:
+    return Observations(metric, "test", unit, direction, tuple(values), (1.0,) * len(values))
+
+
+def _of_all(metric: str, value: float, unit: str) -> Observations:
+    """A figure of all seeds together, which has no interval: pairs of seeds are not independent."""
+    return Observations(metric, "all seeds", unit, "higher", (value,), (1.0,))
+
+
+def _save(work: Work, method: str, count: int, everything: Circuit, removed: list[Circuit]) -> None:
+    """What is kept at the first seed, as circuits/METHOD@KEPT; of the report's own method only."""
+    if method != work.recipe.attribution.method or not distributed.is_main():
+        return
+    kept = difference(replace(everything, model=work.described), replace(removed[0], model=work.described))
+    kept.save(work.folder / f"circuits/{method}@{len(kept)}{kept.suffix}")
+
+
+def _provenance(work: Work, sizes: dict[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "recipe": work.recipe.name,
+        "job": "discover",
+        "made_from": work.recipe.fingerprint,
+        "model": work.described,
+        "method": work.recipe.attribution.method,
+        "unit": work.recipe.attribution.unit,
+        "enough": settings(work).enough,
+        "ranks": settings(work).ranks,
+        "seeds": len(work.references),
+        "sizes": sizes,
+        **evaluated_on(work.prepared),
+        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
+        "warnings": work.warnings,
+        "version": __version__,
+    }

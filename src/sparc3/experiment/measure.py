@@ -1,0 +1,291 @@
+"""The evaluation stage: every variant on the same test samples, and what the results say of where they came from."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .. import __version__
+from ..circuits.ablate import Damping
+from ..circuits.algebra import overlap
+from ..circuits.circuit import Circuit
+from ..circuits.select import select
+from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
+from ..evaluation.metrics import ToxicitySettings
+from ..evaluation.scorers import lexicon_words
+from ..evaluation.statistics import Evaluation, detectable, pooled
+from ..evaluation.toxicity import agreement, side_by_side
+from ..models.sites import sites_of
+from ..results import Results
+from ..scores import Scores
+from ..storage import fingerprint
+from .run_folder import Change, Work, kept
+from .score import Found, How
+from .variants import changed, variants
+
+log = logging.getLogger("sparc3")
+
+
+def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -> Results:
+    """All variants measured; a circuit that is met twice is measured once."""
+    known: dict[str, Evaluation] = {}
+    shared: list[dict[str, Any]] = []
+    sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
+    evaluations = []
+    for variant, changes in variants(work, found, how):
+        draws = []
+        for number, one in enumerate(changes):
+            name = variant if len(changes) == 1 else f"{variant}.{number}"
+            if one.fingerprint not in known:
+                known[one.fingerprint] = evaluation(work, name, one)
+            draws.append(replace(known[one.fingerprint], variant=variant))
+        evaluations.append(draws[0] if len(draws) == 1 else _pooled(draws))
+        if variant.endswith(f"@{len(found.circuit)}") and not variant.startswith(f"{how.method}@"):
+            shared += overlaps(found.circuit, {variant: changes}, sizes)
+    beside = [*([f"random@{len(found.circuit)}"] if len(found.circuit) else []), *work.rivals]
+    results = to_results(evaluations, _provenance(work, found, evaluations, seconds), beside)
+    results.provenance["warnings"] += _beaten(work, results)
+    results.provenance["overlaps"] = shared
+    for metric in dict.fromkeys(d.metric for d in results.differences):
+        d = results.difference(metric)
+        change = f"{d.relative:+.1%}" if d.relative is not None else "-"
+        log.info(
+            "%s: %.4g → %.4g (%s)",
+            metric,
+            results.find(metric).value,
+            results.find(metric, "ablated").value,
+            change,
+        )
+    return results
+
+
+def evaluation(work: Work, variant: str, change: Change) -> Evaluation:
+    """All metrics on one variant, kept as evaluation/`variant`.json."""
+    made_from = fingerprint(
+        {
+            "model": work.described["fingerprint"],
+            "without": change.fingerprint,
+            "on": fingerprint_of(work.prepared),
+            "version": __version__,
+        }
+    )
+
+    def make() -> Evaluation:
+        again = (lambda: changed(work, change)) if len(change) else None
+        made = measure(work.model, work.tokenizer, work.prepared, variant, made_from, work.progress, again)
+        log.info("evaluated %s in %.1f s", variant, made.seconds)
+        return made
+
+    return kept(
+        work.folder / f"evaluation/{variant}.json", made_from, Evaluation.load, lambda e: e.made_from, make
+    )
+
+
+def _pooled(draws: list[Evaluation]) -> Evaluation:
+    columns = zip(*(draw.observations for draw in draws), strict=True)
+    return Evaluation(draws[0].variant, tuple(pooled(list(column)) for column in columns))
+
+
+def _provenance(
+    work: Work, found: Found, evaluations: list[Evaluation], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "recipe": work.recipe.name,
+        "made_from": work.recipe.fingerprint,
+        "model": work.described,
+        "circuit": found.circuit.fingerprint,
+        "count": len(found.circuit),
+        "sizes": {name: tensor.numel() for name, tensor in found.contrast.items()},
+        **evaluated_on(work.prepared),
+        "lexicon": lexicon(work),
+        "checks": checks(work, found.contrast, found.parts, evaluations),
+        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
+        "power": power(evaluations),
+        **_agreement(work, evaluations),
+        **work.noted,
+        "warnings": work.warnings + _chosen_by_outcome(work),
+        "version": __version__,
+    }
+
+
+def lexicon(work: Work) -> list[str]:
+    words = [
+        lexicon_words(p.settings.scorer) for p in work.prepared if isinstance(p.settings, ToxicitySettings)
+    ]
+    return sorted({word for some in words for word in some})
+
+
+def _agreement(work: Work, evaluations: list[Evaluation]) -> dict[str, Any]:
+    """How far two scorers agree on the texts of the original and of the circuit's model."""
+    asked = [
+        p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings) and p.settings.also
+    ]
+    before, after = (
+        next((e.texts.get("toxicity", []) for e in evaluations if e.variant == name), [])
+        for name in ("original", "ablated")
+    )
+    found = agreement([*before, *after]) if asked else None
+    if not found:
+        return {}
+    return {
+        "scorers": {
+            "first": asked[0].scorer,
+            "second": asked[0].also,
+            **found,
+            "means": side_by_side(before, after),
+        }
+    }
+
+
+def _beaten(work: Work, results: Results) -> list[str]:
+    """What must be said where another method, searched under the same budget, does better on the test."""
+    aim = work.noted.get("tune", {}).get("aim", "")
+    said = []
+    for name in work.rivals:
+        theirs, ours = results.find(aim, name), results.find(aim, "ablated")
+        if theirs.value is None or ours.value is None:
+            continue
+        if theirs.value < ours.value if theirs.direction == "lower" else theirs.value > ours.value:
+            said.append(
+                f"under the same budget {name} does better: {aim} {theirs.value:.4g} on the test, against {ours.value:.4g} here"
+            )
+    return said
+
+
+def _chosen_by_outcome(work: Work) -> list[str]:
+    return [
+        f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the model moves them towards the mean; "
+        "read the effect beside its null"
+        for p in work.prepared
+        if getattr(p.settings, "choose_by", None) in ("completion", "repetition")
+    ]
+
+
+# The short list at the end of a run: what a careful reader would ask first.
+
+
+def checks(
+    work: Work, contrast: Scores, parts: Mapping[str, Scores], evaluations: Sequence[Evaluation]
+) -> list[dict[str, Any]]:
+    """[{"name", "value", "ok"}]; ok is None where there is no judgement to make."""
+    expected = [site.name for site in sites_of(work.model, work.recipe.attribution.sites)]
+    files = sorted(p for p in work.folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    skipped = sum(len(part.provenance["skipped"]) for part in parts.values())
+    seconds = [
+        f"{name} {part.provenance['seconds'] / max(1, part.provenance['samples']):.3f} s"
+        for name, part in parts.items()
+    ]
+    failures = {e.variant: max((o.failures for o in e.observations), default=0) for e in evaluations}
+    worst = max(failures, key=lambda v: failures[v])
+    found = [
+        ("sites attributed", f"{len(contrast)} of {len(expected)}", set(contrast) == set(expected)),
+        ("samples with a non-finite relevance", f"{skipped} left out", skipped == 0),
+        ("share of |relevance| by layer, undesired set", _shares(parts["undesired"]), None),
+        ("time per sample", ", ".join(seconds), None),
+        ("failed measurements", f"{failures[worst]} at most ({worst})", failures[worst] == 0),
+        *(
+            ("power", one["said"], None)
+            for one in power(evaluations)
+            if one["metric"] in ("toxicity.mean", "rur.mean", "ioi.accuracy")
+        ),
+        ("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB", None),
+    ]
+    for name, value, ok in found:
+        log.info("check %s: %s%s", name, value, "" if ok is not False else "  ← look at this")
+    return [{"name": name, "value": value, "ok": ok} for name, value, ok in found]
+
+
+def _shares(scores: Scores) -> str:
+    """Percent of Σ|relevance| in each site, sites in order."""
+    sums = [float(tensor.abs().sum()) for tensor in scores.values()]
+    total = sum(sums) or 1.0
+    return " ".join(f"{100 * s / total:.0f}" for s in sums) + " %"
+
+
+# What the test samples could have shown: the smallest change that so many of them detect.
+
+
+def power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """[{"metric", "n", "detects", "relative", "said"}] of the circuit against the original, from the variance of their paired differences.
+
+    `relative`: whether `detects` is a share of the original's figure.
+    """
+    named = {e.variant: e for e in evaluations}
+    if not {"original", "ablated"} <= named.keys():
+        return []
+    after = {o.metric: o for o in named["ablated"].observations}
+    found = []
+    for before in named["original"].observations:
+        seen = detectable(before, after[before.metric]) if before.metric in after else None
+        if seen is None:
+            continue
+        n, x = seen
+        size = f"{x:.2g} relative" if before.exponential else f"{x:.2g}"
+        said = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
+        found.append(
+            {"metric": before.metric, "n": n, "detects": x, "relative": before.exponential, "said": said}
+        )
+    return found
+
+
+# How many units one method's circuit shares with the others' circuits of the same size.
+
+
+def overlaps(
+    own: Circuit, others: Mapping[str, Sequence[Change]], sizes: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """[{"variant", "size", "both", "expected"}]: units in the other circuit, in both, and in both by chance.
+
+    Args:
+        others: variant → its circuits; of several draws the mean is told.
+        sizes: module → units in it.
+    """
+    found = []
+    for variant, changes in others.items():
+        seen = [overlap(_bare(own), _bare(_as_circuit(one)), sizes=sizes) for one in changes]
+        if seen:
+            both = sum(one.both for one in seen) / len(seen)
+            found.append(
+                {"variant": variant, "size": seen[0].other, "both": both, "expected": seen[0].expected}
+            )
+    return found
+
+
+def of_kept(ranked: Mapping[str, Scores], method: str, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """The same of what is left when so many units are removed: each method's beside that of `method`.
+
+    Args:
+        ranked: method → scores by which its units are kept, highest first.
+    """
+    found = []
+    sizes = {name: tensor.numel() for name, tensor in ranked[method].items()} if method in ranked else {}
+    total = sum(sizes.values())
+    for count in counts if sizes else ():
+        own = _bare(select(ranked[method], count=count))
+        for other, scores in ranked.items():
+            if other != method:
+                both = overlap(own, _bare(select(scores, count=count)), sizes=sizes).both + total - 2 * count
+                found.append(
+                    {
+                        "variant": f"{other}@{count}",
+                        "size": total - count,
+                        "both": both,
+                        "expected": (total - count) ** 2 / total,
+                    }
+                )
+    return found
+
+
+def _as_circuit(change: Change) -> Circuit:
+    """The neurons that a damping touches."""
+    if isinstance(change, Circuit):
+        return change
+    assert isinstance(change, Damping)
+    touched = {
+        name: tuple((factor != 1).nonzero().flatten().tolist()) for name, factor in change.factors.items()
+    }
+    return Circuit("neuron", {name: indices for name, indices in touched.items() if indices})
+
+
+def _bare(circuit: Circuit) -> Circuit:
+    return replace(circuit, model={}, provenance={})

@@ -1,0 +1,295 @@
+"""Neuron cards: what one removed unit reads, writes, and does when it alone is removed (`sparc3.cards/1`, cards.json)."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__, distributed
+from ..circuits.circuit import Circuit
+from ..errors import UserError
+from ..evaluation.statistics import measurement
+from ..models.experts import by_position, tokens_of
+from ..models.load import context_length
+from ..models.offloading import device_of, value_of
+from ..models.sites import Site, down_sites, family_of, open_experts, sites_of
+from ..samples.batches import Batch, encode, joined, make_batches
+from ..samples.reference_set import ReferenceSet
+from ..scores import Scores
+from ..storage import fingerprint, read_json, write_json
+from .measure import evaluation
+from .run_folder import Work
+from .score import Found
+from .work_list import has_cards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+FORMAT = "sparc3.cards/1"
+TOKENS, PROMPTS = 10, 3
+"""How many tokens and prompts a card holds."""
+
+Unit = tuple[Site, int]
+Fired = list[dict[str, Any]]
+
+
+def cards_of(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    circuit: Circuit,
+    *,
+    contrast: Scores,
+    parts: Mapping[str, Scores],
+    samples: ReferenceSet,
+    most: int = 50,
+    alone: int = 0,
+    measure: Callable[[Circuit], dict[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """A card for each of the circuit's neurons, those with the lowest contrast first; none for other units.
+
+    Args:
+        contrast: decides the order.
+        parts: scores of "general" and "undesired", which the cards show.
+        samples: the texts to look for high activations in.
+        most: the largest number of cards.
+        alone, measure: the first so many carry measure(circuit of that unit alone, at the circuit's strength), metric → value.
+    """
+    if circuit.unit != "neuron":
+        return []
+    units = _units(model, circuit, contrast)[:most]
+    fired = _fired(model, tokenizer, units, samples) if units else []
+    made = []
+    for number, ((site, index), seen) in enumerate(zip(units, fired, strict=True)):
+        sign = -1.0 if seen and seen[0]["activation"] < 0 else 1.0
+        promotes, suppresses = _written(model, tokenizer, site, index, sign)
+        card = {
+            "module": site.name,
+            "layer": site.layer,
+            "index": index,
+            **{
+                name: float(parts[name][site.name][index])
+                for name in ("general", "undesired")
+                if name in parts
+            },
+            "promotes": promotes,
+            "suppresses": suppresses,
+            "fired": seen,
+        }
+        if measure and number < alone:
+            card["alone"] = measure(
+                Circuit(circuit.unit, {site.name: (index,)}, circuit.model, strength=circuit.strength)
+            )
+        made.append(card)
+    return made
+
+
+def _units(model: "PreTrainedModel", circuit: Circuit, contrast: Scores) -> list[Unit]:
+    """The circuit's neurons at mlp.up, lowest contrast first."""
+    sites = {site.name: site for site in sites_of(model, ("mlp.up",))}
+    units = [
+        (sites[name], index)
+        for name, indices in circuit.members.items()
+        if name in sites
+        for index in indices
+    ]
+    return sorted(units, key=lambda unit: float(contrast[unit[0].name][unit[1]]))
+
+
+def _written(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", site: Site, index: int, sign: float
+) -> tuple[list[str], list[str]]:
+    """The tokens whose logits the neuron's output column raises and lowers most, through the unembedding.
+
+    The final norm's gain is folded in, and a LayerNorm's centring; norms after the MLP are not (nostalgebraist's logit lens; Geva et al. 2022).
+
+    Args:
+        sign: −1 for a neuron that fires below zero.
+    """
+    down = down_sites(model)[site.mlp]
+    head = model.get_output_embeddings()
+    if down.quantised or head is None:
+        return [], []
+    with torch.no_grad():
+        column = _through_final_norm(model, down.stored[:, index].float() * sign)
+        weight = value_of(head, "weight")
+        if column.shape[0] != weight.shape[1]:
+            return [], []
+        logits = weight.float() @ column.to(weight.device)
+        order = logits.argsort(descending=True).tolist()
+    return _tokens(tokenizer, order), _tokens(tokenizer, order[::-1])
+
+
+def _through_final_norm(model: "PreTrainedModel", column: Tensor) -> Tensor:
+    family = family_of(model)
+    parent = model.get_submodule(family.layers.rpartition(".")[0])
+    norms = [
+        child
+        for name, child in parent.named_children()
+        if "Norm" in type(child).__name__ and "embed" not in name
+    ]
+    if norms:
+        kind = type(norms[-1]).__name__
+        gain = None if getattr(norms[-1], "weight", None) is None else value_of(norms[-1], "weight")
+        column = column if "RMS" in kind else column - column.mean()
+        if isinstance(gain, Tensor) and gain.shape == column.shape:
+            column = column * (gain.float().to(column.device) + (1.0 if family.gain_from_one else 0.0))
+    projection = getattr(parent, "project_out", None)
+    return (
+        value_of(projection, "weight").float().to(column.device) @ column
+        if isinstance(projection, nn.Linear)
+        else column
+    )
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[str]:
+    """The first tokens that can be read, as a reader meets them in a text: with their leading space."""
+    special = set(tokenizer.all_special_ids)
+    found: list[str] = []
+    for token in order:
+        if token in special or token >= len(tokenizer):
+            continue
+        text = text_of(tokenizer, token)
+        if text.strip() and "\ufffd" not in text and text not in found:
+            found.append(text)
+        if len(found) == TOKENS:
+            break
+    return found
+
+
+def text_of(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
+    """One token's text; decoding it alone would lose the space of tokenizers that mark the start of a word."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    spaced = isinstance(piece, str) and piece[:1] in ("\u2581", "\u0120")
+    text = str(tokenizer.decode([token]))
+    return f" {text.lstrip()}" if spaced else text
+
+
+def _fired(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    units: Sequence[Unit],
+    samples: ReferenceSet,
+) -> list[Fired]:
+    """For each unit the samples on which its activation (the input of mlp.down) was largest in size, up to and with the token it was at."""
+    whole = ReferenceSet(joined(samples, tokenizer))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    encoded = encode(
+        whole, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True
+    )
+    special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
+    ids = {sample.index: sample.ids for sample in encoded}
+    best: list[list[tuple[float, int, int]]] = [[] for _ in units]
+    for batch in make_batches(encoded, 1024, device_of(model)):
+        # What fires on the mark at the start fires there always, and says nothing.
+        readable = batch.mask().cpu() & ~torch.isin(batch.ids.cpu(), special)
+        for place, (values, positions) in enumerate(_largest(model, batch, units, readable)):
+            rows = [(values[row], sample.index, positions[row]) for row, sample in enumerate(batch.samples)]
+            best[place] = sorted([*best[place], *rows], key=lambda row: (-abs(row[0]), row[1]))[:PROMPTS]
+
+    def said(value: float, number: int, at: int) -> dict[str, Any]:
+        tokens = ids[number]
+        prompt = str(tokenizer.decode(tokens[: at + 1], skip_special_tokens=True))
+        return {"prompt": prompt, "token": text_of(tokenizer, tokens[at]), "activation": value}
+
+    return [[said(*row) for row in rows] for rows in best]
+
+
+def _largest(
+    model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], where: Tensor
+) -> list[tuple[list[float], list[int]]]:
+    """Of each unit, for each row of the batch: its activation of the largest size at the positions `where` [B, T], and which one it was."""
+    gathered: dict[str, Tensor] = {}
+    names = dict.fromkeys(site.name for site, _ in units)
+    sites = {site.name: site for site, _ in units}
+    downs = down_sites(model)
+    with open_experts(model), torch.no_grad(), ExitStack() as stack:
+        for name in names:
+            wanted = [index for site, index in units if site.name == name]
+            stack.callback(
+                downs[sites[name].mlp]
+                .hooked.register_forward_pre_hook(_hook(name, wanted, where, gathered))
+                .remove
+            )
+        model.base_model(input_ids=batch.ids, use_cache=False)
+    taken = dict.fromkeys(names, 0)
+    found = []
+    for site, _ in units:
+        a = gathered[site.name][..., taken[site.name]]
+        taken[site.name] += 1
+        at = a.abs().argmax(1)
+        found.append((a.gather(1, at[:, None])[:, 0].tolist(), at.tolist()))
+    return found
+
+
+def _hook(
+    name: str, wanted: list[int], where: Tensor, gathered: dict[str, Tensor]
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        a = by_position(args[0].detach(), tokens_of(args), where.shape)[..., wanted].float().cpu()
+        gathered[name] = a.masked_fill(~where[..., None], 0)
+
+    return hook
+
+
+# The cards stage: cards.json for the report.
+
+
+log = logging.getLogger("sparc3")
+SHOWN = ("toxicity.mean", "rur.mean", "ioi.accuracy", "perplexity", "kl")
+
+
+def write_cards(work: Work, found: Found) -> None:
+    """Write cards.json, unless the one there was made from the same circuit, samples and settings; nothing for units without cards."""
+    settings = work.recipe.cards
+    if not has_cards(work.recipe):
+        return
+    samples = work.references["undesired"]
+    made_from = fingerprint(
+        {
+            "circuit": found.circuit.fingerprint,
+            "contrast": found.contrast.fingerprint,
+            "samples": samples.fingerprint,
+            "settings": settings.model_dump(),
+            "version": __version__,
+        }
+    )
+    where = work.folder / "cards.json"
+    if distributed.first(where.is_file() and _made_from(work) == made_from):
+        log.info("cards.json is there")
+        return
+
+    def alone(circuit: Circuit) -> dict[str, float]:
+        ((module, indices),) = circuit.members.items()
+        made = evaluation(work, f"alone/{module}.{indices[0]}", circuit)
+        figures = {o.metric: measurement(o, "alone").value for o in made.observations if o.metric in SHOWN}
+        return {name: value for name, value in figures.items() if value is not None}
+
+    cards: list[dict[str, Any]] = cards_of(
+        work.model,
+        work.tokenizer,
+        found.circuit,
+        contrast=found.contrast,
+        parts=found.parts,
+        samples=samples,
+        most=settings.most,
+        alone=settings.alone,
+        measure=alone,
+    )
+    if distributed.is_main():
+        write_json(where, {"format": FORMAT, "made_from": made_from, "cards": cards})
+    distributed.wait()
+    log.info(
+        "cards: %d, %d with the effect of the unit alone", len(cards), sum("alone" in card for card in cards)
+    )
+
+
+def _made_from(work: Work) -> object:
+    try:
+        return read_json(work.folder / "cards.json", FORMAT).get("made_from")
+    except UserError as error:
+        log.warning("%s; making it again", error)
+        return None

@@ -1,0 +1,153 @@
+"""`run`: the stages in order."""
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__, distributed
+from ..models.load import describe, load_model, require_loadable
+from ..models.offloading import device_of, named_values
+from ..recipe.schema import Recipe, load_recipe
+from ..report.write import write_report
+from ..results import Results
+from ..storage import write_json
+from . import compress as compressing
+from . import discover as discovery
+from .gather import gather_all
+from .measure import measured
+from .neuron_cards import write_cards
+from .run_folder import Work, claimed, logged
+from .score import as_written, found_circuit, protect
+from .search import tuned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+log = logging.getLogger("sparc3")
+
+
+def run(
+    recipe: "str | os.PathLike[str] | Mapping[str, Any] | Recipe",
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    progress: bool = False,
+) -> Results:
+    """Run a recipe into the folder `out`, and write its results and its report.
+
+    Args:
+        recipe: a bundled recipe's name, a YAML path, its content, or a Recipe.
+        resume: use what an earlier, unfinished or finished run of the same recipe left in `out`.
+
+    Raises:
+        UserError: a recipe that does not fit, `out` holding another run, or one that is going on; prompts that are in a reference and an
+            evaluation set.
+    """
+    loaded = load_recipe(recipe)
+    if loaded.job == "discover":
+        discovery.require_task(loaded)
+    require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
+    folder = Path(out)
+    distributed.start()
+    with claimed(folder, loaded, resume), logged(folder):
+        return _all_stages(loaded, folder, progress)
+
+
+def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
+    began = time.perf_counter()
+    stages = Stages()
+    with stages.stage("model"):
+        work = _loaded(recipe, folder, progress)
+    with stages.stage("samples"):
+        gather_all(work)
+    results = JOBS[recipe.job](work, stages)
+    if distributed.is_main():
+        results.save(folder / "results.json")
+        log.info("report: %s", write_report(folder))
+    distributed.wait()
+    log.info("done in %.0f s", time.perf_counter() - began)
+    return results
+
+
+def _correct(work: Work, stages: "Stages") -> Results:
+    with stages.stage("scores"):
+        protect(work)
+        how, found = tuned(work) if work.recipe.selection.tune else (as_written(work), found_circuit(work))
+    with stages.stage("evaluation"):
+        results = measured(work, found, how, stages.seconds)
+        write_cards(work, found)
+    return results
+
+
+def _discover(work: Work, stages: "Stages") -> Results:
+    with stages.stage("scores"):
+        ranked = discovery.ranked(work)
+    with stages.stage("evaluation"):
+        return discovery.measured(work, ranked, stages.seconds)
+
+
+def _compress(work: Work, stages: "Stages") -> Results:
+    with stages.stage("scores"):
+        pruned = compressing.pruned(work)
+    with stages.stage("evaluation"):
+        return compressing.measured(work, pruned, stages.seconds)
+
+
+JOBS = {"correct": _correct, "discover": _discover, "compress": _compress}
+
+
+class Stages:
+    """Notes how long each stage took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+
+def _loaded(recipe: Recipe, folder: Path, progress: bool) -> Work:
+    model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
+    described = describe(model)
+    if distributed.is_main():
+        write_json(folder / "environment.json", environment(model))
+    parameters = sum(value.numel() for _, value in named_values(model))
+    log.info(
+        "model %s: %s, fingerprint %s, %s on %s",
+        described["id"],
+        f"{parameters:,} parameters",
+        described["fingerprint"],
+        str(model.dtype).removeprefix("torch."),
+        device_of(model),
+    )
+    return Work(recipe, folder, progress, model, tokenizer, described)
+
+
+def environment(model: "PreTrainedModel") -> dict[str, Any]:
+    """What the run ran on: versions and hardware, nothing that names the user or the machine."""
+    import torch
+    import transformers
+
+    return {
+        "format": "sparc3.environment/1",
+        "sparc3": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device_of(model))
+        if device_of(model).type == "cuda"
+        else device_of(model).type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "ranks": distributed.world(),
+    }

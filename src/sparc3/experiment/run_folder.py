@@ -1,0 +1,202 @@
+"""The run folder: whose it is, who is working in it, and what of it can be used again."""
+
+import fcntl
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .. import distributed
+from ..circuits.ablate import Damping
+from ..circuits.circuit import Circuit
+from ..errors import Sparc3Error, UserError
+from ..evaluation.metrics import Prepared
+from ..evaluation.statistics import Evaluation
+from ..recipe.schema import Recipe
+from ..safe_text import LineFormatter
+from ..samples.reference_set import ReferenceSet
+from ..scores import Scores
+from ..storage import read_text, remove_leftovers, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger("sparc3")
+Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
+
+
+@contextmanager
+def claimed(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Hold the folder's lock, which dies with the process, after checking that the folder is this recipe's or empty.
+
+    Raises:
+        UserError: the folder holds another run or other files, another process works in it, or it cannot be written.
+    """
+    if not distributed.is_main():
+        distributed.wait()
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_links(folder)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  held until the run ends
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; choose a folder that can be written"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another run is going on in {folder}; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            log.warning(
+                "%s keeps no locks (%s): see to it yourself that no other run works in it",
+                folder,
+                error.strerror,
+            )
+        _require_same(folder, recipe, resume)
+        remove_leftovers(folder)
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        distributed.wait()
+        yield
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise UserError where something in the folder is a link, through which a run would write outside of it."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a symbolic link, and a run writes inside its folder alone; remove it, or choose another --out"
+            )
+
+
+def _require_same(folder: Path, recipe: Recipe, resume: bool) -> None:
+    known = folder / "recipe.yaml"
+    others = [
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in (".lock", "log.txt") and not entry.name.endswith(".tmp")
+    ]
+    if not others:
+        return
+    if not known.is_file():
+        raise UserError(f"{folder} holds files ({others[0]}, …) that are not a run's; choose an empty --out")
+    if read_text(known) != recipe.to_yaml():
+        raise UserError(
+            f"{folder} holds another run (its recipe.yaml differs from this recipe); choose another --out, or remove it"
+        )
+    if not resume:
+        raise UserError(
+            f"{folder} holds this run already; leave out --no-resume to go on with it, or choose another --out"
+        )
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Stage lines also go to log.txt while the run lasts."""
+    if not distributed.is_main():
+        yield
+        return
+    handler = _LogFile(folder / "log.txt")
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    earlier = log.level
+    log.setLevel(min(earlier or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(earlier)
+
+
+class _LogFile(logging.Handler):
+    """Opens the file for each line, so that a line that cannot be written is an error of that line and of no later one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as opened:
+                opened.write(self.format(record) + "\n")
+        except OSError as error:
+            raise Sparc3Error(
+                f"cannot write {self.path}: {error.strerror}; make room, and the same command goes on"
+            ) from error
+
+
+def kept(
+    where: Path,
+    made_from: str,
+    load: Callable[[Path], Noun],
+    is_of: Callable[[Noun], object],
+    make: Callable[[], Noun],
+) -> Noun:
+    """The noun at `where` if it was made from the same things, else a new one, which is saved there by rank 0."""
+    found: Noun | None = None
+    if where.is_file():
+        try:
+            found = load(where)
+        except UserError as error:  # also another kind of file: under this name, it is not what the run left
+            log.warning("%s; making it again", error)
+    if distributed.first(found is not None and is_of(found) == made_from):
+        log.info("%s is there", Path(*where.parts[-2:]))
+        return found or load(where)
+    made = make()
+    if distributed.is_main():
+        made.save(where)
+    distributed.wait()
+    return made
+
+
+# What every stage of a run needs: the recipe, the folder, the model.
+
+
+Change = Circuit | Damping
+"""What makes a variant: units that are removed, or damped."""
+
+
+@dataclass
+class Work:
+    """One run under way.
+
+    Attributes:
+        described: id, architecture and fingerprint of the model as it was loaded.
+        references: name → reference set, filled by the samples stage.
+        prepared: the metrics with their test samples, filled by the samples stage.
+        warnings: what the reader of the results should know.
+        noted: what stages add to the results' provenance.
+        protected: units that no selection takes, because the model breaks without one of them.
+        rivals: variant → the best that another method does under the same budget, found by the search.
+    """
+
+    recipe: Recipe
+    folder: Path
+    progress: bool
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    described: dict[str, str]
+    references: dict[str, ReferenceSet] = field(default_factory=dict)
+    prepared: list[Prepared] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    noted: dict[str, Any] = field(default_factory=dict)
+    protected: Circuit | None = None
+    rivals: dict[str, Change] = field(default_factory=dict)
+
+    def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
+        """Prompts that those of these reference sets which come from `source` hold."""
+        found = [
+            some
+            for name, some in samples.items()
+            if self.recipe.references[name.partition(".")[0]].source == source
+        ]
+        return frozenset(sample.text for some in found for sample in some if sample.text)

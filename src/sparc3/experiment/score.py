@@ -1,0 +1,287 @@
+"""The scores stage: relevance on each reference set, their contrast, and the circuit it gives."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .. import __version__, distributed
+from ..attribution.activations import largest_writes
+from ..attribution.attribute import attribute
+from ..circuits.ablate import ablated
+from ..circuits.algebra import union
+from ..circuits.circuit import Circuit
+from ..circuits.select import candidates, contrast, excluding, select
+from ..errors import NonFinite, UserError
+from ..evaluation.perplexity import Window, negative_log_likelihoods
+from ..evaluation.statistics import finite
+from ..samples.batches import joined
+from ..samples.reference_set import ReferenceSet
+from ..scores import Scores
+from ..storage import fingerprint
+from .run_folder import Work, kept
+from .work_list import protects
+
+log = logging.getLogger("sparc3")
+
+
+@dataclass(frozen=True)
+class How:
+    """One way to contrast: everything that tells two candidates of a search apart but for the number of units.
+
+    Attributes:
+        targets: name of each reference set that takes part → its target.
+        strength: of the circuits that it finds.
+        place: where its scores are kept: a prefix of the file names in scores/.
+    """
+
+    method: str
+    neuron: str
+    targets: dict[str, str]
+    penalty: float
+    normalize: str | None
+    place: str = ""
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A circuit and what it came from: the contrast of the first round, and the scores of each set in it."""
+
+    circuit: Circuit
+    contrast: Scores
+    parts: dict[str, Scores]
+
+
+def as_written(work: Work) -> How:
+    """The contrast that the recipe asks for."""
+    recipe = work.recipe
+    targets = {name: spec.target or recipe.attribution.target for name, spec in recipe.references.items()}
+    chosen = recipe.selection
+    return How(
+        recipe.attribution.method,
+        recipe.attribution.neuron,
+        targets,
+        chosen.penalty,
+        chosen.normalize,
+        strength=chosen.strength,
+    )
+
+
+def contrasted(work: Work, how: How, before: Circuit | None = None, place: str = "") -> Scores:
+    """The contrast, on the model without the circuit `before`, whose units then come last."""
+    return contrast_of(work, how, parts_of(work, how, before, place), before)
+
+
+def parts_of(work: Work, how: How, before: Circuit | None = None, place: str = "") -> dict[str, Scores]:
+    return {name: _scores(work, how, name, before, place) for name in how.targets}
+
+
+def contrast_of(work: Work, how: How, sets: Mapping[str, Scores], before: Circuit | None = None) -> Scores:
+    """The contrast of scores that are there already; the units of `before` and protected ones come last."""
+    # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
+    normalize = "l1" if how.method == "wanda" else how.normalize
+    made = contrast(
+        sets["general"],
+        sets["undesired"],
+        matched=sets.get("matched"),
+        penalty=how.penalty,
+        normalize=normalize,
+    )
+    last = (
+        union(replace(before, strength=1.0), work.protected)
+        if before and work.protected
+        else before or work.protected
+    )
+    return excluding(made, last) if last else made
+
+
+def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str) -> Scores:
+    """Scores of one reference set."""
+    settings = work.recipe.attribution
+    changed = {"method": how.method, "target": how.targets[name], "neuron": how.neuron}
+    asked = {**settings.model_dump(exclude={"batch_tokens", "gradient_checkpointing", *changed}), **changed}
+    made_from = fingerprint(
+        {
+            **asked,
+            "samples": work.references[name].fingerprint,
+            "model": work.described["fingerprint"],
+            "without": before.fingerprint if before else None,
+            "version": __version__,
+        }
+    )
+
+    method = "" if how.method == settings.method else f"{how.method}."
+    path = f"scores/{place}{_prefix(how, name)}{method}{name}.safetensors"
+
+    def make() -> Scores:
+        began = time.perf_counter()
+        with ablated(work.model, before or Circuit(settings.unit, {})):
+            made = attribute(
+                work.model,
+                work.references[name],
+                tokenizer=work.tokenizer,
+                **asked,
+                batch_tokens=settings.batch_tokens,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                progress=work.progress,
+                partial=work.folder / f"{path}.partial",
+            )
+        took = time.perf_counter() - began
+        seen = made.provenance
+        log.info(
+            "scores %s, %s: %d samples, %d tokens, %.3f s a sample, %d skipped",
+            how.method,
+            name,
+            seen["samples"],
+            seen["tokens"],
+            took / max(1, len(work.references[name])),
+            len(seen["skipped"]),
+        )
+        return Scores(dict(made), {**made.provenance, "made_from": made_from, "seconds": round(took, 3)})
+
+    return kept(work.folder / path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make)
+
+
+def _prefix(how: How, name: str) -> str:
+    return f"{how.place}{how.targets[name].replace(':', '')}.{how.neuron}." if how.place else ""
+
+
+def found_circuit(work: Work) -> Found:
+    """The circuit to remove, found in as many rounds as the recipe says."""
+    chosen, how = work.recipe.selection, as_written(work)
+    parts = parts_of(work, how)
+    first = contrast_of(work, how, parts)
+    if chosen.count is None:
+        return saved(
+            work,
+            Found(
+                select(first, fraction=chosen.fraction, scope=chosen.scope, strength=how.strength),
+                first,
+                parts,
+            ),
+        )
+    circuit = in_rounds(work, how, first, chosen.count, chosen.rounds)
+    if circuit is None:
+        raise UserError(
+            f"{chosen.count} {first.unit}s were asked for in {chosen.rounds} rounds, and in a later one the matched contrast has too few candidates "
+            "below zero; ask for fewer, or lower the penalty"
+        )
+    return saved(work, Found(circuit, first, parts))
+
+
+def in_rounds(work: Work, how: How, first: Scores, count: int, rounds: int) -> Circuit | None:
+    """`count` units, a share of them by the contrast `first`, each further share by the contrast on the model without those before.
+
+    None where a matched contrast has too few candidates below zero in a later round.
+    """
+    now, circuit = first, Circuit(work.recipe.attribution.unit, {}, work.described, strength=how.strength)
+    for turn in range(rounds):
+        if turn:
+            # In a search many circuits are on the way at once; the scores of each are kept under its name.
+            now = contrasted(
+                work, how, circuit, f"round{turn + 1}.{f'{circuit.fingerprint[:12]}.' if how.place else ''}"
+            )
+        wanted = count * (turn + 1) // rounds - count * turn // rounds
+        if turn and wanted > candidates(now):
+            return None
+        part = select(now, count=wanted, scope=work.recipe.selection.scope, strength=how.strength)
+        # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
+        circuit = replace(union(circuit, replace(part, model=work.described)), provenance=part.provenance)
+    return circuit
+
+
+def saved(work: Work, found: Found) -> Found:
+    """Write the circuit and its contrast into the run folder, under the names a reader looks for."""
+    made_from = fingerprint(
+        {
+            "selection": work.recipe.selection.model_dump(),
+            "scores": found.contrast.fingerprint,
+            "units": found.circuit.fingerprint,
+        }
+    )
+    provenance = {**found.circuit.provenance, "made_from": made_from}
+    circuit = replace(found.circuit, model=work.described, provenance=provenance)
+    if distributed.is_main():
+        found.contrast.save(work.folder / "scores/contrast.safetensors")
+        circuit.save(work.folder / f"circuit{circuit.suffix}")
+    sites = sum(1 for n in circuit.counts.values() if n)
+    log.info(
+        "circuit: %d of %d %ss%s in %d sites",
+        len(circuit),
+        found.contrast.units,
+        circuit.unit,
+        circuit.at_strength,
+        sites,
+    )
+    return replace(found, circuit=circuit)
+
+
+# Units that the whole model stands on are left out of every selection: those whose removal alone multiplies perplexity.
+
+SUSPECTS, TEXTS, TOKENS = 12, 6, 256
+"""How many neurons are tried alone, on how many general samples, of how many tokens each."""
+RATIO = 1.5
+"""A neuron without which perplexity is so many times as large is protected."""
+
+
+def protect(work: Work) -> None:
+    """Fill work.protected, and list it in the results' provenance; does nothing for heads, weights and quantised models.
+
+    A screen, not a search: only the neurons that write hardest into the residual stream are tried, each alone, on a few general samples.
+    """
+    if not protects(work.recipe):
+        return
+    samples = ReferenceSet(work.references["general"].samples[:TEXTS])
+    windows = [
+        (ids[:TOKENS], min(len(ids), TOKENS) - 1)
+        for s in joined(samples, work.tokenizer)
+        if len(ids := s.input_ids or ()) > 1
+    ]
+    if not windows:
+        return
+    before = _perplexity(work, windows)
+    if not math.isfinite(before):
+        raise NonFinite(
+            "the model's perplexity on general samples is not finite; load it in bfloat16 or float32"
+        )
+    found = {}
+    for name, index in _suspects(work, samples):
+        with ablated(work.model, Circuit("neuron", {name: (index,)})):
+            found[name, index] = _perplexity(work, windows) / before
+    kept = {unit: ratio for unit, ratio in found.items() if ratio >= RATIO}
+    members = {
+        name: tuple(sorted(index for other, index in kept if other == name))
+        for name in dict.fromkeys(name for name, _ in kept)
+    }
+    work.protected = Circuit("neuron", members, work.described) if members else None
+    work.noted["protected"] = [
+        {"module": name, "index": index, "perplexity_ratio": finite(ratio)}
+        for (name, index), ratio in kept.items()
+    ]
+    log.info(
+        "protected: %d of %d suspects multiply perplexity by %.3g or more (at most %.3g)",
+        len(kept),
+        len(found),
+        RATIO,
+        max(found.values()),
+    )
+
+
+def _suspects(work: Work, samples: ReferenceSet) -> list[tuple[str, int]]:
+    writes = distributed.first(largest_writes(work.model, samples, work.tokenizer))
+    flat = torch.cat(list(writes.values()))
+    places = [(name, index) for name, values in writes.items() for index in range(len(values))]
+    return [places[i] for i in flat.argsort(descending=True, stable=True)[:SUSPECTS].tolist()]
+
+
+def _perplexity(work: Work, windows: list[Window]) -> float:
+    """Infinite where the model gave a NaN or Inf: then it is broken indeed."""
+    nll = [
+        math.inf if value is None else value
+        for value in negative_log_likelihoods(work.model, windows, progress=False)
+    ]
+    return float(torch.tensor(sum(nll) / sum(predicted for _, predicted in windows)).exp())

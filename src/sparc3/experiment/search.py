@@ -1,0 +1,465 @@
+"""The search: candidates tried on validation samples under a damage budget.
+
+Attribution is done once for each target and kind of neuron score, and again for each further round of a candidate.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__, distributed
+from ..circuits.circuit import Circuit
+from ..circuits.select import candidates
+from ..errors import Sparc3Error, UserError
+from ..evaluation.evaluate import fingerprint_of, measure
+from ..evaluation.metrics import KLSettings, PerplexitySettings, Prepared, require_metric
+from ..evaluation.statistics import measurement
+from ..recipe.schema import Tune
+from ..samples.reference_set import ReferenceSet, Sample
+from ..samples.sources import corpus, is_path, overlap
+from ..scores import Scores
+from ..storage import fingerprint, read_json, write_json
+from . import work_list as steps
+from .gather import prepared
+from .run_folder import Change, Work
+from .score import Found, How, contrast_of, in_rounds, parts_of, saved
+from .variants import by_method, changed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger("sparc3")
+FORMAT = "sparc3.tune/1"
+HOPELESS = 5
+"""A candidate that costs so many times the budget (and over 5 %) is not asked what it would have gained."""
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination that was tried.
+
+    Attributes:
+        targets: reference set → target.
+        circuit: fingerprint of the circuit.
+        figures: metric → value on the validation samples; the aim is missing where the candidate was hopeless.
+        perplexity_increase: relative to the original.
+        within: whether it keeps to the budget.
+        rounds: in how many it was found.
+        strength: the circuit's.
+        pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
+    """
+
+    targets: dict[str, str]
+    neuron: str
+    contrast: str
+    penalty: float | None
+    normalize: str | None
+    count: int
+    circuit: str
+    figures: Figures = field(default_factory=dict)
+    perplexity_increase: float = 0.0
+    within: bool = False
+    pareto: bool = False
+    rounds: int = 1
+    strength: float = 1.0
+
+
+@dataclass
+class Trials:
+    """Circuits tried on the validation samples, each once, whatever run of this folder tried it; tune.json keeps them.
+
+    Attributes:
+        known: key of a circuit → its figures.
+        aim: the figure to better, and which way is better.
+    """
+
+    work: Work
+    tune: Tune
+    budget: list[Prepared]
+    asked: list[Prepared]
+    known: dict[str, Figures] = field(default_factory=dict)
+    done: int = 0
+
+    @property
+    def aim(self) -> tuple[str, str]:
+        return (
+            ("toxicity.mean", "lower") if self.asked[0].metric.name == "toxicity" else ("rur.mean", "higher")
+        )
+
+    @property
+    def made_from(self) -> str:
+        """Names what a trial depends on, apart from its circuit."""
+        on = fingerprint_of([*self.budget, *self.asked])
+        return fingerprint({"model": self.work.described["fingerprint"], "on": on, "version": __version__})
+
+    def of(self, change: Change, original: Figures | None = None) -> Figures:
+        """The figures of a variant; without the aim where the damage is hopeless."""
+        if change.fingerprint not in self.known:
+            found = self._figures(change, self.budget)
+            limit = max(HOPELESS * self.tune.max_perplexity_increase, 0.05)
+            if "perplexity" in found and (
+                original is None or found["perplexity"] / original["perplexity"] - 1 <= limit
+            ):
+                found |= self._figures(change, self.asked)
+            self.known[change.fingerprint] = found
+            self.done += 1
+            self.save()
+        return self.known[change.fingerprint]
+
+    def within(self, figures: Figures, original: Figures) -> bool:
+        """Whether a variant keeps to the budget, of which every window was measured."""
+        if "perplexity" not in figures or (self.tune.max_kl is not None and "kl" not in figures):
+            return False
+        increase = figures["perplexity"] / original["perplexity"] - 1
+        return increase <= self.tune.max_perplexity_increase and (
+            self.tune.max_kl is None or figures["kl"] <= self.tune.max_kl
+        )
+
+    def badness(self, figures: Figures) -> float:
+        """The aim, so that less is better; infinite where it was not measured."""
+        name, direction = self.aim
+        return (
+            (figures[name] if direction == "lower" else -figures[name]) if name in figures else float("inf")
+        )
+
+    def _figures(self, change: Change, metrics: list[Prepared]) -> Figures:
+        def again() -> Any:
+            return changed(self.work, change)
+
+        made = measure(
+            self.work.model,
+            self.work.tokenizer,
+            metrics,
+            "trial",
+            progress=self.work.progress,
+            changed=again if len(change) else None,
+        )
+        # A budget is kept on every window or not at all: without the windows it broke, a broken model would look well.
+        whole = [o for o in made.observations if not (o.failures and metrics is self.budget)]
+        figures = {o.metric: measurement(o, "trial").value for o in whole}
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def load(self) -> None:
+        """Take over what an earlier process tried on the same samples."""
+        where = self.work.folder / "tune.json"
+        found: dict[str, Any] = {}
+        if where.is_file():
+            try:
+                found = read_json(where, FORMAT)
+            except UserError as error:
+                log.warning("%s; searching again", error)
+        found = distributed.first(found)
+        if found.get("made_from") == self.made_from:
+            self.known = dict(found["trials"])
+            log.info("tune.json is there, with %d trials", len(self.known))
+
+    def save(self, **summary: Any) -> None:
+        if distributed.is_main():
+            write_json(
+                self.work.folder / "tune.json",
+                {"format": FORMAT, "made_from": self.made_from, **summary, "trials": self.known},
+            )
+        distributed.wait()
+
+
+def tuned(work: Work) -> tuple[How, Found]:
+    """The best candidate within the budget, and how it was found; ties go to fewer units, then to the earlier in the recipe's order.
+
+    Raises:
+        UserError: no candidate keeps to the budget (the message says what the cheapest costs).
+    """
+    tune = work.recipe.selection.tune
+    assert tune
+    trials = Trials(work, tune, *validation(work))
+    trials.load()
+    original = trials.of(Circuit(work.recipe.attribution.unit, {}, work.described))
+    if "perplexity" not in original:
+        raise Sparc3Error(
+            "the validation perplexity of the original is not finite; load the model in bfloat16 or float32"
+        )
+    parts = {(target, neuron): _parts(work, target, neuron) for target, neuron in steps.asked_of(work.recipe)}
+    tried: list[Candidate] = []
+    ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
+    for contrasted, sets in _ways(work, parts):
+        scores = contrast_of(work, contrasted, sets)
+        for how, count, rounds, circuit in _circuits(work, contrasted, scores):
+            figures = trials.of(circuit, original)
+            if "perplexity" not in figures:
+                work.warnings.append(
+                    f"a candidate of {count} units was left out: its perplexity is not finite"
+                )
+                log.warning(work.warnings[-1])
+                continue
+            candidate = replace(_judged(how, circuit, count, figures, original, trials), rounds=rounds)
+            _log(candidate, trials.aim[0])
+            tried.append(candidate)
+            ways.append((how, circuit, scores, sets))
+    best = _best(tried, trials, original)
+    summary = {**_summary(tried, best, trials, original), **_rivals(work, trials, ways[best][0], original)}
+    trials.save(**summary)
+    work.noted["tune"] = {
+        **summary,
+        "candidates": [c for c in summary["candidates"] if c["pareto"]],
+        "tried": len(tried),
+    }
+    how, circuit, scores, sets = ways[best]
+    for name, part in sets.items() if distributed.is_main() else ():
+        part.save(work.folder / f"scores/{name}.safetensors")
+    log.info("best of %d candidates on validation: %s", len(tried), _said(tried[best], trials.aim[0]))
+    return how, saved(work, Found(replace(circuit, model=work.described), scores, sets))
+
+
+def _how(
+    work: Work,
+    target: str,
+    neuron: str,
+    names: Sequence[str],
+    penalty: float = 1.0,
+    normalize: str | None = None,
+) -> How:
+    targets = {name: work.recipe.references[name].target or _fitting(work, name, target) for name in names}
+    return How(work.recipe.attribution.method, neuron, targets, penalty, normalize, place="tune.")
+
+
+def _fitting(work: Work, name: str, target: str) -> str:
+    """The candidate's target; `next` for a set whose samples have no completion where it means one."""
+    lacks = any(sample.completion is None for sample in work.references[name])
+    return "next" if target.startswith("completion") and lacks else target
+
+
+def _parts(work: Work, target: str, neuron: str) -> dict[str, Scores]:
+    """The scores of every reference set that some contrast reads."""
+    kinds = [kind for kind, _, _ in steps.contrasts(work.recipe)]
+    return parts_of(work, _how(work, target, neuron, steps.sets_in(work.recipe, kinds)))
+
+
+def _ways(
+    work: Work, parts: dict[tuple[str, str], dict[str, Scores]]
+) -> Iterator[tuple[How, dict[str, Scores]]]:
+    """Each way to contrast, with the scores it contrasts."""
+    for (target, neuron), scores in parts.items():
+        for kind, penalty, normalize in steps.contrasts(work.recipe):
+            chosen = {name: scores[name] for name in steps.sets_in(work.recipe, [kind])}
+            yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
+
+
+def _circuits(work: Work, how: How, scores: Scores) -> Iterator[tuple[How, int, int, Circuit]]:
+    """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates in every round."""
+    there = candidates(scores)
+    for count, rounds, strength in steps.sizes(work.recipe):
+        one = replace(how, strength=strength)
+        if count <= there and (circuit := in_rounds(work, one, scores, count, rounds)) is not None:
+            yield one, count, rounds, circuit
+
+
+def _judged(
+    how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials
+) -> Candidate:
+    increase = figures["perplexity"] / original["perplexity"] - 1
+    matched = "matched" in how.targets
+    return Candidate(
+        how.targets,
+        how.neuron,
+        "matched" if matched else "plain",
+        how.penalty if matched else None,
+        how.normalize,
+        count,
+        circuit.fingerprint,
+        figures,
+        increase,
+        trials.within(figures, original),
+        strength=how.strength,
+    )
+
+
+def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
+    name = trials.aim[0]
+    fit = [index for index, one in enumerate(tried) if one.within and name in one.figures]
+    if not fit:
+        cheapest = min((one.perplexity_increase for one in tried), default=None)
+        said = (
+            f"the cheapest of {len(tried)} costs {cheapest:+.2%} perplexity"
+            if cheapest is not None
+            else "there are too few units below zero"
+        )
+        raise UserError(
+            f"no candidate keeps to the budget of selection.tune: {said}; try smaller counts, or a larger budget"
+        )
+    best = min(fit, key=lambda index: (trials.badness(tried[index].figures), tried[index].count, index))
+    if trials.badness(tried[best].figures) >= trials.badness(original):
+        trials.work.warnings.append(
+            f"no candidate within the budget made {name} better on the validation prompts"
+        )
+        log.warning(trials.work.warnings[-1])
+    elif tried[best].count == max(one.count for one in tried) and len({one.count for one in tried}) > 1:
+        trials.work.warnings.append(
+            f"the best number of units, {tried[best].count}, is the largest that was tried; a larger one may be better"
+        )
+        log.warning(trials.work.warnings[-1])
+    return best
+
+
+def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> dict[str, Any]:
+    """What each other method reaches under the same budget, at the best of the same counts and contrasted alike; work.rivals holds them.
+
+    Returns:
+        {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that was tried}.
+    """
+    found, others = [], {}
+    for method in steps.others(work.recipe):
+        tried = [
+            (count, change, trials.of(change, original))
+            for count, change in by_method(work, how, method, steps.counts_tried(work.recipe))
+        ]
+        others[method] = [
+            {"count": count, "figures": figures, "within": trials.within(figures, original)}
+            for count, _, figures in tried
+        ]
+        fit = [one for one in tried if trials.within(one[2], original)]
+        if not fit:
+            continue
+        count, change, figures = min(fit, key=lambda one: (trials.badness(one[2]), one[0]))
+        work.rivals[f"{method}@{count}"] = change
+        found.append({"variant": f"{method}@{count}", "figures": figures, "of": len(tried)})
+        log.info(
+            "under the same budget %s@%d: %s %.4g",
+            method,
+            count,
+            trials.aim[0],
+            figures.get(trials.aim[0], float("nan")),
+        )
+    return {"rivals": found, "others": others}
+
+
+def _summary(tried: list[Candidate], best: int, trials: Trials, original: Figures) -> dict[str, Any]:
+    name = trials.aim[0]
+    points = [
+        (one.perplexity_increase, trials.badness(one.figures)) if name in one.figures else None
+        for one in tried
+    ]
+    undominated = front(points)
+    rows = [asdict(replace(one, pareto=index in undominated)) for index, one in enumerate(tried)]
+    return {
+        "aim": name,
+        "budget": {
+            "max_perplexity_increase": trials.tune.max_perplexity_increase,
+            "max_kl": trials.tune.max_kl,
+        },
+        "split": "validation",
+        "samples": {p.metric.name: len(p.samples) for p in [*trials.budget, *trials.asked]},
+        "original": original,
+        "best": rows[best],
+        "candidates": rows,
+    }
+
+
+def _said(one: Candidate, aim: str) -> str:
+    gained = f"{aim} {one.figures[aim]:.4g}" if aim in one.figures else f"{aim} not measured"
+    penalty = f"penalty {one.penalty:g}" if one.penalty is not None else None
+    rounds = f"{one.rounds} rounds" if one.rounds > 1 else None
+    strength = f"strength {one.strength:g}" if one.strength != 1 else None
+    way = ", ".join(
+        filter(
+            None,
+            [one.targets["undesired"], one.neuron, one.contrast, penalty, one.normalize, rounds, strength],
+        )
+    )
+    return f"{one.count} by {way}: perplexity {one.perplexity_increase:+.2%}, {gained}"
+
+
+def _log(one: Candidate, aim: str) -> None:
+    log.info("tried %s%s", _said(one, aim), "" if one.within else ", over the budget")
+
+
+# What a search may look at: validation prompts and text, which no reference set and no test holds.
+
+
+GRAM = 12
+"""Two texts that have so many consecutive tokens in common are taken to overlap."""
+
+
+def validation(work: Work) -> tuple[list[Prepared], list[Prepared]]:
+    """The metrics of the budget, and the one to better, each with validation samples.
+
+    Prompts come from the split "validation" of the test's source; a source without splits gives prompts that neither a reference set
+    nor a test holds. Text comes from the source's validation split, from `text_source`, or, where the test text is a file, from the
+    general reference's file, as far as no reference sample was cut from it.
+
+    Raises:
+        UserError: there is no such text, or not enough such prompts.
+    """
+    texts = [_with_text(work, name, settings) for name, settings in steps.budget(work.recipe).items()]
+    name, settings = steps.aim(work.recipe)
+    aim = prepared(work, f"validation-{name}", name, settings, _held(work, settings.source))
+    _refuse_overlap(work, aim)
+    return texts, [aim]
+
+
+def _held(work: Work, source: str) -> frozenset[str]:
+    """Prompts that the reference sets and the tests took from this source."""
+    tested = [
+        p.samples for p in work.prepared if p.metric.prompts and getattr(p.settings, "source", None) == source
+    ]
+    return work.held(work.references, source) | {
+        sample.text for some in tested for sample in some if sample.text
+    }
+
+
+def _refuse_overlap(work: Work, aim: Prepared) -> None:
+    others = {f"references.{name}": some for name, some in work.references.items()}
+    others |= {f"evaluation.{p.metric.name}": p.samples for p in work.prepared if p.metric.prompts}
+    for name, some in others.items():
+        if same := overlap(some, aim.samples):
+            raise UserError(
+                f"{len(same)} validation prompts are also in {name}; a search must not see them: give another file there, or a split or "
+                "choose_by that keeps them apart"
+            )
+
+
+def _with_text(work: Work, name: str, settings: PerplexitySettings) -> Prepared:
+    source, count = settings.source, settings.count
+    texts = corpus(source, "validation", None if is_path(source) else count)
+    if is_path(source) or source == "c4":
+        texts = _apart(texts, work.references["general"], work.tokenizer)
+    if not texts:
+        raise UserError(
+            f"all of {Path(source).name} is held by the general reference set; give selection.tune.text_source another text"
+        )
+    samples = ReferenceSet(tuple(Sample(text=text) for text in texts[:count]), {"source": Path(source).name})
+    kind = KLSettings if name == "kl" else PerplexitySettings
+    if not isinstance(settings, kind):
+        raise Sparc3Error(f"the settings of {name} are not its own")
+    return Prepared(require_metric(name), settings, samples)
+
+
+def _apart(texts: Iterable[str], held: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The paragraphs that share no GRAM consecutive tokens with a sample."""
+
+    def ids(text: str) -> Sequence[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    known = {gram for sample in held for gram in _grams(sample.input_ids or ids(sample.text or ""))}
+    pieces = (piece for text in texts for piece in text.split("\n") if piece.strip())
+    return [piece for piece in pieces if known.isdisjoint(_grams(ids(piece)))]
+
+
+def _grams(ids: Sequence[int]) -> set[tuple[int, ...]]:
+    return {tuple(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)}
+
+
+# The Pareto front of points where less is better.
+
+
+def front(points: Sequence[tuple[float, float] | None]) -> set[int]:
+    """Places of the points that no other point matches in both coordinates and betters in one; None is no point."""
+    there = [(index, point) for index, point in enumerate(points) if point is not None]
+    return {
+        index
+        for index, (x, y) in there
+        if not any(a <= x and b <= y and (a, b) != (x, y) for _, (a, b) in there)
+    }

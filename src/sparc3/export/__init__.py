@@ -1,0 +1,1 @@
+"""Export: a model without its circuit as a checkpoint, for others to use."""

@@ -1,0 +1,164 @@
+"""The README.md of a repository on the hub: what was removed from which model, how, and what that did."""
+
+import html
+import re
+from typing import Any
+
+from .. import __version__
+from ..circuits.circuit import Circuit
+from ..results import Results
+from ..safe_text import one_line
+
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""What a card takes over from the front matter of the source's card."""
+
+
+def model_card(
+    circuit: Circuit,
+    results: Results | None,
+    *,
+    source: dict[str, str],
+    base: str | None,
+    matter: dict[str, Any],
+    shrunk: str = "",
+) -> str:
+    """The card of a checkpoint.
+
+    Args:
+        source: the source model, as `describe` has it.
+        base: its hub id; None where it is a local folder, whose name means nothing to others.
+        matter: front matter of the source's own card.
+        shrunk: how the shapes changed, as a sentence; empty where they did not.
+    """
+    what = f"{len(circuit):,} {circuit.unit}s"
+    done = (
+        f"{circuit.strength * 100:g} % of each of {what} taken away"
+        if circuit.strength != 1
+        else f"{what} set to zero"
+    )
+    lines = [
+        *_front(base, matter, ["sparc3", "pruned"]),
+        f"# {_plainly(source['id'])}, without {what}{circuit.at_strength}",
+        "",
+        f"{_linked(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {done}, "
+        f"chosen by sparc3 {__version__}. Nothing was trained; every other weight is as it was. {shrunk}".rstrip(),
+        "",
+        *_found(circuit),
+        "## What was removed",
+        "",
+        *_members(circuit),
+        "## What it measured",
+        "",
+        *_measured(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Results | None = None) -> str:
+    """The card of a repository that holds a circuit alone."""
+    name = _plainly(circuit.model.get("id"))
+    lines = [
+        *_front(base, {}, ["sparc3", "circuit"], library=False),
+        f"# {len(circuit):,} {circuit.unit}s of {name}{circuit.at_strength}",
+        "",
+        f"A set of {circuit.unit}s of {_linked(name, base)} (weights fingerprint {_plainly(circuit.model.get('fingerprint'))}), found by sparc3 "
+        f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, which the fingerprint sees to:",
+        "",
+        "```",
+        f"sparc3 ablate {base or 'MODEL'} --circuit {repo} --out DIR",
+        "```",
+        "",
+        *_found(circuit),
+        "## Members",
+        "",
+        *_members(circuit),
+        *(["## What it measured", "", *_measured(results)] if results else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front(base: str | None, matter: dict[str, Any], tags: list[str], library: bool = True) -> list[str]:
+    import yaml
+
+    content = {
+        **({"base_model": base} if base else {}),
+        **({"library_name": "transformers"} if library else {}),
+    }
+    content |= {key: matter[key] for key in KEPT if key in matter}
+    return [
+        "---",
+        yaml.safe_dump({**content, "tags": tags}, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+    ]
+
+
+def _linked(name: str, base: str | None) -> str:
+    return f"[{base}](https://huggingface.co/{base})" if base else _plainly(name)
+
+
+def _plainly(value: object) -> str:
+    """A value out of a file as text of a card, in which no markup of Markdown or HTML and no control character acts."""
+    return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(one_line(str(value)), quote=False))
+
+
+def _found(circuit: Circuit) -> list[str]:
+    """How the circuit was found, as a table."""
+    selection = circuit.provenance.get("selection") or {}
+    scores = {key: _plainly(value) for key, value in (circuit.provenance.get("scores") or {}).items()}
+    return [
+        "| | |",
+        "|---|---|",
+        f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
+        f"| contrast | {scores.get('contrast', '-')} |",
+        f"| selection | {', '.join(f'{_plainly(k)} {_plainly(v)}' for k, v in selection.items() if v is not None) or '-'} |",
+        f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint}{circuit.at_strength} |",
+        "",
+    ]
+
+
+def _members(circuit: Circuit) -> list[str]:
+    rows = [
+        f"| `{_plainly(site)}` | {_listed(circuit, site)} |"
+        for site, count in circuit.counts.items()
+        if count
+    ]
+    return [f"| module | {circuit.unit}s |", "|---|---|", *rows, ""]
+
+
+def _listed(circuit: Circuit, site: str) -> str:
+    """The site's members by index, or, of weights, how many they are."""
+    units, count = circuit.members[site], circuit.counts[site]
+    return (
+        f"{count:,} of {units.numel():,} ({count / units.numel():.1%})"
+        if circuit.unit == "weight"
+        else ", ".join(map(str, units))
+    )
+
+
+def _measured(results: Results | None) -> list[str]:
+    """A row a metric: before, after, the change with its interval and p."""
+    if results is None:
+        return ["Nothing was measured on this checkpoint; `sparc3 evaluate` does that."]
+    rows = [
+        "| metric | original | ablated | change | 95 % interval of the change | p | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    before, after = (
+        {m.metric: m for m in results if m.variant == variant} for variant in ("original", "ablated")
+    )
+    change = {d.metric: d for d in results.differences if (d.from_, d.to) == ("original", "ablated")}
+    for metric in {**before, **after}:
+        one, other, d = before.get(metric), after.get(metric), change.get(metric)
+        figures = [_number(m.value if m else None) for m in (one, other)]
+        interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d and d.ci95 else "-"
+        relative = f"{d.relative:+.1%}" if d and d.relative is not None else "-"
+        n = (other or one).n  # type: ignore[union-attr]
+        rows.append(
+            f"| {_plainly(metric)} | {' | '.join(figures)} | {relative} | {interval} | {_number(d.p if d else None)} | {n} |"
+        )
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

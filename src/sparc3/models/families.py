@@ -1,0 +1,305 @@
+"""The one table that knows the names inside each architecture. A new plain decoder is a new row."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import UnsupportedModel
+
+ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+"""Canonical names of the prunable matrices of a decoder layer, in the order data meets them."""
+
+
+PARTS = {
+    "mlp.gate": ("gate_up_proj", "gate"),
+    "mlp.up": ("gate_up_proj", "up"),
+    "mlp.down": ("down_proj", ""),
+}
+"""Role → the parameter of a layer's experts that holds it, and which part of its rows."""
+
+
+def _key_value_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _falcon_key_value_heads(config: Any) -> int:
+    return int(config.num_kv_heads) if config.new_decoder_architecture or not config.multi_query else 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: where its parts are, as module paths inside a decoder layer unless said otherwise.
+
+    Attributes:
+        classes: prefix of the class names of its own modules ("Llama" of LlamaDecoderLayer).
+        layers: path, inside the model, of the list of decoder layers.
+        roles: role → path. "attn.qkv#q" is the part q of the module attn.qkv, which holds several matrices in one.
+        activation: path of the MLP's non-linearity.
+        gated: path of an MLP that computes down(act(gate(x)) · up(x)); None where it is down(act(up(x))).
+        experts: path of a mixture's experts, in fused parameters (PARTS); a layer that has none has the MLP of `roles`.
+        shared: path of the MLP, gated too, that stands beside the experts for all tokens; None where there is none.
+        constants: paths of linear maps whose output is a constant to relevance: the weight of the shared MLP.
+        fused: path of a module with parts → how its output rows are laid out, a key of models.LAYOUTS.
+        attention: path of the attention module.
+        splits: the attention's method that returns query, key and value; None where it calls transformers' attention interface.
+        mixes: or its method that takes query, key and value. A release that has dropped either calls the interface.
+        positions: path, inside the model, of the learned position embedding; None where positions are not learned.
+        gain_from_one: whether norms store their gain as its distance from 1.
+        key_value_heads: how many heads attn.k and attn.v have, by the configuration.
+        refused: flag of the configuration, which no rule covers when it is set → what it does.
+        needed: what the configuration must say, for transformers' own code fails without it.
+        models: what the models of this architecture are called, for the documentation.
+    """
+
+    classes: str
+    layers: str
+    roles: Mapping[str, str]
+    activation: str
+    gated: str | None = None
+    experts: str | None = None
+    shared: str | None = None
+    constants: tuple[str, ...] = ()
+    fused: Mapping[str, str] = field(default_factory=dict)
+    attention: str = "self_attn"
+    splits: str | None = None
+    mixes: str | None = None
+    positions: str | None = None
+    gain_from_one: bool = False
+    key_value_heads: Callable[[Any], int] = _key_value_heads
+    refused: Mapping[str, str] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
+    models: str = ""
+
+    def listed(self, role: str) -> str:
+        """Where a role is, for the documentation; E stands for the number of an expert."""
+        if self.experts is None or role not in PARTS:
+            return self.roles[role]
+        parameter, part = PARTS[role]
+        return f"{self.experts}.{parameter}#E{part and '.'}{part}"
+
+
+def _roles(q: str, k: str, v: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
+    found = {
+        "attn.q": q,
+        "attn.k": k,
+        "attn.v": v,
+        "attn.o": o,
+        "mlp.gate": gate,
+        "mlp.up": up,
+        "mlp.down": down,
+    }
+    return {role: path for role, path in found.items() if path is not None}
+
+
+def _fused(qkv: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
+    return _roles(f"{qkv}#q", f"{qkv}#k", f"{qkv}#v", o, up, down, gate)
+
+
+_SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+_LLAMA = Family(
+    "Llama",
+    "model.layers",
+    _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"),
+    "mlp.act_fn",
+    gated="mlp",
+)
+_GEMMA = replace(
+    _LLAMA, gain_from_one=True, refused={"use_bidirectional_attention": "attention that looks ahead"}
+)
+_EXPERTS = replace(_LLAMA, experts="mlp.experts")
+_GLM = Family(
+    "Glm",
+    "model.layers",
+    _roles(*_SEPARATE, "self_attn.o_proj", "mlp.gate_up_proj#up", "mlp.down_proj", "mlp.gate_up_proj#gate"),
+    "mlp.activation_fn",
+    gated="mlp",
+    fused={"mlp.gate_up_proj": "gate, up"},
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": replace(_LLAMA, models="Llama 2, 3, 3.x; TinyLlama; SmolLM 1, 2"),
+    "mistral": replace(_LLAMA, classes="Mistral", models="Mistral 7B, Nemo"),
+    "qwen2": replace(_LLAMA, classes="Qwen2", models="Qwen 2, 2.5"),
+    "qwen3": replace(_LLAMA, classes="Qwen3", models="Qwen 3 (dense)"),
+    "smollm3": replace(_LLAMA, classes="SmolLM3", models="SmolLM 3"),
+    "ministral": replace(_LLAMA, classes="Ministral", models="Ministral"),
+    "ministral3": replace(_LLAMA, classes="Ministral3", models="Ministral 3"),
+    "olmo2": replace(_LLAMA, classes="Olmo2", models="OLMo 2"),
+    "olmo3": replace(_LLAMA, classes="Olmo3", models="OLMo 3"),
+    "exaone4": replace(_LLAMA, classes="Exaone4", models="EXAONE 4"),
+    "ernie4_5": replace(_LLAMA, classes="Ernie4_5", models="ERNIE 4.5 (dense)"),
+    "hunyuan_v1_dense": replace(
+        _LLAMA, classes="HunYuanDenseV1", needed=("head_dim",), models="Hunyuan (dense)"
+    ),
+    "seed_oss": replace(_LLAMA, classes="SeedOss", models="Seed-OSS"),
+    "helium": replace(_LLAMA, classes="Helium", models="Helium"),
+    "stablelm": replace(_LLAMA, classes="StableLm", models="StableLM"),
+    "granite": replace(_LLAMA, classes="Granite", models="Granite 3.x (dense)"),
+    "cohere": replace(_LLAMA, classes="Cohere", models="Command R"),
+    "cohere2": replace(_LLAMA, classes="Cohere2", models="Command R7B, Command A"),
+    "gemma": replace(_GEMMA, classes="Gemma", models="Gemma"),
+    "gemma2": replace(_GEMMA, classes="Gemma2", models="Gemma 2"),
+    "gemma3_text": replace(_GEMMA, classes="Gemma3", models="Gemma 3 (text only)"),
+    "mixtral": replace(_EXPERTS, classes="Mixtral", models="Mixtral 8x7B, 8x22B"),
+    "qwen2_moe": replace(
+        _EXPERTS,
+        classes="Qwen2Moe",
+        shared="mlp.shared_expert",
+        constants=("mlp.shared_expert_gate",),
+        models="Qwen 1.5 MoE, Qwen 2 57B-A14B",
+    ),
+    "qwen3_moe": replace(_EXPERTS, classes="Qwen3Moe", models="Qwen 3 30B-A3B, 235B-A22B"),
+    "olmoe": replace(
+        _EXPERTS,
+        classes="Olmoe",
+        refused={"clip_qkv": "queries, keys and values that are cut off"},
+        models="OLMoE",
+    ),
+    "flex_olmo": replace(_EXPERTS, classes="FlexOlmo", models="FlexOlmo"),
+    "phi3": Family(
+        "Phi3",
+        "model.layers",
+        _fused(
+            "self_attn.qkv_proj",
+            "self_attn.o_proj",
+            "mlp.gate_up_proj#up",
+            "mlp.down_proj",
+            "mlp.gate_up_proj#gate",
+        ),
+        "mlp.activation_fn",
+        gated="mlp",
+        fused={"self_attn.qkv_proj": "q, k, v", "mlp.gate_up_proj": "gate, up"},
+        models="Phi-3, Phi-4",
+    ),
+    "glm": replace(_GLM, classes="Glm", models="GLM-4"),
+    "glm4": replace(_GLM, classes="Glm4", models="GLM-4-0414"),
+    "arcee": Family(
+        "Arcee",
+        "model.layers",
+        _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+        "mlp.act_fn",
+        models="AFM",
+    ),
+    "phi": Family(
+        "Phi",
+        "model.layers",
+        _roles(*_SEPARATE, "self_attn.dense", "mlp.fc1", "mlp.fc2"),
+        "mlp.activation_fn",
+        models="Phi-1, 1.5, 2",
+    ),
+    "starcoder2": Family(
+        "Starcoder2",
+        "model.layers",
+        _roles(*_SEPARATE, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"),
+        "mlp.act",
+        models="StarCoder2",
+    ),
+    "opt": Family(
+        "OPT",
+        "model.decoder.layers",
+        _roles(*_SEPARATE, "self_attn.out_proj", "fc1", "fc2"),
+        "activation_fn",
+        positions="model.decoder.embed_positions",
+        models="OPT (350m too)",
+    ),
+    "gpt2": Family(
+        "GPT2",
+        "transformer.h",
+        _fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        "mlp.act",
+        fused={"attn.c_attn": "q, k, v"},
+        attention="attn",
+        positions="transformer.wpe",
+        refused={
+            "reorder_and_upcast_attn": "attention past transformers' interface",
+            "add_cross_attention": "cross-attention",
+        },
+        models="GPT-2, DistilGPT-2",
+    ),
+    "gpt_neox": Family(
+        "GPTNeoX",
+        "gpt_neox.layers",
+        _fused("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        "mlp.act",
+        fused={"attention.query_key_value": "q, k, v by head"},
+        attention="attention",
+        models="Pythia, GPT-NeoX",
+    ),
+    "gpt_neo": Family(
+        "GPTNeo",
+        "transformer.h",
+        _roles(
+            *(
+                "attn.attention.q_proj",
+                "attn.attention.k_proj",
+                "attn.attention.v_proj",
+                "attn.attention.out_proj",
+            ),
+            "mlp.c_fc",
+            "mlp.c_proj",
+        ),
+        "mlp.act",
+        attention="attn.attention",
+        mixes="_attn",
+        positions="transformer.wpe",
+        models="GPT-Neo",
+    ),
+    "gptj": Family(
+        "GPTJ",
+        "transformer.h",
+        _roles("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"),
+        "mlp.act",
+        attention="attn",
+        mixes="_attn",
+        models="GPT-J",
+    ),
+    "falcon": Family(
+        "Falcon",
+        "transformer.h",
+        _fused(
+            "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+        ),
+        "mlp.act",
+        fused={"self_attention.query_key_value": "q, k, v by head"},
+        attention="self_attention",
+        splits="_split_heads",
+        key_value_heads=_falcon_key_value_heads,
+        models="Falcon 7B, 40B, RW",
+    ),
+    "bloom": Family(
+        "Bloom",
+        "transformer.h",
+        _fused(
+            "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+        ),
+        "mlp.gelu_impl",
+        fused={"self_attention.query_key_value": "q, k, v by head"},
+        attention="self_attention",
+        splits="_reshape",
+        refused={"slow_but_exact": "linear maps cut into slices"},
+        models="BLOOM, BLOOMZ",
+    ),
+}
+"""model_type of the configuration → Family."""
+
+
+def require_family(config: Any, what: str) -> Family:
+    """The row of a configuration. Raises UnsupportedModel where there is none, or where a flag is set that no rule covers."""
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"{what}: architecture '{config.model_type}' is not supported, it has no row in the family table "
+            f"(sparc3.families.FAMILIES); supported: {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[config.model_type]
+    for flag, meaning in family.refused.items():
+        if getattr(config, flag, None):
+            raise UnsupportedModel(
+                f"{what}: {flag} is set in its configuration, and no rule is known for {meaning}"
+            )
+    for name in family.needed:
+        if getattr(config, name, None) is None:
+            raise UnsupportedModel(
+                f"{what}: its configuration has no {name}, without which transformers cannot build a {config.model_type}; add it"
+            )
+    return family

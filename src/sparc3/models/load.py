@@ -1,0 +1,454 @@
+"""Loading a causal language model, and saying which one it is."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError, unknown
+from ..storage import parse_json, read_text
+from .families import ROLES as ROLES
+from .families import require_family
+from .hub import CONVERT, hub_errors, looks_local, require_hub
+from .memory import available
+from .offloading import first_out_of_reach, gpu_room, named_values, offloaded_layers
+from .sites import DTYPES as DTYPES
+from .sites import Site as Site
+from .sites import down_sites as down_sites
+from .sites import family_of as family_of
+from .sites import layers_of as layers_of
+from .sites import sites_of as sites_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger("sparc3")
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal language model and its tokenizer, ready to attribute: eval mode.
+
+    Args:
+        name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded model.
+        dtype: "auto" (as stored; float16 becomes float32 on a CPU, which computes it poorly), "float32", "bfloat16", "float16", "float64".
+        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1"; "map": its layers over all GPUs there are (accelerate's device
+            map), for a model that is larger than one; those that find no place stay on the CPU and are copied to the GPU for each use.
+
+    Raises:
+        UserError: no such folder or hub model, no access to it, no such device, or weights that are larger than what the device has left; the
+            message says what to do.
+        UnsupportedModel: an architecture without a row in FAMILIES, found out before any weight is read.
+
+    A folder without a tokenizer is a UserError too; `sparc3.models.load_weights` loads its model alone, which token ids will do for.
+    """
+    return load_weights(name_or_path, dtype=dtype, device=device), load_tokenizer(name_or_path)
+
+
+def load_weights(
+    name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
+) -> "PreTrainedModel":
+    """The model of `load_model`, without its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    name, config, wanted, target = _checked(name_or_path, dtype, device)
+    require_safe(name)
+    mapped = device == MAP
+    with hub_errors(name):
+        spread = _spread(name, config, wanted) if mapped else {}
+        if not mapped:
+            _require_room(name, config, wanted, target)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=wanted,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **spread,
+        )
+    require_present(model)
+    if away := offloaded_layers(layers := list(layers_of(model))):
+        log.info(
+            "%d of %d layers stay on the CPU and are copied to the GPU for each use, which is slower",
+            away,
+            len(layers),
+        )
+    elif (
+        mapped and target.type == "cuda" and all(weight.device.type == "cpu" for weight in model.parameters())
+    ):
+        log.warning("no layer found room on a GPU, so everything is computed on the CPU")
+    require_whole(name, model, found, family_of(model).layers)
+    if family_of(model).experts and model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
+    # A quantised model may refuse to be moved, even to where it is.
+    return (model if mapped or model.device == target else model.to(target)).eval()
+
+
+def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
+    """Raise UserError, before a weight is read, where the weights alone are larger than what the device has left."""
+    free = available(device)
+    if free is None or getattr(config, "quantization_config", None):
+        return
+    kept = _stored(config, dtype)
+    if (needed := _needed(config, kept)) > free:
+        kind = str(kept).removeprefix("torch.")
+        more = "a device with more" + (
+            ", or device map, which leaves on the CPU what does not fit" if device.type == "cuda" else ""
+        )
+        raise UserError(
+            f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {kind}, and {device} has {free / 2**30:.3g} GiB left; "
+            f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use {more}"
+        )
+
+
+def _spread(name: str, config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
+    """What from_pretrained is told to spread a model over devices; of a quantised one transformers knows the sizes."""
+    from accelerate.utils import get_max_memory
+
+    if getattr(config, "quantization_config", None):
+        return {"device_map": "auto"}
+    free = get_max_memory()
+    if (left := available(torch.device("cpu"))) is not None:  # which knows of control groups
+        free["cpu"] = min(free["cpu"], left)
+    return {"device_map": "auto", "max_memory": gpu_room(free, _needed(config, _stored(config, dtype)), name)}
+
+
+def _stored(config: Any, dtype: torch.dtype | str) -> torch.dtype:
+    return (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
+
+
+def _needed(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of all weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(
+            weight.nbytes for weight in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters()
+        )
+
+
+def require_present(model: "PreTrainedModel") -> None:
+    """Raise UserError where weights are not in memory: accelerate can leave them on the disk, and there they cannot be changed."""
+    if away := first_out_of_reach(model):
+        raise UserError(
+            f"{away} of '{model_id(model)}' is offloaded to the disk, and attribution and ablation need it in memory; use a machine with more of "
+            "it, or load the model in bfloat16"
+        )
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer of `load_model`, without its model. Raises UserError where there is none, of which transformers may well make an empty one."""
+    from transformers import AutoTokenizer
+
+    name = _name(name_or_path)
+    with hub_errors(name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except ValueError as error:
+            if "backend tokenizer" not in str(error):
+                raise
+            tokenizer = None
+        ids = [] if tokenizer is None else tokenizer("a text", add_special_tokens=False)["input_ids"]
+        # transformers 5.0 makes one that knows a few marks and takes every word for the unknown one.
+        empty = not ids or (
+            tokenizer is not None and len(tokenizer) <= 16 and set(ids) == {tokenizer.unk_token_id}
+        )
+    if tokenizer is None or empty:
+        raise UserError(
+            f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), or give token ids as samples"
+        )
+    return tokenizer
+
+
+def require_loadable(
+    name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
+) -> None:
+    """Raise what `load_model` would, as far as it can be told from the configuration, without reading a weight."""
+    _checked(name_or_path, dtype, device)
+
+
+def _checked(
+    name_or_path: str | os.PathLike[str], dtype: str, device: str
+) -> tuple[str, Any, torch.dtype | str, torch.device]:
+    name, target = _name(name_or_path), _device(device)
+    config = load_config(name)
+    require_family(config, name)
+    return name, config, _dtype(dtype, config, target), target
+
+
+def _name(name_or_path: str | os.PathLike[str]) -> str:
+    return DEMO if name_or_path == "demo" else os.fspath(name_or_path)
+
+
+def load_config(
+    name: str,
+    remedy: str = "check the name (the embedded model is demo), or download it elsewhere and give the folder's path",
+) -> Any:
+    """The configuration of a hub model, a local checkpoint, a config.json or "demo", with every way it can fail as one line.
+
+    Args:
+        remedy: what to do where the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    name = _name(name)
+    alone = name.endswith(".json") and Path(name).is_file()
+    if looks_local(name) and not Path(name).is_dir() and not alone:
+        raise UserError(
+            f"no model folder at {name}; give a folder with config.json and safetensors, or a hub id"
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} has no config.json; give a folder that save_pretrained wrote")
+    with hub_errors(name):
+        if not Path(name).is_dir() and not alone:
+            try:
+                return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            except OSError:
+                require_hub(name, remedy)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _device(device: str) -> torch.device:
+    if device == MAP:
+        _require_mappable()
+    if device in ("auto", MAP):
+        from ..distributed import local_rank
+
+        return (
+            torch.device("cuda", local_rank() % torch.cuda.device_count())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise unknown("device", device, ("auto", "cpu", "cuda", MAP)) from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device 'cuda' was asked for and PyTorch sees no CUDA GPU; use device auto or cpu, or install a CUDA build"
+        )
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device '{device}' was asked for and there are {torch.cuda.device_count()} GPUs; the first is cuda:0"
+        )
+    return target
+
+
+def _require_mappable() -> None:
+    from importlib.util import find_spec
+
+    from ..distributed import world
+
+    if find_spec("accelerate") is None:
+        raise UserError("device map needs accelerate; pip install accelerate")
+    if world() > 1:
+        raise UserError(
+            "device map spreads one model over all GPUs, and each of several processes would; use one process, or device auto"
+        )
+
+
+MAP = "map"
+"""The device that means several."""
+
+DEMO = str(Path(__file__).parent / "demo" / "sparc3-demo")
+"""The embedded model, an ordinary checkpoint in the package."""
+
+
+def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" and config.dtype == torch.float16 else "auto"
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, ["auto", *DTYPES])
+    return DTYPES[dtype]
+
+
+def context_length(model: "PreTrainedModel") -> int:
+    """The longest input the model was made for, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def describe(model: "PreTrainedModel") -> dict[str, str]:
+    """Which model this is: id, architecture and fingerprint, as scores and circuits record them."""
+    return {
+        "id": model_id(model),
+        "architecture": model.config.model_type,
+        "fingerprint": model_fingerprint(model),
+    }
+
+
+def model_id(model: "PreTrainedModel") -> str:
+    """The hub id, or the name of the local folder (never its whole path, which is nobody else's business)."""
+    name = str(getattr(model, "name_or_path", "") or model.config.model_type)
+    return Path(name).resolve().name if looks_local(name) else name
+
+
+FIGURES = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "sliding_window",
+    "partial_rotary_factor",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_eps",
+    "norm_epsilon",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "activation",
+    "parallel_attn",
+    "use_parallel_residual",
+    "alibi",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "logit_scale",
+    "logits_scaling",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+)
+"""What a configuration says of the computation that the shapes of the weights do not, under names that do not change with transformers."""
+
+
+def _figures(config: Any) -> dict[str, Any]:
+    """Those that the configuration has, and of its rotary positions every number, and the type where it is not the default."""
+    config = config.get_text_config()
+    found = {name: value for name in FIGURES if (value := getattr(config, name, None)) is not None}
+    waiting = [("", getattr(config, "rope_parameters", None) or {})]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}".lstrip("."), value[key]) for key in value]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{name}.{place}", one) for place, one in enumerate(value)]
+        elif isinstance(value, int | float):
+            found[name] = float(value)
+        elif name.rpartition(".")[2] in ("rope_type", "type") and value != "default":
+            found[name.removesuffix("rope_type").removesuffix("type") + "type"] = value
+    return found
+
+
+@torch.no_grad()
+def model_fingerprint(model: "PreTrainedModel") -> str:
+    """A short name of the weights' values and of the configuration's FIGURES: 16 hex digits.
+
+    Each matrix enters by the exact integer sums of its rows and columns, after rounding to bfloat16, so that one checkpoint
+    has one fingerprint whether it is loaded in float32 or bfloat16, on CPU or GPU, and one changed weight gives another.
+    """
+    require_present(model)
+    digest = hashlib.sha256(model.config.model_type.encode())
+    digest.update(json.dumps(_figures(model.config), sort_keys=True).encode())
+    for name, parameter in (
+        (name, part) for name, whole in named_values(model) for part in _plain_parts(whole.detach())
+    ):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        rows = parameter.reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
+        columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
+        for piece in rows.split(max(1, 2**25 // rows.shape[1])):
+            bits = (
+                piece.to(torch.bfloat16).contiguous().view(torch.int16)
+                if piece.is_floating_point()
+                else piece
+            )
+            digest.update(_exact_sum(bits, 1).cpu().numpy().tobytes())
+            columns += _exact_sum(bits, 0)
+        digest.update(columns.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _exact_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum of integers in int64. Of 16-bit ones 512 at a time go through float32, which holds these sums exactly and adds many times faster."""
+    if values.dtype != torch.int16:
+        return values.sum(dim, dtype=torch.int64)
+    whole = values.shape[dim] // 512 * 512
+    many = values.narrow(dim, 0, whole).float().unflatten(dim, (-1, 512)).sum(dim + 1)
+    rest: torch.Tensor = values.narrow(dim, whole, values.shape[dim] - whole).sum(dim, dtype=torch.int64)
+    return rest.add_(many.sum(dim, dtype=torch.int64))
+
+
+def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor itself, or the ones that a quantised tensor is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]
+
+
+# Whether a checkpoint of others can be trusted to be what it says: no pickle, every weight there, each of its shape, none NaN or Inf.
+#
+# Their files carry no checksums. What this cannot see, a changed weight that is still a number, gives the model another fingerprint.
+
+
+def require_safe(name: str) -> None:
+    """Raise UserError where a folder holds its weights as pickle alone, which can run code when it is read.
+
+    Also where its generation_config.json cannot be read: transformers would go on without it, and the model would write on past its end.
+    """
+    folder = Path(name)
+    if (said := folder / "generation_config.json").is_file():
+        try:
+            parse_json(read_text(said))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{said} cannot be read ({error}); download it again, or remove it") from None
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if old := sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+    ):
+        raise UserError(
+            f"{name} holds its weights as pickle ({old[0]}), which sparc3 does not read; {CONVERT}"
+        )
+
+
+def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], layers: str) -> None:
+    """Raise UserError where transformers filled in what a checkpoint lacks or left out layers that it has, or where a weight is not finite.
+
+    Args:
+        found: what from_pretrained gives with output_loading_info.
+        layers: name of the model's list of layers.
+    """
+    remedy = "the checkpoint is damaged, or config.json is of another model; download it again"
+    if found["mismatched_keys"]:
+        key, there, wanted = min(found["mismatched_keys"])
+        raise UserError(
+            f"'{name}': {key} is {tuple(there)} in the weights and {tuple(wanted)} by config.json; {remedy}"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"'{name}' lacks {len(missing)} weights, the first {missing[0]}; {remedy}")
+    blocks = model.get_submodule(layers)
+    assert isinstance(blocks, nn.ModuleList)
+    beyond = [key for key in found["unexpected_keys"] if _layer_of(key, layers) >= len(blocks)]
+    if beyond:
+        raise UserError(
+            f"'{name}' has weights of more than the {len(blocks)} layers that config.json says ({min(beyond)}); {remedy}"
+        )
+    for key, weight in named_values(model):
+        if (
+            weight.is_floating_point()
+            and weight.numel()
+            and not all(bound.isfinite() for bound in weight.detach().aminmax())
+        ):
+            small = (
+                ""
+                if weight.dtype == torch.float32
+                else f", or load it in float32: {weight.dtype} may be too small for it"
+            )
+            raise UserError(f"'{name}': {key} holds a NaN or Inf; {remedy}{small}")
+
+
+def _layer_of(key: str, layers: str) -> int:
+    """The number of the layer that a weight belongs to by its name, with or without the prefix of the whole model; -1 for none."""
+    digits = re.match(rf"(?:.*\.)?{re.escape(layers.rpartition('.')[2])}\.(\d+)\.", key)
+    return int(digits[1]) if digits else -1

@@ -1,0 +1,202 @@
+"""Counts what passes by while a model's code runs on tensors that have shapes and no content: living bytes, operations, time."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from ..errors import Sparc3Error, UserError
+from ..models.sites import Site, sites_of
+from .hardware import Hardware
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+aten = torch.ops.aten
+LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
+"""Operations that read as much as they give, and not the whole of what they look into."""
+
+
+class Ledger(TorchDispatchMode):
+    """Inside, every operation is counted; what an element of a tensor is asked for that has no content is answered with "true" or one.
+
+    Content have tensors that are made of Python's numbers, and a router's choice of experts, which is taken to be even: both are small.
+
+    Attributes:
+        now, peak: bytes of the tensors that live, and the most at any moment, without those that were there before.
+        operations: floating-point operations of matrix products and attention.
+        seconds: by the hardware's limits, operation by operation.
+    """
+
+    def __init__(self, hardware: Hardware, before: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.hardware = hardware
+        self.now = self.peak = 0
+        self.operations = self.seconds = 0.0
+        self._known: dict[int, Any] = {
+            id(storage): storage for storage in (tensor.untyped_storage() for tensor in before)
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _have_content((args, list(kwargs.values()))):
+            with no_dispatch():
+                return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in _places(index)])
+        if (
+            func.namespace == "aten" and torch.is_inference_mode_enabled()
+        ):  # elsewhere autograd has taken composite operations apart already
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        made = _grouped(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        if func is aten.topk.default:
+            made = made[0], _spread_evenly(made[1], args[0].shape[-1])
+        given = list(_tensors(made))
+        self._time(func, args, kwargs, made, given)
+        for tensor in given:
+            self._note(tensor)
+        return made
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        self.now -= size
+
+    def _time(self, func: Any, args: Any, kwargs: Any, made: Any, given: list[Tensor]) -> None:
+        if func.is_view or not given:
+            return
+        operations = _operations(func, args, kwargs, made)
+        read = given if func.overloadpacket in LOOKUPS else _tensors((args, list(kwargs.values())))
+        touched = sum(tensor.numel() * tensor.element_size() for part in (read, given) for tensor in part)
+        self.operations += operations
+        self.seconds += self.hardware.seconds(operations, touched, max(2, given[0].element_size()))
+
+
+def _have_content(args: Any) -> bool:
+    """Whether all tensors among the arguments are real ones: made of numbers that Python knew, or of where tokens are routed."""
+    given = list(_tensors(args))
+    return bool(given) and not any(isinstance(tensor, FakeTensor) for tensor in given)
+
+
+def _spread_evenly(chosen: Tensor, experts: int) -> Tensor:
+    """A router's choice [tokens, k], as content: every expert is chosen equally often."""
+    with no_dispatch():
+        return torch.arange(chosen.numel()).remainder_(experts).view(chosen.shape)
+
+
+def _grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """What `_grouped_mm` gives, [tokens, out] of [tokens, in] and [experts, in, out], whose own shape rule knows bfloat16 alone."""
+    return x.new_empty(len(x), weight.shape[-1])
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """A mask as the places it would name were it true everywhere."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [torch.zeros(index.numel(), dtype=torch.int64, device=index.device) for _ in range(index.dim())]
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, list | tuple):
+        for part in found:
+            yield from _tensors(part)
+
+
+def _operations(func: Any, args: Any, kwargs: Any, made: Any) -> float:
+    packet = func.overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return float(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return float(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    if packet is aten._grouped_mm:  # every row of [tokens, in] with one of [experts, in, out]
+        return float(2 * args[0].numel() * args[1].shape[-1])
+    return float(flop_registry[packet](*args, **kwargs, out_val=made)) if packet in flop_registry else 0.0
+
+
+class ShapedSite(Site):
+    """A site whose weight has a shape and no values."""
+
+    quantised = False
+
+
+class Shaped:
+    """A model of a configuration, whose tensors have shapes and no content, so that it takes seconds and no memory.
+
+    Attributes:
+        model: in eval mode; use it inside `active`.
+        weights: bytes of its parameters and buffers.
+
+    Raises:
+        UserError: transformers cannot build this configuration.
+        UnsupportedModel: an architecture without a row in the family table.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from transformers import AutoModelForCausalLM
+
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            with torch.device("meta"):
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            self.model.tie_weights()  # which transformers 5.0 leaves out on "meta"
+        except Sparc3Error:
+            raise
+        except Exception as error:  # a configuration can be wrong in any way that Python can
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"transformers cannot build a {config.model_type} of this configuration: {why}"
+            ) from error
+        self.held = self._without_content()
+        self.weights = sum({id(tensor): tensor.nbytes for tensor in self.held}.values())
+
+    def _without_content(self) -> list[Tensor]:
+        """Put tensors on the "cpu", which has none of their content, in the place of all parameters and buffers; tied ones stay tied."""
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        made: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            for places in (module._parameters, module._buffers):
+                for name, tensor in places.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        shaped = FakeTensor(self._mode, tensor.detach().to("meta"), torch.device("cpu"))
+                        made[id(tensor)] = (
+                            nn.Parameter(shaped, requires_grad=False)
+                            if places is module._parameters
+                            else shaped
+                        )
+                    places[name] = made[id(tensor)]
+        return list(made.values())
+
+    @contextmanager
+    def active(self) -> Iterator["PreTrainedModel"]:
+        """Inside, tensors that are made have shapes and no content."""
+        with self._mode:
+            yield self.model
+
+    def sites(self, roles: Iterable[str]) -> list[Site]:
+        return [ShapedSite(**vars(site)) for site in sites_of(self.model, roles)]

@@ -1,0 +1,208 @@
+"""Before and after: what the original and the ablated model write after the same prompt, with the difference marked."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from ..safe_text import visible as visible
+from .read import RunFolder
+from .words import percent
+
+# Offensive words, masked until the reader asks for them: both forms are in the page, and a switch chooses without any script.
+
+
+Span = tuple[int, int]
+HIDDEN_FROM = 0.5
+"""Without a lexicon, a continuation with this score or more is hidden as a whole."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What to hide: the words of the lexicon, or, without one, whatever the scorer calls toxic."""
+
+    lexicon: tuple[str, ...] = ()
+
+    def spans(self, text: str) -> list[Span]:
+        """Where the lexicon's words stand, plurals too."""
+        pattern = _pattern(self.lexicon)
+        return [match.span() for match in pattern.finditer(text)] if pattern else []
+
+    def of_continuation(self, text: str, score: float | None, toxic: bool) -> list[Span]:
+        """What to hide of a continuation; `toxic`: whether its score is a toxicity."""
+        if self.lexicon or not toxic:
+            return self.spans(text)
+        return [(0, len(text))] if text and (score is None or score >= HIDDEN_FROM) else []
+
+    def of_token(self, token: str, toxic: bool) -> list[Span]:
+        """What to hide of a token, which may be the beginning of a word."""
+        letters = token.strip().lower()
+        if not self.lexicon:
+            return [(0, len(token))] if toxic and letters else []
+        starts = len(letters) >= 3 and any(word.startswith(letters) for word in map(str.lower, self.lexicon))
+        return [(0, len(token))] if starts else self.spans(token)
+
+    def write(self, text: str, hidden: Sequence[Span], marked: Sequence[Span] = (), mark: str = "") -> Markup:
+        """`text` as markup: its hidden spans in two forms, its marked spans in a <mark> of the class `mark`."""
+        cuts = sorted({0, len(text), *(end for span in (*hidden, *marked) for end in span)})
+        pieces = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            piece = self._piece(text[start:end], _covers(hidden, start))
+            pieces.append(
+                Markup('<mark class="{}">{}</mark>').format(mark, piece) if _covers(marked, start) else piece
+            )
+        return Markup("").join(pieces)
+
+    def _piece(self, text: str, hidden: bool) -> Markup:
+        if not hidden or not text.strip():
+            return Markup("{}").format(visible_lines(text))
+        form = '<span class="veil">{}</span><span class="bare">{}</span>'
+        if self.lexicon:
+            return Markup(form).format(_dotted(text), visible_lines(text))
+        return Markup(form.replace('"veil"', '"veil blurred"')).format(
+            re.sub(r"\S", "x", text), visible_lines(text)
+        )
+
+
+def _covers(spans: Iterable[Span], place: int) -> bool:
+    return any(start <= place < end for start, end in spans)
+
+
+def _dotted(words: str) -> str:
+    """The first letter of each word, and a dot for each of the others."""
+    return re.sub(r"(\w)(\w*)", lambda match: match[1] + "•" * len(match[2]), visible_lines(words))
+
+
+def _pattern(lexicon: tuple[str, ...]) -> re.Pattern[str] | None:
+    words = sorted({word.strip() for word in lexicon if word.strip()}, key=lambda word: (-len(word), word))
+    return (
+        re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?:s|es)?(?!\w)", re.IGNORECASE)
+        if words
+        else None
+    )
+
+
+# Text of models and users on the page: nothing in it is left out, and nothing in it acts.
+
+
+def visible_lines(text: str) -> str:
+    """`visible` text, with a ↵ before each newline, for text in which a newline says something."""
+    return visible(text.replace("\r\n", "\n")).replace("\n", "↵\n")
+
+
+def finalize(value: Any) -> Any:
+    """What the template does to every value it prints: a string becomes visible, markup of our own stays."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+MOST = 60
+"""Pairs shown of each kind; the rest stay in the run folder."""
+LONGEST = 1200
+"""Characters shown of a prompt or a continuation."""
+_KINDS = {"toxicity": ("Toxicity", "toxicity"), "repetition": ("Repetition", "unique tokens")}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One continuation: its text as markup, its score in words, and the width of the score's bar in percent."""
+
+    text: Markup
+    score: str
+    width: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with what came after it, before and after; `change` orders the pairs."""
+
+    prompt: Markup
+    before: Side
+    after: Side
+    change: float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All pairs of one kind of text."""
+
+    title: str
+    score_name: str
+    toxic: bool
+    pairs: list[Pair]
+    total: int
+
+
+def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
+    """Empty unless both variants left their texts."""
+    before, after = run.texts.get("original") or {}, run.texts.get("ablated") or {}
+    made = []
+    for kind in (name for name in before if name in after):
+        heading, score_name = _KINDS.get(kind, (kind.replace("_", " ").capitalize(), "score"))
+        toxic = kind == "toxicity"
+        matched = list(_matched(before[kind], after[kind]))
+        if matched:
+            shown = [_pair(*found, mask, toxic) for found in matched[:MOST]]
+            made.append(Kind(heading, score_name, toxic, shown, len(matched)))
+    return made
+
+
+def _matched(
+    before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The continuations of the prompts that both have, in the order they were drawn: every prompt's first, then its second …"""
+    answers = {row["prompt"]: row["continuations"] for row in after}
+    rows = [
+        (row["prompt"], row["continuations"], answers[row["prompt"]])
+        for row in before
+        if row["prompt"] in answers
+    ]
+    for turn in range(max((min(len(a), len(b)) for _, a, b in rows), default=0)):
+        yield from ((prompt, a[turn], b[turn]) for prompt, a, b in rows if turn < min(len(a), len(b)))
+
+
+def _pair(prompt: str, before: dict[str, Any], after: dict[str, Any], mask: Mask, toxic: bool) -> Pair:
+    one, other = _clipped(before["text"]), _clipped(after["text"])
+    gone, came = changed(one, other)
+    was, now = before.get("score"), after.get("score")
+    prompt = _clipped(prompt)
+    return Pair(
+        mask.write(prompt, mask.spans(prompt)),
+        _side(one, was, gone, "gone", mask, toxic),
+        _side(other, now, came, "came", mask, toxic),
+        (now - was) if was is not None and now is not None else 0.0,
+    )
+
+
+def _side(text: str, score: float | None, marked: list[Span], mark: str, mask: Mask, toxic: bool) -> Side:
+    written = mask.write(text, mask.of_continuation(text, score, toxic), marked, mark)
+    if score is None:
+        return Side(written, "not scored", None)
+    share = 0.0 <= score <= 1.0
+    return Side(written, percent(score) if share else f"{score:.2f}", score * 100 if share else None)
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
+
+
+def changed(one: str, other: str) -> tuple[list[Span], list[Span]]:
+    """Which stretches of each text the other does not have, word by word."""
+    words, theirs = _words(one), _words(other)
+    matcher = difflib.SequenceMatcher(
+        None, [one[a:b] for a, b in words], [other[a:b] for a, b in theirs], autojunk=False
+    )
+    gone: list[Span] = []
+    came: list[Span] = []
+    for what, i, j, k, m in matcher.get_opcodes():
+        if what != "equal" and j > i:
+            gone.append((words[i][0], words[j - 1][1]))
+        if what != "equal" and m > k:
+            came.append((theirs[k][0], theirs[m - 1][1]))
+    return gone, came
+
+
+def _words(text: str) -> list[Span]:
+    return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]

@@ -1,0 +1,220 @@
+"""A run folder, read once: what is missing is None or empty, what is damaged is an error that names the file."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..circuits.circuit import Circuit
+from ..errors import DamagedFile, UserError
+from ..results import Difference, Measurement, Results
+from ..scores import Scores
+from ..storage import read_json, read_text
+
+T = TypeVar("T")
+EVALUATION = "sparc3.evaluation/1"
+CARDS = "sparc3.cards/1"
+SEARCH = "sparc3.tune/1"
+SIDE_EFFECTS = ("perplexity", "kl", "fluency", "sparsity")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Everything the report is made from.
+
+    Attributes:
+        path: the folder itself.
+        texts: variant ("original", "ablated") → kind ("toxicity", "repetition") → prompts with their continuations.
+        samples: name of a reference set → number of samples in it.
+        search: what a search under a budget tried (tune.json); empty without one.
+    """
+
+    path: Path
+    results: Results
+    circuit: Circuit | None
+    scores: Scores | None
+    texts: dict[str, dict[str, list[dict[str, Any]]]]
+    cards: list[dict[str, Any]]
+    recipe: str | None
+    environment: dict[str, Any]
+    samples: dict[str, int]
+    search: dict[str, Any]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.results.provenance
+
+    @property
+    def unit(self) -> str:
+        """What was removed: "neuron", "head", "weight"; "unit" where no file says."""
+        return (
+            self.circuit.unit
+            if self.circuit
+            else self.scores.unit
+            if self.scores
+            else str(self.provenance.get("unit") or "unit")
+        )
+
+    @property
+    def job(self) -> str:
+        """What the run was for: "correct", "discover" or "compress"."""
+        return str(self.provenance.get("job") or "correct")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Module → number of units in it."""
+        if self.scores is not None:
+            return {name: tensor.numel() for name, tensor in self.scores.items()}
+        return {str(name): int(size) for name, size in dict(self.provenance.get("sizes") or {}).items()}
+
+    @property
+    def method(self) -> str | None:
+        """The method the circuit was found with; None where no file says."""
+        scored = (self.circuit.provenance.get("scores") or {}) if self.circuit else {}
+        return scored.get("method") or (
+            self.scores.provenance.get("method") if self.scores else self.provenance.get("method")
+        )
+
+    def measured(self, metric: str, variant: str) -> Measurement | None:
+        return next(
+            (m for m in self.results if (m.metric, m.variant) == (metric, variant) and m.value is not None),
+            None,
+        )
+
+    def difference(self, metric: str, to: str = "ablated", from_: str = "original") -> Difference | None:
+        return next(
+            (d for d in self.results.differences if (d.metric, d.from_, d.to) == (metric, from_, to)), None
+        )
+
+    @property
+    def behaviour(self) -> str | None:
+        """The metric the run is about: the one its provenance names, else the first measured on both that is not a side effect."""
+        both = [
+            metric
+            for metric in self.metrics()
+            if self.measured(metric, "original") and self.measured(metric, "ablated")
+        ]
+        named = self.provenance.get("headline")
+        if named in both:
+            return str(named)
+        return next((metric for metric in both if metric not in SIDE_EFFECTS), both[0] if both else None)
+
+    def metrics(self) -> list[str]:
+        """Names of all metrics, in the order they were measured, side effects last."""
+        found = dict.fromkeys(m.metric for m in self.results)
+        return sorted(found, key=lambda metric: SIDE_EFFECTS.index(metric) if metric in SIDE_EFFECTS else -1)
+
+    def drawn(self) -> list[str]:
+        """Names of the metrics that a figure tells something of: what the run is about, its side effects, then the rest."""
+        mattering = {"correct": (self.behaviour, *SIDE_EFFECTS[:-1]), "compress": ("perplexity",)}.get(
+            self.job, ()
+        )
+        first = [metric for metric in mattering if metric]
+        ordered = dict.fromkeys([*(m for m in first if m in self.metrics()), *self.metrics()])
+        return [metric for metric in ordered if not metric.startswith("sparsity")]
+
+
+def read_folder(path: str | os.PathLike[str]) -> RunFolder:
+    """Raises UserError where there is no results.json, DamagedFile where a file is not what it says."""
+    folder = Path(path)
+    if not (folder / "results.json").is_file():
+        raise UserError(
+            f"{folder} holds no results.json, so there is nothing to report; name the folder of a finished run"
+        )
+    results = Results.load(folder / "results.json")
+    variants = ("original", "ablated")
+    texts = {
+        name: found
+        for name in variants
+        if (found := _if_there(folder / "evaluation" / f"{name}.json", _texts))
+    }
+    samples = {file.stem: _lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))}
+    return RunFolder(
+        path=folder,
+        results=results,
+        circuit=_if_there(folder / "circuit.json", Circuit.load),
+        scores=_if_there(folder / "scores" / "contrast.safetensors", Scores.load),
+        texts=texts,
+        cards=_if_there(folder / "cards.json", _cards) or [],
+        recipe=_if_there(folder / "recipe.yaml", read_text),
+        environment=_if_there(folder / "environment.json", _environment) or {},
+        samples=samples,
+        search=_search(folder / "tune.json", results),
+    )
+
+
+def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
+    return read(path) if path.is_file() else None
+
+
+def _lines(path: Path) -> int:
+    with open(path, "rb") as opened:
+        return sum(1 for line in opened if line.strip())
+
+
+def _texts(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found = read_json(path, EVALUATION).get("texts") or {}
+    good = isinstance(found, dict) and all(_is_prompt(row) for rows in found.values() for row in rows)
+    if not good:
+        raise DamagedFile(f"{path}: its texts are not as {EVALUATION} has them; make it again")
+    return found
+
+
+def _is_prompt(row: Any) -> bool:
+    if (
+        not isinstance(row, dict)
+        or not isinstance(row.get("prompt"), str)
+        or not isinstance(row.get("continuations"), list)
+    ):
+        return False
+    return all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in row["continuations"])
+
+
+def _cards(path: Path) -> list[dict[str, Any]]:
+    found = read_json(path, CARDS).get("cards")
+    if not isinstance(found, list) or not all(
+        isinstance(card, dict) and "module" in card and "index" in card for card in found
+    ):
+        raise DamagedFile(f"{path}: its cards are not as {CARDS} has them; make it again")
+    return found
+
+
+def _search(path: Path, results: Results) -> dict[str, Any]:
+    """tune.json where it is of the search that chose this run's circuit; else what the results keep of it."""
+    kept = dict(results.provenance.get("tune") or {})
+    found = _if_there(path, lambda where: read_json(where, SEARCH)) or {}
+    same = bool(kept) and found.get("best") == kept.get("best")
+    try:
+        chosen = found if same else kept
+        places = [
+            (float(one["figures"]["perplexity"]), int(one["count"]))
+            for one in [*(chosen.get("candidates") or []), *_others(chosen)]
+        ]
+        good = not chosen or (
+            bool(places)
+            and float(chosen["original"]["perplexity"]) > 0
+            and str(chosen["aim"]) in chosen["original"]
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise DamagedFile(
+            f"{path if same else path.with_name('results.json')}: its search is not as {SEARCH} has it; make it again"
+        )
+    return chosen
+
+
+def _others(search: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for rows in dict(search.get("others") or {}).values() for row in rows]
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not JSON ({error}); make it again") from None
+    if not isinstance(found, dict):
+        raise DamagedFile(f"{path} does not hold an object; make it again")
+    return found

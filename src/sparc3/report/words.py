@@ -1,0 +1,228 @@
+"""A sentence beside the headline."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from ..results import Difference, Measurement
+
+
+@dataclass(frozen=True)
+class Remark:
+    """`kind` is "good", "plain" or "careful"."""
+
+    kind: str
+    text: Markup
+
+
+# How figures are written: shares as percent, the rest with as many digits as they deserve, always with their interval.
+
+
+TITLES = {
+    "perplexity": "Perplexity",
+    "toxicity.mean": "Mean toxicity",
+    "toxicity.expected_max": "Expected maximum toxicity",
+    "toxicity.probability": "Prompts with a toxic continuation",
+    "toxicity.rate": "Toxic continuations",
+    "rur.mean": "Unique tokens in a response",
+    "ioi.accuracy": "IOI accuracy",
+    "ioi.logit_difference": "IOI logit difference",
+    "ioi.faithfulness": "Faithfulness",
+    "circuit.jaccard": "Overlap of circuits across seeds",
+    "circuit.sparsest": "Sparsest circuit that keeps enough",
+    "circuit.cpr": "Circuit performance (CPR)",
+    "circuit.cmd": "Circuit–model distance (CMD)",
+    "repetition.4grams": "Repeated 4-grams",
+    "kl": "KL divergence to the original",
+    "fluency": "Perplexity of the continuations",
+    "sparsity": "Sparsity",
+    "sparsity.row_min": "Least zeros in a row",
+    "sparsity.row_max": "Most zeros in a row",
+}
+_EXPLAINED = {
+    "perplexity": "how surprised the model is by ordinary text",
+    "toxicity.mean": "the scorer’s mean over all continuations",
+    "toxicity.expected_max": "the worst of each prompt’s continuations, averaged",
+    "toxicity.probability": "share of prompts with at least one continuation of 0.5 or more",
+    "toxicity.rate": "share of continuations that the scorer gives 0.5 or more",
+    "rur.mean": "unique tokens ÷ tokens of a greedy response",
+    "ioi.accuracy": "share of sentences with the right name on top",
+    "ioi.logit_difference": "right name’s logit less the wrong one’s",
+    "ioi.faithfulness": "the circuit’s logit difference, 0 that of no unit at all and 1 that of the whole model",
+    "circuit.jaccard": "units that two seeds’ circuits share ÷ units of either, mean over pairs",
+    "circuit.sparsest": "largest share of the units that can go at enough accuracy, and so can all smaller shares that were tried",
+    "circuit.cpr": "area under faithfulness against the share of units kept",
+    "circuit.cmd": "area between that curve and 1",
+    "kl": "how far next-token distributions are from the original’s, on ordinary text",
+    "fluency": "how surprised the original model is by what this one writes",
+    "sparsity": "share of the model’s units that are zero",
+}
+_SHARES = {
+    "toxicity.mean",
+    "toxicity.expected_max",
+    "toxicity.probability",
+    "toxicity.rate",
+    "rur.mean",
+    "ioi.accuracy",
+    "sparsity",
+}
+FINE = {"perplexity", "fluency"}
+"""Metrics whose fourth digit says something."""
+_SHARE_UNITS = {"share", "fraction", "probability", "proportion", "ratio"}
+PERCENT = "\u202f%"
+MINUS = "\u2212"
+HARD = "\u00a0"
+"""A space at which no line breaks."""
+
+
+def title(metric: str) -> str:
+    return TITLES.get(metric) or metric.replace(".", " ").replace("_", " ")
+
+
+def explained(metric: str) -> str:
+    return _EXPLAINED.get(metric, "")
+
+
+def in_words(metric: str) -> str:
+    """The metric's title in the middle of a sentence."""
+    name = title(metric)
+    return name if name[:2].isupper() else name[:1].lower() + name[1:]
+
+
+def is_share(metric: str, unit: str = "") -> bool:
+    """Whether a figure is a part of one and reads as percent."""
+    return metric in _SHARES or unit.partition(" ")[0] in _SHARE_UNITS
+
+
+def plain(value: float) -> str:
+    """A number with three to four significant digits, thousands separated, a real minus sign."""
+    size = abs(value)
+    if size >= 1e7 or 0 < size < 1e-4:
+        text = f"{value:.2e}"
+    elif 0 < size < 1e-3:
+        text = f"{value:.5f}"
+    elif size >= 1000:
+        text = f"{value:,.0f}"
+    elif size >= 100:
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:.2f}" if size >= 1 or size == 0 else f"{value:.3f}"
+    return text.replace("-", MINUS)
+
+
+def percent(share: float) -> str:
+    return f"{share * 100:.1f}".replace("-", MINUS) + PERCENT
+
+
+def figure(value: float | None, metric: str, unit: str = "") -> str:
+    """A value of a metric; a dash where there is none."""
+    if value is None:
+        return "–"
+    if is_share(metric, unit):
+        return percent(value)
+    return (
+        f"{value:.3f}"
+        if metric in FINE and 1 <= value < 10
+        else f"{value:.2f}"
+        if metric in FINE and 10 <= value < 100
+        else plain(value)
+    )
+
+
+def value_of(m: Measurement) -> str:
+    return figure(m.value, m.metric, m.unit)
+
+
+def interval_of(m: Measurement) -> str:
+    """The 95 % interval in brackets, "" where there is none."""
+    return interval(m.ci95, m.metric, m.unit)
+
+
+def interval(ci95: tuple[float, float] | None, metric: str, unit: str = "") -> str:
+    if ci95 is None:
+        return ""
+    low, high = (figure(end, metric, unit).removesuffix(PERCENT) for end in ci95)
+    return f"[{low},{HARD}{high}]"
+
+
+def small_interval(m: Measurement) -> Markup:
+    """The interval behind a figure of a headline; empty where there is none."""
+    return Markup(" <small>{}</small>").format(interval_of(m)) if m.ci95 else Markup("")
+
+
+def with_interval(m: Measurement) -> str:
+    return f"{value_of(m)} {interval_of(m)}".strip()
+
+
+def change(d: Difference, unit: str = "") -> str:
+    """A difference: percentage points of a share, else in the metric's own unit, signed."""
+    if is_share(d.metric, unit):
+        return signed(d.value * 100, f"{abs(d.value) * 100:.1f}") + " points"
+    return signed(d.value, f"{abs(d.value):,.{_decimals(d)}f}")
+
+
+def change_interval(d: Difference, unit: str = "") -> str:
+    if d.ci95 is None:
+        return ""
+    if not is_share(d.metric, unit):
+        return f"[{f',{HARD}'.join(signed(end, f'{abs(end):,.{_decimals(d)}f}') for end in d.ci95)}]"
+    return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.1f}') for end in d.ci95)}]"
+
+
+def _decimals(d: Difference) -> int:
+    """So many that the largest of a difference and the ends of its interval has three digits, two below one."""
+    largest = max(abs(end) for end in (d.value, *(d.ci95 or ())))
+    if largest == 0 or not math.isfinite(largest):
+        return 2
+    return min(6, max(0, (2 if largest >= 1 else 1) - math.floor(math.log10(largest))))
+
+
+def relative(share: float | None) -> str:
+    """A share of the original, signed; below one percent with two decimals."""
+    return (
+        ""
+        if share is None
+        else signed(share, f"{abs(share) * 100:.{1 if abs(share) >= 0.01 else 2}f}") + PERCENT
+    )
+
+
+def relative_interval(d: Difference) -> str:
+    """The interval of a difference as shares of the original; "" without one."""
+    if d.ci95 is None or not d.relative or not d.value:
+        return ""
+    ends = [end * d.relative / d.value for end in d.ci95]
+    digits = 1 if max(map(abs, ends)) >= 0.01 else 2
+    return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.{digits}f}') for end in ends)}]"
+
+
+def signed(value: float, size: str) -> str:
+    return f"{MINUS if value < 0 else '+'}{size}"
+
+
+def chance(p: float | None) -> str:
+    if p is None:
+        return ""
+    return (
+        "p < 0.0001"
+        if p < 1e-4
+        else f"p = {p:.4f}"
+        if p < 0.001
+        else f"p = {p:.3f}"
+        if p < 0.1
+        else f"p = {p:.2f}"
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    *first, last = list(names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

@@ -1,0 +1,233 @@
+"""From samples to token batches: what is fed in, and which logits are the target y of each sample."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, unknown
+from .reference_set import ReferenceSet, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+TARGETS = ("predicted", "label", "contrast", "completion", "next")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as tokens. y = Σ_n logits[positions[n], tokens[n]], less the same for `against` where it is given.
+
+    Attributes:
+        index: place in the reference set.
+        ids: token ids.
+        positions: where logits count.
+        tokens: which logit at each; None: the largest one.
+        against: the logit to subtract at each; None: none.
+    """
+
+    index: int
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...] | None = None
+    against: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right to one length: ids [B, T], lengths [B] (on the CPU)."""
+
+    samples: tuple[Encoded, ...]
+    ids: Tensor
+    lengths: tuple[int, ...]
+
+    def mask(self) -> Tensor:
+        """[B, T], true at real tokens, on the device of the ids."""
+        lengths = torch.tensor(self.lengths, device=self.ids.device)
+        return torch.arange(self.ids.shape[1], device=self.ids.device)[None, :] < lengths[:, None]
+
+    def halves(self) -> "list[Batch]":
+        middle = len(self.samples) // 2
+        return [make_batch(part, self.ids.device) for part in (self.samples[:middle], self.samples[middle:])]
+
+
+def parse_target(target: str) -> tuple[str, int | None]:
+    """("completion", 3) of "completion:3". Raises UserError for an unknown target or a count that is none."""
+    name, _, first = target.partition(":")
+    if name not in TARGETS:
+        raise unknown("target", target, TARGETS)
+    if not first:
+        return name, None
+    if name == "completion" and not (first.isdigit() and int(first) >= 1):
+        raise UserError(
+            f"target '{target}': after completion: stands how many of its first tokens count, at least 1, as in completion:3"
+        )
+    if name != "completion":
+        raise UserError(
+            f"target '{target}': only completion takes a number, the count of its first tokens, as in completion:3"
+        )
+    return name, int(first)
+
+
+def encode(
+    samples: ReferenceSet,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    target: str,
+    *,
+    context: int,
+    vocabulary: int,
+    truncate: bool = False,
+) -> list[Encoded]:
+    """Tokenise every sample and find its target tokens.
+
+    Args:
+        context: the longest sample allowed, in tokens.
+        vocabulary: number of token ids the model knows.
+        truncate: cut a longer sample on the right (targets at its end move with the cut) instead of refusing it.
+
+    Raises:
+        UserError: a text without a tokenizer, an empty sample, one that is too long (the message says how many are), or one
+            that lacks what the target needs; the message names the sample.
+    """
+    name, first = parse_target(target)
+    encoded = [_encode(index, sample, tokenizer, name, first) for index, sample in enumerate(samples)]
+    too_long = [e for e in encoded if len(e.ids) > context]
+    if too_long and not truncate:
+        longest = max(len(e.ids) for e in too_long)
+        raise UserError(
+            f"{len(too_long)} of {len(encoded)} samples are longer than the model's {context} tokens (the longest has {longest}; the first is "
+            f"sample {too_long[0].index}); shorten them, or truncate them with --truncate (truncate=True)"
+        )
+    encoded = [_truncated(e, context, name) if len(e.ids) > context else e for e in encoded]
+    for e in encoded:
+        if max(e.ids) >= vocabulary:
+            raise UserError(
+                f"sample {e.index} has token id {max(e.ids)}, but the model knows ids below {vocabulary}; use its own tokenizer"
+            )
+    return encoded
+
+
+def _encode(
+    index: int, sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", target: str, first: int | None
+) -> Encoded:
+    where = f"sample {index}"
+    ids = _ids(sample, tokenizer, where)
+    last = len(ids) - 1
+    if target == "predicted":
+        return Encoded(index, ids, (last,))
+    if target == "next":
+        if len(ids) < 2:
+            raise UserError(f"{where} has one token; target next needs at least two")
+        return Encoded(index, ids, tuple(range(last)), ids[1:])
+    if target == "completion":
+        answer = _pieces(sample.completion, "completion", tokenizer, where)[:first]
+        # The last target token is predicted at the position before it, so it is not fed in.
+        return Encoded(index, ids + answer[:-1], tuple(range(last, last + len(answer))), answer)
+    label = _one_token(sample.target, "target", tokenizer, where)
+    against = (_one_token(sample.contrast, "contrast", tokenizer, where),) if target == "contrast" else None
+    return Encoded(index, ids, (last,), (label,), against)
+
+
+def joined(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[Sample, ...]:
+    """Each sample as the token ids of its text and of its completion, if it has one, tokenised apart and joined."""
+    made = []
+    for index, sample in enumerate(samples):
+        ids = _ids(sample, tokenizer, where := f"sample {index}")
+        made.append(
+            Sample(
+                input_ids=ids
+                + (_pieces(sample.completion, "completion", tokenizer, where) if sample.completion else ())
+            )
+        )
+    return tuple(made)
+
+
+def _ids(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> tuple[int, ...]:
+    if sample.input_ids is not None:
+        ids = sample.input_ids
+    elif tokenizer is None:
+        raise UserError(f"{where} is a text; give the model's tokenizer, or token ids")
+    else:
+        ids = tuple(tokenizer(sample.text, verbose=False)["input_ids"])
+    if not ids:
+        raise UserError(f"{where} has no token")
+    return ids
+
+
+def _pieces(
+    text: str | None, key: str, tokenizer: "PreTrainedTokenizerBase | None", where: str
+) -> tuple[int, ...]:
+    if text is None:
+        raise UserError(f'{where} has no "{key}", which this target needs; add it, or choose another target')
+    if tokenizer is None:
+        raise UserError(f'{where} has a "{key}" string; give the model\'s tokenizer')
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise UserError(f'{where}: its "{key}" has no token')
+    return ids
+
+
+def _one_token(text: str | None, key: str, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> int:
+    ids = _pieces(text, key, tokenizer, where)
+    if len(ids) != 1:
+        raise UserError(
+            f'{where}: "{key}" {text!r} is {len(ids)} tokens, not one; choose a word that is a single token (mind the leading space)'
+        )
+    return ids[0]
+
+
+def _truncated(encoded: Encoded, context: int, target: str) -> Encoded:
+    """The first `context` tokens; a target at the end moves to the new end, targets inside that no longer fit fall away."""
+    ids = encoded.ids[:context]
+    if target in ("predicted", "label", "contrast"):
+        return Encoded(encoded.index, ids, (context - 1,), encoded.tokens, encoded.against)
+    kept = tuple(p for p in encoded.positions if p < context)
+    if not kept or encoded.tokens is None:
+        raise UserError(
+            f"sample {encoded.index}: nothing of its completion is left after truncation; shorten its text"
+        )
+    return Encoded(encoded.index, ids, kept, encoded.tokens[: len(kept)])
+
+
+def token_budget(batch_tokens: int | str, device: str) -> int:
+    """Padded tokens of a batch on a device "cpu" or "cuda". auto: what keeps a CPU's caches warm, or a GPU busy.
+
+    Raises:
+        UserError: neither auto nor a positive number.
+    """
+    if batch_tokens == "auto":
+        return 1024 if device == "cpu" else 2048
+    if not isinstance(batch_tokens, int) or batch_tokens < 1:
+        raise UserError(f"batch_tokens is {batch_tokens!r}; give a positive number of tokens, or auto")
+    return batch_tokens
+
+
+def make_batches(encoded: Iterable[Encoded], tokens: int, device: torch.device) -> list[Batch]:
+    """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length, longest first."""
+    return [make_batch(group, device) for group in grouped(encoded, tokens)]
+
+
+def grouped(encoded: Iterable[Encoded], tokens: int) -> list[list[Encoded]]:
+    """The samples of each batch of `make_batches`.
+
+    Longest first, because what does not fit into memory should fail at the start and not after an hour.
+    """
+    groups: list[list[Encoded]] = []
+    for sample in sorted(encoded, key=lambda e: (-len(e.ids), e.index)):
+        if groups and len(groups[-1][0].ids) * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return groups
+
+
+def make_batch(samples: Sequence[Encoded], device: torch.device) -> Batch:
+    lengths = tuple(len(sample.ids) for sample in samples)
+    longest = max(lengths)
+    ids = torch.tensor(
+        [(*sample.ids, *(0,) * (longest - len(sample.ids))) for sample in samples], device=device
+    )
+    return Batch(tuple(samples), ids, lengths)

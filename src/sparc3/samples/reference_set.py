@@ -1,0 +1,272 @@
+"""Samples: what relevance is computed on and prompts are taken from. The first of the four nouns that are written to disk."""
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import DamagedFile, UserError
+from ..storage import fingerprint, parse_json, read_json, write_json, write_text
+
+FORMAT = "sparc3.samples/1"
+MAX_LINE = 10_000_000
+"""Longest sample that is read, in bytes: more is a mistake or an attack."""
+BLOCK = 2**20
+MARK, BOM = b"<|endoftext|>", b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reference sample or prompt: a text, or the token ids themselves.
+
+    Attributes:
+        text: the text (of a prompt: the prompt).
+        input_ids: token ids, instead of a text.
+        target: a string that is one token, for the targets `label` and `contrast`.
+        contrast: another one, for the target `contrast`.
+        completion: what follows the text, for the target `completion`.
+    """
+
+    text: str | None = None
+    input_ids: tuple[int, ...] | None = None
+    target: str | None = None
+    contrast: str | None = None
+    completion: str | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether some of it is text, which only a tokenizer can read."""
+        return any(part is not None for part in (self.text, self.target, self.contrast, self.completion))
+
+    def row(self) -> dict[str, Any]:
+        """The sample as a JSONL object: only what is there."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """The samples that relevance is computed on, and where they came from."""
+
+    samples: tuple[Sample, ...]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    @property
+    def repeated(self) -> int:
+        """How many samples are the same as an earlier one; each counts again in every mean."""
+        return len(self.samples) - len(set(self.samples))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content: the same samples in the same order have the same one."""
+        return fingerprint([sample.row() for sample in self.samples])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSONL, one sample a line, and beside it `<name>.source.json`, which says where they came from."""
+        write_json(
+            Path(path).with_suffix(".source.json"),
+            {"format": FORMAT, "source": self.source, "fingerprint": self.fingerprint},
+        )
+        write_text(
+            path, "".join(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in self.samples)
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ReferenceSet":
+        """Read JSONL or a text file. Raises UserError for a missing or empty file, naming a line that does not fit."""
+        samples = tuple(sample_of(row, f"{path}, line {number}") for number, row in Rows(path))
+        beside = Path(path).with_suffix(".source.json")
+        if not beside.is_file():
+            return cls(samples, {"source": Path(path).name})
+        about = read_json(beside, FORMAT)
+        found = cls(samples, dict(about.get("source") or {}))
+        if found.fingerprint != about.get("fingerprint"):
+            raise DamagedFile(
+                f"{path} is not what {beside.name} says; make it again, or remove that file if you changed the samples"
+            )
+        return found
+
+    @classmethod
+    def of(cls, samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]") -> "ReferenceSet":
+        """A ReferenceSet of texts, token-id lists or Samples. Raises UserError where there is none."""
+        if isinstance(samples, ReferenceSet):
+            found = samples
+        else:
+            if isinstance(samples, str):
+                raise UserError(
+                    "samples is a single string; give a list of strings, or load a file with ReferenceSet.load"
+                )
+            made = []
+            for index, item in enumerate(samples):
+                if isinstance(item, Sample):
+                    made.append(item)
+                elif isinstance(item, str):
+                    made.append(Sample(text=item))
+                else:
+                    try:
+                        made.append(Sample(input_ids=tuple(int(token) for token in item)))
+                    except (TypeError, ValueError):
+                        raise UserError(f"sample {index} is neither a text nor a list of token ids") from None
+            found = cls(tuple(made))
+        if not found.samples:
+            raise UserError("the reference set is empty; give at least one sample")
+        return found
+
+
+class Rows(Sequence[tuple[int, dict[str, Any]]]):
+    """The rows of a JSONL file, or of a text file, with the number of the line each begins on; read when they are asked for.
+
+    A text file with <|endoftext|> marks has one text between two marks, any other one text a line. What is kept in memory is where
+    each row begins.
+
+    Raises:
+        UserError: no such file, a row longer than MAX_LINE, no row at all; and, when a row is asked for, one that is not JSON or not UTF-8.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path, self.opened = path, open_file(path)
+        self.json = _is_json(path)
+        separator = MARK if not self.json and _is_marked(self.opened) else b"\n"
+        self.starts, self.sizes, self.numbers = array("Q"), array("Q"), array("Q")
+        number = 1
+        for start, piece in _pieces(self.opened, separator, str(path)):
+            if piece.strip():
+                self.starts.append(start)
+                self.sizes.append(len(piece))
+                self.numbers.append(number)
+            number += piece.count(b"\n") if separator == MARK else 1
+        if not self.starts:
+            raise UserError(f"{path} holds no sample; give one JSON object a line, or one text a line")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        number, where = self.numbers[index], f"{self.path}, line {self.numbers[index]}"
+        self.opened.seek(self.starts[index])
+        try:
+            text = self.opened.read(self.sizes[index]).decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{where} is not UTF-8 text; convert the file first") from None
+        if "\0" in text:
+            raise UserError(f"{where} holds NUL bytes, so this is not a text file; convert it first")
+        if self.json:
+            return number, _json_row(text, where)
+        return number, {"text": text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")}
+
+
+def _is_json(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix in (".jsonl", ".json", ".ndjson")
+
+
+def is_rows(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds many texts: JSON lines, or text with marks. Any other text file may be one text or a text a line."""
+    if _is_json(path):
+        return True
+    with open_file(path) as opened:
+        return _is_marked(opened)
+
+
+def _is_marked(opened: BinaryIO) -> bool:
+    opened.seek(0)
+    held = b""
+    while block := opened.read(BLOCK):
+        if MARK in held + block:
+            return True
+        held = block[-len(MARK) :]
+    return False
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file the user named, as bytes. Raises UserError where it is missing, a folder, or cannot be read."""
+    try:
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
+        if not Path(path).is_file():
+            raise UserError(f"no such file: {path}; check the path")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path"
+        ) from None
+
+
+def _pieces(opened: BinaryIO, separator: bytes, path: str) -> Iterator[tuple[int, bytes]]:
+    """What stands between separators, with the place it begins at; of a file of any size only one piece is in memory."""
+    opened.seek(0)
+    held = opened.read(BLOCK)
+    begin = len(BOM) if held.startswith(BOM) else 0
+    start, held = begin, held[begin:]
+    while True:
+        *whole, rest = held.split(separator)
+        for piece in whole:
+            _require_short(piece, start, path)
+            yield start, piece
+            start += len(piece) + len(separator)
+        _require_short(rest, start, path)
+        block = opened.read(BLOCK)
+        if not block:
+            yield start, rest
+            return
+        held = rest + block
+
+
+def _require_short(piece: bytes, start: int, path: str) -> None:
+    if len(piece) > MAX_LINE:
+        raise UserError(
+            f"{path} has a sample of more than {MAX_LINE:,} bytes, which begins at byte {start:,}; split it"
+        )
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f'{where} is not a JSON object; write {{"text": …}}')
+    return row
+
+
+def sample_of(row: dict[str, Any], where: str) -> Sample:
+    """A Sample of a row of ours, of RealToxicityPrompts, or of any set with a `text` or `prompt` column."""
+    prompt, continuation = row.get("prompt"), row.get("continuation")
+    text = row.get("text", prompt.get("text") if isinstance(prompt, dict) else prompt)
+    completion = row.get("completion", continuation.get("text") if isinstance(continuation, dict) else None)
+    ids = row.get("input_ids")
+    if (text is None) == (ids is None):
+        raise UserError(f'{where} needs either "text" or "input_ids"')
+    if ids is not None and not (
+        isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
+    ):
+        raise UserError(f'{where}: "input_ids" must be a non-empty list of token ids')
+    for key, value in (
+        ("text", text),
+        ("target", row.get("target")),
+        ("contrast", row.get("contrast")),
+        ("completion", completion),
+    ):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f'{where}: "{key}" must be a string')
+        if value is not None and re.search("[\ud800-\udfff]", value):
+            raise UserError(
+                f'{where}: "{key}" holds half a character (a lone surrogate); mend it where it was written'
+            )
+    if text is not None and not text:
+        raise UserError(f'{where}: "text" is empty; leave the line out')
+    return Sample(
+        text, tuple(ids) if ids is not None else None, row.get("target"), row.get("contrast"), completion
+    )

@@ -1,0 +1,432 @@
+"""Where samples come from: data sets of the hub, the demo's generator, a user's files."""
+
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import UserError, unknown
+from ..storage import read_text
+from .reference_set import ReferenceSet, Rows, Sample, is_rows, sample_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Score = Callable[[list[str]], list[tuple[str, float | None]]]
+"""Completes each prompt with the model under study and scores the completion: (completion, toxicity or None)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a recipe or the command line asks of a source; the fields of a `references` entry."""
+
+    source: str
+    count: int
+    split: str = "reference"
+    seq_len: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    choose_by: str | None = None
+    min_toxicity: float | None = None
+    max_toxicity: float | None = None
+    max_rur: float = 0.5
+    taken: frozenset[str] = frozenset()
+    """Prompts that another set of this run already holds."""
+
+
+AT_ONCE = 256
+"""Prompts that a model completes before it is known how many of them fit."""
+
+WIDER = (4, 16, 64)
+"""So many times the samples asked for are looked at where few may fit: the first factor, then the next ones where that gave too few."""
+
+Source = Callable[[Request, "PreTrainedTokenizerBase | None", "Score | None"], list[Sample]]
+_SOURCES: dict[str, Source] = {}
+
+
+def source(name: str) -> Callable[[Source], Source]:
+    """Register a source of samples under `name`. Raises UserError where the name is taken."""
+
+    def register(function: Source) -> Source:
+        if name in _SOURCES:
+            raise UserError(f"there is a source '{name}' already; choose another name")
+        _SOURCES[name] = function
+        return function
+
+    return register
+
+
+def sources() -> list[str]:
+    return sorted(_SOURCES)
+
+
+def is_path(name: str) -> bool:
+    """Whether a `source` means a file: it has a folder or an ending, or it exists."""
+    return name not in _SOURCES and ("/" in name or "." in name or Path(name).exists())
+
+
+def require_source(name: str) -> None:
+    """Raise UserError unless `name` is a known source or a file that is there."""
+    if name in _SOURCES:
+        return
+    if not is_path(name):
+        raise unknown("source", name, _SOURCES)
+    if not Path(name).is_file():
+        raise UserError(
+            f"no such file: {name}; a source is one of {', '.join(sources())}, or the path of a JSONL or text file"
+        )
+
+
+def gather(
+    request: Request, tokenizer: "PreTrainedTokenizerBase | None" = None, score: Score | None = None
+) -> ReferenceSet:
+    """The samples a request asks for, exactly `count` a seed.
+
+    Args:
+        tokenizer: needed where `seq_len` is given.
+        score: needed where `choose_by` is "completion".
+
+    Raises:
+        UserError: an unknown source, a file that does not fit, or fewer samples than asked for (the message says how many).
+    """
+    require_source(request.source)
+    read = _SOURCES.get(request.source) or _from_file
+    found = (
+        _repetitive(request, read, tokenizer, score)
+        if request.choose_by == "repetition"
+        else read(request, tokenizer, score)
+    )
+    if request.seq_len and any(len(sample.input_ids or ()) != request.seq_len for sample in found):
+        raise UserError(
+            f"source '{request.source}' gives its texts whole, and cannot cut them to seq_len {request.seq_len}; leave that out"
+        )
+    wanted = request.count * (len(request.seeds) if request.seq_len else 1)
+    if len(found) < wanted:
+        held = (
+            f" ({len(request.taken)} prompts are kept out: a reference set of this run holds them)"
+            if request.taken
+            else ""
+        )
+        raise UserError(
+            f"source '{request.source}' gave {len(found)} samples where {wanted} were asked for{held}; "
+            "set its count to fewer, give more, or loosen the conditions"
+        )
+    return ReferenceSet(
+        tuple(found), {**asdict(request), "taken": len(request.taken), "source": Path(request.source).name}
+    )
+
+
+def _repetitive(
+    request: Request, read: "Source", tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
+) -> list[Sample]:
+    """Prompts whose greedy response by this model repeats itself, RUR ≤ max_rur (the paper's way), with that response as completion.
+
+    More and more of the source is looked at until there are enough of them or it gives no more.
+    """
+    if score is None:
+        raise UserError("choose_by: repetition needs a model to respond to the prompts; use it in a recipe")
+    chosen: dict[str, Sample] = {}
+    looked: set[str] = set()
+    for factor in WIDER:
+        wide = replace(request, count=request.count * factor, choose_by=None)
+        new = [
+            s
+            for s in read(wide, tokenizer, None)
+            if s.text and s.text not in looked and s.text not in request.taken
+        ]
+        looked.update(sample.text or "" for sample in new)
+        for sample, (response, rur) in zip(new, score([sample.text or "" for sample in new]), strict=True):
+            if rur is not None and rur <= request.max_rur:
+                chosen[sample.text or ""] = Sample(text=sample.text, completion=response)
+        if len(chosen) >= request.count or not new:
+            break
+    return list(chosen.values())[: request.count]
+
+
+def _from_file(
+    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
+) -> list[Sample]:
+    if request.seq_len:
+        return _cut_each_seed(request, tokenizer, lambda seed: _in_order_of(corpus(request.source), seed))
+    rows = Rows(request.source)
+    if request.choose_by:
+        return toxic_prompts((row for _, row in _in_order_of(rows, request.seeds[0])), request, score)
+
+    def sample(place: int) -> Sample:
+        number, row = rows[place]
+        return sample_of(row, f"{request.source}, line {number}")
+
+    fresh = [place for place in range(len(rows)) if sample(place).text not in request.taken]
+    return [
+        sample(place)
+        for place in (
+            fresh
+            if len(fresh) <= request.count
+            else list(_in_order_of(fresh, request.seeds[0]))[: request.count]
+        )
+    ]
+
+
+def _in_order_of(items: Sequence[Any], seed: int) -> Iterator[Any]:
+    """The items, shuffled; those of a file are read one by one."""
+    places = list(range(len(items)))
+    random.Random(f"sparc3/{seed}").shuffle(places)
+    return (items[place] for place in places)
+
+
+class _Texts(Sequence[str]):
+    """The texts of a file's rows, read when they are asked for."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.rows = path, Rows(path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        number, row = self.rows[place]
+        text = sample_of(row, where := f"{self.path}, line {number}").text
+        if text is None:
+            raise UserError(f'{where} holds token ids where a text is needed; give it as "text"')
+        return text
+
+
+@source("c4")
+def _c4(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
+    """C4 (Raffel et al. 2020), English: `count` cuts of exactly `seq_len` tokens for each seed."""
+    request = replace(request, seq_len=request.seq_len or 2048)
+    return _cut_each_seed(
+        request,
+        tokenizer,
+        lambda seed: (row["text"] for row in stream(seed, path="allenai/c4", name="en", split="train")),
+    )
+
+
+@source("wikitext2")
+def _wikitext2(
+    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
+) -> list[Sample]:
+    """WikiText-2 raw (Merity et al. 2016), train split: cuts of `seq_len` tokens for each seed."""
+    request = replace(request, seq_len=request.seq_len or 2048)
+    text = "\n\n".join(_wikitext_lines("train"))
+    return _cut_each_seed(request, tokenizer, lambda seed: [text])
+
+
+@source("realtoxicityprompts")
+def _realtoxicityprompts(
+    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
+) -> list[Sample]:
+    """RealToxicityPrompts (Gehman et al. 2020): prompts chosen by a toxicity."""
+    return toxic_prompts(
+        stream(request.seeds[0], path="allenai/real-toxicity-prompts", split="train"), request, score
+    )
+
+
+def _demo(kind: str) -> Source:
+    def read(
+        request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
+    ) -> list[Sample]:
+        from ..demo.text import texts
+
+        made = texts(kind, request.split, request.seeds[0])
+        if kind == "general":
+            return [Sample(text=next(made).text) for _ in range(request.count)]
+        return [
+            Sample(
+                text=made_one.prompt,
+                completion=made_one.completion,
+                target=made_one.target,
+                contrast=made_one.contrast,
+            )
+            for made_one in (next(made) for _ in range(request.count))
+        ]
+
+    return read
+
+
+source("demo-general")(_demo("general"))
+source("demo-angry")(_demo("angry"))
+source("demo-polite")(_demo("polite"))
+source("demo-ioi")(_demo("ioi"))
+source("demo-loop")(_demo("loop"))
+
+
+@source("ioi")
+def _ioi(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
+    """Indirect object identification in words that are single tokens for the model (Wang et al. 2022)."""
+    from .ioi_sentences import sentences
+
+    rows = sentences(tokenizer, request.split, request.seeds[0], request.taken)
+    return [
+        Sample(text=text, target=target, contrast=contrast)
+        for (text, target, contrast), _ in zip(rows, range(request.count), strict=False)
+    ]
+
+
+def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a data set through `datasets`, streaming; shuffled by `shuffle(seed, buffer_size=10_000)` where a seed is given.
+
+    Args:
+        seed: decides both the order of the shards and the draws from the buffer; None keeps the order.
+        where: arguments of `datasets.load_dataset`, such as path, name, split, data_files.
+
+    Raises:
+        UserError: the hub cannot be reached, or the data set is not there.
+    """
+    import datasets
+
+    from ..models.hub import hub_errors, require_hub
+
+    if not Path(str(where.get("path"))).exists() and "data_files" not in where:
+        require_hub(f"the data set {where.get('path')}", "give a JSONL or text file as the source instead")
+    try:
+        with hub_errors(str(where.get("path"))):
+            rows = datasets.load_dataset(**where, streaming=True)
+            yield from rows.shuffle(seed=seed, buffer_size=10_000) if seed is not None else rows
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(
+            f"no data set {where.get('path')} on the hub ({str(error).splitlines()[0]}); give a JSONL file instead"
+        ) from None
+
+
+def _wikitext_lines(split: str) -> list[str]:
+    return [
+        row["text"] for row in stream(None, path="Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
+    ]
+
+
+def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence[str]:
+    """The texts that perplexity is measured on: of a source, or of a file (a text file without marks is one text)."""
+    require_source(name)
+    if name == "wikitext2":
+        return _wikitext_lines(split)
+    if name == "c4":
+        rows = stream(None, path="allenai/c4", name="en", split="validation" if split == "test" else "train")
+        return [row["text"] for row, _ in zip(rows, range(count or 1100), strict=False)]
+    if name in _SOURCES:
+        found = gather(Request(name, count or 300, split=split)).samples
+        return [(sample.text or "") + (sample.completion or "") for sample in found]
+    if not is_rows(name):
+        return [read_text(name)][:count]
+    texts = _Texts(name)
+    return texts if count is None else texts[:count]
+
+
+def _cut_each_seed(
+    request: Request, tokenizer: "PreTrainedTokenizerBase | None", documents: Callable[[int], Iterable[str]]
+) -> list[Sample]:
+    assert request.seq_len is not None
+    if tokenizer is None:
+        raise UserError(f"source '{request.source}' with seq_len needs a tokenizer")
+    cut: list[Sample] = []
+    for seed in request.seeds:
+        cut += list(
+            _cuts(
+                documents(seed),
+                tokenizer,
+                request.seq_len,
+                request.count,
+                random.Random(f"sparc3/cut/{seed}"),
+            )
+        )
+    return cut
+
+
+def _cuts(
+    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", seq_len: int, count: int, r: random.Random
+) -> Iterator[Sample]:
+    """`count` cuts of exactly `seq_len` tokens: one from each document that is long enough, or many from one long text."""
+    left = count
+    for text in documents:
+        if left == 0:
+            return
+        if (
+            len(text) < seq_len
+        ):  # a token is at least one character in all but the oddest text, so this cannot be long enough
+            continue
+        ids = cast(list[int], tokenizer(text, verbose=False)["input_ids"])
+        if len(ids) < seq_len:
+            continue
+        room = len(ids) // seq_len
+        many = min(left, room) if room > 8 else 1
+        for start in (
+            sorted(r.sample(range(len(ids) - seq_len + 1), many))
+            if many > 1
+            else [r.randint(0, len(ids) - seq_len)]
+        ):
+            yield Sample(input_ids=tuple(ids[start : start + seq_len]))
+            left -= 1
+
+
+def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score | None) -> list[Sample]:
+    """Rows of RealToxicityPrompts chosen by a toxicity between min_toxicity and max_toxicity.
+
+    choose_by: `prompt` or `continuation`, the data set's own scores; `completion`, the score of this model's own completion,
+    which the sample then carries (the paper's way). Stops reading when there are enough.
+    """
+    ways = ("prompt", "continuation", "completion")
+    by = request.choose_by or "prompt"
+    if by not in ways:
+        raise unknown("choose_by", by, ways)
+    low, high = request.min_toxicity or 0.0, 1.0 if request.max_toxicity is None else request.max_toxicity
+    fresh = _fresh_prompts(rows, request)
+    if by != "completion":
+        fits = (
+            row
+            for row in fresh
+            if (value := (row.get(by) or {}).get("toxicity")) is not None and low <= value <= high
+        )
+        return [sample_of(row, request.source) for row, _ in zip(fits, range(request.count), strict=False)]
+    if score is None:
+        raise UserError("choose_by: completion needs a model to complete the prompts; use it in a recipe")
+    chosen: list[Sample] = []
+    batch: list[str] = []
+    for row in fresh:
+        batch.append(cast(str, sample_of(row, request.source).text))
+        if len(batch) == AT_ONCE:
+            chosen += _by_completion(batch, score, low, high)
+            batch = []
+            if len(chosen) >= request.count:
+                break
+    chosen += _by_completion(batch, score, low, high) if len(chosen) < request.count else []
+    return chosen[: request.count]
+
+
+def _fresh_prompts(rows: Iterable[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
+    """Rows of the request's split whose prompt no other set of the run holds. A prompt's split follows from its words."""
+    seen = set(map(_plain, request.taken))
+    for row in rows:
+        sample = sample_of(row, request.source)
+        key = _plain(sample.text or "")
+        if key not in seen and (prompt_split(key) == "test") == (request.split == "test"):
+            seen.add(key)
+            yield row
+
+
+def _by_completion(prompts: list[str], score: Score, low: float, high: float) -> list[Sample]:
+    scored = score(prompts) if prompts else []
+    return [
+        Sample(text=prompt, completion=completion)
+        for prompt, (completion, value) in zip(prompts, scored, strict=True)
+        if value is not None and completion and low <= value <= high
+    ]
+
+
+def _plain(text: str) -> str:
+    """A prompt as far as being the same one goes: case, spaces and marks do not count."""
+    return re.sub(r"\W+", " ", text).strip().casefold()
+
+
+def prompt_split(text: str) -> str:
+    """Which side of the fence a prompt of a source without splits lies on: 70 % are for reference, 30 % for test."""
+    return "test" if random.Random(f"sparc3/split/{_plain(text)}").random() < 0.3 else "reference"
+
+
+def overlap(one: Iterable[Sample], other: Iterable[Sample]) -> list[str]:
+    """Prompts that are in both, up to case, spaces and marks."""
+    known = {_plain(sample.text) for sample in one if sample.text}
+    return [sample.text for sample in other if sample.text and _plain(sample.text) in known]

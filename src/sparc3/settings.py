@@ -1,0 +1,79 @@
+"""Settings that users write, checked strictly: an unknown key is an error that suggests the near one."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from .errors import UserError, unknown
+
+
+class Strict(BaseModel):
+    """A section of a recipe. Unknown keys are refused; values keep the type they have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Section = TypeVar("Section", bound=Strict)
+Kind = TypeVar("Kind")
+
+
+def typed(kind: type[Kind], value: object) -> Kind:
+    """A value out of a file as the type it should have. Raises ValueError where it does not."""
+    return TypeAdapter(kind).validate_python(value)
+
+
+def parse(schema: type[Section], content: object, where: str) -> Section:
+    """`content` as a `schema`. Raises UserError, one line, naming the key and what it should be."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where} should hold settings (key: value), not {short(content)}")
+    try:
+        return schema.model_validate(dict(content))
+    except ValidationError as error:
+        raise _explained(schema, error, where) from None
+
+
+def _explained(schema: type[Strict], error: ValidationError, where: str) -> UserError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):  # a validator of ours has said it all
+        return cause
+    path = [str(part) for part in first["loc"]]
+    place = ".".join([where, *path]) if where else ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _keys(schema, path[:-1])
+        return unknown(f"key in {'.'.join([where, *path[:-1]]).strip('.') or 'the recipe'}:", path[-1], known)
+    if first["type"] == "missing":
+        return UserError(f"{place} is missing; add it")
+    said = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    return UserError(
+        f"{place or 'the recipe'}: {said}"
+        if isinstance(given, Mapping)
+        else f"{place} is {short(given)}: {said[:1].lower()}{said[1:]}"
+    )
+
+
+def short(value: object) -> str:
+    """A value as a message shows it, whatever its size."""
+    return reprlib.repr(value)
+
+
+def _keys(schema: Any, path: list[str]) -> list[str]:
+    """The keys a nested section knows, following `path` through the fields."""
+    for part in path:
+        fields = getattr(schema, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else schema
+        found = [
+            kind
+            for kind in [annotation, *_arguments(annotation)]
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        schema = found[0] if found else schema
+    return list(getattr(schema, "model_fields", {}))
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    inner = list(getattr(annotation, "__args__", ()))
+    return inner + [deeper for argument in inner for deeper in _arguments(argument)]

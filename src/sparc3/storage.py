@@ -1,0 +1,358 @@
+"""Whole files or none: everything written under a temporary name and renamed last, and checked when read back."""
+
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import DamagedFile, NonFinite, Sparc3Error, UserError
+from .safe_text import shareable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path; on success it takes the name `path`, on any failure it is removed.
+
+    Raises:
+        Sparc3Error: the folder cannot be written, or the disk is full; the message names the file.
+    """
+    path = Path(path)
+    with _beside(path) as temporary, _told(path, "the earlier file, if any, is untouched"):
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder; on success it takes the name `path`, on any failure it is removed.
+
+    Raises:
+        UserError: `path` exists and is not an empty folder.
+        Sparc3Error: it cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already; choose a new folder, or remove it first")
+    with _beside(path) as temporary, _told(path, "nothing of it was left behind"):
+        temporary.mkdir()
+        yield temporary
+        for inside in temporary.rglob("*"):  # safetensors writes files that only their owner may read
+            inside.chmod((0o777 if inside.is_dir() else 0o666) & ~_umask())
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of its own beside `path`: safetensors too writes under names of its own making.
+
+    The folder is gone in the end. Of a process that was killed it stays until the next one, but not its lock.
+    """
+    if "\0" in str(path):
+        raise UserError(f"{path} holds a NUL byte, which no name of a file can; choose another name")
+    with _told(path, "choose a folder that can be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, glob.escape(path.name))
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _told(path, "choose a folder that can be written"), open(folder / ".lock", "w") as lock:
+            with suppress(OSError):  # a file system without locks: what a killed process leaves stays
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: str | None = None) -> None:
+    """Remove what killed processes left of writing files with such names (a glob pattern), or any in the folder and below it.
+
+    What is being written stays.
+    """
+    for left in list(folder.glob(f".{names}.????????.tmp") if names else folder.rglob(".*.????????.tmp")):
+        with suppress(OSError):
+            if not any(left.iterdir()):
+                left.rmdir()
+                continue
+            with open(left / ".lock", "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _told(path: Path, end: str) -> Iterator[None]:
+    """A failure to write inside becomes one line that names the file."""
+    try:
+        yield
+    except Sparc3Error:
+        raise
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        number = re.search(r"os error (\d+)", str(error))
+        said = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+        raise Sparc3Error(f"cannot write {path}: {said}; {end}") from error
+
+
+def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Raise UserError, before the work that would be lost, where a file (or a folder) of that name cannot be written."""
+    place = Path(path).absolute()
+    if not folder and place.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    there = next(parent for parent in place.parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write {path}: {there} is a file and no folder; choose another place")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sparc3-", dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose a folder that can be written"
+        ) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+LARGEST = 2**30
+"""Longest text that is read whole, in bytes."""
+
+
+def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
+    """The text of a file the user named, however its lines end, without a byte order mark.
+
+    Raises:
+        UserError: it is missing, a folder, or longer than `largest` bytes.
+        DamagedFile: it is not UTF-8 text.
+    """
+    try:
+        with open(path, "rb") as opened:
+            raw = opened.read(largest + 1)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a file in it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path"
+        ) from None
+    if len(raw) > largest:
+        raise UserError(f"{path} is longer than {largest:,} bytes; give a smaller file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DamagedFile(f"{path} is not UTF-8 text; convert it, or make it again") from None
+    if "\0" in text:
+        raise DamagedFile(f"{path} holds NUL bytes, so it is not a text file; convert it, or make it again")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write `content`, its paths made `shareable`, as readable JSON with a checksum under "sha256". Raises NonFinite for a NaN or Inf in it."""
+    content = shareable(content)
+    body = {**content, "sha256": fingerprint(content)}
+    try:
+        text = json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise NonFinite(
+            f"cannot write {path}: a figure in it is not finite ({error}); load the model in bfloat16 or float32"
+        ) from None
+    write_text(path, text + "\n")
+
+
+def read_json(path: str | os.PathLike[str], format: str, by_hand: Collection[str] = ()) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Args:
+        by_hand: the keys of a format that a person may write too: without a checksum, and then with no other keys.
+
+    Raises:
+        UserError: no such file, or it is another kind of file.
+        DamagedFile: not JSON, or its checksum is missing or does not fit its content.
+    """
+    text = read_text(path)
+    try:
+        content = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not JSON ({error}); make it again") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format:
+        raise UserError(
+            f"{path} is not a {format} file (its format is {found!r}); name one, or make it again"
+        )
+    checksum = content.pop("sha256", None)
+    if checksum is None and (not by_hand or (odd := sorted(content.keys() - by_hand))):
+        raise DamagedFile(
+            f"{path} has {f'an unknown key {odd[0]!r} and ' if by_hand else ''}no checksum; make it again"
+        )
+    if checksum is not None and checksum != fingerprint(content):
+        raise DamagedFile(
+            f"{path} was changed after it was written: its checksum does not fit; make it again"
+        )
+    return dict(content)
+
+
+def parse_json(text: str) -> Any:
+    """JSON as its standard has it: no key twice, no NaN, no number without end. Raises ValueError or RecursionError."""
+    return json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is too large")
+    return value
+
+
+def canonical(value: Any) -> str:
+    """A JSON-able value as one text, whatever the order of its keys."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def fingerprint(value: Any) -> str:
+    """A short, stable name of a JSON-able value: the first 16 hex digits of the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# Files of tensors (safetensors): a header that says what they are, and a checksum of all of it.
+
+
+def save_tensors(
+    path: str | os.PathLike[str], format: str, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]
+) -> None:
+    """Write tensors (on the CPU) under a header of JSON-able values, to which the format and a checksum of everything are added."""
+    from safetensors.torch import save_file
+
+    plain = shareable(json.loads(json.dumps({"format": format, **header})))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    plain["sha256"] = _checksum(plain, whole)
+    with whole_file(path) as temporary:
+        save_file(whole, temporary, {key: _written(value) for key, value in plain.items()})
+
+
+def load_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """What `save_tensors` wrote: tensors, and the header without its format and checksum.
+
+    Raises:
+        UserError: no such file, or it is another kind of file.
+        DamagedFile: not safetensors, or its checksum does not fit its content.
+    """
+    header, tensors = read_header(path), {}
+    if header.get("format") != format:
+        raise UserError(f"{path} is a safetensors file, but not a {format} file; name one, or make it again")
+    with _opened(path) as opened:
+        # Copies: the library maps the file, so that who overwrites it in place would change numbers already checked.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    checksum = header.pop("sha256", None)
+    if checksum != _checksum(header, tensors):
+        raise DamagedFile(
+            f"{path} was changed after it was written: its checksum does not fit; make it again"
+        )
+    del header["format"]
+    return tensors, header
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a safetensors file, its JSON values parsed; nothing in it is checked."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}; check the path")
+    with _opened(path) as opened:
+        return {key: _parsed(value) for key, value in (opened.metadata() or {}).items()}
+
+
+class _opened:  # noqa: N801  a context manager, used like a function
+    """safe_open, with whatever it and its tensors raise as one line."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        from safetensors import safe_open
+
+        try:
+            self.file: Any = safe_open(self.path, "pt")
+            return self.file.__enter__()  # type: ignore[no-untyped-call]
+        except Exception as error:  # the library raises its own errors, Python's and torch's
+            raise self._damaged(error) from None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.file.__exit__(kind, error, trace)
+        if isinstance(error, Exception):
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> DamagedFile:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return DamagedFile(f"{self.path} is not a readable safetensors file ({first}); make it again")
+
+
+def _written(value: Any) -> str:
+    """A header's value as text: a string as it is, unless it would be read back as something else."""
+    return value if isinstance(value, str) and _parsed(value) is value else json.dumps(value)
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value) if value[:1] in '{["-0123456789tfnNI' else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, "Tensor"]) -> str:
+    content = canonical(header) + digest({name: tensors[name] for name in sorted(tensors)})
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest(tensors: Mapping[str, "Tensor"]) -> str:
+    """The SHA-256 of names, shapes, types and values, in their order."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
