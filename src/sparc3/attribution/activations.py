@@ -1,6 +1,6 @@
 """Methods that only look at activations: `wanda` and `activation`. One forward each, no gradient, no logits."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 def wanda(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Σ_t a_tj² at each site's input: a running sum of squares, never a concatenation of activations (Sun et al. 2024)."""
     return _measured(model, batches, {site.name: site for site in sites}, torch.square, sums)
 
 
 def activation(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Σ_t |h_ti| of each neuron after its non-linearity (and gate): the input of the layer's mlp.down."""
     downs = down_sites(model)
     return _measured(model, batches, {site.name: downs[site.mlp] for site in sites}, torch.abs, sums)
@@ -43,7 +43,7 @@ def _measured(
     sites: Mapping[str, Site],
     measure: Callable[[Tensor], Tensor],
     sums: Sums,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     with frozen(model), torch.no_grad():
         for batch in batches:
             gathered: dict[str, Tensor] = {}

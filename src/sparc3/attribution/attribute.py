@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -333,11 +333,14 @@ def _add_all(
     ) as bar:
         while waiting:
             try:
-                for done in method.run(model, _taken_from(waiting), sites, settings, sums):
-                    waiting.pop()
-                    bar.update(len(done.samples))
-                    if keeper:
-                        keeper.after(done, sums)
+                # Closed here and now: the generator holds the model's patches, also where saving the sums raises.
+                running = method.run(model, _taken_from(waiting), sites, settings, sums)
+                with closing(running):
+                    for done in running:
+                        waiting.pop()
+                        bar.update(len(done.samples))
+                        if keeper:
+                            keeper.after(done, sums)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

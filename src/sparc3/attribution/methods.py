@@ -1,7 +1,7 @@
 """The methods, by name. A method is a function (model, batches, sites, settings, sums) that adds to sums, batch by batch."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from .activations import activation, wanda
 from .relevance import cp_lrp, gradient, lrp, weighted
 from .sums import Settings, Sums
 
-Run = Callable[..., Iterator[Batch]]
+Run = Callable[..., Generator[Batch, None, None]]
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,8 @@ def combined(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]:
     Raises:
         UserError: shards that are not of one task, that overlap, or that leave a sample out; the message names the file and what differs.
     """
+    if not paths:
+        raise UserError("No shard was given; name the files that attribute --shard left.")
     parts = sorted(
         ((*load_sums(path), str(path)) for path in paths), key=lambda part: (part[0].shard or (0, 0), part[3])
     )

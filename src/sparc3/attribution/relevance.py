@@ -3,7 +3,7 @@
 No weight ever has a gradient: what a site needs is gathered in a hook on its output while the backward pass goes by.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,21 +33,21 @@ ROWS = 1536
 
 def lrp(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """AttnLRP (Achtibat et al. 2024)."""
     return _relevance(model, batches, sites, settings, sums, lrp_rules(model))
 
 
 def cp_lrp(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """CP-LRP (Ali et al. 2022): queries, keys and gates are constants."""
     return _relevance(model, batches, sites, settings, sums, lrp_rules(model, cp=True))
 
 
 def gradient(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Weight × gradient, no rules."""
     return _relevance(model, batches, sites, settings, sums, nullcontext())
 
@@ -59,7 +59,7 @@ def _relevance(
     settings: Settings,
     sums: Sums,
     rules: AbstractContextManager[None],
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
     how = settings.gradient_checkpointing
     again = checkpointed(model, offload=how == "offload") if how in (True, "offload") else nullcontext()

@@ -1,5 +1,6 @@
 """Contrast and selection: from scores to a circuit. Needs no model; the scientific heart of the method."""
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -283,6 +284,11 @@ def _wanted(scores: Scores, names: list[str], count: int | None, fraction: float
     return wanted
 
 
+def _site_seed(seed: int, site: str) -> int:
+    """A seed of 63 bits for each pair of seed and site name, so that no two sites draw the same places."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "big") >> 1
+
+
 def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circuit:
     """As many random units in each site as the circuit has there, at its strength: one draw of its null.
 
@@ -291,7 +297,7 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
     """
     members: dict[str, Any] = {}
     for site, count in circuit.counts.items():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(map(ord, site)))
+        generator = torch.Generator().manual_seed(_site_seed(seed, site))
         if circuit.unit == "weight":
             members[site] = lowest([torch.rand(circuit.members[site].shape, generator=generator)], count)[0]
         else:

@@ -308,7 +308,7 @@ def _ablate(args: argparse.Namespace) -> None:
     try:
         tokenizer = load_tokenizer(args.model)
     except UserError as error:
-        print(f"sparc3: {error}; the new folder has none either", file=sys.stderr)
+        say(f"sparc3: {error}; the new folder has none either", error=True)
     out = export(model, tokenizer, circuit, args.out, results=results, shrink=args.shrink)
     say(f"{out}: the model without {len(circuit)} {circuit.unit}s{circuit.at_strength}")
 

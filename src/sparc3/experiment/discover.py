@@ -14,7 +14,7 @@ from .. import __version__, distributed
 from ..circuits.algebra import difference, overlap
 from ..circuits.circuit import Circuit
 from ..circuits.select import select
-from ..errors import UserError
+from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.metrics import IOISettings
 from ..evaluation.statistics import Evaluation, Observations, pooled
@@ -182,9 +182,18 @@ def _beside(summaries: list[Evaluation], own: str) -> list[Difference]:
 
 
 def mean_of(evaluation: Evaluation, metric: str) -> float:
-    """The mean of a metric of one unit a prompt."""
+    """The mean of a metric over the prompts that could be measured; a failed prompt is in neither sum nor count.
+
+    Raises:
+        Sparc3Error: every prompt failed.
+    """
     observed = next(o for o in evaluation.observations if o.metric == metric)
-    return sum(s for s in observed.sums if s is not None) / len(observed.sums)
+    measured = [value for value in observed.sums if value is not None]
+    if not measured:
+        raise Sparc3Error(
+            f"{metric} failed on every prompt of {evaluation.variant}; load the model in bfloat16 or float32"
+        )
+    return sum(measured) / len(measured)
 
 
 def sparsest(gone: Sequence[float], accuracies: Sequence[float], enough: float) -> float:

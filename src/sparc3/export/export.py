@@ -44,6 +44,18 @@ BESIDE = (
     "USE_POLICY*",
 )
 """What a checkpoint has beside its weights and its card; copied as it is."""
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+)
+"""Those of them that belong to the tokenizer; left out where the model is exported without one."""
 OURS = (*NAMES, "results.json")
 ROUNDINGS = 16
 """How many roundings of its dtype the logits of a shrunk model may be away, relative to their norm: sums of other lengths are rounded otherwise."""
@@ -87,7 +99,7 @@ def export(
         if not (source and stored):
             _write_from_memory(model, circuit, temporary, source, smaller)
         if source and (stored or _same_source(model, tokenizer)):
-            copy_beside(source, temporary)
+            copy_beside(source, temporary, with_tokenizer=tokenizer is not None)
         if source and stored:
             write = (
                 partial(_shrink_shards, smaller=smaller)
@@ -223,7 +235,7 @@ def _weight_files(folder: Path) -> list[str]:
     return named if all((folder / file).is_file() for file in named) else []
 
 
-def copy_beside(source: Path, out: Path) -> None:
+def copy_beside(source: Path, out: Path, *, with_tokenizer: bool = True) -> None:
     """Copy what a checkpoint has beside its weights; a file that is there already stays."""
     for path in [*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")]:
         name = path.relative_to(source)
@@ -231,6 +243,7 @@ def copy_beside(source: Path, out: Path) -> None:
             path.is_file()
             and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in BESIDE)
             and path.name not in OURS
+            and (with_tokenizer or not any(fnmatch.fnmatchcase(path.name, name) for name in TOKENIZER_FILES))
         )
         if wanted and not path.name.endswith(".index.json") and not (out / name).exists():
             (out / name).parent.mkdir(exist_ok=True)

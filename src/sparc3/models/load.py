@@ -260,7 +260,7 @@ def _require_mappable() -> None:
 MAP = "map"
 """The device that means several."""
 
-DEMO = str(Path(__file__).parent / "demo" / "sparc3-demo")
+DEMO = str(Path(__file__).parents[1] / "demo" / "sparc3-demo")
 """The embedded model, an ordinary checkpoint in the package."""
 
 

@@ -204,15 +204,7 @@ def signed(value: float, size: str) -> str:
 def chance(p: float | None) -> str:
     if p is None:
         return ""
-    return (
-        "p < 0.0001"
-        if p < 1e-4
-        else f"p = {p:.4f}"
-        if p < 0.001
-        else f"p = {p:.3f}"
-        if p < 0.1
-        else f"p = {p:.2f}"
-    )
+    return f"p = {p:.4f}" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def listed(names: Iterable[str]) -> str:

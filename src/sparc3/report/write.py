@@ -15,7 +15,7 @@ from .. import __version__
 from ..safe_text import visible
 from ..storage import write_text
 from . import compression, discovery, evidence, tables
-from . import words as wording
+from . import headline as wording
 from .cards import cards, protected, sharing
 from .comparison import comparisons, tiles, under_budget
 from .compression import by_samples
@@ -29,7 +29,7 @@ from .variant_names import colours, methods, named, units
 from .words import duration
 
 SAYING = {"discover": discovery, "compress": compression}
-"""Job → the file with its headline and remarks; any other job has those of wording.py."""
+"""Job → the file with its headline and remarks; any other job has those of headline.py."""
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
