@@ -47,6 +47,15 @@ def circuit_of(model: Any) -> Circuit:
     return Circuit("neuron", {sites_of(model, ["mlp.up"])[0].name: (1, 4)}, describe(model))
 
 
+def test_an_export_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", "llama", torch.float32)
+    model, _ = load_model(source)
+    out = export(model, None, circuit_of(model), tmp_path / "out")
+    names = {file.name for file in out.iterdir()}
+    assert "config.json" in names
+    assert not names & {"tokenizer.json", "tokenizer_config.json"}
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "changes"),
     [

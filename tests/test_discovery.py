@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparc3 import Circuit, Results, UserError, ablated, load_recipe, run
-from sparc3.experiment.discover import area, sparsest, stability
+from sparc3 import Circuit, Results, Sparc3Error, UserError, ablated, load_recipe, run
+from sparc3.evaluation.statistics import Evaluation, Observations
+from sparc3.experiment.discover import area, mean_of, sparsest, stability
 from sparc3.samples.ioi_sentences import sentences, split_of
 from sparc3.samples.reference_set import ReferenceSet
 from sparc3.samples.sources import Request, gather
@@ -32,6 +34,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
 
 def changed(**sections: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(SMALL)), **sections}
+
+
+def test_a_failed_prompt_counts_in_no_mean() -> None:
+    seen = Observations(
+        "ioi.accuracy", "test", "share", "higher", (1.0, None, 1.0, 0.0), (1.0,) * 4, failures=1
+    )
+    assert mean_of(Evaluation("lrp@1", (seen,)), "ioi.accuracy") == pytest.approx(2 / 3)
+    with pytest.raises(Sparc3Error):
+        mean_of(Evaluation("lrp@1", (replace(seen, sums=(None,) * 4),)), "ioi.accuracy")
 
 
 def test_areas_by_hand() -> None:

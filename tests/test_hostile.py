@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from sparc3 import Circuit, Results, Scores, UserError, load_model, load_recipe, run
-from sparc3.cli.machine_commands import sbatch
 from sparc3.errors import UnsupportedModel
 from sparc3.experiment.run_folder import claimed
+from sparc3.experiment.slurm import sbatch
 from sparc3.export.model_card import circuit_card, model_card
 from sparc3.models.load import DEMO
 from sparc3.results import Measurement

@@ -91,7 +91,7 @@ def test_the_front_door_is_what_it_says() -> None:
 
 
 def test_importing_does_nothing_and_help_is_quick() -> None:
-    code = "import sys, sparc3, sparc3.cli; print(sorted({'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)))"
+    code = "import sys, sparc3, sparc3.cli.main; print(sorted({'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -163,6 +163,8 @@ def test_what_does_not_belong_together_is_refused_by_name(
         return tmp_path / name
 
     one, two, three = (shard(f"s{number}", number) for number in (1, 2, 3))
+    with pytest.raises(UserError):
+        merge([])
     with pytest.raises(UserError, match="shard 2/3 missing"):
         merge([one, three])
     with pytest.raises(UserError, match="shards 1/3, 3/3 missing"):

@@ -95,6 +95,14 @@ def test_random_circuits_have_as_many_units_in_each_site() -> None:
     assert random_like(circuit, {"a": 50, "b": 50}, 0) == draws[0]
 
 
+def test_every_layer_draws_its_own_random_units() -> None:
+    """Names whose characters add up to the same sum once drew the same places: layers 11 and 20, 12 and 21 and 30."""
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(32)]
+    circuit = Circuit("neuron", {name: tuple(range(20)) for name in names})
+    drawn = random_like(circuit, dict.fromkeys(names, 1000), seed=0).members
+    assert len(set(drawn.values())) == len(names)
+
+
 def test_rounds_do_not_choose_a_unit_twice() -> None:
     some = scores({"a": [-3.0, -2.0, 1.0]})
     first = select(some, count=1)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sparc3 import Results, UserError, load_recipe
-from sparc3.cli.machine_commands import sbatch, seconds
+from sparc3.experiment.slurm import sbatch, seconds, write_job
 
 Call = Callable[..., Any]
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,19 @@ def test_nodes_arrays_and_settings() -> None:
     assert "--rdzv-backend=c10d" in text
     assert f"--out '{Path('a run').absolute()}'-\"$SLURM_ARRAY_TASK_ID\" --set model.dtype=float32" in text
     assert '--set references.general.seeds="[$SLURM_ARRAY_TASK_ID]" &' in text
+
+
+def test_jobs_on_one_node_meet_at_ports_of_their_own() -> None:
+    assert "SLURM_JOB_ID % 20000" in "\n".join(lines(nodes=2))
+
+
+def test_another_batch_file_is_not_written_over(tmp_path: Path) -> None:
+    path = str(tmp_path / "demo.sbatch")
+    write_job(path, "one")
+    write_job(path, "one")
+    with pytest.raises(UserError):
+        write_job(path, "two")
+    assert Path(path).read_text() == "one"
 
 
 @pytest.mark.parametrize(

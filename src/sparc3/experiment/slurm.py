@@ -1,0 +1,172 @@
+"""A recipe as a SLURM job: the same command under torchrun, requeued when its time is up, going on where it was."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ..errors import Sparc3Error, UserError
+from ..recipe.schema import Recipe
+from ..safe_text import one_line
+from ..storage import read_text, write_text
+
+GRACE = 120
+"""Seconds before the time limit at which the job is told: enough for the batch under way and for saving the sums."""
+
+HEAD = """\
+#!/bin/bash
+#SBATCH --job-name={job}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+{resources}#SBATCH --time={time}
+#SBATCH --signal=B:USR1@{grace}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={log}
+"""
+
+BODY = """
+# {what}
+# {grace} s before its time is up SLURM sends USR1: the ranks save their sums and end, the job is queued again, and the same command
+# goes on where it was. It does so after a node failure too.
+set -uo pipefail
+{changes}
+export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
+
+ask_again() {{
+    echo "time is almost up: saving, and queueing job $SLURM_JOB_ID again"
+    scancel --signal=TERM "$SLURM_JOB_ID.0"  # not to srun, which would end its tasks at once
+    wait "$step"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}}
+trap ask_again USR1
+
+srun --kill-on-bad-exit=1 {launch} &
+step=$!
+wait "$step"
+"""
+
+
+def sbatch(
+    recipe: Recipe,
+    name: str,
+    *,
+    nodes: int = 1,
+    gpus: int = 1,
+    time: str = "04:00:00",
+    partition: str | None = None,
+    array: int | None = None,
+    folder: str | None = None,
+    sets: tuple[str, ...] = (),
+) -> str:
+    """The text of a batch file that runs a recipe.
+
+    Args:
+        name: the recipe as `sparc3 run` takes it; a path is made absolute.
+        nodes, gpus: nodes, and GPUs on each; one rank a GPU, or one rank a node where gpus is 0.
+        time: SLURM's time limit of one go, such as 30 (minutes), 04:00:00 or 1-12:00:00; the job may need several.
+        array: this many runs, whose seeds differ and whose folders are numbered.
+        folder: the run folder.
+
+    Raises:
+        UserError: numbers or a time that SLURM would not take.
+    """
+    limit = seconds(time)
+    for word in (name, partition or "", folder or ""):
+        if word != one_line(word) or (word == partition and not re.fullmatch(r"[\w.,-]+", word)):
+            raise UserError(
+                f"{word!r} cannot stand in a batch file; give a name of letters, digits, dots and dashes"
+            )
+    if nodes < 1 or gpus < 0 or (array is not None and array < 1):
+        runs = "" if array is None else f" and {array} runs"
+        raise UserError(
+            f"{nodes} nodes with {gpus} GPUs{runs} make no job; give at least one node and one run"
+        )
+    if limit < 2 * GRACE:
+        raise UserError(
+            f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at least {2 * GRACE // 60} minutes"
+        )
+    out = str(Path(folder or f"runs/{recipe.name}").absolute())
+    resources = "".join(
+        f"#SBATCH --{option}\n"
+        for option, wanted in (
+            (f"gpus-per-node={gpus}", gpus),
+            (f"partition={partition}", partition),
+            (f"array=1-{array}", array),
+        )
+        if wanted
+    )
+    head = HEAD.format(
+        job=f"sparc3-{recipe.name}",
+        nodes=nodes,
+        resources=resources,
+        time=time,
+        grace=GRACE,
+        log=f"{out}-{'%A-%a' if array else '%j'}.log",
+    )
+    return head + BODY.format(
+        what=f"sparc3 run {one_line(name)} on {nodes} node{'s' if nodes > 1 else ''}, {gpus or 'no'} GPU{'s' if gpus != 1 else ''} each",
+        grace=GRACE,
+        changes=f"cd {shlex.quote(os.getcwd())}",
+        threads=1 if gpus > 1 else "$(nproc)",
+        launch=_launch(name, out, nodes, max(1, gpus), array, sets),
+    )
+
+
+def _launch(name: str, out: str, nodes: int, ranks: int, array: int | None, sets: tuple[str, ...]) -> str:
+    """torchrun on every node, and under it the command that a laptop runs."""
+    recipe = str(Path(name).absolute()) if Path(name).suffix in (".yaml", ".yml") else name
+    meet = (
+        ["--standalone"]
+        if nodes == 1
+        else [
+            '--nnodes="$SLURM_JOB_NUM_NODES"',
+            "--rdzv-backend=c10d",
+            '--rdzv-id="$SLURM_JOB_ID"',
+            '--rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"',
+        ]
+    )
+    numbered = '-"$SLURM_ARRAY_TASK_ID"' if array else ""
+    seeds = ['--set references.general.seeds="[$SLURM_ARRAY_TASK_ID]"'] if array else []
+    changed = [*(f"--set {shlex.quote(change)}" for change in sets), *seeds]
+    torchrun = [shlex.quote(sys.executable), "-m torch.distributed.run", *meet, f"--nproc-per-node={ranks}"]
+    command = ["-m sparc3 run", shlex.quote(recipe), "--out", shlex.quote(out) + numbered, *changed]
+    return " ".join(torchrun) + " \\\n    " + " ".join(command)
+
+
+def seconds(time: str) -> int:
+    """Of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]. Raises UserError for another."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        raise UserError(
+            f"time '{time}' is not SLURM's; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        )
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, left = (*parts, 0, 0)[:3] if dash or len(parts) == 3 else (0, *parts, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
+
+
+def write_job(path: str, text: str) -> None:
+    """Write an executable batch file. Raises UserError where another file of that name is in the way."""
+    if os.path.exists(path) and read_text(path) != text:
+        raise UserError(f"{path} exists and says something else; remove it, or name another file with --out.")
+    write_text(path, text)
+    os.chmod(path, 0o755)
+
+
+def submit(path: str) -> str:
+    """Hand a batch file to SLURM; its job's number. Raises UserError where there is no SLURM, Sparc3Error where it says no."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            f"there is no sbatch here; take {path} to a machine that has SLURM, and submit it with sbatch {path}"
+        )
+    done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
+    if done.returncode:
+        raise Sparc3Error(
+            f"sbatch refused {path}: {(done.stderr.strip().splitlines() or ['it did not say why'])[-1]}"
+        )
+    return done.stdout.strip().partition(";")[0]
