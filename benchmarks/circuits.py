@@ -22,7 +22,7 @@ from sparc3 import Circuit, ReferenceSet, ablated, attribute, load_model
 from sparc3.evaluation.metrics import IOISettings, Prepared, require_metric
 from sparc3.evaluation.statistics import Observations, difference, measurement
 from sparc3.evaluation.toxicity import ranks
-from sparc3.experiment.discover import sparsest
+from sparc3.experiment.discover import find_sparsest
 from sparc3.samples.sources import Request, gather
 
 SHARES = tuple(round(1 - 0.7 * 0.85**step, 3) for step in range(17))
@@ -139,7 +139,7 @@ def curve(task: Task, references: ReferenceSet, method: str, ranking: Ranking) -
             accuracies.append(task.measured()[0])
         if accuracies[-1] < ENOUGH:
             break
-    return sparsest(SHARES[: len(accuracies)], accuracies, ENOUGH)
+    return find_sparsest(SHARES[: len(accuracies)], accuracies, ENOUGH)
 
 
 def by_effect(task: Task, effects: Tensor) -> Iterator[tuple[str, float]]:
@@ -151,7 +151,7 @@ def by_effect(task: Task, effects: Tensor) -> Iterator[tuple[str, float]]:
             gone[torch.argsort(kept_first(effects, by), stable=True)[: round(share * len(effects))]] = True
             with task.without(gone):
                 accuracies.append(task.measured()[0])
-        yield by, sparsest(SHARES, accuracies, ENOUGH)
+        yield by, find_sparsest(SHARES, accuracies, ENOUGH)
 
 
 def observed(values: list[float]) -> Observations:

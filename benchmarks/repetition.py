@@ -22,7 +22,7 @@ from sparc3 import Circuit, ReferenceSet, ablated, attribute, contrast, load_mod
 from sparc3.circuits.select import random_like
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.metrics import PerplexitySettings, Prepared, RepetitionSettings, require_metric
-from sparc3.evaluation.statistics import Evaluation, Observations, difference, measurement, pooled
+from sparc3.evaluation.statistics import Evaluation, Observations, difference, measurement, pool
 from sparc3.evaluation.tasks import uniqueness
 from sparc3.samples.reference_set import Sample
 
@@ -198,7 +198,7 @@ def with_null(
     ]
     null = Evaluation(
         "random",
-        tuple(pooled(list(column)) for column in zip(*(d.observations for d in random_draws), strict=True)),
+        tuple(pool(list(column)) for column in zip(*(d.observations for d in random_draws), strict=True)),
     )
     return (
         measured(s, prompts, stories, None, "original"),

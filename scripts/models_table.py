@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from tiny import CONFIGS, samples, tiny  # noqa: E402
 
 from sparc3.doctor import checks  # noqa: E402
-from sparc3.doctor.completeness import ledger  # noqa: E402
+from sparc3.doctor.completeness import relevance_ledger  # noqa: E402
 from sparc3.doctor.second_opinion import exact_copy, flows  # noqa: E402
 from sparc3.models.families import FAMILIES, Family  # noqa: E402
 from sparc3.models.sites import sites_of  # noqa: E402
@@ -47,7 +47,7 @@ def measured(name: str) -> tuple[float, float]:
     seen = flows(model, samples()[0], sites_of(model, checks.roles_of(model)))
     difference = checks.attnlrp_agrees(model, samples(), seen).value
     assert difference is not None
-    return max(ledger(model, ids).gap for ids in samples()), difference
+    return max(relevance_ledger(model, ids).gap for ids in samples()), difference
 
 
 if __name__ == "__main__":

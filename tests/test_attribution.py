@@ -16,7 +16,7 @@ from sparc3.attribution.methods import settings_for
 from sparc3.attribution.patching import frozen, lrp_rules
 from sparc3.attribution.relevance import target_of
 from sparc3.attribution.sums import Settings, Sums
-from sparc3.doctor.completeness import ledger
+from sparc3.doctor.completeness import relevance_ledger
 from sparc3.errors import NonFinite
 from sparc3.models.families import ROLES
 from sparc3.models.sites import family_of, sites_of
@@ -118,7 +118,7 @@ def test_every_neuron_and_head_agrees_with_explicit_propagation(name: str, metho
 @pytest.mark.parametrize("name", REFERENCED)
 def test_input_tokens_positions_and_biases_agree_with_explicit_propagation(name: str, method: str) -> None:
     model, ids = tiny(name), samples()[0]
-    found, mine = explicit(model, ids, cp=METHODS[method]), ledger(model, ids, cp=METHODS[method])
+    found, mine = explicit(model, ids, cp=METHODS[method]), relevance_ledger(model, ids, cp=METHODS[method])
     assert found.embeddings is not None
     assert distance(mine.tokens, found.embeddings) < 1e-8
     assert mine.biases == pytest.approx(found.biases, rel=1e-8)
@@ -184,8 +184,10 @@ def test_the_other_methods_on_paper() -> None:
 
 def test_the_ledger_on_paper() -> None:
     """CP: x · ((−11, 19) + W_vᵀ W_oᵀ (−11, 19)) with x = (1, −1), or −30 past the attention and 38 through it: 8."""
-    assert ledger(paper_model(), [3]).embeddings == pytest.approx(8, rel=1e-12)
-    assert ledger(paper_model(), [3], cp=False).embeddings == pytest.approx(1 - 7 + 14 / 2, rel=1e-12)
+    assert relevance_ledger(paper_model(), [3]).embeddings == pytest.approx(8, rel=1e-12)
+    assert relevance_ledger(paper_model(), [3], cp=False).embeddings == pytest.approx(
+        1 - 7 + 14 / 2, rel=1e-12
+    )
 
 
 # Laws -----------------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def test_the_ledger_on_paper() -> None:
 def test_cp_relevance_adds_up_to_the_logit(name: str) -> None:
     model = tiny(name)
     for ids in samples():
-        book = ledger(model, ids)
+        book = relevance_ledger(model, ids)
         assert book.target == pytest.approx(
             float(model(torch.tensor([ids])).logits[0, -1].max().detach()), rel=1e-12
         )
@@ -203,7 +205,7 @@ def test_cp_relevance_adds_up_to_the_logit(name: str) -> None:
         assert (book.biases != 0) == (name != "llama")
         assert (book.positions != 0) == (name == "opt")
         assert book.gap < 1e-12
-        assert ledger(model, ids, cp=False).gap > 1e-6
+        assert relevance_ledger(model, ids, cp=False).gap > 1e-6
 
 
 @pytest.mark.parametrize("method", ["lrp", "cp-lrp", "gradient", "wanda", "activation"])
@@ -442,7 +444,9 @@ def test_weights_and_tokens_agree_with_lxt(lxt: Oracle) -> None:
         for total, site, grad in zip(totals, sites, grads, strict=True):
             relevance = site.weight.detach() * grad
             total += torch.stack([relevance, relevance.abs()]) / len(ids)
-        assert distance(ledger(model, one, cp=False).tokens, oracle[f"token_relevance.{index}"]) < 1e-5
+        assert (
+            distance(relevance_ledger(model, one, cp=False).tokens, oracle[f"token_relevance.{index}"]) < 1e-5
+        )
     for total, site in zip(totals, sites, strict=True):
         assert distance(total[0], oracle[f"{site.name}.mean_signed"]) < 1e-5, site.name
         assert distance(total[1], oracle[f"{site.name}.mean_abs"]) < 1e-5, site.name

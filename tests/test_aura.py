@@ -9,7 +9,7 @@ from unchanged import fingerprint, require_same
 
 from sparc3 import UserError
 from sparc3.attribution.activations import auroc, expertise, strengths
-from sparc3.circuits.ablate import Damping, damped
+from sparc3.circuits.ablate import Damping, damp
 from sparc3.models.sites import family_of, layers_of, sites_of
 from sparc3.samples.reference_set import ReferenceSet, Sample
 from sparc3.scores import Scores
@@ -71,7 +71,7 @@ def test_damping_scales_the_neurons_output_and_is_undone(name: str) -> None:
     factors = {site.name: torch.linspace(0, 1, site.out) for site in sites}
     ids = torch.tensor([[3, 5, 7, 9, 4]])
     before = fingerprint(model)
-    with damped(model, Damping(factors)), torch.no_grad():
+    with damp(model, Damping(factors)), torch.no_grad():
         found = model(ids).logits
     require_same(before, fingerprint(model))
     hooks = []
@@ -93,6 +93,6 @@ def test_damping_scales_the_neurons_output_and_is_undone(name: str) -> None:
 def test_damping_of_another_model_is_refused() -> None:
     with (
         pytest.raises(UserError, match="does not have"),
-        damped(tiny("llama"), Damping({"nowhere": torch.ones(3)})),
+        damp(tiny("llama"), Damping({"nowhere": torch.ones(3)})),
     ):
         pass

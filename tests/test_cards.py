@@ -9,7 +9,7 @@ from tiny import tiny
 from unchanged import fingerprint, require_same
 
 from sparc3 import Circuit
-from sparc3.experiment.neuron_cards import _through_final_norm, cards_of
+from sparc3.experiment.neuron_cards import _through_final_norm, make_cards
 from sparc3.models.sites import sites_of
 from sparc3.report.cards import cards
 from sparc3.report.examples import Mask
@@ -44,7 +44,7 @@ def test_a_card_says_what_the_model_does(demo: tuple[Any, Any]) -> None:
         # A neuron that writes the direction of one token, undoing the gain that stands between.
         down.module.weight[:, 7] = model.lm_head.weight[fool] / model.model.norm.weight
         alone = []
-        made = cards_of(
+        made = make_cards(
             model,
             tokenizer,
             circuit,
@@ -84,7 +84,8 @@ def test_a_card_says_what_the_model_does(demo: tuple[Any, Any]) -> None:
     )
     assert all(one["prompt"].endswith(one["token"].strip()) for one in card["fired"])
     assert (
-        len(cards_of(model, tokenizer, circuit, contrast=contrast, parts=parts, samples=SAMPLES, most=2)) == 2
+        len(make_cards(model, tokenizer, circuit, contrast=contrast, parts=parts, samples=SAMPLES, most=2))
+        == 2
     )
 
 
@@ -132,7 +133,7 @@ def test_the_final_norm_is_folded_in_as_the_model_applies_it(name: str) -> None:
 def test_other_units_have_no_card(demo: tuple[Any, Any]) -> None:
     model, tokenizer = demo
     empty = Scores({})
-    assert cards_of(model, tokenizer, Circuit("head", {}), contrast=empty, parts={}, samples=SAMPLES) == []
+    assert make_cards(model, tokenizer, Circuit("head", {}), contrast=empty, parts={}, samples=SAMPLES) == []
 
 
 def test_a_run_leaves_cards_that_the_report_reads(tmp_path: Path) -> None:

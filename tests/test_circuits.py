@@ -26,7 +26,7 @@ from sparc3 import (
     select,
 )
 from sparc3.circuits.algebra import difference, intersection, overlap, union
-from sparc3.circuits.select import excluding, lowest, lowest_in_rows, random_like
+from sparc3.circuits.select import exclude, lowest, lowest_in_rows, random_like
 from sparc3.errors import DamagedFile
 from sparc3.evaluation import harness
 from sparc3.models.families import ROLES
@@ -76,7 +76,7 @@ def some_weights(model: Any, seed: int = 0) -> Circuit:
 def test_the_lowest_are_those_of_a_stable_sort(
     dtype: torch.dtype, highest: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparc3.ranking.PIECE", 7)
+    monkeypatch.setattr("sparc3.circuits.select.PIECE", 7)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.cat(
         [
@@ -95,7 +95,7 @@ def test_the_lowest_are_those_of_a_stable_sort(
 
 @pytest.mark.parametrize("highest", [False, True])
 def test_rows_are_those_of_a_stable_sort(highest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparc3.ranking.PIECE", 30)
+    monkeypatch.setattr("sparc3.circuits.select.PIECE", 30)
     matrix = (
         torch.randint(-3, 4, (11, 9), generator=torch.Generator().manual_seed(0)).float() * -0.0
         + torch.randint(-3, 4, (11, 9)).float()
@@ -332,7 +332,7 @@ def test_the_null_of_weights_has_as_many_in_each_site() -> None:
 def test_rounds_do_not_choose_a_weight_twice() -> None:
     some = weight_scores({"a": [[-3, -2], [1, 5]]})
     first = select(some, count=1)
-    second = select(excluding(some, first), count=1)
+    second = select(exclude(some, first), count=1)
     assert union(first, second).members["a"].int().tolist() == [[1, 1], [0, 0]]
 
 

@@ -10,7 +10,7 @@ from unchanged import fingerprint, require_same
 from sparc3 import UserError, ablated, attribute, load_model, select
 from sparc3.evaluation.perplexity import negative_log_likelihoods
 from sparc3.models.families import ROLES
-from sparc3.models.offloading import copied
+from sparc3.models.offloading import copy_model
 from sparc3.models.sites import family_of
 
 accelerate = pytest.importorskip("accelerate")
@@ -71,7 +71,7 @@ def test_a_copy_of_a_spread_model_leaves_the_original_alone() -> None:
     """accelerate shadows `to` with a function that moves the model it was made for, whoever has it."""
     model, ids = spread(tiny("llama")), samples(3)
     before = fingerprint(model)
-    twin = copied(model).to(torch.bfloat16)
+    twin = copy_model(model).to(torch.bfloat16)
     assert twin is not model
     assert twin.dtype == torch.bfloat16
     require_same(fingerprint(model), before)

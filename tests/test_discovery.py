@@ -10,7 +10,7 @@ import pytest
 
 from sparc3 import Circuit, Results, Sparc3Error, UserError, ablated, load_recipe, run
 from sparc3.evaluation.statistics import Evaluation, Observations
-from sparc3.experiment.discover import area, mean_of, sparsest, stability
+from sparc3.experiment.discover import curve_areas, find_sparsest, mean_of, measure_stability
 from sparc3.samples.ioi_sentences import sentences, split_of
 from sparc3.samples.reference_set import ReferenceSet
 from sparc3.samples.sources import Request, gather
@@ -47,20 +47,20 @@ def test_a_failed_prompt_counts_in_no_mean() -> None:
 
 def test_areas_by_hand() -> None:
     # f = k is the line from nothing to everything: half the square below it, half above.
-    assert area([0.5], [0.5]) == pytest.approx((0.5, 0.5))
+    assert curve_areas([0.5], [0.5]) == pytest.approx((0.5, 0.5))
     # Half of the units do it all: a triangle of ½ · ½, then a square of ½.
-    assert area([0.5], [1.0]) == pytest.approx((0.75, 0.25))
+    assert curve_areas([0.5], [1.0]) == pytest.approx((0.75, 0.25))
     # A circuit that overshoots counts for CPR and against CMD: ½ · ½ · 3 twice less the triangle under 1.
-    assert area([0.5], [3.0])[0] == pytest.approx(0.5 * (0 + 3) / 2 + 0.5 * (3 + 1) / 2)
-    assert area([0.5], [3.0])[1] == pytest.approx(0.5 * (1 + 2) / 2 + 0.5 * (2 + 0) / 2)
-    assert area([0.2, 0.8], [0.1, 0.9]) == pytest.approx(area([0.8, 0.2], [0.9, 0.1]))
+    assert curve_areas([0.5], [3.0])[0] == pytest.approx(0.5 * (0 + 3) / 2 + 0.5 * (3 + 1) / 2)
+    assert curve_areas([0.5], [3.0])[1] == pytest.approx(0.5 * (1 + 2) / 2 + 0.5 * (2 + 0) / 2)
+    assert curve_areas([0.2, 0.8], [0.1, 0.9]) == pytest.approx(curve_areas([0.8, 0.2], [0.9, 0.1]))
 
 
 def test_stability_is_the_overlap_of_what_is_kept() -> None:
     # Of units 0 … 4, {3, 4} and {2, 4} are kept: one in both, three in either.
     one, other = Circuit("neuron", {"m": (0, 1, 2)}), Circuit("neuron", {"m": (0, 1, 3)})
-    assert stability([one, other], 5) == pytest.approx(1 / 3)
-    assert stability([one, one, one], 5) == 1
+    assert measure_stability([one, other], 5) == pytest.approx(1 / 3)
+    assert measure_stability([one, one, one], 5) == 1
 
 
 def test_a_run_gives_curves_areas_and_stability(finished: tuple[Path, Results]) -> None:
@@ -80,7 +80,7 @@ def test_a_run_gives_curves_areas_and_stability(finished: tuple[Path, Results]) 
     assert results.find("ioi.faithfulness", "lrp@614").value == pytest.approx((kept - empty) / (full - empty))
     faithful = [results.find("ioi.faithfulness", f"lrp@{count}").value for count in (614, 1843)]
     assert results.find("circuit.cpr", "lrp").value == pytest.approx(
-        area([1 - 614 / 2048, 1 - 1843 / 2048], faithful)[0]
+        curve_areas([1 - 614 / 2048, 1 - 1843 / 2048], faithful)[0]
     )
     assert results.find("circuit.cpr", "lrp").value > results.find("circuit.cpr", "random").value
     assert (
@@ -97,8 +97,8 @@ def test_a_run_gives_curves_areas_and_stability(finished: tuple[Path, Results]) 
 
 
 def test_the_sparsest_circuit_has_no_worse_one_below_it() -> None:
-    assert sparsest([0.3, 0.6, 0.8, 0.9], [1.0, 0.9, 0.7, 0.95], 0.9) == 0.6
-    assert sparsest([0.3, 0.6], [0.8, 1.0], 0.9) == 0
+    assert find_sparsest([0.3, 0.6, 0.8, 0.9], [1.0, 0.9, 0.7, 0.95], 0.9) == 0.6
+    assert find_sparsest([0.3, 0.6], [0.8, 1.0], 0.9) == 0
 
 
 def test_rankings_differ_and_methods_are_paired_by_seed(finished: tuple[Path, Results]) -> None:

@@ -18,7 +18,7 @@ from tiny import tiny
 from sparc3 import Circuit, ReferenceSet, Results, Scores, Sparc3Error, UserError, attribute
 from sparc3.attribution.partial_sums import load_sums, save_sums
 from sparc3.evaluation.statistics import Evaluation, Observations
-from sparc3.experiment.run_folder import claimed, logged
+from sparc3.experiment.run_folder import claim_folder, log_to_folder
 from sparc3.experiment.run_folder import log as log_of_runs
 from sparc3.experiment.slurm import sbatch, write_job
 from sparc3.export.export import export
@@ -62,12 +62,12 @@ def report(path: Path) -> None:
 
 
 def log_line(path: Path) -> None:
-    with logged(path.parent):
+    with log_to_folder(path.parent):
         log_of_runs.info("a line that is written")
 
 
 def recipe_copy(path: Path) -> None:
-    with claimed(path.parent, load_recipe("demo"), True):
+    with claim_folder(path.parent, load_recipe("demo"), True):
         pass
 
 
@@ -208,17 +208,17 @@ def test_a_run_folder_has_one_run_at_a_time(
     """The kernel keeps the lock and lets it go with the process: no process number is written down that another could get."""
     recipe = load_recipe("demo")
     with (
-        claimed(tmp_path, recipe, True),
+        claim_folder(tmp_path, recipe, True),
         pytest.raises(UserError, match="another run is going on"),
-        claimed(tmp_path, recipe, True),
+        claim_folder(tmp_path, recipe, True),
     ):
         pass
     child = os.fork()
     if not child:
-        with claimed(tmp_path, recipe, True):
+        with claim_folder(tmp_path, recipe, True):
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
-    with claimed(tmp_path, recipe, True):
+    with claim_folder(tmp_path, recipe, True):
         pass
 
     def no_locks(*_: Any) -> None:
@@ -226,5 +226,5 @@ def test_a_run_folder_has_one_run_at_a_time(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(log_of_runs, "propagate", True)
-    with claimed(tmp_path, recipe, True):
+    with claim_folder(tmp_path, recipe, True):
         assert "keeps no locks" in caplog.text

@@ -9,8 +9,8 @@ from unchanged import fingerprint, require_same
 
 from sparc3 import Circuit, UserError, ablated, evaluate
 from sparc3.evaluation.evaluate import to_results
-from sparc3.evaluation.perplexity import kl
-from sparc3.evaluation.statistics import Evaluation, Observations, detectable
+from sparc3.evaluation.perplexity import kl_per_token
+from sparc3.evaluation.statistics import Evaluation, Observations, detectable_change
 
 METRICS = {
     "kl": {"source": "demo-general", "count": 4, "protocol": "blocks", "seq_len": 32},
@@ -28,7 +28,9 @@ SITE = "model.layers.0.mlp.up_proj"
 
 def test_kl_by_hand() -> None:
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
-    assert float(kl(p.log(), q.log())) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
+    assert float(kl_per_token(p.log(), q.log())) == pytest.approx(
+        0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6
+    )
 
 
 def test_kl_is_zero_of_the_original_and_grows_with_the_circuit(demo: tuple[Any, Any]) -> None:
@@ -61,7 +63,7 @@ def _seen(variant: str, *sums: float) -> Evaluation:
 
 def test_power_by_hand() -> None:
     before, after = _seen("original", 1.0, 0.0, 1.0, 0.0), _seen("ablated", 0.0, 0.0, 1.0, 1.0)
-    n, x = detectable(before.observations[0], after.observations[0]) or (0, 0.0)
+    n, x = detectable_change(before.observations[0], after.observations[0]) or (0, 0.0)
     assert n == 4
     assert x == pytest.approx(2.801585 * math.sqrt(2 / 3) / 2)  # changes −1, 0, 0, 1
 

@@ -17,7 +17,7 @@ from sparc3.doctor import examine as whole
 from sparc3.doctor import specimen as specimens
 from sparc3.doctor.checks import Finding
 from sparc3.doctor.second_opinion import exact_copy, flows
-from sparc3.doctor.specimen import Specimen, shrunk
+from sparc3.doctor.specimen import Specimen, shrink_config
 from sparc3.errors import UnsupportedModel
 from sparc3.models.families import FAMILIES
 from sparc3.models.sites import sites_of
@@ -30,7 +30,7 @@ def examined(
 ) -> whole.Examination:
     model = tiny(name, dtype=torch.float32, **changes)
     change(model)
-    return whole.examination(Specimen(model, samples(3), ()))
+    return whole.examine_specimen(Specimen(model, samples(3), ()))
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line(tmp_path: Path, mistake: Call) -> None:
 def test_families_pass_and_are_left_as_they_were(name: str) -> None:
     model = tiny(name, dtype=torch.float32)
     before = fingerprint(model)
-    found = whole.examination(Specimen(model, samples(3), ()))
+    found = whole.examine_specimen(Specimen(model, samples(3), ()))
     assert not found.failed, found.failed
     require_same(fingerprint(model), before)
     figures = [finding.value for finding in found.findings if finding.passed]
@@ -307,7 +307,7 @@ def test_smaller_keeps_heads_as_wide_and_every_kind_of_layer(
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(kind, **settings)
-    small, cuts = shrunk(config)
+    small, cuts = shrink_config(config)
     layers, heads, width, inner = kept
     assert (small.num_hidden_layers, small.num_attention_heads, small.hidden_size) == (layers, heads, width)
     assert inner is None or small.intermediate_size == inner

@@ -9,11 +9,11 @@ import torch
 
 from sparc3 import UserError, evaluate
 from sparc3.evaluation.generate import complete
-from sparc3.evaluation.perplexity import blocks, sliding
+from sparc3.evaluation.perplexity import block_windows, sliding_windows
 from sparc3.evaluation.scorers import _careful, lexicon_scorer, make_scorer
-from sparc3.evaluation.statistics import Observations, difference, measurement, pooled
+from sparc3.evaluation.statistics import Observations, difference, measurement, pool
 from sparc3.evaluation.tasks import repeated, uniqueness
-from sparc3.evaluation.toxicity import scored
+from sparc3.evaluation.toxicity import score_continuations
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def test_a_uniform_model_has_perplexity_v(
 
 def test_each_token_is_predicted_once() -> None:
     ids = list(range(103))
-    assert sum(predicted for _, predicted in sliding(ids, 20, 7)) == 102
-    assert sum(predicted for _, predicted in sliding(ids, 20, 19)) == 102
-    for window, predicted in sliding(ids, 20, 7)[1:]:
+    assert sum(predicted for _, predicted in sliding_windows(ids, 20, 7)) == 102
+    assert sum(predicted for _, predicted in sliding_windows(ids, 20, 19)) == 102
+    for window, predicted in sliding_windows(ids, 20, 7)[1:]:
         assert len(window) - predicted >= 1
-    assert [predicted for _, predicted in blocks(ids, 20)] == [19] * 5
-    assert blocks(ids[:5], 20) == [((0, 1, 2, 3, 4), 4)]
+    assert [predicted for _, predicted in block_windows(ids, 20)] == [19] * 5
+    assert block_windows(ids[:5], 20) == [((0, 1, 2, 3, 4), 4)]
 
 
 def test_perplexity_is_what_the_loss_says(demo: tuple[Any, Any], tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_failures_are_counted_and_never_zero() -> None:
         return [math.nan if "nan" in text else 7.0 if "seven" in text else 1.0 for text in texts]
 
     assert _careful(fragile)(["ok", "boom", "", "nan", "seven"]) == [1.0, None, None, None, None]
-    found = scored(["a", "b"], [["ok", "boom"], ["nan", " "]], _careful(fragile), "test")
+    found = score_continuations(["a", "b"], [["ok", "boom"], ["nan", " "]], _careful(fragile), "test")
     mean = measurement(found.observations[0], "original")
     assert (mean.value, mean.n, mean.failures) == (1.0, 1, 3)
 
@@ -179,9 +179,7 @@ def test_intervals_cover_and_pairs_are_paired() -> None:
 
 
 def test_pooled_draws_average_each_unit() -> None:
-    assert pooled([observed([1.0, None]), observed([0.0, 1.0], failures=2)]) == observed(
-        [0.5, 1.0], failures=2
-    )
+    assert pool([observed([1.0, None]), observed([0.0, 1.0], failures=2)]) == observed([0.5, 1.0], failures=2)
 
 
 def test_repetition_on_paper() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sparc3 import Circuit, ReferenceSet, Results, Scores, UserError, load_recipe, run
-from sparc3.recipe.schema import bundled
+from sparc3.recipe.schema import bundled_recipes
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -141,11 +141,11 @@ def test_reference_prompts_in_an_evaluation_are_refused(tmp_path: Path, jsonl: C
         run(mixed, tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", sorted(bundled()))
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
 def test_bundled_recipes_fit_the_schema(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert bundled()[name]
+    assert bundled_recipes()[name]
 
 
 def test_two_rounds_attribute_on_the_ablated_model(finished: tuple[Path, Results]) -> None:

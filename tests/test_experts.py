@@ -12,7 +12,7 @@ from unchanged import fingerprint, require_same
 
 from sparc3.attribution.attribute import attribute
 from sparc3.attribution.patching import lrp_rules
-from sparc3.circuits.ablate import Damping, ablate_, ablated, damped
+from sparc3.circuits.ablate import Damping, ablate_, ablated, damp
 from sparc3.circuits.circuit import Circuit
 from sparc3.circuits.select import select
 from sparc3.errors import UserError
@@ -168,7 +168,7 @@ def test_damping_pruning_and_masks_reach_single_experts() -> None:
     expert = _seen_experts(model, torch.tensor(ids[:1]))[0]
     factors = torch.ones(8)
     factors[3] = 0
-    with damped(model, Damping({UP.format(expert): factors})):
+    with damp(model, Damping({UP.format(expert): factors})):
         quiet = model(torch.tensor(ids[:1])).logits
     with ablated(model, Circuit("neuron", {UP.format(expert): (3,)}, describe(model), {})):
         assert torch.allclose(model(torch.tensor(ids[:1])).logits, quiet, rtol=0, atol=1e-12)

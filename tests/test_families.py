@@ -16,7 +16,7 @@ from sparc3.attribution.attribute import attribute
 from sparc3.attribution.patching import frozen, lrp_rules
 from sparc3.circuits.ablate import ablated
 from sparc3.circuits.circuit import Circuit
-from sparc3.doctor.completeness import ledger
+from sparc3.doctor.completeness import relevance_ledger
 from sparc3.doctor.second_opinion import flows
 from sparc3.errors import UnsupportedModel
 from sparc3.models.experts import by_position, tokens_of
@@ -35,14 +35,14 @@ def test_every_row_has_a_tiny_model() -> None:
 def test_the_ledger_balances(name: str) -> None:
     model = tiny(name)
     for ids in samples():
-        book = ledger(model, ids)
+        book = relevance_ledger(model, ids)
         assert book.target == pytest.approx(
             float(model(torch.tensor([ids])).logits[0, -1].max().detach()), rel=1e-12
         )
         # transformers' BLOOM writes √(2/π) with eight digits in its GELU, so there the closed form f(x)/x is off by that much.
         assert book.gap < (1e-8 if name.startswith("bloom") else 1e-12)
         assert (book.positions != 0) == (family_of(model).positions is not None)
-    assert ledger(model, samples()[0], cp=False).gap > 1e-3
+    assert relevance_ledger(model, samples()[0], cp=False).gap > 1e-3
 
 
 @every
@@ -285,7 +285,7 @@ def test_weights_neurons_and_tokens_agree_with_lxt(name: str) -> None:
         for total, site, grad in zip(totals, sites, grads, strict=True):
             relevance = site.weight.detach() * site.of(grad if site.transposed else grad.T).T
             total += torch.stack([relevance, relevance.abs()]) / len(ids)
-        found = ledger(model, one, cp=False)
+        found = relevance_ledger(model, one, cp=False)
         if family_of(model).positions is None:
             assert distance(found.tokens, oracle[f"token_relevance.{index}"]) < 1e-5
     for total, site in zip(totals, sites, strict=True):

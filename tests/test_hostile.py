@@ -14,7 +14,7 @@ import torch
 
 from sparc3 import Circuit, Results, Scores, UserError, load_model, load_recipe, run
 from sparc3.errors import UnsupportedModel
-from sparc3.experiment.run_folder import claimed
+from sparc3.experiment.run_folder import claim_folder
 from sparc3.experiment.slurm import sbatch
 from sparc3.export.model_card import circuit_card, model_card
 from sparc3.models.load import DEMO
@@ -76,7 +76,7 @@ def test_a_run_folder_with_links_is_refused_before_anything_is_written(tmp_path:
         assert [path.name for path in folder.iterdir()] == [name]
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with claimed(tmp_path / "link", load_recipe("demo"), True):
+    with claim_folder(tmp_path / "link", load_recipe("demo"), True):
         assert (tmp_path / "real" / "recipe.yaml").is_file()
 
 
@@ -245,7 +245,7 @@ def test_a_fault_of_ours_is_told_without_secrets(sparc3: Any, monkeypatch: pytes
             "Illegal header value b'Bearer hf_abcdefghijklmnop' \x1b[2J https://me:pass1234@host/x"
         )
 
-    monkeypatch.setattr("sparc3.recipe.schema.bundled", fails)
+    monkeypatch.setattr("sparc3.recipe.schema.bundled_recipes", fails)
     code, _, err = sparc3("recipes")
     assert code == 1
     assert "Traceback" in err

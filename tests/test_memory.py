@@ -129,7 +129,7 @@ def test_the_inputs_of_layers_wait_elsewhere_and_nothing_holds_them_here(
 
 def test_beside_a_gpu_the_last_thing_to_try_is_offloading(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, tries, target_of = tiny("llama"), samples(4), list[Any](), relevance.target_of
-    checkpointed = relevance.checkpointed
+    checkpointed = relevance.checkpoint_layers
 
     def noted(model: Any, *, offload: bool) -> Any:
         tries.append("offload" if offload else True)
@@ -140,7 +140,7 @@ def test_beside_a_gpu_the_last_thing_to_try_is_offloading(monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return target_of(model, batch)
 
-    monkeypatch.setattr(relevance, "checkpointed", noted)
+    monkeypatch.setattr(relevance, "checkpoint_layers", noted)
     monkeypatch.setattr(relevance, "target_of", short_of_memory)
     with pytest.raises(Sparc3Error, match="alone does not fit into memory"):
         attribute(model, ids)
@@ -213,10 +213,12 @@ def test_generation_and_perplexity_remember_what_fits(monkeypatch: pytest.Monkey
         return work
 
     monkeypatch.setattr(generation, "_generated", short_of_memory(generation._generated, 2))
-    monkeypatch.setattr(perplexity, "of_windows", short_of_memory(perplexity.of_windows, 1))
+    monkeypatch.setattr(
+        perplexity, "perplexity_observations", short_of_memory(perplexity.perplexity_observations, 1)
+    )
     prompts = [f"w{index + 3} w5" for index in range(8)]
     windows = [(tuple(range(3 + index, 11 + index)), 4) for index in range(8)]
-    expected = [perplexity.of_windows(model, [window])[0] for window in windows]
+    expected = [perplexity.perplexity_observations(model, [window])[0] for window in windows]
     for work in (
         lambda: generation.complete(model, Spoken(), prompts, max_new_tokens=3, batch=8),  # type: ignore[arg-type]
         lambda: perplexity.negative_log_likelihoods(model, windows, False),

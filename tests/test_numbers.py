@@ -287,7 +287,7 @@ def test_empty_completions_are_failures_and_no_zeros(
     demo: Pair, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = jsonl("p.jsonl", [{"text": "Tom was angry"}, {"text": "Anna was"}])
-    for module in ("toxicity", "repetition"):
+    for module in ("toxicity", "tasks"):
         monkeypatch.setattr(
             f"sparc3.evaluation.{module}.complete",
             lambda model, tokenizer, prompts, generations=1, **_: [

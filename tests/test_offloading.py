@@ -18,10 +18,10 @@ from tiny import samples, tiny
 from torch.utils import backend_registration
 
 from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, run, select
-from sparc3.circuits.ablate import Damping, damped, touched
+from sparc3.circuits.ablate import Damping, damp, removed_units
 from sparc3.doctor import checks
-from sparc3.doctor.completeness import ledger
-from sparc3.doctor.examine import examination
+from sparc3.doctor.completeness import relevance_ledger
+from sparc3.doctor.examine import examine_specimen
 from sparc3.doctor.second_opinion import flows
 from sparc3.doctor.specimen import Specimen
 from sparc3.evaluation.generate import complete
@@ -31,7 +31,7 @@ from sparc3.export.shrink import furthest
 from sparc3.models import load as models
 from sparc3.models.families import ROLES
 from sparc3.models.load import load_weights, model_fingerprint
-from sparc3.models.offloading import RESERVE, copied, gpu_room, is_offloaded, named_values
+from sparc3.models.offloading import RESERVE, copy_model, gpu_room, is_offloaded, named_values
 from sparc3.models.sites import family_of, shadowed, sites_of
 from sparc3.plan.plan import plan
 
@@ -171,7 +171,7 @@ def layer_and_head(model: Any) -> tuple[int, int]:
 
 def test_other_backward_passes_copy_one_layer_at_a_time_too(copies: Copies) -> None:
     plain, model = pair(num_hidden_layers=8)
-    one, two = (ledger(each, samples(1)[0]) for each in (plain, model))
+    one, two = (relevance_ledger(each, samples(1)[0]) for each in (plain, model))
     assert (one.target, one.gap, one.biases) == (two.target, two.gap, two.biases)
     assert torch.equal(one.tokens, two.tokens)
     sites = [sites_of(each, checks.roles_of(each)) for each in (plain, model)]
@@ -222,7 +222,7 @@ def test_an_offloaded_model_is_ablated_and_restored(name: str, strength: float) 
     factors = Damping(
         {site: torch.linspace(0, 1, len(values)) for site, values in attribute(plain, ids).items()}
     )
-    with damped(model, factors), damped(plain, factors):
+    with damp(model, factors), damp(plain, factors):
         assert model_fingerprint(model) == model_fingerprint(plain)
     assert seen(model) == before
     for each in (plain, model):
@@ -269,11 +269,11 @@ def test_a_shrunk_export_of_an_offloaded_model(tmp_path: Path) -> None:
 
 def test_the_doctor_examines_an_offloaded_model() -> None:
     plain, model = pair("llama-bias", dtype=torch.float32)
-    twin = copied(model)
+    twin = copy_model(model)
     assert model_fingerprint(twin) == model_fingerprint(model)
     assert not is_offloaded(twin)
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
-    found = [examination(Specimen(each, samples(3), ())) for each in (plain, model)]
+    found = [examine_specimen(Specimen(each, samples(3), ())) for each in (plain, model)]
     assert not found[0].failed
     assert found[0].findings == found[1].findings
 
@@ -308,8 +308,8 @@ def test_weights_on_the_disk_are_refused_in_one_line(tmp_path: Path) -> None:
         lambda: attribute(model, samples(4)),
         lambda: ablated(model, circuit).__enter__(),
         lambda: ablate_(model, circuit),
-        lambda: touched(model, circuit),
-        lambda: damped(model, damping).__enter__(),
+        lambda: removed_units(model, circuit),
+        lambda: damp(model, damping).__enter__(),
     ]
     for use in uses:
         with pytest.raises(

@@ -5,7 +5,7 @@ import torch
 
 from sparc3.circuits.ablate import Damping
 from sparc3.circuits.circuit import Circuit
-from sparc3.experiment.measure import of_kept, overlaps
+from sparc3.experiment.measure import measure_kept_overlaps, measure_overlaps
 from sparc3.scores import Scores
 
 SIZES = {"a": 6, "b": 4}
@@ -19,7 +19,8 @@ def test_shared_units_of_circuits_of_dampings_and_of_several_draws() -> None:
         "random@4": [Circuit("neuron", {"b": (0, 1, 2, 3)}), Circuit("neuron", {"a": (0, 1, 2), "b": (0,)})],
     }
     found = {
-        one["variant"]: (one["size"], one["both"], one["expected"]) for one in overlaps(own, others, SIZES)
+        one["variant"]: (one["size"], one["both"], one["expected"])
+        for one in measure_overlaps(own, others, SIZES)
     }
     assert found == {
         "wanda@4": (4, 2, pytest.approx(1.6)),
@@ -35,7 +36,7 @@ def test_what_is_left_when_units_go() -> None:
     wanda = Scores(
         {"a": torch.tensor([0.0, 1, 2, 9, 3, 8]), "b": torch.tensor([7.0, 1, 2, 0])}
     )  # keeps a3 a5 b0
-    assert of_kept({"lrp": lrp, "wanda": wanda}, "lrp", [7]) == [
+    assert measure_kept_overlaps({"lrp": lrp, "wanda": wanda}, "lrp", [7]) == [
         {"variant": "wanda@7", "size": 3, "both": 1, "expected": pytest.approx(0.9)}
     ]
-    assert of_kept({"wanda": wanda}, "lrp", [7]) == []
+    assert measure_kept_overlaps({"wanda": wanda}, "lrp", [7]) == []

@@ -21,7 +21,6 @@ from sparc3.attribution.methods import settings_for
 from sparc3.attribution.sums import Settings, Sums
 from sparc3.evaluation import generate as generation
 from sparc3.evaluation import perplexity
-from sparc3.evaluation import perplexity as divergence
 from sparc3.evaluation import tasks as ioi
 from sparc3.experiment import work_list as steps
 from sparc3.models.families import ROLES
@@ -31,8 +30,8 @@ from sparc3.plan.hardware import SHEETS, Hardware
 from sparc3.plan.plan import plan
 from sparc3.plan.rehearsal import Rehearsal
 from sparc3.plan.tensor_costs import Shaped
-from sparc3.recipe.schema import bundled, load_recipe
-from sparc3.samples.batches import Encoded, grouped, make_batch
+from sparc3.recipe.schema import bundled_recipes, load_recipe
+from sparc3.samples.batches import Encoded, group_by_length, make_batch
 
 HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
 CLOSE = 0.2
@@ -132,7 +131,7 @@ def test_memory_of_an_attribution_is_as_predicted(models: Callable[[str], Any], 
     model = models(name)
     (method, unit, target, neuron), roles, samples = KINDS[kind]
     chosen, settings = settings_for(Settings(method, unit, target, neuron, "mean"), roles)
-    groups = grouped(samples, 1024)
+    groups = group_by_length(samples, 1024)
 
     def work() -> None:
         sums, sites = Sums(settings), sites_of(model, roles)
@@ -170,11 +169,11 @@ def test_memory_of_an_evaluation_is_as_predicted(
     works: dict[str, tuple[Any, Callable[[], object]]] = {
         "perplexity": (
             lambda: rehearsal.windows("perplexity", 256, 10),
-            lambda: perplexity.of_windows(model, windows),
+            lambda: perplexity.perplexity_observations(model, windows),
         ),
         "kl": (
             lambda: rehearsal.windows("kl", 256, 10),
-            lambda: divergence.of_windows(model, windows, nullcontext()),
+            lambda: perplexity.divergence_observations(model, windows, nullcontext()),
         ),
         "greedy": (
             lambda: rehearsal.generation(40, 20, 24, 0.0),
@@ -196,7 +195,7 @@ def config_file(folder: Path, hub_id: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", [name for name in bundled() if not name.startswith("demo")])
+@pytest.mark.parametrize("name", [name for name in bundled_recipes() if not name.startswith("demo")])
 def test_recipes_of_the_papers_models_fit_their_real_configurations(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     config = load_config(config_file(tmp_path, recipe.model.id))
@@ -369,7 +368,7 @@ def test_resident_memory_of_a_larger_model_is_as_predicted(
     measured = int(done.stdout.splitlines()[-1])
     shaped = Shaped(AutoConfig.for_model(**MEDIUM[name]), torch.float32)
     rehearsal = Rehearsal(shaped, HERE)
-    groups = grouped([Encoded(i, (5,) * 512, (511,)) for i in range(2)], 1024)
+    groups = group_by_length([Encoded(i, (5,) * 512, (511,)) for i in range(2)], 1024)
     if kind == "perplexity":
         live = rehearsal.windows("perplexity", 512, 2).live
     else:
@@ -389,7 +388,7 @@ def test_resident_memory_of_a_larger_model_is_as_predicted(
 
 
 def test_sums_of_weights_are_beside_a_gpu(demo: tuple[Any, Any]) -> None:
-    groups = grouped(SOME, 1024)
+    groups = group_by_length(SOME, 1024)
     for method in ("lrp", "wanda"):
         settings = Settings(method, "weight", "predicted", "abs", "mean")
         here, there = (
@@ -454,7 +453,7 @@ def test_a_plan_knows_how_many_units_a_selection_takes(
         "neuron": lambda site: (site.out,),
     }[unit]
     scores = Scores({site.name: torch.rand(*shape(site)) for site in sites}, {"unit": unit})
-    assert steps.selected(**{"scope": "global", **selection}, unit=unit, sites=sites) == len(
+    assert steps.count_selected(**{"scope": "global", **selection}, unit=unit, sites=sites) == len(
         select(scores, **selection)
     )
 

@@ -125,14 +125,14 @@ def seen(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[See
         place: Any = importlib.import_module(f"sparc3.{module}")
         monkeypatch.setattr(place, attribute, found.during(getattr(place, attribute), name))
 
-    watch("experiment.scoring.attribute", lambda *_, method, **__: f"scores, {method}")
-    watch("experiment.sampling.attribute", lambda *_, method, **__: f"scores, {method}")
-    watch("experiment.compressing.prune_sequentially", lambda *_, **__: "scores, wanda-sequential")
-    watch("attribution.expertise.expertise", lambda *_, **__: "scores, expertise")
-    watch("experiment.stages.protect", lambda *_: "protection")
-    watch("experiment.data.gather", lambda request, *_: f"choosing {request.source}")
-    watch("cards._fired", lambda *_: "cards")
-    watch("experiment.tuning.measure", lambda *_, **__: "search")
+    watch("experiment.score.attribute", lambda *_, method, **__: f"scores, {method}")
+    watch("experiment.gather.attribute", lambda *_, method, **__: f"scores, {method}")
+    watch("experiment.compress.prune_sequentially", lambda *_, **__: "scores, wanda-sequential")
+    watch("attribution.activations.expertise", lambda *_, **__: "scores, expertise")
+    watch("experiment.run.protect_units", lambda *_: "protection")
+    watch("experiment.gather.gather", lambda request, *_: f"choosing {request.source}")
+    watch("experiment.neuron_cards._strongest_activations", lambda *_: "cards")
+    watch("experiment.search.measure", lambda *_, **__: "search")
     measure = Prepared.measure
 
     def measured(self: Prepared, *args: Any, **kwargs: Any) -> Any:

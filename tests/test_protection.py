@@ -50,7 +50,7 @@ def test_what_is_protected_is_not_selected(tmp_path: Path, monkeypatch: pytest.M
     assert free.provenance["protected"] == []  # nothing in so small a model breaks it alone
     first = Circuit.load(tmp_path / "free" / "circuit.json")
     site, index = next((site, indices[0]) for site, indices in first.members.items() if indices)
-    monkeypatch.setattr(protection, "_suspects", lambda work, samples: [(site, index)])
+    monkeypatch.setattr(protection, "_select_suspects", lambda work, samples: [(site, index)])
     monkeypatch.setattr(protection, "RATIO", 0.0)
     kept = run(recipe, tmp_path / "kept")
     assert [(one["module"], one["index"]) for one in kept.provenance["protected"]] == [(site, index)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparc3 import UserError, ablated, attribute
 from sparc3.circuits.circuit import Circuit
-from sparc3.doctor.completeness import ledger
+from sparc3.doctor.completeness import relevance_ledger
 from sparc3.models.load import describe
 from sparc3.models.sites import sites_of
 
@@ -59,7 +59,7 @@ def test_what_needs_no_weight_is_what_the_same_weights_give_unquantised(
     for site in wanted:
         assert wanted[site].any()
         assert distance(found[site], wanted[site]) < 1e-6
-    assert ledger(pair[0], samples()[0]).gap < 1e-12
+    assert relevance_ledger(pair[0], samples()[0]).gap < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_torchao_weights() -> None:
     assert len(scores.provenance["model"]["fingerprint"]) == 16
     with pytest.raises(UserError, match="Int8Tensor"):
         attribute(model, samples(), neuron="abs")
-    assert ledger(model, samples()[0]).gap < 1e-5
+    assert relevance_ledger(model, samples()[0]).gap < 1e-5

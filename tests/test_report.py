@@ -13,12 +13,12 @@ from sparc3.circuits.circuit import Circuit
 from sparc3.errors import DamagedFile, UserError
 from sparc3.report.cards import protected, sharing
 from sparc3.report.charts import Scale, spread
-from sparc3.report.examples import Mask, changed
+from sparc3.report.examples import Mask, find_changes
 from sparc3.report.headline import headline, remarks
 from sparc3.report.read import read_folder
 from sparc3.report.tradeoff import tradeoffs
-from sparc3.report.variant_names import named
-from sparc3.report.words import chance, change, figure, with_interval
+from sparc3.report.variant_names import method_title
+from sparc3.report.words import change, figure, format_p, with_interval
 from sparc3.report.write import write_report
 from sparc3.results import Difference, Measurement, Results
 from sparc3.safe_text import visible
@@ -242,9 +242,9 @@ def test_figures_as_written(value: float | None, metric: str, written: str) -> N
 
 def test_changes_as_written() -> None:
     assert change(Difference("toxicity.mean", "a", "b", -0.25, None, None, None)) == "\u221225.0 points"
-    assert chance(0.00001) == "p < 0.0001"
-    assert chance(0.23) == "p = 0.23"
-    assert chance(None) == ""
+    assert format_p(1 / 2001) == "p = 0.0005"  # the least that the permutation test can give
+    assert format_p(0.23) == "p = 0.23"
+    assert format_p(None) == ""
 
 
 # Effect against damage -----------------------------------------------------------------------------------------------
@@ -354,13 +354,9 @@ def test_what_circuits_share_and_what_is_protected(run: Path) -> None:
 
 
 def test_methods_as_their_papers_write_them() -> None:
-    assert [named(name) for name in ("cp-lrp", "lrp-mean_abs", "aura", "wanda-sequential", "of-mine")] == [
-        "CP-LRP",
-        "LRP (mean abs)",
-        "AurA",
-        "Wanda (sequential)",
-        "of-mine",
-    ]
+    assert [
+        method_title(name) for name in ("cp-lrp", "lrp-mean_abs", "aura", "wanda-sequential", "of-mine")
+    ] == ["CP-LRP", "LRP (mean abs)", "AurA", "Wanda (sequential)", "of-mine"]
 
 
 def test_a_soft_scale_is_even_around_zero_and_logarithmic_far_out() -> None:
@@ -441,7 +437,7 @@ def test_without_a_lexicon_a_toxic_continuation_is_hidden_whole() -> None:
 
 
 def test_the_difference_is_marked_word_by_word() -> None:
-    assert changed("You silly fool!", "You kind one!") == ([(4, 14)], [(4, 12)])
+    assert find_changes("You silly fool!", "You kind one!") == ([(4, 14)], [(4, 12)])
 
 
 def test_scales_and_labels() -> None:

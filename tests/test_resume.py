@@ -18,7 +18,7 @@ from tiny import Words, tiny
 
 from sparc3 import Scores, UserError, attribute
 from sparc3.attribution.attribute import merge
-from sparc3.attribution.partial_sums import Keeper, load_sums
+from sparc3.attribution.partial_sums import PartialSums, load_sums
 
 Call = Callable[..., Any]
 SAMPLES = [[3 + (7 * i + j) % 30 for j in range(3 + i % 6)] for i in range(17)]
@@ -54,20 +54,20 @@ def close(one: Scores, other: Scores) -> bool:
 @pytest.fixture
 def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Ends an attribution after some batches, in the way that it can notice least."""
-    after = Keeper.after
+    after = PartialSums.after
 
     def set_up(batches: int) -> None:
         seen = iter(range(1, batches))
 
-        def counted(self: Keeper, *arguments: Any) -> None:
+        def counted(self: PartialSums, *arguments: Any) -> None:
             after(self, *arguments)
             if next(seen, None) is None:
                 raise Killed
 
-        monkeypatch.setattr(Keeper, "after", counted)
+        monkeypatch.setattr(PartialSums, "after", counted)
 
     yield set_up
-    monkeypatch.setattr(Keeper, "after", after)
+    monkeypatch.setattr(PartialSums, "after", after)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -89,9 +89,9 @@ def test_a_killed_attribution_goes_on_to_the_same_bits(
     done = load_sums(partial)[2]
     assert 0 < len(done) < len(SAMPLES)
     seen: list[int] = []
-    after = Keeper.after
+    after = PartialSums.after
     monkeypatch.setattr(
-        Keeper,
+        PartialSums,
         "after",
         lambda self, batch, sums: (seen.extend(s.index for s in batch.samples), after(self, batch, sums))[1],
     )
@@ -149,7 +149,7 @@ def test_a_shard_that_is_done_is_not_done_again(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attribute(model, SAMPLES, partial=tmp_path / "1", shard=(1, 2))
-    monkeypatch.setattr(Keeper, "after", lambda *_: pytest.fail("a batch was run"))
+    monkeypatch.setattr(PartialSums, "after", lambda *_: pytest.fail("a batch was run"))
     attribute(model, SAMPLES, partial=tmp_path / "1", shard=(1, 2))
 
 
@@ -274,13 +274,13 @@ def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: p
         "sparc3.attribution.partial_sums.os.kill",
         lambda _, number: (sent.append(number), (_ for _ in ()).throw(Killed()))[1].send(None),
     )
-    after = Keeper.after
+    after = PartialSums.after
 
-    def interrupted(self: Keeper, *arguments: Any) -> None:
+    def interrupted(self: PartialSums, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
         after(self, *arguments)
 
-    monkeypatch.setattr(Keeper, "after", interrupted)
+    monkeypatch.setattr(PartialSums, "after", interrupted)
     with pytest.raises(Killed):
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "sums")
     assert sent == [signal.SIGTERM]
@@ -291,14 +291,14 @@ def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: p
 def test_ctrl_c_saves_first_and_the_second_ends_at_once(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after, times = Keeper.after, 1
+    after, times = PartialSums.after, 1
 
-    def interrupted(self: Keeper, *arguments: Any) -> None:
+    def interrupted(self: PartialSums, *arguments: Any) -> None:
         for _ in range(times):
             signal.raise_signal(signal.SIGINT)
         after(self, *arguments)
 
-    monkeypatch.setattr(Keeper, "after", interrupted)
+    monkeypatch.setattr(PartialSums, "after", interrupted)
     with pytest.raises(KeyboardInterrupt):
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "once")
     assert 0 < len(load_sums(tmp_path / "once")[2]) < len(SAMPLES)
@@ -307,7 +307,7 @@ def test_ctrl_c_saves_first_and_the_second_ends_at_once(
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    monkeypatch.setattr(Keeper, "after", after)
+    monkeypatch.setattr(PartialSums, "after", after)
     again, whole = (
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / name) for name in ("once", "anew")
     )

@@ -10,7 +10,7 @@ from tests.tiny import tiny
 
 from sparc3 import Circuit, Scores, UserError, ablate_, ablated, contrast, select
 from sparc3.circuits.algebra import union
-from sparc3.circuits.select import candidates, excluding, random_like
+from sparc3.circuits.select import count_candidates, exclude, random_like
 from sparc3.errors import DamagedFile, NonFinite
 
 MODEL = {"id": "m", "architecture": "llama", "fingerprint": "f"}
@@ -34,7 +34,7 @@ def test_matched_contrast_takes_the_larger_use_and_only_what_is_below_zero() -> 
     )
     made = contrast(general, undesired, matched=matched, penalty=2.0)
     assert made["a"].tolist() == [2 * 0.75 - 2.0, 2 * 1.0 - 2.0, 2 * 2.0 - 1.0]
-    assert candidates(made) == 1
+    assert count_candidates(made) == 1
     assert select(made, count=1).members == {"a": (0,)}
     with pytest.raises(UserError, match="1 candidates below zero"):
         select(made, count=2)
@@ -106,7 +106,7 @@ def test_every_layer_draws_its_own_random_units() -> None:
 def test_rounds_do_not_choose_a_unit_twice() -> None:
     some = scores({"a": [-3.0, -2.0, 1.0]})
     first = select(some, count=1)
-    second = select(excluding(some, first), count=1)
+    second = select(exclude(some, first), count=1)
     assert union(first, second).members == {"a": (0, 1)}
 
 

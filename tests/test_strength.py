@@ -14,7 +14,7 @@ from sparc3 import Circuit, Scores, UserError, ablate_, ablated, export, load_mo
 from sparc3.circuits.algebra import difference, intersection, overlap, union
 from sparc3.circuits.select import random_like
 from sparc3.errors import DamagedFile
-from sparc3.export.shrink import shrinking
+from sparc3.export.shrink import plan_shrinking
 from sparc3.models.sites import down_sites, sites_of
 from sparc3.plan.plan import plan
 from sparc3.storage import read_json
@@ -141,7 +141,7 @@ def test_what_cannot_be_weakened_is_refused() -> None:
     model = tiny("llama")
     members = {site.name: (0,) for site in sites_of(model, ["mlp.up"])}
     with pytest.raises(UserError, match=r"--shrink .* strength 0\.5"):
-        shrinking(model, Circuit("neuron", members, strength=0.5))
+        plan_shrinking(model, Circuit("neuron", members, strength=0.5))
     down = sites_of(model, ["mlp.down"])[0]
     down.module.weight = torch.nn.Parameter(down.module.weight.to(torch.int8), requires_grad=False)
     with (

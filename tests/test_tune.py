@@ -9,7 +9,7 @@ import pytest
 
 from sparc3 import ReferenceSet, Results, Scores, UserError, load_recipe, run
 from sparc3.demo.text import split_of
-from sparc3.experiment.search import Candidate, front
+from sparc3.experiment.search import Candidate, pareto_front
 from sparc3.samples.sources import overlap
 from sparc3.storage import read_json
 
@@ -212,5 +212,5 @@ def test_what_does_not_go_together_is_refused(selection: dict[str, Any], said: s
 
 
 def test_the_front_by_hand() -> None:
-    assert front([(0.0, 3.0), (1.0, 1.0), (2.0, 1.0), None, (1.0, 2.0), (0.0, 3.0)]) == {0, 1, 5}
+    assert pareto_front([(0.0, 3.0), (1.0, 1.0), (2.0, 1.0), None, (1.0, 2.0), (0.0, 3.0)]) == {0, 1, 5}
     assert not Candidate({}, "abs", "plain", None, None, 1, "").within

@@ -29,7 +29,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         Sparc3Error: the folder cannot be written, or the disk is full; the message names the file.
     """
     path = Path(path)
-    with _beside(path) as temporary, _told(path, "the earlier file, if any, is untouched"):
+    with _beside(path) as temporary, _as_user_error(path, "the earlier file, if any, is untouched"):
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with open(temporary, "rb") as written:
@@ -48,7 +48,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already; choose a new folder, or remove it first")
-    with _beside(path) as temporary, _told(path, "nothing of it was left behind"):
+    with _beside(path) as temporary, _as_user_error(path, "nothing of it was left behind"):
         temporary.mkdir()
         yield temporary
         for inside in temporary.rglob("*"):  # safetensors writes files that only their owner may read
@@ -66,12 +66,12 @@ def _beside(path: Path) -> Iterator[Path]:
     """
     if "\0" in str(path):
         raise UserError(f"{path} holds a NUL byte, which no name of a file can; choose another name")
-    with _told(path, "choose a folder that can be written"):
+    with _as_user_error(path, "choose a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, glob.escape(path.name))
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        with _told(path, "choose a folder that can be written"), open(folder / ".lock", "w") as lock:
+        with _as_user_error(path, "choose a folder that can be written"), open(folder / ".lock", "w") as lock:
             with suppress(OSError):  # a file system without locks: what a killed process leaves stays
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder / path.name
@@ -95,7 +95,7 @@ def remove_leftovers(folder: Path, names: str | None = None) -> None:
 
 
 @contextmanager
-def _told(path: Path, end: str) -> Iterator[None]:
+def _as_user_error(path: Path, end: str) -> Iterator[None]:
     """A failure to write inside becomes one line that names the file."""
     try:
         yield
@@ -270,7 +270,7 @@ def save_tensors(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     plain["sha256"] = _checksum(plain, whole)
     with whole_file(path) as temporary:
-        save_file(whole, temporary, {key: _written(value) for key, value in plain.items()})
+        save_file(whole, temporary, {key: _serialize(value) for key, value in plain.items()})
 
 
 def load_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -302,7 +302,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}; check the path")
     with _opened(path) as opened:
-        return {key: _parsed(value) for key, value in (opened.metadata() or {}).items()}
+        return {key: _parse_header(value) for key, value in (opened.metadata() or {}).items()}
 
 
 class _opened:  # noqa: N801  a context manager, used like a function
@@ -330,12 +330,12 @@ class _opened:  # noqa: N801  a context manager, used like a function
         return DamagedFile(f"{self.path} is not a readable safetensors file ({first}); make it again")
 
 
-def _written(value: Any) -> str:
+def _serialize(value: Any) -> str:
     """A header's value as text: a string as it is, unless it would be read back as something else."""
-    return value if isinstance(value, str) and _parsed(value) is value else json.dumps(value)
+    return value if isinstance(value, str) and _parse_header(value) is value else json.dumps(value)
 
 
-def _parsed(value: str) -> Any:
+def _parse_header(value: str) -> Any:
     try:
         return json.loads(value) if value[:1] in '{["-0123456789tfnNI' else value
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ from ..models.experts import by_position, tokens_of
 from ..models.load import context_length, describe
 from ..models.offloading import device_of
 from ..models.sites import Site, down_sites, sites_of
-from ..samples.batches import Batch, encode, joined, make_batches
+from ..samples.batches import Batch, encode, join_completions, make_batches
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from .patching import frozen
@@ -26,7 +26,7 @@ def wanda(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
 ) -> Generator[Batch, None, None]:
     """Σ_t a_tj² at each site's input: a running sum of squares, never a concatenation of activations (Sun et al. 2024)."""
-    return _measured(model, batches, {site.name: site for site in sites}, torch.square, sums)
+    return _sum_over_positions(model, batches, {site.name: site for site in sites}, torch.square, sums)
 
 
 def activation(
@@ -34,10 +34,12 @@ def activation(
 ) -> Generator[Batch, None, None]:
     """Σ_t |h_ti| of each neuron after its non-linearity (and gate): the input of the layer's mlp.down."""
     downs = down_sites(model)
-    return _measured(model, batches, {site.name: downs[site.mlp] for site in sites}, torch.abs, sums)
+    return _sum_over_positions(
+        model, batches, {site.name: downs[site.mlp] for site in sites}, torch.abs, sums
+    )
 
 
-def _measured(
+def _sum_over_positions(
     model: "PreTrainedModel",
     batches: Iterable[Batch],
     sites: Mapping[str, Site],
@@ -78,7 +80,7 @@ def largest_writes(
 ) -> dict[str, Tensor]:
     """max_t |a_ti| · ‖W_down[:, i]‖₂ of each neuron over all tokens of the samples, by the name of its mlp.up: [out]."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    whole = ReferenceSet(joined(samples, tokenizer))
+    whole = ReferenceSet(join_completions(samples, tokenizer))
     encoded = encode(
         whole, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True
     )
@@ -136,7 +138,7 @@ def expertise(
     sites = sites_of(model, ("mlp.up",))
     described = describe(model)
     seen = [
-        _largest(model, ReferenceSet(joined(some, tokenizer)), sites, batch_tokens)
+        _largest(model, ReferenceSet(join_completions(some, tokenizer)), sites, batch_tokens)
         for some in (undesired, benign)
     ]
     values = {site.name: auroc(seen[0][site.name], seen[1][site.name]).float() for site in sites}

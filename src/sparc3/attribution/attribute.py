@@ -20,7 +20,7 @@ from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
 from ..storage import fingerprint
 from .methods import Method, needs_weight, require_method, settings_for
-from .partial_sums import Keeper, Task, combined
+from .partial_sums import PartialSums, Task, combine_shards
 from .sums import Settings, Sums, all_finite
 
 if TYPE_CHECKING:
@@ -121,11 +121,14 @@ def attribute(
     sums, described, references = Sums(settings), describe(model), None
     if chosen.run:
         references = ReferenceSet.of(samples)
-        encoded = _encoded(model, references, tokenizer, chosen, settings, truncate)
-        _tell(references, encoded, truncate, context_length(model))
-        task = _task(settings, described, model, references, encoded, where, shard)
-        share, budget = _share(encoded, task, partial), token_budget(batch_tokens, device_of(model).type)
-        budget = room(model, _kind(settings), budget) if batch_tokens == "auto" else budget
+        encoded = _encode_samples(model, references, tokenizer, chosen, settings, truncate)
+        _log_samples(references, encoded, truncate, context_length(model))
+        task = _make_task(settings, described, model, references, encoded, where, shard)
+        share, budget = (
+            _samples_of_shard(encoded, task, partial),
+            token_budget(batch_tokens, device_of(model).type),
+        )
+        budget = room(model, _room_key(settings), budget) if batch_tokens == "auto" else budget
         batches = make_batches(distributed.stride(share), budget, device_of(model))
         sums = _all_added(
             model,
@@ -133,7 +136,7 @@ def attribute(
             where,
             sums,
             batches,
-            Keeper(Path(partial), task, save_every) if partial else None,
+            PartialSums(Path(partial), task, save_every) if partial else None,
             progress,
         )
         if sums.samples == 0:
@@ -141,7 +144,7 @@ def attribute(
                 f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32"
             )
     about = _provenance(described, settings, roles, sums, references.fingerprint if references else None)
-    return _finished(chosen, where, sums, about)
+    return _finish_scores(chosen, where, sums, about)
 
 
 def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = None) -> Scores:
@@ -155,7 +158,7 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
         UserError: shards of different attributions, one twice, one missing or not finished (each by name); no model where one is needed.
         DamagedFile: a file that is not as it was written.
     """
-    task, sums = combined(shards)
+    task, sums = combine_shards(shards)
     settings, described = task.settings, {key: value for key, value in task.model.items() if key != "dtype"}
     chosen = require_method(settings.method)
     sites = task.stand_ins()
@@ -170,7 +173,7 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
             )
         sites = sites_of(model, {site.role for site in sites})
     roles = tuple(dict.fromkeys(site.role for site in sites))
-    return _finished(
+    return _finish_scores(
         chosen, sites, sums, _provenance(described, settings, roles, sums, task.samples_fingerprint)
     )
 
@@ -189,7 +192,7 @@ def _require_known(settings: Settings) -> None:
     parse_target(settings.target)
 
 
-def _encoded(
+def _encode_samples(
     model: "PreTrainedModel",
     references: ReferenceSet,
     tokenizer: "PreTrainedTokenizerBase | None",
@@ -207,7 +210,7 @@ def _encoded(
     return encoded
 
 
-def _finished(method: Method, sites: list[Site], sums: Sums, provenance: dict[str, Any]) -> Scores:
+def _finish_scores(method: Method, sites: list[Site], sums: Sums, provenance: dict[str, Any]) -> Scores:
     empty = torch.zeros(0, dtype=torch.float64)
     values = {
         site.name: method.finish(site, sums.totals.pop(site.name, empty), sums).to("cpu", torch.float32)
@@ -221,7 +224,7 @@ def _finished(method: Method, sites: list[Site], sums: Sums, provenance: dict[st
     return Scores(values, provenance)
 
 
-def _task(
+def _make_task(
     settings: Settings,
     described: dict[str, str],
     model: "PreTrainedModel",
@@ -243,7 +246,7 @@ def _task(
     )
 
 
-def _share(encoded: list[Encoded], task: Task, partial: str | Path | None) -> list[Encoded]:
+def _samples_of_shard(encoded: list[Encoded], task: Task, partial: str | Path | None) -> list[Encoded]:
     """The samples of the task's shard. Raises UserError where there is none, or nowhere to leave its sums."""
     if task.shard is None:
         return encoded
@@ -262,7 +265,7 @@ def _all_added(
     sites: list[Site],
     sums: Sums,
     batches: list[Batch],
-    keeper: Keeper | None,
+    keeper: PartialSums | None,
     progress: bool,
 ) -> Sums:
     """The sums over all batches of all ranks."""
@@ -276,7 +279,7 @@ def _all_added(
     return whole
 
 
-def _tell(references: ReferenceSet, encoded: list[Encoded], truncate: bool, context: int) -> None:
+def _log_samples(references: ReferenceSet, encoded: list[Encoded], truncate: bool, context: int) -> None:
     """What the reader of the scores should know of the samples."""
     if references.repeated and distributed.is_main():
         log.warning(
@@ -313,7 +316,7 @@ def _add_all(
     sites: list[Site],
     sums: Sums,
     batches: list[Batch],
-    keeper: Keeper | None,
+    keeper: PartialSums | None,
     progress: bool,
 ) -> None:
     """Run the method over all batches; one that does not fit into memory is halved, and so are those to come of its size."""
@@ -346,7 +349,7 @@ def _add_all(
                     raise
                 if len(waiting[-1].samples) > 1:
                     large = waiting[-1].ids.numel()
-                    remember(model, _kind(settings), large // 2)
+                    remember(model, _room_key(settings), large // 2)
                     waiting = [
                         half
                         for batch in waiting
@@ -354,7 +357,7 @@ def _add_all(
                     ]
                 elif automatic and (more := _saving_more(model, settings)):
                     length = waiting[-1].lengths[0]
-                    remember(model, _alone(settings), length - 1)
+                    remember(model, _room_key_of_single(settings), length - 1)
                     settings = replace(settings, gradient_checkpointing=more)
                     log.info(
                         "a sample of %d tokens does not fit into memory; from here on layers are computed twice%s",
@@ -369,14 +372,14 @@ def _add_all(
                 torch.cuda.empty_cache()
 
 
-def _kind(settings: Settings) -> str:
+def _room_key(settings: Settings) -> str:
     """The kind of work for which it is remembered how many tokens fit into memory at once."""
     return f"{settings.method} {settings.unit} {settings.neuron} {settings.target}"
 
 
-def _alone(settings: Settings) -> str:
+def _room_key_of_single(settings: Settings) -> str:
     """The kind of work for which it is remembered how many tokens of one sample fit."""
-    return f"{_kind(settings)}, one sample, {settings.gradient_checkpointing}"
+    return f"{_room_key(settings)}, one sample, {settings.gradient_checkpointing}"
 
 
 def _saving_more(model: "PreTrainedModel", settings: Settings) -> bool | str:
@@ -394,9 +397,9 @@ def _elsewhere(model: "PreTrainedModel") -> bool:
 def _saving_memory(model: "PreTrainedModel", settings: Settings, longest: int) -> bool | str:
     """The least of `gradient_checkpointing` by which a sample of so many tokens is not known to be too long."""
     how: bool | str = is_offloaded(model)
-    while longest > room(model, _alone(tried := replace(settings, gradient_checkpointing=how)), longest) and (
-        more := _saving_more(model, tried)
-    ):
+    while longest > room(
+        model, _room_key_of_single(tried := replace(settings, gradient_checkpointing=how)), longest
+    ) and (more := _saving_more(model, tried)):
         how = more
     return how
 

@@ -11,7 +11,7 @@ from ..errors import UserError, unknown
 from ..models.sites import Site
 from ..samples.batches import Batch
 from .activations import activation, wanda
-from .relevance import cp_lrp, gradient, lrp, weighted
+from .relevance import cp_lrp, gradient, lrp, weight_times_sums
 from .sums import Settings, Sums
 
 Run = Callable[..., Generator[Batch, None, None]]
@@ -47,7 +47,7 @@ def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
     many = sums.settings.target.partition(":")[0] in ("completion", "next")
     divisor = sums.targets if many else sums.samples
     if sums.settings.unit == "weight":
-        return weighted(site, total, divisor, sums.settings.reduce)
+        return weight_times_sums(site, total, divisor, sums.settings.reduce)
     mean = total / divisor
     return mean.abs() if sums.settings.reduce == "abs_mean" else mean
 

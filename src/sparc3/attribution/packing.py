@@ -29,7 +29,7 @@ WORTH = 0.9
 
 
 @contextmanager
-def packed(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
+def pack_positions(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
     """Inside, the linear maps of the layers work on this batch's real tokens only, and behind the last attention on target positions only."""
     real, targets = (_rows(batch, last=last) for last in (False, True))
     layers = list(layers_of(model))
@@ -87,7 +87,7 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _placed(grads[0], ctx.rows, ctx.count), None
+        return _place_rows(grads[0], ctx.rows, ctx.count), None
 
 
 class _Place(torch.autograd.Function):
@@ -96,14 +96,14 @@ class _Place(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, count: int) -> Tensor:
         ctx.rows = rows
-        return _placed(x, rows, count)
+        return _place_rows(x, rows, count)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0][ctx.rows], None, None
 
 
-def _placed(x: Tensor, rows: Tensor, count: int) -> Tensor:
+def _place_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
     whole = x.new_zeros(count, x.shape[-1])
     whole[rows] = x
     return whole

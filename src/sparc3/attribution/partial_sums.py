@@ -145,7 +145,7 @@ def read_positions(path: Path) -> tuple[str, frozenset[int]]:
         raise DamagedFile(f"{path} lacks what a shard file has ({error}); make it again") from None
 
 
-def combined(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]:
+def combine_shards(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]:
     """The sums of all shards of one reference set, as if they had been made in one go.
 
     Raises:
@@ -214,7 +214,7 @@ SHARE = 0.05
 """At most this share of the time goes into saving, however large the sums are."""
 
 
-class Keeper:
+class PartialSums:
     """Keeps this rank's sums on disk.
 
     A single process writes `path`; of several, each writes a file of its own beside it. Files of another number of ranks are taken

@@ -19,7 +19,7 @@ from ..models.memory import few_holes, give_back, logits_at
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, layers_of, shadowed
 from ..samples.batches import Batch
-from .packing import packed
+from .packing import pack_positions
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
 
@@ -62,7 +62,7 @@ def _relevance(
 ) -> Generator[Batch, None, None]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
     how = settings.gradient_checkpointing
-    again = checkpointed(model, offload=how == "offload") if how in (True, "offload") else nullcontext()
+    again = checkpoint_layers(model, offload=how == "offload") if how in (True, "offload") else nullcontext()
     with (
         frozen(model),
         rules,
@@ -71,7 +71,7 @@ def _relevance(
     ):
         for batch in batches:
             gathered: dict[str, Tensor] = {}
-            with packed(model, batch), _watched(sites, batch, settings, gathered, sums):
+            with pack_positions(model, batch), _hook_sites(sites, batch, settings, gathered, sums):
                 y = target_of(model, batch)
                 if y.requires_grad:  # not where CP-LRP holds constant all that the sites compute
                     y.backward()
@@ -95,7 +95,7 @@ def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _watched(
+def _hook_sites(
     sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums
 ) -> Iterator[None]:
     """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a sample, and of weights in `sums`."""
@@ -119,13 +119,13 @@ def _head_hook(
     """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (docs/method.md, 4)."""
 
     def arrived(grad: Tensor, a: Tensor) -> None:
-        relevance = (_wide(grad) * _wide(a)).reshape(*batch.ids.shape, site.heads, -1)
+        relevance = (_at_least_float32(grad) * _at_least_float32(a)).reshape(*batch.ids.shape, site.heads, -1)
         gathered[site.name] = relevance[:, settings.skip_positions :].sum((1, 3))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         a = args[0]
         gathered.setdefault(site.name, torch.zeros(len(batch.samples), site.heads, device=a.device))
-        return (watched(a, a, arrived), *args[1:])
+        return (watch_gradient(a, a, arrived), *args[1:])
 
     return hook
 
@@ -141,21 +141,23 @@ def _output_hook(
             g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
             gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, a)
         else:
-            gathered[site.name] = by_position(_wide(grad) * _wide(kept), tokens, shape)[:, skip:].sum(1)
+            gathered[site.name] = by_position(
+                _at_least_float32(grad) * _at_least_float32(kept), tokens, shape
+            )[:, skip:].sum(1)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         gathered.setdefault(
             site.name, torch.zeros(len(batch.samples), site.out, device=output.device)
         )  # stays where CP-LRP holds z constant
         kept = args[0] if settings.neuron == "abs" else site.of(output)
-        return watched(
+        return watch_gradient(
             output, kept, partial(arrived, tokens_of(args)), copied=site.role == "mlp.down"
         )  # Falcon adds to it in place
 
     return hook
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     """At least float32, in which everything is summed."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -210,7 +212,7 @@ class _Watch(torch.autograd.Function):
         return None if ctx.lowest else grads[0], None, None, None, None
 
 
-def watched(x: Tensor, kept: Tensor, arrived: Arrived, *, copied: bool = False) -> Tensor:
+def watch_gradient(x: Tensor, kept: Tensor, arrived: Arrived, *, copied: bool = False) -> Tensor:
     """x, of whose gradient `arrived` will be told; `copied` where what comes next changes it in place.
 
     Where x asks for no gradient, nothing below it does: the graph begins, and the backward pass ends, there.
@@ -221,7 +223,7 @@ def watched(x: Tensor, kept: Tensor, arrived: Arrived, *, copied: bool = False) 
 
 
 @contextmanager
-def checkpointed(
+def checkpoint_layers(
     model: "PreTrainedModel",
     within: Callable[[], AbstractContextManager[object]] = nullcontext,
     *,
@@ -263,7 +265,7 @@ def _away(again: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) ->
 
 # Weight relevance: Σ_t ĝ_t a_tᵀ streams from each site's backward step straight into the site's running total, and never into `.grad`.
 #
-# R_W = W ⊙ Σ_t ĝ_t a_tᵀ (docs/method.md, 3), and W is the same for every sample: it is multiplied in once, at the end (`weighted`).
+# R_W = W ⊙ Σ_t ĝ_t a_tᵀ (docs/method.md, 3), and W is the same for every sample: it is multiplied in once, at the end (`weight_times_sums`).
 
 
 PIECE = 2**22
@@ -286,7 +288,7 @@ def weight_hook(
             give_back()
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return watched(
+        return watch_gradient(
             output, args[0], partial(arrived, tokens_of(args)), copied=site.role == "mlp.down"
         )  # Falcon adds to it in place
 
@@ -339,7 +341,7 @@ def _pieces(total: Tensor, device: torch.device) -> list[slice]:
     return [slice(start, min(start + step, out)) for start in range(0, out, step)]
 
 
-def weighted(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
+def weight_times_sums(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
     """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the reduction takes it."""
     if not total.numel():  # CP-LRP holds the site constant
         return torch.zeros(site.out, site.inp)

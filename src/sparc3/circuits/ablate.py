@@ -51,7 +51,7 @@ def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
             _weaken_(tensor, index, circuit.strength)
 
 
-def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
+def removed_units(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
     """Parameter name → uint8 tensor of its shape: how many units an element is weakened for. Raises UserError as `ablated` does.
 
     More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an element of mlp.down.
@@ -71,7 +71,7 @@ def touched(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
     return found
 
 
-def weakened(values: Tensor, strength: float) -> Tensor:
+def weaken_values(values: Tensor, strength: float) -> Tensor:
     """What is left of the values, (1 − strength) of them, computed in float64 and rounded to their dtype: the same bits for any layout."""
     return (values.double() * (1 - strength)).to(values.dtype)
 
@@ -103,7 +103,7 @@ def _put_(tensor: Tensor, index: Any, values: Tensor) -> None:
 
 def _weaken_(tensor: Tensor, index: Any, strength: float) -> None:
     if strength != 1:
-        _put_(tensor, index, weakened(_values(tensor, index), strength))
+        _put_(tensor, index, weaken_values(_values(tensor, index), strength))
     elif _is_mask(index):
         tensor.masked_fill_(index, 0)
     else:
@@ -208,7 +208,7 @@ class Damping:
 
 
 @contextmanager
-def damped(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedModel"]:
+def damp(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedModel"]:
     """Inside, each neuron's output is multiplied by its factor; after it every touched value is back, bit for bit, whatever happened inside.
 
     The factor goes into the neuron's column of mlp.down, where it is exact in every family: a non-linearity stands between mlp.up and

@@ -35,17 +35,17 @@ class Overlap:
 
 def union(one: Circuit, other: Circuit) -> Circuit:
     """The units of either circuit. Raises UserError where their models, units, shapes or strengths differ."""
-    return _combined("union", one, other)
+    return _combine("union", one, other)
 
 
 def intersection(one: Circuit, other: Circuit) -> Circuit:
     """The units of both circuits. Raises UserError where their models, units, shapes or strengths differ."""
-    return _combined("intersection", one, other)
+    return _combine("intersection", one, other)
 
 
 def difference(one: Circuit, other: Circuit) -> Circuit:
     """The units of the first circuit that are not in the second. Raises UserError where their models, units, shapes or strengths differ."""
-    return _combined("difference", one, other)
+    return _combine("difference", one, other)
 
 
 OPERATIONS = {"union": union, "intersection": intersection, "difference": difference}
@@ -114,7 +114,7 @@ def require_alike(one: Circuit, other: Circuit) -> None:
             raise UserError(f"{name} has shape {shapes} in the two circuits; make both on one model")
 
 
-def _combined(operation: str, one: Circuit, other: Circuit) -> Circuit:
+def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:
     require_alike(one, other)
     combine = _masks if one.unit == "weight" else _indices
     names = {**one.members, **other.members}

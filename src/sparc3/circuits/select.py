@@ -58,7 +58,7 @@ def contrast(
     }
     for name, scores in parts.items():
         _require_fit(undesired, scores, name)
-    ready = {name: _scaled(scores, normalize) for name, scores in parts.items()}
+    ready = {name: _scale_to_unit(scores, normalize) for name, scores in parts.items()}
     values = {}
     for site in general:
         if matched is None:
@@ -109,7 +109,7 @@ def _require_fit(undesired: Scores, other: Scores, name: str) -> None:
             )
 
 
-def _scaled(scores: Scores, normalize: str | None) -> Mapping[str, Tensor]:
+def _scale_to_unit(scores: Scores, normalize: str | None) -> Mapping[str, Tensor]:
     if normalize is None:
         return scores
     total = sum(float(tensor.double().abs().sum()) for tensor in scores.values())
@@ -156,7 +156,7 @@ def select(
     else:
         masks = {}
         for names in [list(scores)] if scope == "global" else [[name] for name in scores]:
-            wanted = _wanted(scores, names, count, fraction, order)
+            wanted = _wanted_count(scores, names, count, fraction, order)
             masks |= dict(
                 zip(
                     names,
@@ -233,7 +233,7 @@ def _in_rows(
             raise UserError(
                 f"scope {scope} does not divide the rows of {name}, which have {columns} inputs; choose another scope or other sites"
             )
-        wanted = groups[0] if groups else count if count is not None else share(fraction, columns)
+        wanted = groups[0] if groups else count if count is not None else share_of(fraction, columns)
         if wanted > columns:
             raise UserError(
                 f"{wanted} weights were asked for in each row, and the rows of {name} have {columns}; ask for fewer"
@@ -243,7 +243,7 @@ def _in_rows(
     return masks
 
 
-def share(fraction: float | None, units: int) -> int:
+def share_of(fraction: float | None, units: int) -> int:
     """That fraction of the units, rounded down as its decimal digits say: 0.29 of 100 is 29."""
     return math.floor(Fraction(str(float(fraction or 0))) * units)
 
@@ -252,7 +252,7 @@ def _members(unit: str, mask: Tensor) -> Any:
     return mask if unit == "weight" else tuple(mask.nonzero()[:, 0].tolist())
 
 
-def candidates(scores: Scores) -> int:
+def count_candidates(scores: Scores) -> int:
     """How many units may be selected: all, or those below zero after a matched contrast."""
     return (
         sum(int((tensor < 0).sum()) for tensor in scores.values())
@@ -265,10 +265,12 @@ def _candidates_only(scores: Scores) -> bool:
     return scores.provenance.get("contrast") == "matched"
 
 
-def _wanted(scores: Scores, names: list[str], count: int | None, fraction: float | None, order: str) -> int:
+def _wanted_count(
+    scores: Scores, names: list[str], count: int | None, fraction: float | None, order: str
+) -> int:
     """How many units of these sites together. Raises UserError where there are fewer."""
     there = sum(scores[name].numel() for name in names)
-    wanted = int(count) if count is not None else share(fraction, there)
+    wanted = int(count) if count is not None else share_of(fraction, there)
     place = "" if len(names) > 1 or len(scores) == 1 else f" in {names[0]}"
     if wanted > there:
         raise UserError(f"{wanted} {scores.unit}s were asked for and there are {there}{place}; ask for fewer")
@@ -308,7 +310,7 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
     return Circuit(circuit.unit, members, circuit.model, provenance, circuit.strength)
 
 
-def excluding(scores: Scores, circuit: Circuit) -> Scores:
+def exclude(scores: Scores, circuit: Circuit) -> Scores:
     """The scores with the circuit's units last in line: they get the highest score there is, and at least zero."""
     last = max(0.0, *(float(tensor.max()) for tensor in scores.values()))
     values = {name: tensor.clone() for name, tensor in scores.items()}

@@ -78,10 +78,10 @@ def add_to(add: Add) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from ..doctor.examine import environment, examine
+    from ..doctor.examine import examine, list_environment
 
     if not args.model:
-        for what, how in environment():
+        for what, how in list_environment():
             say(f"{what:16} {how}")
         return
     quiet_transformers()

@@ -79,10 +79,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.metrics import parse_metrics
     from ..models.load import load_model
-    from ..recipe.schema import with_settings
+    from ..recipe.schema import apply_settings
     from ..storage import require_place
 
-    asked: dict[str, Any] = with_settings({name: {} for name in args.metrics.split(",")}, args.set)
+    asked: dict[str, Any] = apply_settings({name: {} for name in args.metrics.split(",")}, args.set)
     parse_metrics(asked)
     circuit = Circuit.load(args.circuit) if args.circuit else None
     require_place(args.out)
@@ -107,9 +107,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from ..recipe.schema import bundled
+    from ..recipe.schema import bundled_recipes
 
-    for name, about in bundled().items():
+    for name, about in bundled_recipes().items():
         say(f"{name:28} {about}")
 
 

@@ -15,9 +15,9 @@ from ..circuits.circuit import Circuit
 from ..errors import NonFinite
 from ..models.families import ROLES
 from ..models.load import describe
-from ..models.offloading import copied, device_of, named_values
+from ..models.offloading import copy_model, device_of, named_values
 from ..models.sites import family_of, layers_of, sites_of
-from .completeness import ledger
+from .completeness import relevance_ledger
 from .second_opinion import Flow, quantised
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def ledger_balances(exact: "PreTrainedModel", ids: Ids) -> Finding:
     """In CP mode nothing is lost: embeddings, positions and biases together get the target logit."""
     gaps, parts = [], ""
     for one in ids:
-        book = ledger(exact, one)
+        book = relevance_ledger(exact, one)
         total = book.embeddings + book.positions + book.biases
         gaps.append(abs(book.target - total) / max(abs(book.target), 1e-300))
         parts = (
@@ -191,7 +191,7 @@ def low_precision(
     model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype
 ) -> Finding:
     """Whether relevance is finite in 16 bits, and how far it is from what the exact copy gives (rounded weights included)."""
-    low = model if model.dtype == dtype or quantised(model) else copied(model).to(dtype)
+    low = model if model.dtype == dtype or quantised(model) else copy_model(model).to(dtype)
     name = f"relevance is finite in {spelt(dtype)}"
     limit = 0.0 if dtype == torch.bfloat16 else None
     try:
@@ -214,7 +214,7 @@ def _in_common(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share:
 
 def first_position(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Finding:
     """How much of all relevance (absolute, by position) sits at the first position; for information."""
-    tokens = ledger(exact, ids[0], cp=False).tokens.abs()
+    tokens = relevance_ledger(exact, ids[0], cp=False).tokens.abs()
     neurons = sum(
         (seen[site.name].of_z * seen[site.name].z).abs().sum(1).cpu() for site in sites_of(exact, ("mlp.up",))
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attribution.patching import frozen, lrp_rules
-from ..attribution.relevance import checkpointed, target_of
+from ..attribution.relevance import checkpoint_layers, target_of
 from ..models.offloading import device_of, is_offloaded, value_of
 from ..models.sites import family_of
 from ..samples.batches import Encoded, make_batch
@@ -45,7 +45,7 @@ class Ledger:
         return abs(self.target - sum(parts)) / max(abs(self.target), sum(map(abs, parts)), 1e-300)
 
 
-def ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> Ledger:
+def relevance_ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> Ledger:
     """The ledger of one sequence of token ids.
 
     AttnLRP (cp=False) loses relevance in the softmax and has no reason to balance; its `tokens` are the usual input heatmap.
@@ -55,8 +55,8 @@ def ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> 
     """
     batch = make_batch([Encoded(0, tuple(ids), (len(ids) - 1,))], device_of(model))
     flows: dict[str, list[Tensor]] = {"tokens": [], "positions": [], "biases": []}
-    again = checkpointed(model) if is_offloaded(model) else nullcontext()
-    with frozen(model), lrp_rules(model, cp=cp), again, _watched(model, flows):
+    again = checkpoint_layers(model) if is_offloaded(model) else nullcontext()
+    with frozen(model), lrp_rules(model, cp=cp), again, _record_relevance(model, flows):
         y = target_of(model, batch)
         y.backward()
     total = {
@@ -69,7 +69,7 @@ def ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> 
 
 
 @contextmanager
-def _watched(model: "PreTrainedModel", flows: dict[str, list[Tensor]]) -> Iterator[None]:
+def _record_relevance(model: "PreTrainedModel", flows: dict[str, list[Tensor]]) -> Iterator[None]:
     """Hooks on the embeddings, which the graph then begins at, and on every module that adds a bias."""
     family = family_of(model)
     inputs: dict[nn.Module, str] = {model.get_input_embeddings(): "tokens"}

@@ -19,7 +19,7 @@ from ..models.sites import sites_of
 from . import checks
 from .checks import Finding
 from .second_opinion import exact_copy, flows
-from .specimen import Specimen, specimen
+from .specimen import Specimen, load_specimen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ EXTRAS = {
 """Packages that sparc3 works without → what each adds."""
 
 
-def environment() -> list[tuple[str, str]]:
+def list_environment() -> list[tuple[str, str]]:
     """(what, how it stands): versions, GPUs, the hub, optional packages. Needs nothing and fails at nothing."""
     rows = [
         ("sparc3", __version__),
@@ -125,30 +125,34 @@ def examine(name: str, *, dtype: str = "auto", device: str = "auto") -> Examinat
         UserError: no such model, no access to it, no such device.
         UnsupportedModel: an architecture or a module that no rule is known for, by name.
     """
-    return examination(specimen(name, dtype=dtype, device=device))
+    return examine_specimen(load_specimen(name, dtype=dtype, device=device))
 
 
-def examination(of: Specimen) -> Examination:
+def examine_specimen(of: Specimen) -> Examination:
     """Examine a model at hand. It is left as it was."""
     model, ids = of.model, [one[: context_length(of.model)] for one in of.ids]
     with lrp_rules(model):  # refuses what it does not know, before anything is computed
         pass
-    return Examination((*_about(model), *of.notes), _sites(model), tuple(_findings(model, ids)))
+    return Examination(
+        (*_describe_model(model), *of.notes), _count_sites(model), tuple(_run_checks(model, ids))
+    )
 
 
-def _findings(model: "PreTrainedModel", ids: list[list[int]]) -> Iterator[Finding]:
+def _run_checks(model: "PreTrainedModel", ids: list[list[int]]) -> Iterator[Finding]:
     # First what looks at the model itself, then what needs a copy, so that the two are not in memory longer than needed.
-    yield _tried("forward values are the same under the rules", partial(checks.forward_unchanged, model, ids))
-    yield _tried("the model is restored bit for bit", partial(checks.restored, model, ids))
+    yield _try_check(
+        "forward values are the same under the rules", partial(checks.forward_unchanged, model, ids)
+    )
+    yield _try_check("the model is restored bit for bit", partial(checks.restored, model, ids))
     exact = exact_copy(model)
-    yield _tried("CP-LRP's ledger adds up to the logit", partial(checks.ledger_balances, exact, ids))
+    yield _try_check("CP-LRP's ledger adds up to the logit", partial(checks.ledger_balances, exact, ids))
     seen = flows(exact, ids[0], sites_of(exact, checks.roles_of(exact)))
-    yield _tried(
+    yield _try_check(
         "AttnLRP equals its rules on torch's functions", partial(checks.attnlrp_agrees, exact, ids, seen)
     )
-    yield _tried("a batch gives what its samples give", partial(checks.batched_is_single, exact, ids))
+    yield _try_check("a batch gives what its samples give", partial(checks.batched_is_single, exact, ids))
     for dtype in (torch.bfloat16, torch.float16):
-        yield _tried(
+        yield _try_check(
             f"relevance is finite in {checks.spelt(dtype)}",
             partial(checks.low_precision, model, exact, ids, dtype),
         )
@@ -156,7 +160,7 @@ def _findings(model: "PreTrainedModel", ids: list[list[int]]) -> Iterator[Findin
     yield checks.largest_activation(model, ids)
 
 
-def _tried(name: str, check: Callable[[], Finding]) -> Finding:
+def _try_check(name: str, check: Callable[[], Finding]) -> Finding:
     """A check that cannot be made is one that fails, and says why."""
     try:
         return check()
@@ -166,7 +170,7 @@ def _tried(name: str, check: Callable[[], Finding]) -> Finding:
         return Finding(name, None, 0.0, str(error))
 
 
-def _about(model: "PreTrainedModel") -> list[str]:
+def _describe_model(model: "PreTrainedModel") -> list[str]:
     parameters = sum(value.numel() for _, value in named_values(model))
     return [
         f"{model_id(model)}: {model.config.model_type} ({type(model).__name__}), {parameters:,} parameters, "
@@ -174,7 +178,7 @@ def _about(model: "PreTrainedModel") -> list[str]:
     ]
 
 
-def _sites(model: "PreTrainedModel") -> dict[str, tuple[str, int, str, str]]:
+def _count_sites(model: "PreTrainedModel") -> dict[str, tuple[str, int, str, str]]:
     rows = {}
     for role in checks.roles_of(model):
         sites = sites_of(model, (role,))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attribution.patching import frozen
-from ..attribution.relevance import checkpointed
+from ..attribution.relevance import checkpoint_layers
 from ..models.experts import by_position, tokens_of
 from ..models.families import ROLES
-from ..models.offloading import copied, device_of, is_offloaded
+from ..models.offloading import copy_model, device_of, is_offloaded
 from ..models.sites import Site, family_of, layers_of, non_linearities, sites_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
         if dtype == model.dtype == torch.float32:
             return model
         if now + 1.3 * _size(model, dtype.itemsize) < room:
-            twin = copied(model).to(dtype)
+            twin = copy_model(model).to(dtype)
             if dtype == torch.float64:
                 twin.forward = _in_float64(twin.forward)
             return twin
@@ -227,7 +227,7 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
     def begin(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
-    again = checkpointed(model, Rules) if is_offloaded(model) else nullcontext()
+    again = checkpoint_layers(model, Rules) if is_offloaded(model) else nullcontext()
     with frozen(model), _activations_by_ratio(model), again, ExitStack() as hooks:
         modules = {site.name: site.hooked for site in sites}
         distinct = list(dict.fromkeys(modules.values()))

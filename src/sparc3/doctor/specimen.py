@@ -40,7 +40,7 @@ class Specimen:
     notes: tuple[str, ...]
 
 
-def specimen(name: str, *, dtype: str = "auto", device: str = "auto") -> Specimen:
+def load_specimen(name: str, *, dtype: str = "auto", device: str = "auto") -> Specimen:
     """The specimen of a hub id, a folder, a config.json, or "demo". Raises what `load_model` does."""
     if has_weights(name):
         model = load_weights(name, dtype=dtype, device=device)
@@ -90,7 +90,7 @@ def random_model(config: Any) -> "tuple[PreTrainedModel, str]":
             whole = sum(
                 parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters()
             )
-        smaller, cuts = (config, []) if whole <= LARGE else shrunk(config)
+        smaller, cuts = (config, []) if whole <= LARGE else shrink_config(config)
         model = AutoModelForCausalLM.from_config(smaller).float().eval()
     except Exception as error:  # a configuration can be wrong in any way that Python can
         why = " ".join(str(error).split()) or type(error).__name__
@@ -125,7 +125,7 @@ WIDTHS = (
 )
 
 
-def shrunk(config: Any) -> tuple[Any, list[str]]:
+def shrink_config(config: Any) -> tuple[Any, list[str]]:
     """A configuration with few layers, a small vocabulary and a fraction of the width, and what was cut.
 
     Every kind of layer stays (sliding and full attention), and so do the width of a head and all that is not a size.

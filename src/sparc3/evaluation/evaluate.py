@@ -15,8 +15,8 @@ from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.sources import Request, corpus, gather
 from ..storage import fingerprint
 from .metrics import (
-    Beside,
     IOISettings,
+    MetricContext,
     MetricSettings,
     Prepared,
     PromptSettings,
@@ -155,7 +155,9 @@ def measure(
             measured = one.measure(model, tokenizer, progress)
             observed[one.metric.name] = measured.observations
             texts |= {one.metric.name: measured.texts} if measured.texts else {}
-    beside = Beside(changed, texts, {p.metric.name: getattr(p.settings, "split", "test") for p in prepared})
+    beside = MetricContext(
+        changed, texts, {p.metric.name: getattr(p.settings, "split", "test") for p in prepared}
+    )
     for one in (p for p in prepared if p.metric.compares):
         observed[one.metric.name] = one.measure(model, tokenizer, progress, beside).observations
     observations = tuple(o for one in prepared for o in observed[one.metric.name])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .. import distributed
 from ..errors import Sparc3Error, UserError, unknown
 from ..samples.reference_set import ReferenceSet
-from .metrics import HarnessSettings, Measured, Metric, register
+from .metrics import HarnessSettings, Metric, Reading, register
 from .statistics import Observations
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ def harness(
     samples: ReferenceSet,
     settings: HarnessSettings,
     progress: bool = False,
-) -> Measured:
+) -> Reading:
     """harness.<task>, accuracy with one unit a question, and harness.mean, in which every task weighs the same.
 
     Raises:
         UserError: the harness is not installed, does not know a task, or cannot reach its data.
     """
     found = _evaluate(model, tokenizer, settings) if distributed.is_main() else ()
-    return Measured(distributed.first(found))
+    return Reading(distributed.first(found))
 
 
-def ready(settings: HarnessSettings) -> None:
+def require_harness(settings: HarnessSettings) -> None:
     """Raise UserError unless the harness is installed, knows the tasks, and has their data (which it downloads here)."""
     if not distributed.is_main():
         return
@@ -123,4 +123,6 @@ class _data:  # noqa: N801  a context manager, used like a function
             link = link.__cause__ or link.__context__
 
 
-register(Metric("harness", HarnessSettings, harness, prompts=False, gives=("harness.*",), ready=ready))
+register(
+    Metric("harness", HarnessSettings, harness, prompts=False, gives=("harness.*",), ready=require_harness)
+)

@@ -143,7 +143,7 @@ class HarnessSettings(MetricSettings):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Reading:
     """What one metric saw on one variant: observations, and texts worth showing."""
 
     observations: tuple[Observations, ...]
@@ -151,12 +151,12 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Beside:
+class MetricContext:
     """What a metric is given that compares a variant with the original, outside of the variant.
 
     Attributes:
         changed: gives a context inside which the model is the variant, as often as it is called; None where the variant is the original.
-        texts: metric → the texts the variant wrote, as `Measured` has them.
+        texts: metric → the texts the variant wrote, as `Reading` has them.
         splits: metric → the split of its samples.
     """
 
@@ -165,7 +165,7 @@ class Beside:
     splits: Mapping[str, str] = field(default_factory=dict)
 
 
-Measure = Callable[..., Measured]
+Measure = Callable[..., Reading]
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,9 @@ class Prepared:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         progress: bool = False,
-        beside: Beside | None = None,
-    ) -> Measured:
-        extra = {"beside": beside or Beside()} if self.metric.compares else {}
+        beside: MetricContext | None = None,
+    ) -> Reading:
+        extra = {"beside": beside or MetricContext()} if self.metric.compares else {}
         return self.metric.measure(model, tokenizer, self.samples, self.settings, progress, **extra)
 
 

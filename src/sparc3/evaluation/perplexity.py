@@ -15,7 +15,7 @@ from ..models.load import context_length
 from ..models.memory import in_batches, logits_at
 from ..models.offloading import device_of
 from ..samples.reference_set import ReferenceSet
-from .metrics import Beside, FluencySettings, KLSettings, Measured, Metric, PerplexitySettings, register
+from .metrics import FluencySettings, KLSettings, Metric, MetricContext, PerplexitySettings, Reading, register
 from .statistics import Observations, finite
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def perplexity(
     samples: ReferenceSet,
     settings: PerplexitySettings,
     progress: bool = False,
-) -> Measured:
+) -> Reading:
     """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the paper's protocol have it.
 
     A window whose likelihood is NaN or Inf is a failure.
@@ -44,7 +44,7 @@ def perplexity(
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     nll = negative_log_likelihoods(model, windows, progress)
     weights = tuple(float(predicted) for _, predicted in windows)
-    return Measured(
+    return Reading(
         (
             Observations(
                 "perplexity",
@@ -64,16 +64,16 @@ def windows_of(
     samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int
 ) -> list[Window]:
     """The windows of a protocol, none longer than the model's context. Raises UserError where the text has fewer than two tokens."""
-    windows = cut(ids := _token_ids(samples, tokenizer), settings, context)
+    windows = cut_windows(ids := _token_ids(samples, tokenizer), settings, context)
     if not windows:
         raise UserError(f"the perplexity text has {len(ids)} tokens; give at least two")
     return windows
 
 
-def cut(ids: Sequence[int], settings: PerplexitySettings, context: int) -> list[Window]:
+def cut_windows(ids: Sequence[int], settings: PerplexitySettings, context: int) -> list[Window]:
     """The windows of a text's tokens."""
     if settings.protocol == "blocks":
-        return blocks(ids, _within(settings.seq_len, context, "seq_len"))
+        return block_windows(ids, _within(settings.seq_len, context, "seq_len"))
     size = _within(settings.max_length, context, "max_length")
     stride = max(
         1, settings.stride * size // settings.max_length
@@ -82,7 +82,7 @@ def cut(ids: Sequence[int], settings: PerplexitySettings, context: int) -> list[
         raise UserError(
             f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens would be left out; lower it"
         )
-    return sliding(ids, size, stride)
+    return sliding_windows(ids, size, stride)
 
 
 def _token_ids(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -97,7 +97,7 @@ def _within(size: int, context: int, name: str) -> int:
     return min(size, context)
 
 
-def blocks(ids: Sequence[int], size: int) -> list[Window]:
+def block_windows(ids: Sequence[int], size: int) -> list[Window]:
     """Non-overlapping windows; what is left over at the end is dropped, unless it is all there is."""
     whole = range(0, len(ids) - size + 1, size)
     if not whole:
@@ -105,7 +105,7 @@ def blocks(ids: Sequence[int], size: int) -> list[Window]:
     return [(tuple(ids[start : start + size]), size - 1) for start in whole]
 
 
-def sliding(ids: Sequence[int], size: int, stride: int) -> list[Window]:
+def sliding_windows(ids: Sequence[int], size: int, stride: int) -> list[Window]:
     """Windows moved by `stride`; each predicts only what none before it did."""
     windows: list[Window] = []
     done = 1  # the first token has nothing before it
@@ -133,7 +133,7 @@ def negative_log_likelihoods(
     ) as bar:
 
         def work(part: Sequence[int]) -> list[float]:
-            return of_windows(model, [windows[i] for i in part])
+            return perplexity_observations(model, [windows[i] for i in part])
 
         made = distributed.in_parallel(
             order,
@@ -149,7 +149,7 @@ def batch_tokens(device: str) -> int:
 
 
 @torch.inference_mode()
-def of_windows(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
+def perplexity_observations(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
     """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no real position sees a padded one."""
     longest = max(len(ids) for ids, _ in windows)
     ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
@@ -179,8 +179,8 @@ def divergence(
     samples: ReferenceSet,
     settings: KLSettings,
     progress: bool = False,
-    beside: Beside | None = None,
-) -> Measured:
+    beside: MetricContext | None = None,
+) -> Reading:
     """Mean KL(original ‖ variant) of the next token, in nats a token; one unit a window of perplexity's protocol."""
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     changed = beside.changed if beside else None
@@ -190,7 +190,7 @@ def divergence(
         else (0.0,) * len(windows)
     )
     weights = tuple(float(predicted) for _, predicted in windows)
-    return Measured(
+    return Reading(
         (Observations("kl", settings.split, "nats a token", "lower", sums, weights, sums.count(None)),)
     )
 
@@ -204,7 +204,7 @@ def _of_windows(model: "PreTrainedModel", windows: list[Window], changed: Any, p
     ) as bar:
 
         def work(part: Sequence[int]) -> list[float]:
-            return divergence_of_windows(model, [windows[i] for i in part], changed())
+            return divergence_observations(model, [windows[i] for i in part], changed())
 
         made = distributed.in_parallel(
             order, lambda share: in_batches(share, size, work, bar.update, of=(model, f"kl {longest}"))
@@ -219,7 +219,7 @@ def pair_batch_tokens(device: str) -> int:
 
 
 @torch.inference_mode()
-def divergence_of_windows(
+def divergence_observations(
     model: "PreTrainedModel", windows: list[Window], variant: AbstractContextManager[Any]
 ) -> list[float]:
     """Σ KL over the predicted tokens of each window: the batch goes through the original, then through the variant."""
@@ -232,10 +232,10 @@ def divergence_of_windows(
         (row, slice(len(tokens) - 1 - predicted, len(tokens) - 1))
         for row, (tokens, predicted) in enumerate(windows)
     ]
-    return [float(kl(before[row, span], after[row, span]).sum()) for row, span in spans]
+    return [float(kl_per_token(before[row, span], after[row, span]).sum()) for row, span in spans]
 
 
-def kl(before: Tensor, after: Tensor) -> Tensor:
+def kl_per_token(before: Tensor, after: Tensor) -> Tensor:
     """Σ_v p(v) (log p(v) − log q(v)) of two sets of logits [..., V], in float64: [...]."""
     p, q = (logits.float().log_softmax(-1) for logits in (before, after))
     return (p.exp() * (p - q)).sum(-1).double()
@@ -252,13 +252,13 @@ def fluency(
     samples: ReferenceSet,
     settings: FluencySettings,
     progress: bool = False,
-    beside: Beside | None = None,
-) -> Measured:
+    beside: MetricContext | None = None,
+) -> Reading:
     """Perplexity, under the original model, of the continuations that the variant wrote; one unit a prompt.
 
     Empty continuations are failures. A text that repeats itself is likely too, so read this beside the texts.
     """
-    seen = beside or Beside()
+    seen = beside or MetricContext()
     rows = seen.texts.get(settings.of, [])
     windows: list[Window] = []
     owners: list[int] = []
@@ -278,7 +278,7 @@ def fluency(
     measured = tuple(value if weight else None for value, weight in zip(sums, weights, strict=True))
     filled = tuple(weight or 1.0 for weight in weights)
     split = seen.splits.get(settings.of, "test")
-    return Measured(
+    return Reading(
         (Observations("fluency", split, "perplexity", "lower", measured, filled, failures, exponential=True),)
     )
 

@@ -86,10 +86,10 @@ Array = NDArray[np.float64]
 
 def measurement(observed: Observations, variant: str) -> Measurement:
     """The figure of one variant, with a 95 % percentile bootstrap interval over its units."""
-    sums, weights = _measured(observed)
+    sums, weights = _measured_units(observed)
     ci95 = None
     if len(sums) > 1:
-        drawn, drawn_weights = _resampled(sums, weights)
+        drawn, drawn_weights = _resample(sums, weights)
         ci95 = _interval(_value(observed, drawn, drawn_weights))
     value = float(_value(observed, sums.sum(), weights.sum())) if len(sums) else None
     return Measurement(
@@ -124,7 +124,7 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
     before, after = float(_value(one, a.sum(), wa.sum())), float(_value(other, b.sum(), wb.sum()))
     ci95 = p = None
     if both.sum() > 1:
-        da, dwa, db, dwb = _resampled(a, wa, b, wb)
+        da, dwa, db, dwb = _resample(a, wa, b, wb)
         ci95 = _interval(_value(other, db, dwb) - _value(one, da, dwa))
         p = _permutation_p(one, a, wa, b, wb, after - before)
     return Difference(
@@ -132,7 +132,7 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
     )
 
 
-def detectable(one: Observations, other: Observations) -> tuple[int, float] | None:
+def detectable_change(one: Observations, other: Observations) -> tuple[int, float] | None:
     """(n, x): so many paired units find a change of ≥ x with 80 % power, two-sided at 5 %; None with fewer than two pairs, or
     where all changes are the same.
 
@@ -153,7 +153,7 @@ def detectable(one: Observations, other: Observations) -> tuple[int, float] | No
     return len(pairs), float(np.expm1(smallest)) if one.exponential else smallest
 
 
-def pooled(draws: list[Observations]) -> Observations:
+def pool(draws: list[Observations]) -> Observations:
     """Several draws of one variant (random units, say) as one: each unit's figure is its mean over the draws that measured it."""
     first = draws[0]
     sums: list[float | None] = []
@@ -175,7 +175,7 @@ def pooled(draws: list[Observations]) -> Observations:
     )
 
 
-def _measured(observed: Observations) -> tuple[Array, Array]:
+def _measured_units(observed: Observations) -> tuple[Array, Array]:
     there = np.array([value is not None for value in observed.sums], dtype=bool)
     return _column(observed.sums, there), _column(observed.weights, there)
 
@@ -189,7 +189,7 @@ def _value(observed: Observations, sums: Array | float, weights: Array | float) 
     return np.exp(ratio) if observed.exponential else ratio
 
 
-def _resampled(*columns: Array) -> list[Array]:
+def _resample(*columns: Array) -> list[Array]:
     """[DRAWS] for each column over the units: its sum over each bootstrap sample. The same draws for the same number of units."""
     units, random = len(columns[0]), np.random.default_rng(0)
     pieces = []

@@ -14,7 +14,7 @@ from ..samples.batches import Encoded, encode
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Score
 from .generate import complete
-from .metrics import IOISettings, Measured, Metric, RepetitionSettings, SparsitySettings, register
+from .metrics import IOISettings, Metric, Reading, RepetitionSettings, SparsitySettings, register
 from .statistics import Observations, finite
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def ioi(
     samples: ReferenceSet,
     settings: IOISettings,
     progress: bool = False,
-) -> Measured:
+) -> Reading:
     """Logit of the target less that of the contrast at the last position, and how often it is above zero; one unit a text."""
     encoded = encode(
         samples,
@@ -49,7 +49,7 @@ def ioi(
     differences = tuple(map(finite, found))
     right = tuple(None if d is None else float(d > 0) for d in differences)
     ones, failures = (1.0,) * len(differences), differences.count(None)
-    return Measured(
+    return Reading(
         (
             Observations("ioi.accuracy", settings.split, "share of texts", "higher", right, ones, failures),
             Observations(
@@ -85,7 +85,7 @@ def repetition(
     samples: ReferenceSet,
     settings: RepetitionSettings,
     progress: bool = False,
-) -> Measured:
+) -> Reading:
     """RUR = unique tokens / tokens of the greedy response, and the share of its 4-grams that occurred before; one unit a prompt."""
     prompts = [sample.text or "" for sample in samples]
     written = [
@@ -100,7 +100,7 @@ def repetition(
     unique = [uniqueness(ids) for ids in tokens]
     failures = unique.count(None)
     ones = (1.0,) * len(unique)
-    return Measured(
+    return Reading(
         (
             Observations(
                 "rur.mean", settings.split, "unique tokens / tokens", "higher", tuple(unique), ones, failures
@@ -164,7 +164,7 @@ def sparsity(
     samples: ReferenceSet,
     settings: SparsitySettings,
     progress: bool = False,
-) -> Measured:
+) -> Reading:
     """Share of exact zeros, one unit a site, and the least and the most of any output row: equal where every row is pruned alike."""
     roles = settings.sites or [role for role in ROLES if role in family_of(model).roles]
     rows = {site: (site.weight == 0).sum(1).cpu() for site in sites_of(model, roles)}
@@ -172,7 +172,7 @@ def sparsity(
     weights = tuple(float(site.out * site.inp) for site in rows)
     least = min(float(counts.min()) / site.inp for site, counts in rows.items())
     most = max(float(counts.max()) / site.inp for site, counts in rows.items())
-    return Measured(
+    return Reading(
         (
             Observations("sparsity", "all", "share of weights", "higher", zeros, weights),
             Observations("sparsity.row_min", "all", "share of the row", "higher", (least,), (1.0,)),

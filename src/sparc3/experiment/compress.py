@@ -15,7 +15,7 @@ from ..attribution.methods import require_method
 from ..attribution.patching import frozen
 from ..circuits.ablate import ablated
 from ..circuits.circuit import Circuit
-from ..circuits.select import parse_scope, select, share
+from ..circuits.select import parse_scope, select, share_of
 from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.statistics import Evaluation
@@ -31,10 +31,10 @@ from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
 from ..storage import fingerprint
 from .gather import by_samples
-from .measure import evaluation
-from .run_folder import Work, kept
-from .score import How, parts_of
-from .work_list import prunings
+from .measure import load_or_make_evaluation
+from .run_folder import RunContext, load_or_make
+from .score import ScoringSpec, load_or_make_parts
+from .work_list import prunings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def prune_sequentially(
     members: dict[str, Tensor] = {}
     with frozen(model), torch.no_grad(), ExitStack() as removed:
         flows = [
-            entering(model, batch)
+            capture_layer_inputs(model, batch)
             for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model))
         ]
         for index, layer in enumerate(
@@ -132,7 +132,7 @@ def prune_sequentially(
 
 
 @dataclass
-class _Flow:
+class _LayerFlow:
     """One batch on its way through the layers.
 
     Attributes:
@@ -150,7 +150,7 @@ class _Flow:
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-def entering(model: "PreTrainedModel", batch: Batch) -> _Flow:
+def capture_layer_inputs(model: "PreTrainedModel", batch: Batch) -> _LayerFlow:
     """What the model gives to its layers, seen in one forward pass."""
     layers = list(layers_of(model))
     first: list[Tensor] = []
@@ -167,16 +167,16 @@ def entering(model: "PreTrainedModel", batch: Batch) -> _Flow:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         model.base_model(input_ids=batch.ids, use_cache=False)
-    return _Flow(batch, first[0], others)
+    return _LayerFlow(batch, first[0], others)
 
 
 def layer_scores(
-    layer: nn.Module, sites: list[Site], flows: list[_Flow], described: dict[str, str]
+    layer: nn.Module, sites: list[Site], flows: list[_LayerFlow], described: dict[str, str]
 ) -> Scores:
     """|W_ij| · ‖a_j‖₂ of one layer's sites, over the tokens of all samples and ranks."""
     squares = {site.name: torch.zeros(site.inp, dtype=torch.float64) for site in sites}
     for flow in flows:
-        with _watched(sites, flow.batch, squares):
+        with _sum_input_squares(sites, flow.batch, squares):
             flow.through(layer)
     distributed.sum_(squares.values())
     values = {
@@ -190,7 +190,7 @@ def layer_scores(
 
 
 @contextmanager
-def _watched(sites: list[Site], batch: Batch, squares: dict[str, Tensor]) -> Iterator[None]:
+def _sum_input_squares(sites: list[Site], batch: Batch, squares: dict[str, Tensor]) -> Iterator[None]:
     """Inside, Σ_t a_tj² over real tokens at each site's input is added to `squares`."""
     real = batch.mask()
 
@@ -219,44 +219,50 @@ Pruned = list[tuple[str, Path]]
 """Variant → where its circuit is: those of a large model are read one at a time."""
 
 
-def settings(work: Work) -> Compress:
+def settings(work: RunContext) -> Compress:
     assert work.recipe.compress is not None
     return work.recipe.compress
 
 
-def pruned(work: Work) -> Pruned:
+def prune_by_all_methods(work: RunContext) -> Pruned:
     """What each method removes at each fraction, saved as circuits/METHOD@COUNT.safetensors for `sparc3 ablate`."""
     found: Pruned = []
-    for name, method, reduce in prunings(settings(work), sampled=False):
+    for name, method, reduce in prunings_of(settings(work), sampled=False):
         for fraction in settings(work).fractions or (None,):
             where, circuit = (
-                _sequential(work, fraction)
+                _prune_layer_by_layer(work, fraction)
                 if method == SEQUENTIAL
-                else _at_once(work, name, method, reduce, fraction)
+                else _prune_at_once(work, name, method, reduce, fraction)
             )
             log.info("%s: %d weights in %d sites", name, len(circuit), len(circuit.members))
             found.append((f"{name}@{len(circuit)}", where))
     return found
 
 
-def _at_once(work: Work, name: str, method: str, reduce: str, fraction: float | None) -> tuple[Path, Circuit]:
-    scores = _scores(work, method, reduce)
+def _prune_at_once(
+    work: RunContext, name: str, method: str, reduce: str, fraction: float | None
+) -> tuple[Path, Circuit]:
+    scores = _load_or_make_scores(work, method, reduce)
     scope = settings(work).scope
     made_from = fingerprint(
         {"scores": scores.fingerprint, "fraction": fraction, "scope": scope, "version": __version__}
     )
-    return _kept(work, name, fraction, made_from, lambda: select(scores, fraction=fraction, scope=scope))
+    return _load_or_make_circuit(
+        work, name, fraction, made_from, lambda: select(scores, fraction=fraction, scope=scope)
+    )
 
 
-def _scores(work: Work, method: str, reduce: str) -> Scores:
+def _load_or_make_scores(work: RunContext, method: str, reduce: str) -> Scores:
     asked = work.recipe.attribution.model_copy(update={"reduce": reduce})
     alike = replace(work, recipe=work.recipe.model_copy(update={"attribution": asked}))
     target = work.recipe.references["general"].target or asked.target
     place = f"{reduce}." if require_method(method).targeted else ""
-    return parts_of(alike, How(method, asked.neuron, {"general": target}, 1.0, None), place=place)["general"]
+    return load_or_make_parts(
+        alike, ScoringSpec(method, asked.neuron, {"general": target}, 1.0, None), place=place
+    )["general"]
 
 
-def _sequential(work: Work, fraction: float | None) -> tuple[Path, Circuit]:
+def _prune_layer_by_layer(work: RunContext, fraction: float | None) -> tuple[Path, Circuit]:
     asked, scope = work.recipe.attribution, settings(work).scope
     made_from = fingerprint(
         {
@@ -269,7 +275,7 @@ def _sequential(work: Work, fraction: float | None) -> tuple[Path, Circuit]:
             "version": __version__,
         }
     )
-    return _kept(
+    return _load_or_make_circuit(
         work,
         SEQUENTIAL,
         fraction,
@@ -287,7 +293,9 @@ def _sequential(work: Work, fraction: float | None) -> tuple[Path, Circuit]:
     )
 
 
-def _kept(work: Work, name: str, fraction: float | None, made_from: str, make: Any) -> tuple[Path, Circuit]:
+def _load_or_make_circuit(
+    work: RunContext, name: str, fraction: float | None, made_from: str, make: Any
+) -> tuple[Path, Circuit]:
     size = settings(work).scope.replace(":", "of") if fraction is None else f"{fraction:g}"
     where = work.folder / f"circuits/{name}-{size}.safetensors"
 
@@ -295,19 +303,21 @@ def _kept(work: Work, name: str, fraction: float | None, made_from: str, make: A
         made: Circuit = make()
         return replace(made, model=work.described, provenance={**made.provenance, "made_from": made_from})
 
-    return where, kept(where, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), marked)
+    return where, load_or_make(
+        where, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), marked
+    )
 
 
-def measured(work: Work, pruned: Pruned, seconds: Mapping[str, float]) -> Results:
-    found = [evaluation(work, "original", Circuit("weight", {}, work.described))]
+def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float]) -> Results:
+    found = [load_or_make_evaluation(work, "original", Circuit("weight", {}, work.described))]
     checks = []
     sizes: dict[str, int] = {}
     for variant, where in pruned:
         circuit = Circuit.load(where)
         sizes = sizes or dict(circuit.provenance["sizes"])
-        found.append(evaluation(work, variant, circuit))
+        found.append(load_or_make_evaluation(work, variant, circuit))
         checks.append(_every_row(work, found[-1], circuit))
-    by_number, drawn = by_samples(work, prunings(settings(work), sampled=True))
+    by_number, drawn = by_samples(work, prunings_of(settings(work), sampled=True))
     sizes = sizes or {
         site.name: site.out * site.inp for site in sites_of(work.model, work.recipe.attribution.sites)
     }
@@ -316,13 +326,13 @@ def measured(work: Work, pruned: Pruned, seconds: Mapping[str, float]) -> Result
     )
 
 
-def _every_row(work: Work, evaluation: Evaluation, circuit: Circuit) -> dict[str, Any]:
+def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> dict[str, Any]:
     """A check: the least and the most zeros of any row are what was asked for. Other scopes are told, not judged.
 
     Raises:
         Sparc3Error: a row has fewer zeros than it should, so the figures would be of another model than they say.
     """
-    least, most = (_figure(evaluation, f"sparsity.row_{end}") for end in ("min", "max"))
+    least, most = (_samples_figure(evaluation, f"sparsity.row_{end}") for end in ("min", "max"))
     name, value = f"zeros in a row, {evaluation.variant}", f"{least:.4%} to {most:.4%}"
     groups, fraction = parse_scope(settings(work).scope), circuit.provenance["selection"].get("fraction")
     elsewhere = set(evaluated_on(work.prepared)["metrics"]["sparsity"]["sites"]) != set(
@@ -331,7 +341,7 @@ def _every_row(work: Work, evaluation: Evaluation, circuit: Circuit) -> dict[str
     if elsewhere or (groups is None and settings(work).scope != "row"):
         return {"name": name, "value": value, "ok": None}
     columns = {mask.shape[1] for mask in circuit.members.values()}
-    asked = {(groups[0] / groups[1]) if groups else share(fraction, width) / width for width in columns}
+    asked = {(groups[0] / groups[1]) if groups else share_of(fraction, width) / width for width in columns}
     if least < min(asked) - 1e-9:
         raise Sparc3Error(
             f"{evaluation.variant} has a row with {least:.4%} zeros where {min(asked):.4%} were to be removed; report this"
@@ -339,12 +349,12 @@ def _every_row(work: Work, evaluation: Evaluation, circuit: Circuit) -> dict[str
     return {"name": name, "value": value, "ok": most <= max(asked) + 1e-9}
 
 
-def _figure(evaluation: Evaluation, metric: str) -> float:
+def _samples_figure(evaluation: Evaluation, metric: str) -> float:
     return float(next(o.sums[0] or 0.0 for o in evaluation.observations if o.metric == metric))
 
 
 def _provenance(
-    work: Work, sizes: dict[str, int], checks: list[dict[str, Any]], seconds: Mapping[str, float]
+    work: RunContext, sizes: dict[str, int], checks: list[dict[str, Any]], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     return {
         "recipe": work.recipe.name,

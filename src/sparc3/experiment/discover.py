@@ -17,16 +17,16 @@ from ..circuits.select import select
 from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.metrics import IOISettings
-from ..evaluation.statistics import Evaluation, Observations, pooled
+from ..evaluation.statistics import Evaluation, Observations, pool
 from ..evaluation.statistics import difference as paired
 from ..recipe.schema import Discover, Recipe
 from ..results import Difference, Results
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import is_path
 from ..scores import Scores
-from .measure import evaluation, of_kept
-from .run_folder import Work
-from .score import How, parts_of
+from .measure import load_or_make_evaluation, measure_kept_overlaps
+from .run_folder import RunContext
+from .score import ScoringSpec, load_or_make_parts
 from .work_list import rankings, removed_counts
 
 log = logging.getLogger("sparc3")
@@ -34,7 +34,7 @@ Ranked = dict[str, list[Scores]]
 """Method, with "-abs" or "-signed" for all but the first ranking → scores by which its units are kept, highest first, one a seed."""
 
 
-def settings(work: Work) -> Discover:
+def settings(work: RunContext) -> Discover:
     assert work.recipe.discover is not None
     return work.recipe.discover
 
@@ -54,9 +54,9 @@ def require_task(recipe: Recipe) -> None:
                     )
 
 
-def ranked(work: Work) -> Ranked:
+def rank_units(work: RunContext) -> Ranked:
     """Scores of every method on the reference set of every seed, in each ranking; `random` draws anew for each."""
-    made = {method: _of_references(work, method) for method in settings(work).methods}
+    made = {method: _load_or_make_ranking(work, method) for method in settings(work).methods}
 
     def signed(method: str) -> bool:
         return any(float(tensor.min()) < 0 for one in made[method] for tensor in one.values())
@@ -67,17 +67,17 @@ def ranked(work: Work) -> Ranked:
     }
 
 
-def _of_references(work: Work, method: str) -> list[Scores]:
+def _load_or_make_ranking(work: RunContext, method: str) -> list[Scores]:
     asked, target = (
         work.recipe.attribution,
         work.recipe.references["task"].target or work.recipe.attribution.target,
     )
     names = [f"random:{number}" if method == "random" else method for number in range(len(work.references))]
     ways = (
-        How(name, asked.neuron, {task: target}, 1.0, None)
+        ScoringSpec(name, asked.neuron, {task: target}, 1.0, None)
         for name, task in zip(names, work.references, strict=True)
     )
-    return [parts_of(work, how)[task] for how, task in zip(ways, work.references, strict=True)]
+    return [load_or_make_parts(work, how)[task] for how, task in zip(ways, work.references, strict=True)]
 
 
 def _kept_first(scores: Scores, rank: str) -> Scores:
@@ -88,13 +88,15 @@ def _kept_first(scores: Scores, rank: str) -> Scores:
     )
 
 
-def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Results:
+def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, float]) -> Results:
     """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the circuits' stability."""
     total = next(iter(ranked.values()))[0].units
     removed = removed_counts(settings(work), total)
     everything = select(next(iter(ranked.values()))[0], count=total)
-    original = evaluation(work, "original", Circuit(work.recipe.attribution.unit, {}, work.described))
-    empty = evaluation(work, "empty", everything)
+    original = load_or_make_evaluation(
+        work, "original", Circuit(work.recipe.attribution.unit, {}, work.described)
+    )
+    empty = load_or_make_evaluation(work, "empty", everything)
     full, nothing = (mean_of(one, "ioi.logit_difference") for one in (original, empty))
     if not full > nothing:
         raise UserError(
@@ -106,17 +108,23 @@ def measured(work: Work, ranked: Ranked, seconds: Mapping[str, float]) -> Result
         curve = []
         for count in removed:
             circuits = [select(scores, count=count) for scores in seeds]
-            curve.append(_at(work, f"{method}@{count}", circuits, total, (nothing, full)))
-            _save(work, method, count, everything, circuits)
+            curve.append(_measure_at(work, f"{method}@{count}", circuits, total, (nothing, full)))
+            _save_circuit(work, method, count, everything, circuits)
         found += [one.together for one in curve]
-        summaries.append(_summary(method, [count / total for count in removed], curve, settings(work).enough))
+        summaries.append(
+            _summarize(method, [count / total for count in removed], curve, settings(work).enough)
+        )
     sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
-    shared = of_kept(
+    shared = measure_kept_overlaps(
         {method: seeds[0] for method, seeds in ranked.items()}, work.recipe.attribution.method, removed
     )
     results = to_results([*found, *summaries], {**_provenance(work, sizes, seconds), "overlaps": shared})
     return replace(
-        results, differences=(*results.differences, *_beside(summaries, work.recipe.attribution.method))
+        results,
+        differences=(
+            *results.differences,
+            *_measure_rival_overlaps(summaries, work.recipe.attribution.method),
+        ),
     )
 
 
@@ -129,28 +137,30 @@ class _Point:
     together: Evaluation
 
 
-def _at(work: Work, variant: str, removed: list[Circuit], total: int, ends: tuple[float, float]) -> _Point:
+def _measure_at(
+    work: RunContext, variant: str, removed: list[Circuit], total: int, ends: tuple[float, float]
+) -> _Point:
     """What is left without each of these circuits, one a seed; `ends` are the logit differences of no unit and of the whole model."""
     nothing, full = ends
-    draws = [evaluation(work, f"{variant}.seed{seed}", one) for seed, one in enumerate(removed)]
+    draws = [load_or_make_evaluation(work, f"{variant}.seed{seed}", one) for seed, one in enumerate(removed)]
     faithfulness = [(mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing) for draw in draws]
-    extra = [_of_seeds("ioi.faithfulness", faithfulness, "share of the logit difference", "higher")]
+    extra = [_seed_circuits("ioi.faithfulness", faithfulness, "share of the logit difference", "higher")]
     extra += (
-        [_of_all("circuit.jaccard", stability(removed, total), "shared units / units of either")]
+        [_of_all("circuit.jaccard", measure_stability(removed, total), "shared units / units of either")]
         if len(removed) > 1
         else []
     )
     columns = zip(*(draw.observations for draw in draws), strict=True)
-    together = Evaluation(variant, (*(pooled(list(column)) for column in columns), *extra))
+    together = Evaluation(variant, (*(pool(list(column)) for column in columns), *extra))
     return _Point([mean_of(draw, "ioi.accuracy") for draw in draws], faithfulness, together)
 
 
-def _summary(method: str, gone: list[float], curve: list[_Point], enough: float) -> Evaluation:
+def _summarize(method: str, gone: list[float], curve: list[_Point], enough: float) -> Evaluation:
     """A method's whole curve as three figures, one unit a seed; `gone` are the shares removed, ascending."""
     accuracies = zip(*(point.accuracies for point in curve), strict=True)
-    sparse = [sparsest(gone, column, enough) for column in accuracies]
+    sparse = [find_sparsest(gone, column, enough) for column in accuracies]
     areas = [
-        area([1 - removed for removed in gone], column)
+        curve_areas([1 - removed for removed in gone], column)
         for column in zip(*(point.faithfulness for point in curve), strict=True)
     ]
     log.info(
@@ -162,14 +172,16 @@ def _summary(method: str, gone: list[float], curve: list[_Point], enough: float)
     return Evaluation(
         method,
         (
-            _of_seeds("circuit.sparsest", sparse, "share of units removed", "higher"),
-            _of_seeds("circuit.cpr", [cpr for cpr, _ in areas], "area under faithfulness", "higher"),
-            _of_seeds("circuit.cmd", [cmd for _, cmd in areas], "area between faithfulness and 1", "lower"),
+            _seed_circuits("circuit.sparsest", sparse, "share of units removed", "higher"),
+            _seed_circuits("circuit.cpr", [cpr for cpr, _ in areas], "area under faithfulness", "higher"),
+            _seed_circuits(
+                "circuit.cmd", [cmd for _, cmd in areas], "area between faithfulness and 1", "lower"
+            ),
         ),
     )
 
 
-def _beside(summaries: list[Evaluation], own: str) -> list[Difference]:
+def _measure_rival_overlaps(summaries: list[Evaluation], own: str) -> list[Difference]:
     """What the report's own method is ahead of each other one, paired by seed."""
     mine = next(one for one in summaries if one.variant == own)
     others = [one for one in summaries if one is not mine]
@@ -196,13 +208,13 @@ def mean_of(evaluation: Evaluation, metric: str) -> float:
     return sum(measured) / len(measured)
 
 
-def sparsest(gone: Sequence[float], accuracies: Sequence[float], enough: float) -> float:
+def find_sparsest(gone: Sequence[float], accuracies: Sequence[float], enough: float) -> float:
     """The largest share removed at which, as at all smaller ones that were tried, the accuracy is `enough`; 0 where it never is."""
     held = takewhile(lambda point: point[1] >= enough, zip(gone, accuracies, strict=True))
     return max((removed for removed, _ in held), default=0.0)
 
 
-def area(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
+def curve_areas(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
     """(CPR, CMD) of a curve by the trapezoidal rule, the empty circuit (0, 0) and the whole model (1, 1) added.
 
     Args:
@@ -216,7 +228,7 @@ def area(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, f
     )
 
 
-def stability(removed: Sequence[Circuit], total: int) -> float:
+def measure_stability(removed: Sequence[Circuit], total: int) -> float:
     """Mean Jaccard overlap of what is kept, over all pairs of circuits of `total` units, of which these are removed."""
     pairs = [
         overlap(replace(one, provenance={}), replace(other, provenance={}))
@@ -225,7 +237,7 @@ def stability(removed: Sequence[Circuit], total: int) -> float:
     return sum((total - pair.either) / (total - pair.both) for pair in pairs) / len(pairs)
 
 
-def _of_seeds(metric: str, values: list[float], unit: str, direction: str) -> Observations:
+def _seed_circuits(metric: str, values: list[float], unit: str, direction: str) -> Observations:
     return Observations(metric, "test", unit, direction, tuple(values), (1.0,) * len(values))
 
 
@@ -234,7 +246,9 @@ def _of_all(metric: str, value: float, unit: str) -> Observations:
     return Observations(metric, "all seeds", unit, "higher", (value,), (1.0,))
 
 
-def _save(work: Work, method: str, count: int, everything: Circuit, removed: list[Circuit]) -> None:
+def _save_circuit(
+    work: RunContext, method: str, count: int, everything: Circuit, removed: list[Circuit]
+) -> None:
     """What is kept at the first seed, as circuits/METHOD@KEPT; of the report's own method only."""
     if method != work.recipe.attribution.method or not distributed.is_main():
         return
@@ -242,7 +256,7 @@ def _save(work: Work, method: str, count: int, everything: Circuit, removed: lis
     kept.save(work.folder / f"circuits/{method}@{len(kept)}{kept.suffix}")
 
 
-def _provenance(work: Work, sizes: dict[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:
+def _provenance(work: RunContext, sizes: dict[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:
     return {
         "recipe": work.recipe.name,
         "job": "discover",

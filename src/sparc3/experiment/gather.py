@@ -15,7 +15,7 @@ from ..circuits.select import select
 from ..errors import DamagedFile, UserError
 from ..evaluation.evaluate import fingerprint_of, measure, prepare
 from ..evaluation.metrics import MetricSettings, Prepared, SampledSettings, ToxicitySettings, require_metric
-from ..evaluation.statistics import Evaluation, measurement, pooled
+from ..evaluation.statistics import Evaluation, measurement, pool
 from ..evaluation.tasks import response_scores
 from ..evaluation.toxicity import completion_scores
 from ..models.sites import sites_of
@@ -24,28 +24,28 @@ from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Request, gather, is_path, overlap
 from ..scores import Scores
 from ..storage import file_digest, fingerprint, read_json, write_json
-from .run_folder import Work, kept
-from .variants import changed
-from .work_list import selected, sets
+from .run_folder import RunContext, load_or_make
+from .variants import apply_intervention
+from .work_list import count_selected, reference_sets
 
 log = logging.getLogger("sparc3")
 
 
-def gather_all(work: Work) -> None:
+def gather_all(work: RunContext) -> None:
     """Fill work.references and work.prepared. Raises UserError where they share a prompt."""
-    for name, spec in sets(work.recipe):
-        work.references[name] = _reference(work, name, spec)
+    for name, spec in reference_sets(work.recipe):
+        work.references[name] = _load_or_make_reference(work, name, spec)
     for name, settings in work.recipe.metrics().items():
         held = (
             work.held(work.references, settings.source)
             if isinstance(settings, SampledSettings)
             else frozenset()
         )
-        work.prepared.append(prepared(work, f"evaluation-{name}", name, settings, held))
+        work.prepared.append(prepare_metric(work, f"evaluation-{name}", name, settings, held))
     _refuse_overlap(work)
 
 
-def _reference(work: Work, name: str, spec: Reference) -> ReferenceSet:
+def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> ReferenceSet:
     # Of two sets of one source, the later gets what is left.
     taken = work.held(work.references, spec.source) if work.recipe.job == "correct" else frozenset()
     request = Request(
@@ -69,7 +69,9 @@ def _reference(work: Work, name: str, spec: Reference) -> ReferenceSet:
     return _samples(work, name, asked, spec.source, lambda: gather(request, work.tokenizer, score))
 
 
-def prepared(work: Work, file: str, name: str, settings: MetricSettings, held: Iterable[str]) -> Prepared:
+def prepare_metric(
+    work: RunContext, file: str, name: str, settings: MetricSettings, held: Iterable[str]
+) -> Prepared:
     """A metric with its samples, kept as samples/`file`.jsonl; of its source, the prompts in `held` are left out."""
     if not isinstance(settings, SampledSettings):
         return prepare(name, settings, work.model, work.tokenizer)
@@ -86,19 +88,19 @@ def prepared(work: Work, file: str, name: str, settings: MetricSettings, held: I
 
 
 def _samples(
-    work: Work, name: str, asked: dict[str, Any], source: str, make: Callable[[], ReferenceSet]
+    work: RunContext, name: str, asked: dict[str, Any], source: str, make: Callable[[], ReferenceSet]
 ) -> ReferenceSet:
     digest = file_digest(source) if is_path(source) else None
     made_from = fingerprint(
         {**asked, "file": digest, "model": work.described["fingerprint"], "version": __version__}
     )
     where = work.folder / f"samples/{name}.jsonl"
-    found = kept(
+    found = load_or_make(
         where,
         made_from,
         ReferenceSet.load,
         lambda s: s.source.get("made_from"),
-        lambda: marked(make(), made_from),
+        lambda: mark_targets(make(), made_from),
     )
     log.info("samples %s: %d from %s", name, len(found), Path(source).name)
     if found.repeated:
@@ -109,11 +111,11 @@ def _samples(
     return found
 
 
-def marked(samples: ReferenceSet, made_from: str) -> ReferenceSet:
+def mark_targets(samples: ReferenceSet, made_from: str) -> ReferenceSet:
     return ReferenceSet(samples.samples, {**samples.source, "made_from": made_from})
 
 
-def _refuse_overlap(work: Work) -> None:
+def _refuse_overlap(work: RunContext) -> None:
     for one in (p for p in work.prepared if p.metric.prompts):
         for name, reference in work.references.items():
             if same := overlap(reference, one.samples):
@@ -130,7 +132,9 @@ DECADES, BINS = 6, 48
 """Scores are counted by their size as a share of the method's largest, from 10⁻⁶ to 1, in steps of an eighth of a power of ten."""
 
 
-def by_samples(work: Work, ways: Sequence[tuple[str, str, str]]) -> tuple[list[Evaluation], dict[str, Any]]:
+def by_samples(
+    work: RunContext, ways: Sequence[tuple[str, str, str]]
+) -> tuple[list[Evaluation], dict[str, Any]]:
     """(evaluations, what the report draws): every way (name, method, reduce) at every number of samples, the seeds' figures pooled.
 
     At the largest number the variant is called METHOD@COUNT as in any compression, at the others "METHOD, n samples".
@@ -138,7 +142,7 @@ def by_samples(work: Work, ways: Sequence[tuple[str, str, str]]) -> tuple[list[E
     compress = work.recipe.compress
     assert compress is not None
     fraction = compress.fractions[0] if compress.fractions else None
-    removed = selected(
+    removed = count_selected(
         compress.scope, "weight", sites_of(work.model, work.recipe.attribution.sites), fraction=fraction
     )
     rows: list[dict[str, Any]] = []
@@ -164,7 +168,7 @@ def by_samples(work: Work, ways: Sequence[tuple[str, str, str]]) -> tuple[list[E
                 Evaluation(
                     variant,
                     tuple(
-                        pooled(list(column)) for column in zip(*(d.observations for d in draws), strict=True)
+                        pool(list(column)) for column in zip(*(d.observations for d in draws), strict=True)
                     ),
                 )
             )
@@ -179,7 +183,7 @@ def _rows(evaluation: Evaluation, method: str, count: int, seed: int) -> list[di
     ]
 
 
-def _made_from(work: Work, samples: ReferenceSet, method: str, reduce: str) -> dict[str, Any]:
+def _made_from(work: RunContext, samples: ReferenceSet, method: str, reduce: str) -> dict[str, Any]:
     asked = work.recipe.attribution.model_dump(exclude={"method", "reduce", "batch_tokens"})
     how = [method, reduce, _target(work), asked]
     return {
@@ -190,11 +194,11 @@ def _made_from(work: Work, samples: ReferenceSet, method: str, reduce: str) -> d
     }
 
 
-def _target(work: Work) -> str:
+def _target(work: RunContext) -> str:
     return work.recipe.references["general"].target or work.recipe.attribution.target
 
 
-def _scores(work: Work, method: str, reduce: str, samples: ReferenceSet) -> Scores:
+def _scores(work: RunContext, method: str, reduce: str, samples: ReferenceSet) -> Scores:
     asked = work.recipe.attribution.model_dump(exclude={"method", "target", "reduce"})
     return attribute(
         work.model,
@@ -210,7 +214,7 @@ def _scores(work: Work, method: str, reduce: str, samples: ReferenceSet) -> Scor
 
 
 def _evaluated(
-    work: Work, place: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
+    work: RunContext, place: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
 ) -> Evaluation:
     """The model pruned by these scores, measured; the scores themselves, as large as the model, are not kept."""
     compress = work.recipe.compress
@@ -234,18 +238,18 @@ def _evaluated(
             place,
             made_from,
             work.progress,
-            lambda: changed(work, circuit),
+            lambda: apply_intervention(work, circuit),
         )
         log.info("evaluated %s in %.1f s", place, made.seconds)
         return made
 
-    return kept(
+    return load_or_make(
         work.folder / f"evaluation/{place}.json", made_from, Evaluation.load, lambda e: e.made_from, make
     )
 
 
 def _distribution(
-    work: Work, name: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
+    work: RunContext, name: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
 ) -> dict[str, Any]:
     """What the report draws of distributions/NAME.json, which is made unless it is there: role → how many scores are in each bin."""
     where, made_from = (

@@ -13,38 +13,40 @@ from ..circuits.select import select
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.scorers import lexicon_words
-from ..evaluation.statistics import Evaluation, detectable, pooled
+from ..evaluation.statistics import Evaluation, detectable_change, pool
 from ..evaluation.toxicity import agreement, side_by_side
 from ..models.sites import sites_of
 from ..results import Results
 from ..scores import Scores
 from ..storage import fingerprint
-from .run_folder import Change, Work, kept
-from .score import Found, How
-from .variants import changed, variants
+from .run_folder import Intervention, RunContext, load_or_make
+from .score import ScoringSpec, SelectedCircuit
+from .variants import apply_intervention, list_variants
 
 log = logging.getLogger("sparc3")
 
 
-def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -> Results:
+def measure_variants(
+    work: RunContext, found: SelectedCircuit, how: ScoringSpec, seconds: Mapping[str, float]
+) -> Results:
     """All variants measured; a circuit that is met twice is measured once."""
     known: dict[str, Evaluation] = {}
     shared: list[dict[str, Any]] = []
     sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     evaluations = []
-    for variant, changes in variants(work, found, how):
+    for variant, changes in list_variants(work, found, how):
         draws = []
         for number, one in enumerate(changes):
             name = variant if len(changes) == 1 else f"{variant}.{number}"
             if one.fingerprint not in known:
-                known[one.fingerprint] = evaluation(work, name, one)
+                known[one.fingerprint] = load_or_make_evaluation(work, name, one)
             draws.append(replace(known[one.fingerprint], variant=variant))
-        evaluations.append(draws[0] if len(draws) == 1 else _pooled(draws))
+        evaluations.append(draws[0] if len(draws) == 1 else _pool_draws(draws))
         if variant.endswith(f"@{len(found.circuit)}") and not variant.startswith(f"{how.method}@"):
-            shared += overlaps(found.circuit, {variant: changes}, sizes)
+            shared += measure_overlaps(found.circuit, {variant: changes}, sizes)
     beside = [*([f"random@{len(found.circuit)}"] if len(found.circuit) else []), *work.rivals]
     results = to_results(evaluations, _provenance(work, found, evaluations, seconds), beside)
-    results.provenance["warnings"] += _beaten(work, results)
+    results.provenance["warnings"] += _warn_of_better_rivals(work, results)
     results.provenance["overlaps"] = shared
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
@@ -59,7 +61,7 @@ def measured(work: Work, found: Found, how: How, seconds: Mapping[str, float]) -
     return results
 
 
-def evaluation(work: Work, variant: str, change: Change) -> Evaluation:
+def load_or_make_evaluation(work: RunContext, variant: str, change: Intervention) -> Evaluation:
     """All metrics on one variant, kept as evaluation/`variant`.json."""
     made_from = fingerprint(
         {
@@ -71,23 +73,23 @@ def evaluation(work: Work, variant: str, change: Change) -> Evaluation:
     )
 
     def make() -> Evaluation:
-        again = (lambda: changed(work, change)) if len(change) else None
+        again = (lambda: apply_intervention(work, change)) if len(change) else None
         made = measure(work.model, work.tokenizer, work.prepared, variant, made_from, work.progress, again)
         log.info("evaluated %s in %.1f s", variant, made.seconds)
         return made
 
-    return kept(
+    return load_or_make(
         work.folder / f"evaluation/{variant}.json", made_from, Evaluation.load, lambda e: e.made_from, make
     )
 
 
-def _pooled(draws: list[Evaluation]) -> Evaluation:
+def _pool_draws(draws: list[Evaluation]) -> Evaluation:
     columns = zip(*(draw.observations for draw in draws), strict=True)
-    return Evaluation(draws[0].variant, tuple(pooled(list(column)) for column in columns))
+    return Evaluation(draws[0].variant, tuple(pool(list(column)) for column in columns))
 
 
 def _provenance(
-    work: Work, found: Found, evaluations: list[Evaluation], seconds: Mapping[str, float]
+    work: RunContext, found: SelectedCircuit, evaluations: list[Evaluation], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     return {
         "recipe": work.recipe.name,
@@ -98,24 +100,24 @@ def _provenance(
         "sizes": {name: tensor.numel() for name, tensor in found.contrast.items()},
         **evaluated_on(work.prepared),
         "lexicon": lexicon(work),
-        "checks": checks(work, found.contrast, found.parts, evaluations),
+        "checks": run_checks(work, found.contrast, found.parts, evaluations),
         "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
-        "power": power(evaluations),
-        **_agreement(work, evaluations),
+        "power": measure_power(evaluations),
+        **_measure_agreement(work, evaluations),
         **work.noted,
         "warnings": work.warnings + _chosen_by_outcome(work),
         "version": __version__,
     }
 
 
-def lexicon(work: Work) -> list[str]:
+def lexicon(work: RunContext) -> list[str]:
     words = [
         lexicon_words(p.settings.scorer) for p in work.prepared if isinstance(p.settings, ToxicitySettings)
     ]
     return sorted({word for some in words for word in some})
 
 
-def _agreement(work: Work, evaluations: list[Evaluation]) -> dict[str, Any]:
+def _measure_agreement(work: RunContext, evaluations: list[Evaluation]) -> dict[str, Any]:
     """How far two scorers agree on the texts of the original and of the circuit's model."""
     asked = [
         p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings) and p.settings.also
@@ -137,7 +139,7 @@ def _agreement(work: Work, evaluations: list[Evaluation]) -> dict[str, Any]:
     }
 
 
-def _beaten(work: Work, results: Results) -> list[str]:
+def _warn_of_better_rivals(work: RunContext, results: Results) -> list[str]:
     """What must be said where another method, searched under the same budget, does better on the test."""
     aim = work.noted.get("tune", {}).get("aim", "")
     said = []
@@ -152,7 +154,7 @@ def _beaten(work: Work, results: Results) -> list[str]:
     return said
 
 
-def _chosen_by_outcome(work: Work) -> list[str]:
+def _chosen_by_outcome(work: RunContext) -> list[str]:
     return [
         f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the model moves them towards the mean; "
         "read the effect beside its null"
@@ -164,8 +166,8 @@ def _chosen_by_outcome(work: Work) -> list[str]:
 # The short list at the end of a run: what a careful reader would ask first.
 
 
-def checks(
-    work: Work, contrast: Scores, parts: Mapping[str, Scores], evaluations: Sequence[Evaluation]
+def run_checks(
+    work: RunContext, contrast: Scores, parts: Mapping[str, Scores], evaluations: Sequence[Evaluation]
 ) -> list[dict[str, Any]]:
     """[{"name", "value", "ok"}]; ok is None where there is no judgement to make."""
     expected = [site.name for site in sites_of(work.model, work.recipe.attribution.sites)]
@@ -180,12 +182,12 @@ def checks(
     found = [
         ("sites attributed", f"{len(contrast)} of {len(expected)}", set(contrast) == set(expected)),
         ("samples with a non-finite relevance", f"{skipped} left out", skipped == 0),
-        ("share of |relevance| by layer, undesired set", _shares(parts["undesired"]), None),
+        ("share of |relevance| by layer, undesired set", _relevance_by_layer(parts["undesired"]), None),
         ("time per sample", ", ".join(seconds), None),
         ("failed measurements", f"{failures[worst]} at most ({worst})", failures[worst] == 0),
         *(
             ("power", one["said"], None)
-            for one in power(evaluations)
+            for one in measure_power(evaluations)
             if one["metric"] in ("toxicity.mean", "rur.mean", "ioi.accuracy")
         ),
         ("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB", None),
@@ -195,7 +197,7 @@ def checks(
     return [{"name": name, "value": value, "ok": ok} for name, value, ok in found]
 
 
-def _shares(scores: Scores) -> str:
+def _relevance_by_layer(scores: Scores) -> str:
     """Percent of Σ|relevance| in each site, sites in order."""
     sums = [float(tensor.abs().sum()) for tensor in scores.values()]
     total = sum(sums) or 1.0
@@ -205,7 +207,7 @@ def _shares(scores: Scores) -> str:
 # What the test samples could have shown: the smallest change that so many of them detect.
 
 
-def power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def measure_power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """[{"metric", "n", "detects", "relative", "said"}] of the circuit against the original, from the variance of their paired differences.
 
     `relative`: whether `detects` is a share of the original's figure.
@@ -216,7 +218,7 @@ def power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     after = {o.metric: o for o in named["ablated"].observations}
     found = []
     for before in named["original"].observations:
-        seen = detectable(before, after[before.metric]) if before.metric in after else None
+        seen = detectable_change(before, after[before.metric]) if before.metric in after else None
         if seen is None:
             continue
         n, x = seen
@@ -231,8 +233,8 @@ def power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 # How many units one method's circuit shares with the others' circuits of the same size.
 
 
-def overlaps(
-    own: Circuit, others: Mapping[str, Sequence[Change]], sizes: Mapping[str, int]
+def measure_overlaps(
+    own: Circuit, others: Mapping[str, Sequence[Intervention]], sizes: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """[{"variant", "size", "both", "expected"}]: units in the other circuit, in both, and in both by chance.
 
@@ -242,7 +244,10 @@ def overlaps(
     """
     found = []
     for variant, changes in others.items():
-        seen = [overlap(_bare(own), _bare(_as_circuit(one)), sizes=sizes) for one in changes]
+        seen = [
+            overlap(_without_provenance(own), _without_provenance(_as_circuit(one)), sizes=sizes)
+            for one in changes
+        ]
         if seen:
             both = sum(one.both for one in seen) / len(seen)
             found.append(
@@ -251,7 +256,9 @@ def overlaps(
     return found
 
 
-def of_kept(ranked: Mapping[str, Scores], method: str, counts: Sequence[int]) -> list[dict[str, Any]]:
+def measure_kept_overlaps(
+    ranked: Mapping[str, Scores], method: str, counts: Sequence[int]
+) -> list[dict[str, Any]]:
     """The same of what is left when so many units are removed: each method's beside that of `method`.
 
     Args:
@@ -261,10 +268,14 @@ def of_kept(ranked: Mapping[str, Scores], method: str, counts: Sequence[int]) ->
     sizes = {name: tensor.numel() for name, tensor in ranked[method].items()} if method in ranked else {}
     total = sum(sizes.values())
     for count in counts if sizes else ():
-        own = _bare(select(ranked[method], count=count))
+        own = _without_provenance(select(ranked[method], count=count))
         for other, scores in ranked.items():
             if other != method:
-                both = overlap(own, _bare(select(scores, count=count)), sizes=sizes).both + total - 2 * count
+                both = (
+                    overlap(own, _without_provenance(select(scores, count=count)), sizes=sizes).both
+                    + total
+                    - 2 * count
+                )
                 found.append(
                     {
                         "variant": f"{other}@{count}",
@@ -276,7 +287,7 @@ def of_kept(ranked: Mapping[str, Scores], method: str, counts: Sequence[int]) ->
     return found
 
 
-def _as_circuit(change: Change) -> Circuit:
+def _as_circuit(change: Intervention) -> Circuit:
     """The neurons that a damping touches."""
     if isinstance(change, Circuit):
         return change
@@ -287,5 +298,5 @@ def _as_circuit(change: Change) -> Circuit:
     return Circuit("neuron", {name: indices for name, indices in touched.items() if indices})
 
 
-def _bare(circuit: Circuit) -> Circuit:
+def _without_provenance(circuit: Circuit) -> Circuit:
     return replace(circuit, model={}, provenance={})

@@ -16,13 +16,13 @@ from ..models.experts import by_position, tokens_of
 from ..models.load import context_length
 from ..models.offloading import device_of, value_of
 from ..models.sites import Site, down_sites, family_of, open_experts, sites_of
-from ..samples.batches import Batch, encode, joined, make_batches
+from ..samples.batches import Batch, encode, join_completions, make_batches
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from ..storage import fingerprint, read_json, write_json
-from .measure import evaluation
-from .run_folder import Work
-from .score import Found
+from .measure import load_or_make_evaluation
+from .run_folder import RunContext
+from .score import SelectedCircuit
 from .work_list import has_cards
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ Unit = tuple[Site, int]
 Fired = list[dict[str, Any]]
 
 
-def cards_of(
+def make_cards(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     circuit: Circuit,
@@ -60,12 +60,12 @@ def cards_of(
     """
     if circuit.unit != "neuron":
         return []
-    units = _units(model, circuit, contrast)[:most]
-    fired = _fired(model, tokenizer, units, samples) if units else []
+    units = _card_units(model, circuit, contrast)[:most]
+    fired = _strongest_activations(model, tokenizer, units, samples) if units else []
     made = []
     for number, ((site, index), seen) in enumerate(zip(units, fired, strict=True)):
         sign = -1.0 if seen and seen[0]["activation"] < 0 else 1.0
-        promotes, suppresses = _written(model, tokenizer, site, index, sign)
+        promotes, suppresses = _promoted_tokens(model, tokenizer, site, index, sign)
         card = {
             "module": site.name,
             "layer": site.layer,
@@ -87,7 +87,7 @@ def cards_of(
     return made
 
 
-def _units(model: "PreTrainedModel", circuit: Circuit, contrast: Scores) -> list[Unit]:
+def _card_units(model: "PreTrainedModel", circuit: Circuit, contrast: Scores) -> list[Unit]:
     """The circuit's neurons at mlp.up, lowest contrast first."""
     sites = {site.name: site for site in sites_of(model, ("mlp.up",))}
     units = [
@@ -99,7 +99,7 @@ def _units(model: "PreTrainedModel", circuit: Circuit, contrast: Scores) -> list
     return sorted(units, key=lambda unit: float(contrast[unit[0].name][unit[1]]))
 
 
-def _written(
+def _promoted_tokens(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", site: Site, index: int, sign: float
 ) -> tuple[list[str], list[str]]:
     """The tokens whose logits the neuron's output column raises and lowers most, through the unembedding.
@@ -168,14 +168,14 @@ def text_of(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
     return f" {text.lstrip()}" if spaced else text
 
 
-def _fired(
+def _strongest_activations(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     units: Sequence[Unit],
     samples: ReferenceSet,
 ) -> list[Fired]:
     """For each unit the samples on which its activation (the input of mlp.down) was largest in size, up to and with the token it was at."""
-    whole = ReferenceSet(joined(samples, tokenizer))
+    whole = ReferenceSet(join_completions(samples, tokenizer))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     encoded = encode(
         whole, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True
@@ -186,7 +186,7 @@ def _fired(
     for batch in make_batches(encoded, 1024, device_of(model)):
         # What fires on the mark at the start fires there always, and says nothing.
         readable = batch.mask().cpu() & ~torch.isin(batch.ids.cpu(), special)
-        for place, (values, positions) in enumerate(_largest(model, batch, units, readable)):
+        for place, (values, positions) in enumerate(_largest_entries(model, batch, units, readable)):
             rows = [(values[row], sample.index, positions[row]) for row, sample in enumerate(batch.samples)]
             best[place] = sorted([*best[place], *rows], key=lambda row: (-abs(row[0]), row[1]))[:PROMPTS]
 
@@ -198,7 +198,7 @@ def _fired(
     return [[said(*row) for row in rows] for rows in best]
 
 
-def _largest(
+def _largest_entries(
     model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], where: Tensor
 ) -> list[tuple[list[float], list[int]]]:
     """Of each unit, for each row of the batch: its activation of the largest size at the positions `where` [B, T], and which one it was."""
@@ -242,7 +242,7 @@ log = logging.getLogger("sparc3")
 SHOWN = ("toxicity.mean", "rur.mean", "ioi.accuracy", "perplexity", "kl")
 
 
-def write_cards(work: Work, found: Found) -> None:
+def write_cards(work: RunContext, found: SelectedCircuit) -> None:
     """Write cards.json, unless the one there was made from the same circuit, samples and settings; nothing for units without cards."""
     settings = work.recipe.cards
     if not has_cards(work.recipe):
@@ -264,11 +264,11 @@ def write_cards(work: Work, found: Found) -> None:
 
     def alone(circuit: Circuit) -> dict[str, float]:
         ((module, indices),) = circuit.members.items()
-        made = evaluation(work, f"alone/{module}.{indices[0]}", circuit)
+        made = load_or_make_evaluation(work, f"alone/{module}.{indices[0]}", circuit)
         figures = {o.metric: measurement(o, "alone").value for o in made.observations if o.metric in SHOWN}
         return {name: value for name, value in figures.items() if value is not None}
 
-    cards: list[dict[str, Any]] = cards_of(
+    cards: list[dict[str, Any]] = make_cards(
         work.model,
         work.tokenizer,
         found.circuit,
@@ -287,7 +287,7 @@ def write_cards(work: Work, found: Found) -> None:
     )
 
 
-def _made_from(work: Work) -> object:
+def _made_from(work: RunContext) -> object:
     try:
         return read_json(work.folder / "cards.json", FORMAT).get("made_from")
     except UserError as error:

@@ -19,11 +19,11 @@ from ..storage import write_json
 from . import compress as compressing
 from . import discover as discovery
 from .gather import gather_all
-from .measure import measured
+from .measure import measure_variants
 from .neuron_cards import write_cards
-from .run_folder import Work, claimed, logged
-from .score import as_written, found_circuit, protect
-from .search import tuned
+from .run_folder import RunContext, claim_folder, log_to_folder
+from .score import find_circuit, protect_units, scoring_of_recipe
+from .search import search_circuit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def run(
     require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
     folder = Path(out)
     distributed.start()
-    with claimed(folder, loaded, resume), logged(folder):
+    with claim_folder(folder, loaded, resume), log_to_folder(folder):
         return _all_stages(loaded, folder, progress)
 
 
@@ -63,7 +63,7 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
     began = time.perf_counter()
     stages = Stages()
     with stages.stage("model"):
-        work = _loaded(recipe, folder, progress)
+        work = _load_context(recipe, folder, progress)
     with stages.stage("samples"):
         gather_all(work)
     results = JOBS[recipe.job](work, stages)
@@ -75,28 +75,32 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
     return results
 
 
-def _correct(work: Work, stages: "Stages") -> Results:
+def _correct(work: RunContext, stages: "Stages") -> Results:
     with stages.stage("scores"):
-        protect(work)
-        how, found = tuned(work) if work.recipe.selection.tune else (as_written(work), found_circuit(work))
+        protect_units(work)
+        how, found = (
+            search_circuit(work)
+            if work.recipe.selection.tune
+            else (scoring_of_recipe(work), find_circuit(work))
+        )
     with stages.stage("evaluation"):
-        results = measured(work, found, how, stages.seconds)
+        results = measure_variants(work, found, how, stages.seconds)
         write_cards(work, found)
     return results
 
 
-def _discover(work: Work, stages: "Stages") -> Results:
+def _discover(work: RunContext, stages: "Stages") -> Results:
     with stages.stage("scores"):
-        ranked = discovery.ranked(work)
+        ranked = discovery.rank_units(work)
     with stages.stage("evaluation"):
-        return discovery.measured(work, ranked, stages.seconds)
+        return discovery.measure_circuits(work, ranked, stages.seconds)
 
 
-def _compress(work: Work, stages: "Stages") -> Results:
+def _compress(work: RunContext, stages: "Stages") -> Results:
     with stages.stage("scores"):
-        pruned = compressing.pruned(work)
+        pruned = compressing.prune_by_all_methods(work)
     with stages.stage("evaluation"):
-        return compressing.measured(work, pruned, stages.seconds)
+        return compressing.measure_pruned(work, pruned, stages.seconds)
 
 
 JOBS = {"correct": _correct, "discover": _discover, "compress": _compress}
@@ -115,11 +119,11 @@ class Stages:
         self.seconds[name] = round(time.perf_counter() - began, 2)
 
 
-def _loaded(recipe: Recipe, folder: Path, progress: bool) -> Work:
+def _load_context(recipe: Recipe, folder: Path, progress: bool) -> RunContext:
     model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
     described = describe(model)
     if distributed.is_main():
-        write_json(folder / "environment.json", environment(model))
+        write_json(folder / "environment.json", describe_environment(model))
     parameters = sum(value.numel() for _, value in named_values(model))
     log.info(
         "model %s: %s, fingerprint %s, %s on %s",
@@ -129,10 +133,10 @@ def _loaded(recipe: Recipe, folder: Path, progress: bool) -> Work:
         str(model.dtype).removeprefix("torch."),
         device_of(model),
     )
-    return Work(recipe, folder, progress, model, tokenizer, described)
+    return RunContext(recipe, folder, progress, model, tokenizer, described)
 
 
-def environment(model: "PreTrainedModel") -> dict[str, Any]:
+def describe_environment(model: "PreTrainedModel") -> dict[str, Any]:
     """What the run ran on: versions and hardware, nothing that names the user or the machine."""
     import torch
     import transformers

@@ -29,7 +29,7 @@ Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
 
 
 @contextmanager
-def claimed(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
     """Hold the folder's lock, which dies with the process, after checking that the folder is this recipe's or empty.
 
     Raises:
@@ -100,7 +100,7 @@ def _require_same(folder: Path, recipe: Recipe, resume: bool) -> None:
 
 
 @contextmanager
-def logged(folder: Path) -> Iterator[None]:
+def log_to_folder(folder: Path) -> Iterator[None]:
     """Stage lines also go to log.txt while the run lasts."""
     if not distributed.is_main():
         yield
@@ -134,7 +134,7 @@ class _LogFile(logging.Handler):
             ) from error
 
 
-def kept(
+def load_or_make(
     where: Path,
     made_from: str,
     load: Callable[[Path], Noun],
@@ -161,12 +161,12 @@ def kept(
 # What every stage of a run needs: the recipe, the folder, the model.
 
 
-Change = Circuit | Damping
+Intervention = Circuit | Damping
 """What makes a variant: units that are removed, or damped."""
 
 
 @dataclass
-class Work:
+class RunContext:
     """One run under way.
 
     Attributes:
@@ -190,7 +190,7 @@ class Work:
     warnings: list[str] = field(default_factory=list)
     noted: dict[str, Any] = field(default_factory=dict)
     protected: Circuit | None = None
-    rivals: dict[str, Change] = field(default_factory=dict)
+    rivals: dict[str, Intervention] = field(default_factory=dict)
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
         """Prompts that those of these reference sets which come from `source` hold."""

@@ -14,22 +14,22 @@ from ..attribution.attribute import attribute
 from ..circuits.ablate import ablated
 from ..circuits.algebra import union
 from ..circuits.circuit import Circuit
-from ..circuits.select import candidates, contrast, excluding, select
+from ..circuits.select import contrast, count_candidates, exclude, select
 from ..errors import NonFinite, UserError
 from ..evaluation.perplexity import Window, negative_log_likelihoods
 from ..evaluation.statistics import finite
-from ..samples.batches import joined
+from ..samples.batches import join_completions
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from ..storage import fingerprint
-from .run_folder import Work, kept
-from .work_list import protects
+from .run_folder import RunContext, load_or_make
+from .work_list import is_protected
 
 log = logging.getLogger("sparc3")
 
 
 @dataclass(frozen=True)
-class How:
+class ScoringSpec:
     """One way to contrast: everything that tells two candidates of a search apart but for the number of units.
 
     Attributes:
@@ -48,7 +48,7 @@ class How:
 
 
 @dataclass(frozen=True)
-class Found:
+class SelectedCircuit:
     """A circuit and what it came from: the contrast of the first round, and the scores of each set in it."""
 
     circuit: Circuit
@@ -56,12 +56,12 @@ class Found:
     parts: dict[str, Scores]
 
 
-def as_written(work: Work) -> How:
+def scoring_of_recipe(work: RunContext) -> ScoringSpec:
     """The contrast that the recipe asks for."""
     recipe = work.recipe
     targets = {name: spec.target or recipe.attribution.target for name, spec in recipe.references.items()}
     chosen = recipe.selection
-    return How(
+    return ScoringSpec(
         recipe.attribution.method,
         recipe.attribution.neuron,
         targets,
@@ -71,16 +71,22 @@ def as_written(work: Work) -> How:
     )
 
 
-def contrasted(work: Work, how: How, before: Circuit | None = None, place: str = "") -> Scores:
+def load_or_make_contrast(
+    work: RunContext, how: ScoringSpec, before: Circuit | None = None, place: str = ""
+) -> Scores:
     """The contrast, on the model without the circuit `before`, whose units then come last."""
-    return contrast_of(work, how, parts_of(work, how, before, place), before)
+    return contrast_parts(work, how, load_or_make_parts(work, how, before, place), before)
 
 
-def parts_of(work: Work, how: How, before: Circuit | None = None, place: str = "") -> dict[str, Scores]:
-    return {name: _scores(work, how, name, before, place) for name in how.targets}
+def load_or_make_parts(
+    work: RunContext, how: ScoringSpec, before: Circuit | None = None, place: str = ""
+) -> dict[str, Scores]:
+    return {name: _load_or_make_scores(work, how, name, before, place) for name in how.targets}
 
 
-def contrast_of(work: Work, how: How, sets: Mapping[str, Scores], before: Circuit | None = None) -> Scores:
+def contrast_parts(
+    work: RunContext, how: ScoringSpec, sets: Mapping[str, Scores], before: Circuit | None = None
+) -> Scores:
     """The contrast of scores that are there already; the units of `before` and protected ones come last."""
     # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
     normalize = "l1" if how.method == "wanda" else how.normalize
@@ -96,10 +102,12 @@ def contrast_of(work: Work, how: How, sets: Mapping[str, Scores], before: Circui
         if before and work.protected
         else before or work.protected
     )
-    return excluding(made, last) if last else made
+    return exclude(made, last) if last else made
 
 
-def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str) -> Scores:
+def _load_or_make_scores(
+    work: RunContext, how: ScoringSpec, name: str, before: Circuit | None, place: str
+) -> Scores:
     """Scores of one reference set."""
     settings = work.recipe.attribution
     changed = {"method": how.method, "target": how.targets[name], "neuron": how.neuron}
@@ -143,37 +151,41 @@ def _scores(work: Work, how: How, name: str, before: Circuit | None, place: str)
         )
         return Scores(dict(made), {**made.provenance, "made_from": made_from, "seconds": round(took, 3)})
 
-    return kept(work.folder / path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make)
+    return load_or_make(
+        work.folder / path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make
+    )
 
 
-def _prefix(how: How, name: str) -> str:
+def _prefix(how: ScoringSpec, name: str) -> str:
     return f"{how.place}{how.targets[name].replace(':', '')}.{how.neuron}." if how.place else ""
 
 
-def found_circuit(work: Work) -> Found:
+def find_circuit(work: RunContext) -> SelectedCircuit:
     """The circuit to remove, found in as many rounds as the recipe says."""
-    chosen, how = work.recipe.selection, as_written(work)
-    parts = parts_of(work, how)
-    first = contrast_of(work, how, parts)
+    chosen, how = work.recipe.selection, scoring_of_recipe(work)
+    parts = load_or_make_parts(work, how)
+    first = contrast_parts(work, how, parts)
     if chosen.count is None:
-        return saved(
+        return save_circuit(
             work,
-            Found(
+            SelectedCircuit(
                 select(first, fraction=chosen.fraction, scope=chosen.scope, strength=how.strength),
                 first,
                 parts,
             ),
         )
-    circuit = in_rounds(work, how, first, chosen.count, chosen.rounds)
+    circuit = select_in_rounds(work, how, first, chosen.count, chosen.rounds)
     if circuit is None:
         raise UserError(
             f"{chosen.count} {first.unit}s were asked for in {chosen.rounds} rounds, and in a later one the matched contrast has too few candidates "
             "below zero; ask for fewer, or lower the penalty"
         )
-    return saved(work, Found(circuit, first, parts))
+    return save_circuit(work, SelectedCircuit(circuit, first, parts))
 
 
-def in_rounds(work: Work, how: How, first: Scores, count: int, rounds: int) -> Circuit | None:
+def select_in_rounds(
+    work: RunContext, how: ScoringSpec, first: Scores, count: int, rounds: int
+) -> Circuit | None:
     """`count` units, a share of them by the contrast `first`, each further share by the contrast on the model without those before.
 
     None where a matched contrast has too few candidates below zero in a later round.
@@ -182,11 +194,11 @@ def in_rounds(work: Work, how: How, first: Scores, count: int, rounds: int) -> C
     for turn in range(rounds):
         if turn:
             # In a search many circuits are on the way at once; the scores of each are kept under its name.
-            now = contrasted(
+            now = load_or_make_contrast(
                 work, how, circuit, f"round{turn + 1}.{f'{circuit.fingerprint[:12]}.' if how.place else ''}"
             )
         wanted = count * (turn + 1) // rounds - count * turn // rounds
-        if turn and wanted > candidates(now):
+        if turn and wanted > count_candidates(now):
             return None
         part = select(now, count=wanted, scope=work.recipe.selection.scope, strength=how.strength)
         # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
@@ -194,7 +206,7 @@ def in_rounds(work: Work, how: How, first: Scores, count: int, rounds: int) -> C
     return circuit
 
 
-def saved(work: Work, found: Found) -> Found:
+def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
     """Write the circuit and its contrast into the run folder, under the names a reader looks for."""
     made_from = fingerprint(
         {
@@ -228,30 +240,30 @@ RATIO = 1.5
 """A neuron without which perplexity is so many times as large is protected."""
 
 
-def protect(work: Work) -> None:
+def protect_units(work: RunContext) -> None:
     """Fill work.protected, and list it in the results' provenance; does nothing for heads, weights and quantised models.
 
     A screen, not a search: only the neurons that write hardest into the residual stream are tried, each alone, on a few general samples.
     """
-    if not protects(work.recipe):
+    if not is_protected(work.recipe):
         return
     samples = ReferenceSet(work.references["general"].samples[:TEXTS])
     windows = [
         (ids[:TOKENS], min(len(ids), TOKENS) - 1)
-        for s in joined(samples, work.tokenizer)
+        for s in join_completions(samples, work.tokenizer)
         if len(ids := s.input_ids or ()) > 1
     ]
     if not windows:
         return
-    before = _perplexity(work, windows)
+    before = _measure_perplexity(work, windows)
     if not math.isfinite(before):
         raise NonFinite(
             "the model's perplexity on general samples is not finite; load it in bfloat16 or float32"
         )
     found = {}
-    for name, index in _suspects(work, samples):
+    for name, index in _select_suspects(work, samples):
         with ablated(work.model, Circuit("neuron", {name: (index,)})):
-            found[name, index] = _perplexity(work, windows) / before
+            found[name, index] = _measure_perplexity(work, windows) / before
     kept = {unit: ratio for unit, ratio in found.items() if ratio >= RATIO}
     members = {
         name: tuple(sorted(index for other, index in kept if other == name))
@@ -271,14 +283,14 @@ def protect(work: Work) -> None:
     )
 
 
-def _suspects(work: Work, samples: ReferenceSet) -> list[tuple[str, int]]:
+def _select_suspects(work: RunContext, samples: ReferenceSet) -> list[tuple[str, int]]:
     writes = distributed.first(largest_writes(work.model, samples, work.tokenizer))
     flat = torch.cat(list(writes.values()))
     places = [(name, index) for name, values in writes.items() for index in range(len(values))]
     return [places[i] for i in flat.argsort(descending=True, stable=True)[:SUSPECTS].tolist()]
 
 
-def _perplexity(work: Work, windows: list[Window]) -> float:
+def _measure_perplexity(work: RunContext, windows: list[Window]) -> float:
     """Infinite where the model gave a NaN or Inf: then it is broken indeed."""
     nll = [
         math.inf if value is None else value

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
 from ..circuits.circuit import Circuit
-from ..circuits.select import candidates
+from ..circuits.select import count_candidates
 from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import fingerprint_of, measure
 from ..evaluation.metrics import KLSettings, PerplexitySettings, Prepared, require_metric
@@ -22,10 +22,17 @@ from ..samples.sources import corpus, is_path, overlap
 from ..scores import Scores
 from ..storage import fingerprint, read_json, write_json
 from . import work_list as steps
-from .gather import prepared
-from .run_folder import Change, Work
-from .score import Found, How, contrast_of, in_rounds, parts_of, saved
-from .variants import by_method, changed
+from .gather import prepare_metric
+from .run_folder import Intervention, RunContext
+from .score import (
+    ScoringSpec,
+    SelectedCircuit,
+    contrast_parts,
+    load_or_make_parts,
+    save_circuit,
+    select_in_rounds,
+)
+from .variants import apply_intervention, select_by_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +85,7 @@ class Trials:
         aim: the figure to better, and which way is better.
     """
 
-    work: Work
+    work: RunContext
     tune: Tune
     budget: list[Prepared]
     asked: list[Prepared]
@@ -97,7 +104,7 @@ class Trials:
         on = fingerprint_of([*self.budget, *self.asked])
         return fingerprint({"model": self.work.described["fingerprint"], "on": on, "version": __version__})
 
-    def of(self, change: Change, original: Figures | None = None) -> Figures:
+    def of(self, change: Intervention, original: Figures | None = None) -> Figures:
         """The figures of a variant; without the aim where the damage is hopeless."""
         if change.fingerprint not in self.known:
             found = self._figures(change, self.budget)
@@ -127,9 +134,9 @@ class Trials:
             (figures[name] if direction == "lower" else -figures[name]) if name in figures else float("inf")
         )
 
-    def _figures(self, change: Change, metrics: list[Prepared]) -> Figures:
+    def _figures(self, change: Intervention, metrics: list[Prepared]) -> Figures:
         def again() -> Any:
-            return changed(self.work, change)
+            return apply_intervention(self.work, change)
 
         made = measure(
             self.work.model,
@@ -167,7 +174,7 @@ class Trials:
         distributed.wait()
 
 
-def tuned(work: Work) -> tuple[How, Found]:
+def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
     """The best candidate within the budget, and how it was found; ties go to fewer units, then to the earlier in the recipe's order.
 
     Raises:
@@ -175,19 +182,22 @@ def tuned(work: Work) -> tuple[How, Found]:
     """
     tune = work.recipe.selection.tune
     assert tune
-    trials = Trials(work, tune, *validation(work))
+    trials = Trials(work, tune, *prepare_validation(work))
     trials.load()
     original = trials.of(Circuit(work.recipe.attribution.unit, {}, work.described))
     if "perplexity" not in original:
         raise Sparc3Error(
             "the validation perplexity of the original is not finite; load the model in bfloat16 or float32"
         )
-    parts = {(target, neuron): _parts(work, target, neuron) for target, neuron in steps.asked_of(work.recipe)}
+    parts = {
+        (target, neuron): _score_parts(work, target, neuron)
+        for target, neuron in steps.attributions_tried(work.recipe)
+    }
     tried: list[Candidate] = []
-    ways: list[tuple[How, Circuit, Scores, dict[str, Scores]]] = []
-    for contrasted, sets in _ways(work, parts):
-        scores = contrast_of(work, contrasted, sets)
-        for how, count, rounds, circuit in _circuits(work, contrasted, scores):
+    ways: list[tuple[ScoringSpec, Circuit, Scores, dict[str, Scores]]] = []
+    for contrasted, sets in _iterate_contrasts(work, parts):
+        scores = contrast_parts(work, contrasted, sets)
+        for how, count, rounds, circuit in _iterate_circuits(work, contrasted, scores):
             figures = trials.of(circuit, original)
             if "perplexity" not in figures:
                 work.warnings.append(
@@ -195,12 +205,15 @@ def tuned(work: Work) -> tuple[How, Found]:
                 )
                 log.warning(work.warnings[-1])
                 continue
-            candidate = replace(_judged(how, circuit, count, figures, original, trials), rounds=rounds)
-            _log(candidate, trials.aim[0])
+            candidate = replace(_judge(how, circuit, count, figures, original, trials), rounds=rounds)
+            _log_candidate(candidate, trials.aim[0])
             tried.append(candidate)
             ways.append((how, circuit, scores, sets))
-    best = _best(tried, trials, original)
-    summary = {**_summary(tried, best, trials, original), **_rivals(work, trials, ways[best][0], original)}
+    best = _choose_best(tried, trials, original)
+    summary = {
+        **_summarize(tried, best, trials, original),
+        **_search_rivals(work, trials, ways[best][0], original),
+    }
     trials.save(**summary)
     work.noted["tune"] = {
         **summary,
@@ -210,55 +223,61 @@ def tuned(work: Work) -> tuple[How, Found]:
     how, circuit, scores, sets = ways[best]
     for name, part in sets.items() if distributed.is_main() else ():
         part.save(work.folder / f"scores/{name}.safetensors")
-    log.info("best of %d candidates on validation: %s", len(tried), _said(tried[best], trials.aim[0]))
-    return how, saved(work, Found(replace(circuit, model=work.described), scores, sets))
+    log.info("best of %d candidates on validation: %s", len(tried), _describe(tried[best], trials.aim[0]))
+    return how, save_circuit(work, SelectedCircuit(replace(circuit, model=work.described), scores, sets))
 
 
-def _how(
-    work: Work,
+def _make_scoring(
+    work: RunContext,
     target: str,
     neuron: str,
     names: Sequence[str],
     penalty: float = 1.0,
     normalize: str | None = None,
-) -> How:
-    targets = {name: work.recipe.references[name].target or _fitting(work, name, target) for name in names}
-    return How(work.recipe.attribution.method, neuron, targets, penalty, normalize, place="tune.")
+) -> ScoringSpec:
+    targets = {
+        name: work.recipe.references[name].target or _target_for_set(work, name, target) for name in names
+    }
+    return ScoringSpec(work.recipe.attribution.method, neuron, targets, penalty, normalize, place="tune.")
 
 
-def _fitting(work: Work, name: str, target: str) -> str:
+def _target_for_set(work: RunContext, name: str, target: str) -> str:
     """The candidate's target; `next` for a set whose samples have no completion where it means one."""
     lacks = any(sample.completion is None for sample in work.references[name])
     return "next" if target.startswith("completion") and lacks else target
 
 
-def _parts(work: Work, target: str, neuron: str) -> dict[str, Scores]:
+def _score_parts(work: RunContext, target: str, neuron: str) -> dict[str, Scores]:
     """The scores of every reference set that some contrast reads."""
-    kinds = [kind for kind, _, _ in steps.contrasts(work.recipe)]
-    return parts_of(work, _how(work, target, neuron, steps.sets_in(work.recipe, kinds)))
+    kinds = [kind for kind, _, _ in steps.contrasts_tried(work.recipe)]
+    return load_or_make_parts(
+        work, _make_scoring(work, target, neuron, steps.sets_read_by(work.recipe, kinds))
+    )
 
 
-def _ways(
-    work: Work, parts: dict[tuple[str, str], dict[str, Scores]]
-) -> Iterator[tuple[How, dict[str, Scores]]]:
+def _iterate_contrasts(
+    work: RunContext, parts: dict[tuple[str, str], dict[str, Scores]]
+) -> Iterator[tuple[ScoringSpec, dict[str, Scores]]]:
     """Each way to contrast, with the scores it contrasts."""
     for (target, neuron), scores in parts.items():
-        for kind, penalty, normalize in steps.contrasts(work.recipe):
-            chosen = {name: scores[name] for name in steps.sets_in(work.recipe, [kind])}
-            yield _how(work, target, neuron, list(chosen), penalty, normalize), chosen
+        for kind, penalty, normalize in steps.contrasts_tried(work.recipe):
+            chosen = {name: scores[name] for name in steps.sets_read_by(work.recipe, [kind])}
+            yield _make_scoring(work, target, neuron, list(chosen), penalty, normalize), chosen
 
 
-def _circuits(work: Work, how: How, scores: Scores) -> Iterator[tuple[How, int, int, Circuit]]:
+def _iterate_circuits(
+    work: RunContext, how: ScoringSpec, scores: Scores
+) -> Iterator[tuple[ScoringSpec, int, int, Circuit]]:
     """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates in every round."""
-    there = candidates(scores)
-    for count, rounds, strength in steps.sizes(work.recipe):
+    there = count_candidates(scores)
+    for count, rounds, strength in steps.circuit_sizes_tried(work.recipe):
         one = replace(how, strength=strength)
-        if count <= there and (circuit := in_rounds(work, one, scores, count, rounds)) is not None:
+        if count <= there and (circuit := select_in_rounds(work, one, scores, count, rounds)) is not None:
             yield one, count, rounds, circuit
 
 
-def _judged(
-    how: How, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials
+def _judge(
+    how: ScoringSpec, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials
 ) -> Candidate:
     increase = figures["perplexity"] / original["perplexity"] - 1
     matched = "matched" in how.targets
@@ -277,7 +296,7 @@ def _judged(
     )
 
 
-def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
+def _choose_best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
     name = trials.aim[0]
     fit = [index for index, one in enumerate(tried) if one.within and name in one.figures]
     if not fit:
@@ -304,17 +323,17 @@ def _best(tried: list[Candidate], trials: Trials, original: Figures) -> int:
     return best
 
 
-def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> dict[str, Any]:
+def _search_rivals(work: RunContext, trials: Trials, how: ScoringSpec, original: Figures) -> dict[str, Any]:
     """What each other method reaches under the same budget, at the best of the same counts and contrasted alike; work.rivals holds them.
 
     Returns:
         {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that was tried}.
     """
     found, others = [], {}
-    for method in steps.others(work.recipe):
+    for method in steps.rival_methods(work.recipe):
         tried = [
             (count, change, trials.of(change, original))
-            for count, change in by_method(work, how, method, steps.counts_tried(work.recipe))
+            for count, change in select_by_method(work, how, method, steps.counts_tried(work.recipe))
         ]
         others[method] = [
             {"count": count, "figures": figures, "within": trials.within(figures, original)}
@@ -336,13 +355,13 @@ def _rivals(work: Work, trials: Trials, how: How, original: Figures) -> dict[str
     return {"rivals": found, "others": others}
 
 
-def _summary(tried: list[Candidate], best: int, trials: Trials, original: Figures) -> dict[str, Any]:
+def _summarize(tried: list[Candidate], best: int, trials: Trials, original: Figures) -> dict[str, Any]:
     name = trials.aim[0]
     points = [
         (one.perplexity_increase, trials.badness(one.figures)) if name in one.figures else None
         for one in tried
     ]
-    undominated = front(points)
+    undominated = pareto_front(points)
     rows = [asdict(replace(one, pareto=index in undominated)) for index, one in enumerate(tried)]
     return {
         "aim": name,
@@ -358,7 +377,7 @@ def _summary(tried: list[Candidate], best: int, trials: Trials, original: Figure
     }
 
 
-def _said(one: Candidate, aim: str) -> str:
+def _describe(one: Candidate, aim: str) -> str:
     gained = f"{aim} {one.figures[aim]:.4g}" if aim in one.figures else f"{aim} not measured"
     penalty = f"penalty {one.penalty:g}" if one.penalty is not None else None
     rounds = f"{one.rounds} rounds" if one.rounds > 1 else None
@@ -372,8 +391,8 @@ def _said(one: Candidate, aim: str) -> str:
     return f"{one.count} by {way}: perplexity {one.perplexity_increase:+.2%}, {gained}"
 
 
-def _log(one: Candidate, aim: str) -> None:
-    log.info("tried %s%s", _said(one, aim), "" if one.within else ", over the budget")
+def _log_candidate(one: Candidate, aim: str) -> None:
+    log.info("tried %s%s", _describe(one, aim), "" if one.within else ", over the budget")
 
 
 # What a search may look at: validation prompts and text, which no reference set and no test holds.
@@ -383,7 +402,7 @@ GRAM = 12
 """Two texts that have so many consecutive tokens in common are taken to overlap."""
 
 
-def validation(work: Work) -> tuple[list[Prepared], list[Prepared]]:
+def prepare_validation(work: RunContext) -> tuple[list[Prepared], list[Prepared]]:
     """The metrics of the budget, and the one to better, each with validation samples.
 
     Prompts come from the split "validation" of the test's source; a source without splits gives prompts that neither a reference set
@@ -393,14 +412,16 @@ def validation(work: Work) -> tuple[list[Prepared], list[Prepared]]:
     Raises:
         UserError: there is no such text, or not enough such prompts.
     """
-    texts = [_with_text(work, name, settings) for name, settings in steps.budget(work.recipe).items()]
-    name, settings = steps.aim(work.recipe)
-    aim = prepared(work, f"validation-{name}", name, settings, _held(work, settings.source))
+    texts = [
+        _prepare_texts(work, name, settings) for name, settings in steps.search_budget(work.recipe).items()
+    ]
+    name, settings = steps.search_aim(work.recipe)
+    aim = prepare_metric(work, f"validation-{name}", name, settings, _prompts_in_use(work, settings.source))
     _refuse_overlap(work, aim)
     return texts, [aim]
 
 
-def _held(work: Work, source: str) -> frozenset[str]:
+def _prompts_in_use(work: RunContext, source: str) -> frozenset[str]:
     """Prompts that the reference sets and the tests took from this source."""
     tested = [
         p.samples for p in work.prepared if p.metric.prompts and getattr(p.settings, "source", None) == source
@@ -410,7 +431,7 @@ def _held(work: Work, source: str) -> frozenset[str]:
     }
 
 
-def _refuse_overlap(work: Work, aim: Prepared) -> None:
+def _refuse_overlap(work: RunContext, aim: Prepared) -> None:
     others = {f"references.{name}": some for name, some in work.references.items()}
     others |= {f"evaluation.{p.metric.name}": p.samples for p in work.prepared if p.metric.prompts}
     for name, some in others.items():
@@ -421,11 +442,11 @@ def _refuse_overlap(work: Work, aim: Prepared) -> None:
             )
 
 
-def _with_text(work: Work, name: str, settings: PerplexitySettings) -> Prepared:
+def _prepare_texts(work: RunContext, name: str, settings: PerplexitySettings) -> Prepared:
     source, count = settings.source, settings.count
     texts = corpus(source, "validation", None if is_path(source) else count)
     if is_path(source) or source == "c4":
-        texts = _apart(texts, work.references["general"], work.tokenizer)
+        texts = _paragraphs_apart(texts, work.references["general"], work.tokenizer)
     if not texts:
         raise UserError(
             f"all of {Path(source).name} is held by the general reference set; give selection.tune.text_source another text"
@@ -437,25 +458,27 @@ def _with_text(work: Work, name: str, settings: PerplexitySettings) -> Prepared:
     return Prepared(require_metric(name), settings, samples)
 
 
-def _apart(texts: Iterable[str], held: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def _paragraphs_apart(
+    texts: Iterable[str], held: ReferenceSet, tokenizer: "PreTrainedTokenizerBase"
+) -> list[str]:
     """The paragraphs that share no GRAM consecutive tokens with a sample."""
 
     def ids(text: str) -> Sequence[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    known = {gram for sample in held for gram in _grams(sample.input_ids or ids(sample.text or ""))}
+    known = {gram for sample in held for gram in _token_grams(sample.input_ids or ids(sample.text or ""))}
     pieces = (piece for text in texts for piece in text.split("\n") if piece.strip())
-    return [piece for piece in pieces if known.isdisjoint(_grams(ids(piece)))]
+    return [piece for piece in pieces if known.isdisjoint(_token_grams(ids(piece)))]
 
 
-def _grams(ids: Sequence[int]) -> set[tuple[int, ...]]:
+def _token_grams(ids: Sequence[int]) -> set[tuple[int, ...]]:
     return {tuple(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)}
 
 
 # The Pareto front of points where less is better.
 
 
-def front(points: Sequence[tuple[float, float] | None]) -> set[int]:
+def pareto_front(points: Sequence[tuple[float, float] | None]) -> set[int]:
     """Places of the points that no other point matches in both coordinates and betters in one; None is no point."""
     there = [(index, point) for index, point in enumerate(points) if point is not None]
     return {

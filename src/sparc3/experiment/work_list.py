@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..attribution.methods import require_method
-from ..circuits.select import parse_scope, share
+from ..circuits.select import parse_scope, share_of
 from ..errors import UserError
 from ..evaluation.metrics import PerplexitySettings, PromptSettings
 from ..models.sites import Site
@@ -13,7 +13,7 @@ from ..recipe.schema import SEQUENTIAL, Compress, Discover, Recipe, Reference
 from ..samples.sources import is_path
 
 
-def sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
+def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
     """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of each other.
 
     So also where a compression compares numbers of samples: general, general.1, general.2, …
@@ -30,7 +30,7 @@ def sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
             yield name, spec
 
 
-def protects(recipe: Recipe) -> bool:
+def is_protected(recipe: Recipe) -> bool:
     """Whether neurons are tried alone before any is selected."""
     return (
         recipe.job == "correct"
@@ -50,7 +50,7 @@ def has_cards(recipe: Recipe) -> bool:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """Beside the original and the circuit, what the job correct evaluates.
 
     Attributes:
@@ -67,19 +67,23 @@ class Compared:
     draws: int
 
 
-def compared(recipe: Recipe, count: int) -> Compared:
+def comparison_for(recipe: Recipe, count: int) -> Comparison:
     """What stands beside a circuit of `count` units."""
     compare, chosen = recipe.compare, recipe.selection
     own = {*compare.counts, *([count] if chosen.count is not None or chosen.tune else [])}
     # A search may end at a count that compare.counts does not have.
     counts = {*compare.counts, *([count] if chosen.tune else [])}
     null = own if "random" in compare.methods else {count}
-    return Compared(
-        tuple(sorted(own)), others(recipe), tuple(sorted(counts)), tuple(sorted(null)), compare.random_draws
+    return Comparison(
+        tuple(sorted(own)),
+        rival_methods(recipe),
+        tuple(sorted(counts)),
+        tuple(sorted(null)),
+        compare.random_draws,
     )
 
 
-def others(recipe: Recipe) -> tuple[str, ...]:
+def rival_methods(recipe: Recipe) -> tuple[str, ...]:
     """The methods that stand beside the run's own; random is the null."""
     return tuple(
         method
@@ -88,7 +92,7 @@ def others(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def asked_of(recipe: Recipe) -> list[tuple[str, str]]:
+def attributions_tried(recipe: Recipe) -> list[tuple[str, str]]:
     """(target, neuron) of every attribution that a search begins with."""
     tune, asked = recipe.selection.tune, recipe.attribution
     assert tune
@@ -99,7 +103,7 @@ def asked_of(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def contrasts(recipe: Recipe) -> list[tuple[str, float, str | None]]:
+def contrasts_tried(recipe: Recipe) -> list[tuple[str, float, str | None]]:
     """(plain or matched, penalty, normalize): every way in which a search contrasts the scores of one attribution."""
     tune = recipe.selection.tune
     assert tune
@@ -112,7 +116,7 @@ def contrasts(recipe: Recipe) -> list[tuple[str, float, str | None]]:
     ]
 
 
-def sets_in(recipe: Recipe, kinds: list[str]) -> list[str]:
+def sets_read_by(recipe: Recipe, kinds: list[str]) -> list[str]:
     """The reference sets that contrasts of these kinds read."""
     return [name for name in recipe.references if name != "matched" or "matched" in kinds]
 
@@ -123,7 +127,7 @@ def counts_tried(recipe: Recipe) -> list[int]:
     return sorted(set(tune.counts)) or [recipe.selection.count or 0]
 
 
-def sizes(recipe: Recipe) -> list[tuple[int, int, float]]:
+def circuit_sizes_tried(recipe: Recipe) -> list[tuple[int, int, float]]:
     """(number of units, rounds, strength) of every circuit that a search looks for by one contrast."""
     tune = recipe.selection.tune
     assert tune
@@ -135,7 +139,7 @@ def sizes(recipe: Recipe) -> list[tuple[int, int, float]]:
     ]
 
 
-def aim(recipe: Recipe) -> tuple[str, PromptSettings]:
+def search_aim(recipe: Recipe) -> tuple[str, PromptSettings]:
     """The metric that a search betters, and its settings on validation prompts."""
     metrics, tune = recipe.metrics(), recipe.selection.tune
     assert tune
@@ -145,7 +149,7 @@ def aim(recipe: Recipe) -> tuple[str, PromptSettings]:
     return name, settings.model_copy(update={"split": "validation", "count": tune.prompts or settings.count})
 
 
-def budget(recipe: Recipe) -> dict[str, PerplexitySettings]:
+def search_budget(recipe: Recipe) -> dict[str, PerplexitySettings]:
     """The metrics that a search keeps within bounds, by name, with the source and the number of their validation texts.
 
     Raises:
@@ -196,11 +200,11 @@ def rankings(discover: Discover, signed: Callable[[str], bool]) -> list[tuple[st
 def removed_counts(discover: Discover, units: int) -> list[int]:
     """How many of all units each circuit lacks."""
     return sorted(
-        {count for sparsity in discover.sparsities if 0 < (count := share(sparsity, units)) < units}
+        {count for sparsity in discover.sparsities if 0 < (count := share_of(sparsity, units)) < units}
     )
 
 
-def prunings(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]:
+def prunings_of(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]:
     """(name, method, reduce); a relevance has its reduction in its name where there are two.
 
     Args:
@@ -223,7 +227,7 @@ def units_in(site: Site, unit: str) -> int:
     return site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out
 
 
-def selected(
+def count_selected(
     scope: str, unit: str, sites: Sequence[Site], *, count: int | None = None, fraction: float | None = None
 ) -> int:
     """How many units so many, such a share, or the groups of a scope n:m are of the sites."""
@@ -233,14 +237,16 @@ def selected(
         return sum(units) * groups[0] // groups[1]
 
     def of(some: int) -> int:
-        return count if count is not None else share(fraction, some)
+        return count if count is not None else share_of(fraction, some)
 
     if scope == "row":
         return sum(site.out * of(site.inp) for site in sites)
     return sum(map(of, units)) if scope == "site" else of(sum(units))
 
 
-def chosen(recipe: Recipe, sites: Sequence[Site]) -> int:
+def circuit_count(recipe: Recipe, sites: Sequence[Site]) -> int:
     """How many units the circuit has, where no search decides it."""
     asked = recipe.selection
-    return selected(asked.scope, recipe.attribution.unit, sites, count=asked.count, fraction=asked.fraction)
+    return count_selected(
+        asked.scope, recipe.attribution.unit, sites, count=asked.count, fraction=asked.fraction
+    )

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..circuits.ablate import ablated, touched, weakened
+from ..circuits.ablate import ablated, removed_units, weaken_values
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import Sparc3Error, UserError
 from ..models.hub import looks_local, snapshot
@@ -25,7 +25,7 @@ from ..models.sites import DTYPES
 from ..results import Results
 from ..storage import whole_folder
 from .model_card import model_card
-from .shrink import Shrinking, furthest, shrinking
+from .shrink import Shrinking, furthest, plan_shrinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,8 +91,8 @@ def export(
         UserError: `out` exists and is not an empty folder; a unit that this model does not have; a circuit or model that cannot be shrunk.
         Sparc3Error: `out` cannot be written, or the smaller model's logits are not those of the zeroed one.
     """
-    removed = touched(model, circuit)
-    smaller = shrinking(model, circuit) if shrink else None
+    removed = removed_units(model, circuit)
+    smaller = plan_shrinking(model, circuit) if shrink else None
     with whole_folder(out) as temporary:
         source = source_folder(model)
         stored = stored_names(source, model) if source else None
@@ -285,7 +285,7 @@ def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) 
         else:
             for turn in range(int(flat.max(initial=0))):
                 values = torch.from_numpy(elements[flat > turn]).view(kind)
-                elements[flat > turn] = weakened(values, strength).view(torch.uint8).numpy()
+                elements[flat > turn] = weaken_values(values, strength).view(torch.uint8).numpy()
         elements.flush()
 
 

@@ -38,41 +38,42 @@ def model_card(
     )
     lines = [
         *_front(base, matter, ["sparc3", "pruned"]),
-        f"# {_plainly(source['id'])}, without {what}{circuit.at_strength}",
+        f"# {_plain_text(source['id'])}, without {what}{circuit.at_strength}",
         "",
-        f"{_linked(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {done}, "
+        f"{_link_model(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {done}, "
         f"chosen by sparc3 {__version__}. Nothing was trained; every other weight is as it was. {shrunk}".rstrip(),
         "",
-        *_found(circuit),
+        *_describe_selection(circuit),
         "## What was removed",
         "",
         *_members(circuit),
         "## What it measured",
         "",
-        *_measured(results),
+        *_list_results(results),
     ]
     return "\n".join(lines) + "\n"
 
 
 def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Results | None = None) -> str:
     """The card of a repository that holds a circuit alone."""
-    name = _plainly(circuit.model.get("id"))
+    name = _plain_text(circuit.model.get("id"))
     lines = [
         *_front(base, {}, ["sparc3", "circuit"], library=False),
         f"# {len(circuit):,} {circuit.unit}s of {name}{circuit.at_strength}",
         "",
-        f"A set of {circuit.unit}s of {_linked(name, base)} (weights fingerprint {_plainly(circuit.model.get('fingerprint'))}), found by sparc3 "
+        f"A set of {circuit.unit}s of {_link_model(name, base)} "
+        f"(weights fingerprint {_plain_text(circuit.model.get('fingerprint'))}), found by sparc3 "
         f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, which the fingerprint sees to:",
         "",
         "```",
         f"sparc3 ablate {base or 'MODEL'} --circuit {repo} --out DIR",
         "```",
         "",
-        *_found(circuit),
+        *_describe_selection(circuit),
         "## Members",
         "",
         *_members(circuit),
-        *(["## What it measured", "", *_measured(results)] if results else []),
+        *(["## What it measured", "", *_list_results(results)] if results else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -93,25 +94,25 @@ def _front(base: str | None, matter: dict[str, Any], tags: list[str], library: b
     ]
 
 
-def _linked(name: str, base: str | None) -> str:
-    return f"[{base}](https://huggingface.co/{base})" if base else _plainly(name)
+def _link_model(name: str, base: str | None) -> str:
+    return f"[{base}](https://huggingface.co/{base})" if base else _plain_text(name)
 
 
-def _plainly(value: object) -> str:
+def _plain_text(value: object) -> str:
     """A value out of a file as text of a card, in which no markup of Markdown or HTML and no control character acts."""
     return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(one_line(str(value)), quote=False))
 
 
-def _found(circuit: Circuit) -> list[str]:
+def _describe_selection(circuit: Circuit) -> list[str]:
     """How the circuit was found, as a table."""
     selection = circuit.provenance.get("selection") or {}
-    scores = {key: _plainly(value) for key, value in (circuit.provenance.get("scores") or {}).items()}
+    scores = {key: _plain_text(value) for key, value in (circuit.provenance.get("scores") or {}).items()}
     return [
         "| | |",
         "|---|---|",
         f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
         f"| contrast | {scores.get('contrast', '-')} |",
-        f"| selection | {', '.join(f'{_plainly(k)} {_plainly(v)}' for k, v in selection.items() if v is not None) or '-'} |",
+        f"| selection | {', '.join(f'{_plain_text(k)} {_plain_text(v)}' for k, v in selection.items() if v is not None) or '-'} |",
         f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint}{circuit.at_strength} |",
         "",
     ]
@@ -119,14 +120,14 @@ def _found(circuit: Circuit) -> list[str]:
 
 def _members(circuit: Circuit) -> list[str]:
     rows = [
-        f"| `{_plainly(site)}` | {_listed(circuit, site)} |"
+        f"| `{_plain_text(site)}` | {_list_members(circuit, site)} |"
         for site, count in circuit.counts.items()
         if count
     ]
     return [f"| module | {circuit.unit}s |", "|---|---|", *rows, ""]
 
 
-def _listed(circuit: Circuit, site: str) -> str:
+def _list_members(circuit: Circuit, site: str) -> str:
     """The site's members by index, or, of weights, how many they are."""
     units, count = circuit.members[site], circuit.counts[site]
     return (
@@ -136,7 +137,7 @@ def _listed(circuit: Circuit, site: str) -> str:
     )
 
 
-def _measured(results: Results | None) -> list[str]:
+def _list_results(results: Results | None) -> list[str]:
     """A row a metric: before, after, the change with its interval and p."""
     if results is None:
         return ["Nothing was measured on this checkpoint; `sparc3 evaluate` does that."]
@@ -155,7 +156,7 @@ def _measured(results: Results | None) -> list[str]:
         relative = f"{d.relative:+.1%}" if d and d.relative is not None else "-"
         n = (other or one).n  # type: ignore[union-attr]
         rows.append(
-            f"| {_plainly(metric)} | {' | '.join(figures)} | {relative} | {interval} | {_number(d.p if d else None)} | {n} |"
+            f"| {_plain_text(metric)} | {' | '.join(figures)} | {relative} | {interval} | {_number(d.p if d else None)} | {n} |"
         )
     return rows
 

@@ -56,7 +56,7 @@ class Shrinking:
         )
 
 
-def shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
+def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     """How to take the circuit's neurons out of the model's MLPs.
 
     Raises:

@@ -59,7 +59,7 @@ def load_weights(
     """The model of `load_model`, without its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    name, config, wanted, target = _checked(name_or_path, dtype, device)
+    name, config, wanted, target = _check_names(name_or_path, dtype, device)
     require_safe(name)
     mapped = device == MAP
     with hub_errors(name):
@@ -99,8 +99,8 @@ def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torc
     free = available(device)
     if free is None or getattr(config, "quantization_config", None):
         return
-    kept = _stored(config, dtype)
-    if (needed := _needed(config, kept)) > free:
+    kept = _stored_dtype(config, dtype)
+    if (needed := _needed_bytes(config, kept)) > free:
         kind = str(kept).removeprefix("torch.")
         more = "a device with more" + (
             ", or device map, which leaves on the CPU what does not fit" if device.type == "cuda" else ""
@@ -120,14 +120,17 @@ def _spread(name: str, config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
     free = get_max_memory()
     if (left := available(torch.device("cpu"))) is not None:  # which knows of control groups
         free["cpu"] = min(free["cpu"], left)
-    return {"device_map": "auto", "max_memory": gpu_room(free, _needed(config, _stored(config, dtype)), name)}
+    return {
+        "device_map": "auto",
+        "max_memory": gpu_room(free, _needed_bytes(config, _stored_dtype(config, dtype)), name),
+    }
 
 
-def _stored(config: Any, dtype: torch.dtype | str) -> torch.dtype:
+def _stored_dtype(config: Any, dtype: torch.dtype | str) -> torch.dtype:
     return (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
 
 
-def _needed(config: Any, dtype: torch.dtype) -> int:
+def _needed_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of all weights."""
     from transformers import AutoModelForCausalLM
 
@@ -174,10 +177,10 @@ def require_loadable(
     name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
 ) -> None:
     """Raise what `load_model` would, as far as it can be told from the configuration, without reading a weight."""
-    _checked(name_or_path, dtype, device)
+    _check_names(name_or_path, dtype, device)
 
 
-def _checked(
+def _check_names(
     name_or_path: str | os.PathLike[str], dtype: str, device: str
 ) -> tuple[str, Any, torch.dtype | str, torch.device]:
     name, target = _name(name_or_path), _device(device)

@@ -46,7 +46,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def copied(model: "PreTrainedModel") -> "PreTrainedModel":
+def copy_model(model: "PreTrainedModel") -> "PreTrainedModel":
     """A copy of the model; of an offloaded one a copy that lies on the CPU whole, without accelerate's hooks."""
     away = is_offloaded(model)
     twin = copy.deepcopy(model, _on_cpu(model) if away else {})

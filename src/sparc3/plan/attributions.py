@@ -40,9 +40,9 @@ def attributions(recipe: Recipe, completed: Callable[[str], bool]) -> list[Attri
         completed: whether the samples of a reference set have completions.
     """
     of_job = {
-        "correct": _searched if recipe.selection.tune else _corrected,
-        "discover": _discovered,
-        "compress": _compressed,
+        "correct": _of_search if recipe.selection.tune else _of_correct_job,
+        "discover": _of_discover_job,
+        "compress": _of_compress_job,
     }
     return list(dict.fromkeys(of_job[recipe.job](recipe, completed)))
 
@@ -50,7 +50,7 @@ def attributions(recipe: Recipe, completed: Callable[[str], bool]) -> list[Attri
 Completed = Callable[[str], bool]
 
 
-def _one(
+def _single_attribution(
     recipe: Recipe,
     method: str,
     name: str,
@@ -64,61 +64,73 @@ def _one(
     )
 
 
-def _discovered(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _of_discover_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     assert recipe.discover
     for method in recipe.discover.methods:
-        for name, _ in steps.sets(recipe):
-            yield _one(recipe, method, name)
+        for name, _ in steps.reference_sets(recipe):
+            yield _single_attribution(recipe, method, name)
 
 
-def _compressed(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _of_compress_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     compress = recipe.compress
     assert compress
-    for _, method, reduce in steps.prunings(compress, sampled=False):
+    for _, method, reduce in steps.prunings_of(compress, sampled=False):
         for number in range(max(1, len(compress.fractions)) if method == SEQUENTIAL else 1):
             yield replace(
-                _one(recipe, method, "general", reduce=reduce), kept=method != SEQUENTIAL, circuit=number
+                _single_attribution(recipe, method, "general", reduce=reduce),
+                kept=method != SEQUENTIAL,
+                circuit=number,
             )
-    for _, method, reduce in steps.prunings(compress, sampled=True):
+    for _, method, reduce in steps.prunings_of(compress, sampled=True):
         for count in sorted(compress.samples):
-            for name, _ in steps.sets(recipe):
-                yield replace(_one(recipe, method, name, reduce=reduce), kept=False, first=count)
+            for name, _ in steps.reference_sets(recipe):
+                yield replace(
+                    _single_attribution(recipe, method, name, reduce=reduce), kept=False, first=count
+                )
 
 
-def _corrected(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _of_correct_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     for turn in range(1, recipe.selection.rounds + 1):
         for name in recipe.references:
-            yield replace(_one(recipe, recipe.attribution.method, name), turn=turn)
-    yield from _beside(
+            yield replace(_single_attribution(recipe, recipe.attribution.method, name), turn=turn)
+    yield from _of_rivals(
         recipe, list(recipe.references), recipe.attribution.target, recipe.attribution.neuron, completed
     )
 
 
-def _searched(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _of_search(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     """The first round is shared by all; in each later one every candidate attributes again, on a model of its own."""
-    method, kinds, circuit = recipe.attribution.method, [kind for kind, _, _ in steps.contrasts(recipe)], 0
-    for target, neuron in steps.asked_of(recipe):
-        for name in steps.sets_in(recipe, kinds):
-            yield _one(recipe, method, name, _fitting(name, target, completed), neuron)
-        for kind, _, _ in steps.contrasts(recipe):
-            for _, rounds, _ in steps.sizes(recipe):
+    method, kinds, circuit = (
+        recipe.attribution.method,
+        [kind for kind, _, _ in steps.contrasts_tried(recipe)],
+        0,
+    )
+    for target, neuron in steps.attributions_tried(recipe):
+        for name in steps.sets_read_by(recipe, kinds):
+            yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
+        for kind, _, _ in steps.contrasts_tried(recipe):
+            for _, rounds, _ in steps.circuit_sizes_tried(recipe):
                 circuit += 1
                 for turn in range(2, rounds + 1):
-                    for name in steps.sets_in(recipe, [kind]):
-                        again = _one(recipe, method, name, _fitting(name, target, completed), neuron)
+                    for name in steps.sets_read_by(recipe, [kind]):
+                        again = _single_attribution(
+                            recipe, method, name, _target_for_set(name, target, completed), neuron
+                        )
                         yield replace(again, turn=turn, circuit=circuit)
-    yield from _beside(recipe, steps.sets_in(recipe, kinds), *steps.asked_of(recipe)[0], completed)
+    yield from _of_rivals(
+        recipe, steps.sets_read_by(recipe, kinds), *steps.attributions_tried(recipe)[0], completed
+    )
 
 
-def _beside(
+def _of_rivals(
     recipe: Recipe, names: Sequence[str], target: str, neuron: str, completed: Completed
 ) -> Iterator[Attribution]:
-    for method in steps.others(recipe):
+    for method in steps.rival_methods(recipe):
         for name in names if method not in EXPERTISE else ():
-            yield _one(recipe, method, name, _fitting(name, target, completed), neuron)
+            yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
 
 
-def _fitting(name: str, target: str, completed: Completed) -> str:
+def _target_for_set(name: str, target: str, completed: Completed) -> str:
     return "next" if target.startswith("completion") and not completed(name) else target
 
 
@@ -126,9 +138,9 @@ def score_files(recipe: Recipe, made: Sequence[Attribution]) -> int:
     """How many files of scores the run leaves, with the contrast, expertise, and what a search copies."""
     more = 0
     if recipe.job == "correct":
-        more = 1 + bool(set(steps.others(recipe)) & set(EXPERTISE))
+        more = 1 + bool(set(steps.rival_methods(recipe)) & set(EXPERTISE))
         if recipe.selection.tune:
-            more += len(steps.sets_in(recipe, [kind for kind, _, _ in steps.contrasts(recipe)]))
+            more += len(steps.sets_read_by(recipe, [kind for kind, _, _ in steps.contrasts_tried(recipe)]))
     return sum(one.kept for one in made) + more
 
 
@@ -152,26 +164,28 @@ class Evaluations:
 def evaluations(recipe: Recipe, units: int, sites: Sequence[Site]) -> Evaluations:
     """What is measured, of models with so many units in all."""
     if recipe.discover:
-        return Evaluations(("original", "empty", *_kept_alone(recipe, units)))
+        return Evaluations(("original", "empty", *_discover_variants(recipe, units)))
     if recipe.compress:
-        return Evaluations(("original", *_pruned(recipe, sites)))
+        return Evaluations(("original", *_compress_variants(recipe, sites)))
     tune, notes = recipe.selection.tune, list[str]()
-    count = max(steps.counts_tried(recipe)) if tune else steps.chosen(recipe, sites)
+    count = max(steps.counts_tried(recipe)) if tune else steps.circuit_count(recipe, sites)
     trials = 0
     if tune:
-        whole = "aura" in steps.others(recipe)
-        trials = 1 + len(steps.asked_of(recipe)) * len(steps.contrasts(recipe)) * len(steps.sizes(recipe))
-        trials += len(steps.others(recipe)) * len(steps.counts_tried(recipe)) + whole
+        whole = "aura" in steps.rival_methods(recipe)
+        trials = 1 + len(steps.attributions_tried(recipe)) * len(steps.contrasts_tried(recipe)) * len(
+            steps.circuit_sizes_tried(recipe)
+        )
+        trials += len(steps.rival_methods(recipe)) * len(steps.counts_tried(recipe)) + whole
         notes.append(
             f"every candidate of the search taken to be measured whole, and its best to have {count} units"
         )
     alone = min(recipe.cards.alone, recipe.cards.most, count) if steps.has_cards(recipe) else 0
-    return Evaluations(tuple(_beside_circuit(recipe, count)), alone, trials, notes)
+    return Evaluations(tuple(_variants_beside_circuit(recipe, count)), alone, trials, notes)
 
 
-def _beside_circuit(recipe: Recipe, count: int) -> Iterator[str]:
+def _variants_beside_circuit(recipe: Recipe, count: int) -> Iterator[str]:
     """The variants of the job correct, but those that are the circuit once more."""
-    beside, own = steps.compared(recipe, count), recipe.attribution.method
+    beside, own = steps.comparison_for(recipe, count), recipe.attribution.method
     yield "original"
     if count:
         yield "ablated"
@@ -185,22 +199,22 @@ def _beside_circuit(recipe: Recipe, count: int) -> Iterator[str]:
     yield from (f"random@{many}" for many in beside.null if beside.draws == 1 and many)
 
 
-def _kept_alone(recipe: Recipe, units: int) -> Iterator[str]:
+def _discover_variants(recipe: Recipe, units: int) -> Iterator[str]:
     assert recipe.discover
     for name, _, _ in steps.rankings(recipe.discover, lambda method: require_method(method).targeted):
         for count in steps.removed_counts(recipe.discover, units):
-            yield from (f"{name}@{count}.seed{seed}" for seed, _ in enumerate(steps.sets(recipe)))
+            yield from (f"{name}@{count}.seed{seed}" for seed, _ in enumerate(steps.reference_sets(recipe)))
 
 
-def _pruned(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
+def _compress_variants(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
     compress = recipe.compress
     assert compress
     counts = [
-        steps.selected(compress.scope, "weight", sites, fraction=fraction)
+        steps.count_selected(compress.scope, "weight", sites, fraction=fraction)
         for fraction in compress.fractions or (None,)
     ]
-    for name, _, _ in steps.prunings(compress, sampled=False):
+    for name, _, _ in steps.prunings_of(compress, sampled=False):
         yield from (f"{name}@{count}" for count in counts)
-    for name, _, _ in steps.prunings(compress, sampled=True):
+    for name, _, _ in steps.prunings_of(compress, sampled=True):
         for count in sorted(compress.samples):
-            yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(steps.sets(recipe)))
+            yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(steps.reference_sets(recipe)))

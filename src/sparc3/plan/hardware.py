@@ -73,7 +73,7 @@ SHEETS = {
 """Dense arithmetic, no sparsity counted."""
 
 
-def named(name: str) -> Hardware:
+def find_hardware(name: str) -> Hardware:
     """Hardware by its name. Raises UserError where nobody knows it."""
     if name.lower() not in SHEETS:
         raise unknown("hardware", name, SHEETS)
@@ -85,16 +85,16 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Hardware:
     cuda = device.type == "cuda"
     side = 4096 if cuda else 768
     one, two = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    speed = 2.0 * side**3 / _quickest(lambda: one @ two, device)
+    speed = 2.0 * side**3 / _shortest_time(lambda: one @ two, device)
     large, small = torch.ones(2**26 if cuda else 2**23, device=device), torch.ones(8, device=device)
-    traffic = 2.0 * large.nbytes / _quickest(lambda: large + 1, device)
-    launch = _quickest(lambda: [small + 1 for _ in range(100)], device) / 100
+    traffic = 2.0 * large.nbytes / _shortest_time(lambda: large + 1, device)
+    launch = _shortest_time(lambda: [small + 1 for _ in range(100)], device) / 100
     name = torch.cuda.get_device_name(device) if cuda else f"this CPU, {torch.get_num_threads()} threads"
     memory = float(torch.cuda.mem_get_info(device)[1]) if cuda else _ram()
     return Hardware(name, device.type, dict.fromkeys((2, 4, 8), speed), traffic, 2 * launch, memory)
 
 
-def _quickest(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+def _shortest_time(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Seconds of the quickest of a few goes: what others do on the machine meanwhile is not its speed."""
     found = []
     for _ in range(repeats + 1):

@@ -13,7 +13,7 @@ from ..models.families import require_family
 from ..models.load import MAP, load_config, require_loadable
 from ..models.sites import DTYPES
 from ..recipe.schema import SEQUENTIAL, Recipe, load_recipe
-from .hardware import RUNTIME, Hardware, named, this_machine
+from .hardware import RUNTIME, Hardware, find_hardware, this_machine
 from .lengths import tokenizer_at_hand
 from .rehearsal import Rehearsal
 from .stages import Stage, Stages
@@ -176,7 +176,7 @@ def plan(
 
 def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardware, torch.dtype, Any]:
     """The device, the dtype that the model has on it, its configuration."""
-    sheet = named(hardware) if hardware else None
+    sheet = find_hardware(hardware) if hardware else None
     settings = load_config(source, REMEDY)
     require_family(settings, source)
     device = torch.device("cpu")

@@ -12,13 +12,12 @@ from ..attribution.patching import frozen
 from ..attribution.sums import Settings, Sums
 from ..evaluation import generate as generation
 from ..evaluation import perplexity
-from ..evaluation import perplexity as divergence
 from ..evaluation import tasks as ioi
 from ..experiment import compress as compression
 from ..models.sites import layers_of
 from ..samples.batches import Batch, Encoded, make_batch
 from .hardware import Hardware
-from .tensor_costs import Ledger, Shaped
+from .tensor_costs import Shaped, TensorCosts
 
 CPU = torch.device("cpu")
 FEW = 1
@@ -120,7 +119,9 @@ class Rehearsal:
             sites = self.shaped.sites(roles)
 
             def work() -> None:
-                flows = [compression.entering(model, make_batch(group, CPU)) for _ in range(count)]
+                flows = [
+                    compression.capture_layer_inputs(model, make_batch(group, CPU)) for _ in range(count)
+                ]
                 for index, layer in enumerate(layers_of(model)):
                     compression.layer_scores(
                         layer, [site for site in sites if site.layer == index], flows, {}
@@ -142,12 +143,16 @@ class Rehearsal:
 
     def windows(self, metric: str, length: int, many: int) -> Cost:
         """Of a batch of `many` windows of perplexity or KL at most."""
-        module: Any = divergence if metric == "kl" else perplexity
-        rows = max(1, min(many, module.batch_tokens(self.hardware.kind) // length))
+        if metric == "kl":
+            budget = perplexity.pair_batch_tokens
+            more: tuple[Any, ...] = (nullcontext(),)
+            observe: Any = perplexity.divergence_observations
+        else:
+            budget, observe, more = perplexity.batch_tokens, perplexity.perplexity_observations, ()
+        rows = max(1, min(many, budget(self.hardware.kind) // length))
         batch = [((0,) * length, length - 1)] * rows
-        more = (nullcontext(),) if metric == "kl" else ()
         return self._run(
-            (metric, length, rows), lambda: module.of_windows(self.shaped.model, batch, *more), rows * length
+            (metric, length, rows), lambda: observe(self.shaped.model, batch, *more), rows * length
         )
 
     def contrasts(self, group: Sequence[Encoded]) -> Cost:
@@ -236,7 +241,7 @@ class Rehearsal:
 
     def _counted(self, key: Any, work: Callable[[], object], tokens: int, apart: list[torch.Tensor]) -> Cost:
         if key not in self._known:
-            with Ledger(self.hardware, [*self.shaped.held, *apart]) as ledger:
+            with TensorCosts(self.hardware, [*self.shaped.held, *apart]) as ledger:
                 work()
             self._known[key] = Cost(ledger.peak, ledger.operations, ledger.seconds, tokens)
         return self._known[key]

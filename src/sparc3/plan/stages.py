@@ -24,7 +24,7 @@ from ..experiment import work_list as steps
 from ..experiment.compress import BATCH_TOKENS
 from ..models.load import context_length
 from ..recipe.schema import SEQUENTIAL, Recipe
-from ..samples.batches import Encoded, grouped, token_budget
+from ..samples.batches import Encoded, group_by_length, token_budget
 from ..samples.sources import AT_ONCE, WIDER
 from .attributions import Attribution, attributions, evaluations, score_files
 from .lengths import by_model, of_samples, of_tasks, of_text
@@ -91,7 +91,7 @@ class Stages:
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
         self.units = sum(steps.units_in(site, unit) for site in self.sites)
-        self.specs = dict(steps.sets(recipe))
+        self.specs = dict(steps.reference_sets(recipe))
         self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
         self.notes = [
             f"samples of {name} taken to have {found.longest} tokens"
@@ -126,7 +126,10 @@ class Stages:
             return 1 if self.recipe.compress.samples else 0
         if self.recipe.discover:
             return len(self.sets) * len(self.recipe.discover.methods) * len(self.recipe.discover.ranks)
-        return len(self.sets) * (len(steps.asked_of(self.recipe)) if self.recipe.selection.tune else 1) + 1
+        return (
+            len(self.sets) * (len(steps.attributions_tried(self.recipe)) if self.recipe.selection.tune else 1)
+            + 1
+        )
 
     def removed(self) -> float:
         """The largest share of the units that is set to zero at once, and whose values are kept meanwhile."""
@@ -135,14 +138,14 @@ class Stages:
             return 1.0
         if recipe.compress:
             return _share(recipe.compress.scope) or max(recipe.compress.fractions)
-        own = max(steps.counts_tried(recipe)) if selection.tune else steps.chosen(recipe, self.sites)
+        own = max(steps.counts_tried(recipe)) if selection.tune else steps.circuit_count(recipe, self.sites)
         return max([own, *recipe.compare.counts]) / self.units
 
     def _chosen(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
         asked: list[tuple[str, Any]] = [*self.specs.items(), *self.recipe.metrics().items()]
         if self.recipe.selection.tune:
-            name, settings = steps.aim(self.recipe)
+            name, settings = steps.search_aim(self.recipe)
             asked.append((f"validation {name}", settings))
         for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
             count = spec.count or 100
@@ -155,7 +158,7 @@ class Stages:
             )
 
     def _protection(self) -> Iterator[Stage]:
-        if steps.protects(self.recipe):
+        if steps.is_protected(self.recipe):
             some = self.sets["general"].first(protection.TEXTS).joined(self.context)
             windows = [min(len(one.ids), protection.TOKENS) for one in some]
             read = _stage(
@@ -172,7 +175,7 @@ class Stages:
     def _scores(self) -> Iterator[Stage]:
         for one in self.attributions:
             yield from self._attributed(one)
-        if set(steps.others(self.recipe)) & set(EXPERTISE):
+        if set(steps.rival_methods(self.recipe)) & set(EXPERTISE):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
                 yield replace(
                     self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True
@@ -183,7 +186,7 @@ class Stages:
         asked, name = self.recipe.attribution, f"scores, {one.method}"
         found = self.sets[one.set].first(one.first)
         if one.method == SEQUENTIAL:
-            groups = grouped(found.encoded("predicted", self.context), BATCH_TOKENS)
+            groups = group_by_length(found.encoded("predicted", self.context), BATCH_TOKENS)
             yield replace(
                 _of_groups(name, self.rehearsal.sequential(asked.sites, groups), groups), scoring=True
             )
@@ -191,7 +194,7 @@ class Stages:
         method = require_method(one.method)
         if method.run is None:
             return
-        groups = grouped(
+        groups = group_by_length(
             found.encoded(one.target if method.targeted else "predicted", self.context), self._budget()
         )
         settings = Settings(
@@ -215,7 +218,7 @@ class Stages:
 
     def _forward(self, name: str, encoded: Sequence[Encoded]) -> Stage:
         """Activations looked at, and nothing else."""
-        groups = grouped(encoded, FORWARD_TOKENS)
+        groups = group_by_length(encoded, FORWARD_TOKENS)
         return _of_groups(
             name,
             self.rehearsal.attribution(
@@ -227,7 +230,7 @@ class Stages:
     def _search(self) -> Iterator[Stage]:
         """Each circuit that a search may look at, on its validation samples."""
         if self.recipe.selection.tune:
-            for name, settings in (*steps.budget(self.recipe).items(), steps.aim(self.recipe)):
+            for name, settings in (*steps.search_budget(self.recipe).items(), steps.search_aim(self.recipe)):
                 for stage in self._metric(name, settings):
                     yield replace(stage * (self.evaluations.trials - (name == "kl")), name=f"search, {name}")
 
@@ -283,7 +286,7 @@ class Stages:
         whole, assumed = of_text(settings, self.tokenizer)
         if assumed:
             self._note(f"{name}'s text taken to have {whole:,} tokens")
-        lengths = [len(ids) for ids, _ in perplexity.cut(range(whole), settings, self.context)]
+        lengths = [len(ids) for ids, _ in perplexity.cut_windows(range(whole), settings, self.context)]
         cost = self.rehearsal.windows(
             "kl" if isinstance(settings, KLSettings) else "perplexity", max(lengths), len(lengths)
         )

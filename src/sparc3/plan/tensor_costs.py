@@ -25,7 +25,7 @@ LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
 """Operations that read as much as they give, and not the whole of what they look into."""
 
 
-class Ledger(TorchDispatchMode):
+class TensorCosts(TorchDispatchMode):
     """Inside, every operation is counted; what an element of a tensor is asked for that has no content is answered with "true" or one.
 
     Content have tensors that are made of Python's numbers, and a router's choice of experts, which is taken to be even: both are small.

@@ -454,7 +454,7 @@ class Recipe(Strict):
         return fingerprint(self.resolved())
 
 
-def bundled() -> dict[str, str]:
+def bundled_recipes() -> dict[str, str]:
     """The recipes that come with sparc3: name → first comment line."""
     folder = resources.files("sparc3.recipe") / "bundled"
     texts = {
@@ -476,9 +476,9 @@ def load_recipe(
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return parse(Recipe, at_home(with_settings(dict(recipe), sets)), "")
+        return parse(Recipe, at_home(apply_settings(dict(recipe), sets)), "")
     name = os.fspath(recipe)
-    content = at_home(with_settings(_read(name), sets))
+    content = at_home(apply_settings(_read(name), sets))
     try:
         return parse(Recipe, content, "")
     except UserError as error:
@@ -487,10 +487,10 @@ def load_recipe(
         raise UserError(f"{name}: {error}") from None
 
 
-def with_settings(content: dict[str, Any], sets: Sequence[str]) -> dict[str, Any]:
+def apply_settings(content: dict[str, Any], sets: Sequence[str]) -> dict[str, Any]:
     """`content` with "a.b=c" settings put over it, values read as YAML. Raises UserError for one that is not written so."""
     for setting in sets:
-        content = _with_setting(content, setting)
+        content = _apply_setting(content, setting)
     return content
 
 
@@ -501,7 +501,7 @@ def _is_file(name: str) -> bool:
 def _read(name: str) -> dict[str, Any]:
     if _is_file(name):
         text = read_text(name, LARGEST)
-    elif name in (known := bundled()):
+    elif name in (known := bundled_recipes()):
         text = (resources.files("sparc3.recipe") / "bundled" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise unknown("recipe", name, known)
@@ -551,7 +551,7 @@ def _yaml(text: str, where: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _with_setting(content: dict[str, Any], setting: str) -> dict[str, Any]:
+def _apply_setting(content: dict[str, Any], setting: str) -> dict[str, Any]:
     key, equals, value = setting.partition("=")
     if not equals or not key:
         raise UserError(f"--set {setting}: write it as a.b=value")

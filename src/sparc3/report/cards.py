@@ -5,11 +5,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .discovery import sparsest
+from .discovery import sparsest_point
 from .examples import Mask
 from .read import RunFolder
 from .unit_map import place
-from .variant_names import colours, named, parsed
+from .variant_names import method_colours, method_title, parse_variant
 from .words import figure, in_words, percent, plain, title, value_of
 
 MOST = 120
@@ -106,7 +106,7 @@ def sharing(run: RunFolder) -> list[Sharing]:
     count = _count(run)
     rows = []
     for one in run.provenance.get("overlaps") or []:
-        name = parsed(str(one.get("variant")))
+        name = parse_variant(str(one.get("variant")))
         if name is None or name[1] != count or not one.get("size"):
             continue
         both, expected = float(one["both"]), one.get("expected")
@@ -114,8 +114,8 @@ def sharing(run: RunFolder) -> list[Sharing]:
         chance = f"{expected:,.0f}" if expected is not None else ""
         rows.append(
             Sharing(
-                named(name[0]),
-                colours(run).get(name[0], "mr"),
+                method_title(name[0]),
+                method_colours(run).get(name[0], "mr"),
                 f"{both:,.0f} ({percent(share)})",
                 100 * share,
                 chance,
@@ -128,7 +128,7 @@ def _count(run: RunFolder) -> int:
     """How many units the circuit that is compared removes; 0 without one."""
     if run.job != "discover":
         return len(run.circuit) if run.circuit else 0
-    best = sparsest(run, run.method or "")
+    best = sparsest_point(run, run.method or "")
     return best.count if best else 0
 
 

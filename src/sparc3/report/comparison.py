@@ -8,7 +8,15 @@ from ..results import Measurement
 from .charts import Scale, drawing, mark, tag
 from .curves import Figure
 from .read import RunFolder
-from .variant_names import Point, colours, methods, named, parsed, points, rivals
+from .variant_names import (
+    Point,
+    curve_points,
+    list_methods,
+    method_colours,
+    method_title,
+    parse_variant,
+    rival_points,
+)
 from .words import change, change_interval, explained, interval_of, is_share, relative, title, value_of
 
 # The tiles under the headline: each metric before and after, with both intervals on one small axis.
@@ -109,15 +117,18 @@ def under_budget(run: RunFolder) -> list[Figure]:
         found = [
             (name, m)
             for variant in named_rivals
-            if (m := run.measured(metric, variant)) and (name := parsed(variant))
+            if (m := run.measured(metric, variant)) and (name := parse_variant(variant))
         ]
         if original is None or circuit is None or not found:
             return []
-        own = f"{named(run.method or '')}, {len(run.circuit):,}" if run.circuit else "this circuit"
-        rows = [(f"{named(name[0])}, {name[1]:,}", colours(run).get(name[0], "m6"), m) for name, m in found]
+        own = f"{method_title(run.method or '')}, {len(run.circuit):,}" if run.circuit else "this circuit"
+        rows = [
+            (f"{method_title(name[0])}, {name[1]:,}", method_colours(run).get(name[0], "m6"), m)
+            for name, m in found
+        ]
         null = [
             ("random" + f", {p.count:,}", "mr", p.measurement)
-            for p in rivals(run, metric)
+            for p in rival_points(run, metric)
             if p.method == "random"
         ]
         made.append(
@@ -130,18 +141,22 @@ def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     """(name, class, measurement): the original, this circuit, then every method at its count that is not this circuit again."""
     original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
     if original is not None and run.job == "compress":
-        last = {point.method: point for point in points(run, metric)}
+        last = {point.method: point for point in curve_points(run, metric)}
         return [
             ("original", "m-original", original),
-            *((named(m), colours(run)[m], last[m].measurement) for m in methods(run) if m in last),
+            *(
+                (method_title(m), method_colours(run)[m], last[m].measurement)
+                for m in list_methods(run)
+                if m in last
+            ),
         ]
     if run.circuit is None or original is None or circuit is None:
         return []
     count = len(run.circuit)
-    here = [p for p in points(run, metric) if p.count == count and not _same(p, run, circuit)]
+    here = [p for p in curve_points(run, metric) if p.count == count and not _same(p, run, circuit)]
     here.sort(key=lambda p: (p.method == "random", p.measurement.value or 0.0))
-    given = colours(run)
-    others = [(named(p.method), given[p.method], p.measurement) for p in here]
+    given = method_colours(run)
+    others = [(method_title(p.method), given[p.method], p.measurement) for p in here]
     return [("original", "m-original", original), ("this circuit", "m0", circuit), *others]
 
 

@@ -9,13 +9,13 @@ from markupsafe import Markup
 from .charts import Scale, drawing, mark, polyline, spread, tag
 from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure
 from .read import RunFolder
-from .standing import overlap
-from .variant_names import Point, colours, methods, named, points, units
+from .standing import intervals_overlap
+from .variant_names import Point, count_units, curve_points, list_methods, method_colours, method_title
 from .words import (
     Remark,
     explained,
     in_words,
-    listed,
+    join_words,
     percent,
     plain,
     relative,
@@ -37,7 +37,7 @@ def headline(run: RunFolder) -> Markup:
     own = next((point for point in rest if _is_own(run, point)), None) if not _is_own(run, best) else None
     beside = (
         Markup("; by {} to {}{}").format(
-            named(own.method), value_of(own.measurement), small_interval(own.measurement)
+            method_title(own.method), value_of(own.measurement), small_interval(own.measurement)
         )
         if own
         else ""
@@ -52,7 +52,7 @@ def headline(run: RunFolder) -> Markup:
         small_interval(original),
         value_of(best.measurement),
         small_interval(best.measurement),
-        named(best.method),
+        method_title(best.method),
         f", the best of {len(found)} ways" if rest else "",
         beside,
     )
@@ -60,7 +60,7 @@ def headline(run: RunFolder) -> Markup:
 
 def _share(run: RunFolder, point: Point) -> str:
     total = sum(run.sizes.values())
-    return f"{percent(point.count / total) if total else f'{point.count:,}'} of {units(None, run)}"
+    return f"{percent(point.count / total) if total else f'{point.count:,}'} of {count_units(None, run)}"
 
 
 def _is_own(run: RunFolder, point: Point) -> bool:
@@ -71,8 +71,8 @@ def _is_own(run: RunFolder, point: Point) -> bool:
 def remarks(run: RunFolder) -> list[Remark]:
     metric = _metric(run)
     found = _best_first(run, metric) if metric else []
-    parts = [f"{named(p.method)} {with_interval(p.measurement)}{_relative(run, p)}" for p in found]
-    plain = Remark("plain", Markup("<b>All methods, best first:</b> {}.").format(listed(parts)))
+    parts = [f"{method_title(p.method)} {with_interval(p.measurement)}{_relative(run, p)}" for p in found]
+    plain = Remark("plain", Markup("<b>All methods, best first:</b> {}.").format(join_words(parts)))
     return [*([plain] if parts else []), *_behind(run, found), _rows(run)]
 
 
@@ -82,27 +82,31 @@ def _behind(run: RunFolder, found: list[Point]) -> list[Remark]:
     ahead = found[: found.index(own)] if own else []
     if own is None or not ahead:
         return []
-    close = all(overlap(point.measurement, own.measurement) for point in ahead)
+    close = all(intervals_overlap(point.measurement, own.measurement) for point in ahead)
     text = Markup("<b>{} is not ahead:</b> {} {} better{}.")
-    names = listed(named(point.method) for point in ahead)
+    names = join_words(method_title(point.method) for point in ahead)
     unsure = ", by less than the intervals tell apart" if close else ""
     return [
-        Remark("careful", text.format(named(own.method), names, "is" if len(ahead) == 1 else "are", unsure))
+        Remark(
+            "careful",
+            text.format(method_title(own.method), names, "is" if len(ahead) == 1 else "are", unsure),
+        )
     ]
 
 
 def _metric(run: RunFolder) -> str | None:
     return next(
-        (m for m in ("perplexity", *run.metrics()) if not m.startswith("sparsity") and points(run, m)), None
+        (m for m in ("perplexity", *run.metrics()) if not m.startswith("sparsity") and curve_points(run, m)),
+        None,
     )
 
 
 def _best_first(run: RunFolder, metric: str) -> list[Point]:
     """Every method at the largest count that was tried."""
-    last = {point.method: point for point in points(run, metric)}
+    last = {point.method: point for point in curve_points(run, metric)}
     direction = {point.measurement.direction for point in last.values()}
     found = sorted(
-        (last[method] for method in methods(run) if method in last),
+        (last[method] for method in list_methods(run) if method in last),
         key=lambda point: point.measurement.value or 0.0,
     )
     return found[::-1] if direction == {"higher"} else found
@@ -207,7 +211,7 @@ def _against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str
         "reference samples",
     )
     words = "; ".join(
-        f"{named(m)}: " + ", ".join(f"{n} samples {plain(fmean(s))}" for n, s in sorted(line.items()))
+        f"{method_title(m)}: " + ", ".join(f"{n} samples {plain(fmean(s))}" for n, s in sorted(line.items()))
         for m, line in found.items()
     )
     label = f"{title(metric)} against the number of reference samples. {words}"
@@ -228,7 +232,8 @@ def _histogram(run: RunFolder, drawn: dict[str, Any]) -> Figure:
         middles = [(a + b) / 2 for a, b in zip(exponents, exponents[1:], strict=False)]
         lines[method] = [(middle, count / total) for middle, count in zip(middles, whole[1:], strict=True)]
     below = "; ".join(
-        f"{named(method)} {_whole(one)[0] / (sum(_whole(one)) or 1):.2%}" for method, one in drawn.items()
+        f"{method_title(method)} {_whole(one)[0] / (sum(_whole(one)) or 1):.2%}"
+        for method, one in drawn.items()
     )
     note = f"share of the weights at each size of score; further left or zero: {below}"
     return _lines(run, "Histogram of the scores", note, "", lines, log=False)
@@ -246,7 +251,7 @@ def _above(run: RunFolder, drawn: dict[str, Any]) -> Figure:
         ]
         lines[method] = [(threshold, count) for threshold, count in above if count > 0]
     words = "; ".join(
-        f"{named(method)} " + ", ".join(f"{count:,.0f} above 10^{at:g}" for at, count in line)
+        f"{method_title(method)} " + ", ".join(f"{count:,.0f} above 10^{at:g}" for at, count in line)
         for method, line in lines.items()
     )
     return _lines(
@@ -306,11 +311,11 @@ def _axes(
 def _names(ends: list[tuple[str, str, float]]) -> Markup:
     places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
     texts = [
-        tag("text", named(name), x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
+        tag("text", method_title(name), x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
         for (name, colour, _), y in zip(ends, places, strict=True)
     ]
     return tag("g", *texts, aria_hidden="true")
 
 
 def _colour(run: RunFolder, method: str) -> str:
-    return colours(run).get(method, "mr")
+    return method_colours(run).get(method, "mr")

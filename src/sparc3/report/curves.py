@@ -7,7 +7,7 @@ from markupsafe import Markup
 from ..results import Measurement
 from .charts import Scale, drawing, mark, number, polyline, spread, tag
 from .read import RunFolder
-from .variant_names import Point, colours, methods, named, points, units
+from .variant_names import Point, count_units, curve_points, list_methods, method_colours, method_title
 from .words import PERCENT, explained, is_share, percent, title, value_of, with_interval
 
 WIDTH, HEIGHT = 480.0, 300.0
@@ -51,13 +51,13 @@ def curves(run: RunFolder) -> list[Figure]:
 
 
 def _plot(run: RunFolder, metric: str) -> Plot | None:
-    found = points(run, metric)
+    found = curve_points(run, metric)
     counts = {point.count for point in found}
     if len(counts) < 2:
         return None
     lines = {
         method: line
-        for method in methods(run)
+        for method in list_methods(run)
         if (line := [point for point in found if point.method == method])
     }
     original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
@@ -100,7 +100,7 @@ def _heights(shown: list[Measurement], ends: list[float], original: Measurement 
 
 
 def _figure(plot: Plot) -> Figure:
-    label = f"{title(plot.metric)} against the number of removed {units(None, plot.run)}; arrow keys step through the counts"
+    label = f"{title(plot.metric)} against the number of removed {count_units(None, plot.run)}; arrow keys step through the counts"
     tips = {f"{plot.metric}@{count}": _tip(plot, count) for count in plot.counts}
     bands, lines = (
         [_band(plot, method) for method in plot.lines],
@@ -133,7 +133,7 @@ def _axes(plot: Plot) -> Markup:
         rows.append(tag("text", _tick(tick, plot), x=LEFT - 8, y=y + 4, class_="end tick"))
     for x, text in _readable(plot):
         rows.append(tag("text", text, x=x, y=BOTTOM + 19, class_="middle tick"))
-    under = f"{'share of ' if _as_shares(plot) else ''}{units(None, plot.run)} removed"
+    under = f"{'share of ' if _as_shares(plot) else ''}{count_units(None, plot.run)} removed"
     rows.append(tag("text", under, x=(LEFT + RIGHT) / 2, y=BOTTOM + 37, class_="middle tick"))
     return tag("g", *rows, aria_hidden="true")
 
@@ -181,7 +181,7 @@ def _reference(plot: Plot) -> Markup:
 def _band(plot: Plot, method: str) -> Markup:
     """The intervals of one method as an area, or as bars where some point has none or stands alone."""
     colour, found = (
-        colours(plot.run)[method],
+        method_colours(plot.run)[method],
         [(plot.x(p.count), ends_of(plot.run, p.measurement)) for p in plot.lines[method]],
     )
     ends = [(x, plot.y(there[0]), plot.y(there[1])) for x, there in found if there]
@@ -205,12 +205,12 @@ def _line(plot: Plot, method: str) -> Markup:
         for p in plot.lines[method]
         if p.measurement.value is not None
     ]
-    dots = [mark(colours(plot.run)[method], x, y, 3.3) for x, y in places]
+    dots = [mark(method_colours(plot.run)[method], x, y, 3.3) for x, y in places]
     return tag(
         "g",
         tag("path", d=polyline(places), class_="line"),
         *dots,
-        class_=f"series {colours(plot.run)[method]}",
+        class_=f"series {method_colours(plot.run)[method]}",
     )
 
 
@@ -227,7 +227,7 @@ def _star(plot: Plot) -> Markup:
 def _names(plot: Plot) -> Markup:
     """Each method's name where its line ends, and the original's where the reference does."""
     ends = [
-        (named(method), colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0))
+        (method_title(method), method_colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0))
         for method, line in plot.lines.items()
     ]
     if plot.original and plot.original.value is not None:
@@ -278,13 +278,17 @@ def _columns(plot: Plot) -> list[Markup]:
 def _tip(plot: Plot, count: int) -> dict[str, object]:
     total = sum(plot.run.sizes.values())
     share = f" ({percent(count / total)})" if total else ""
-    return {"head": f"{count:,} {units(count, plot.run)} removed{share}", "rows": _rows(plot, count)}
+    return {"head": f"{count:,} {count_units(count, plot.run)} removed{share}", "rows": _rows(plot, count)}
 
 
 def _rows(plot: Plot, count: int) -> list[dict[str, str]]:
     here = [point for line in plot.lines.values() for point in line if point.count == count]
     rows = [
-        {"key": colours(plot.run)[p.method], "name": named(p.method), "text": with_interval(p.measurement)}
+        {
+            "key": method_colours(plot.run)[p.method],
+            "name": method_title(p.method),
+            "text": with_interval(p.measurement),
+        }
         for p in _ordered(here)
     ]
     if plot.circuit and plot.run.circuit is not None and len(plot.run.circuit) == count:

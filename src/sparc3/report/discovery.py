@@ -5,17 +5,27 @@ from markupsafe import Markup
 from ..circuits.circuit import Circuit
 from ..results import Difference
 from .read import RunFolder
-from .variant_names import Point, methods, named, points, units
-from .words import MINUS, Remark, in_words, listed, percent, plain, small_interval, value_of, with_interval
+from .variant_names import Point, count_units, curve_points, list_methods, method_title
+from .words import (
+    MINUS,
+    Remark,
+    in_words,
+    join_words,
+    percent,
+    plain,
+    small_interval,
+    value_of,
+    with_interval,
+)
 
 METRIC = "ioi.accuracy"
 SPARSEST = "circuit.sparsest"
 
 
-def sparsest(run: RunFolder, method: str) -> Point | None:
+def sparsest_point(run: RunFolder, method: str) -> Point | None:
     """The method's sparsest circuit that keeps enough accuracy, as do all its less sparse ones; None where not one does."""
     best = None
-    for point in points(run, METRIC):
+    for point in curve_points(run, METRIC):
         if point.method == method:
             if (point.measurement.value or 0.0) < _enough(run):
                 break
@@ -23,9 +33,9 @@ def sparsest(run: RunFolder, method: str) -> Point | None:
     return best
 
 
-def kept(run: RunFolder) -> Circuit | None:
+def kept_percent(run: RunFolder) -> Circuit | None:
     """The sparsest circuit that keeps enough accuracy, of the run's own method and first seed; None where the run did not leave it."""
-    best = sparsest(run, run.method or "")
+    best = sparsest_point(run, run.method or "")
     where = run.path / f"circuits/{run.method}@{sum(run.sizes.values()) - best.count}.json" if best else None
     return Circuit.load(where) if where and where.is_file() else None
 
@@ -33,24 +43,26 @@ def kept(run: RunFolder) -> Circuit | None:
 def headline(run: RunFolder) -> Markup:
     """The run in one sentence: its own method's sparsest circuit, and how far the best of the others gets."""
     own, enough = run.method or "", _percent(_enough(run))
-    best = sparsest(run, own)
+    best = sparsest_point(run, own)
     if best is None:
         return Markup("No {} circuit that was tried keeps {} of the answers right.").format(
-            named(own), enough
+            method_title(own), enough
         )
     share = Markup('<b class="figure after">{}</b>').format(_share(run, best.count))
     right = Markup("{}{}").format(value_of(best.measurement), small_interval(best.measurement))
     said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(
-        named(own), right, share, _units(run)
+        method_title(own), right, share, _units(run)
     )
     others = [
-        (point.count, method) for method in methods(run) if method != own and (point := sparsest(run, method))
+        (point.count, method)
+        for method in list_methods(run)
+        if method != own and (point := sparsest_point(run, method))
     ]
     if not others:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
     count, method = max(others)
     return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(
-        said, named(method), enough, _share(run, count)
+        said, method_title(method), enough, _share(run, count)
     )
 
 
@@ -72,18 +84,20 @@ def remarks(run: RunFolder) -> list[Remark]:
 
 def _ahead(run: RunFolder) -> Remark | None:
     """Methods whose circuit may be as sparse, or sparser."""
-    own = sparsest(run, run.method or "")
+    own = sparsest_point(run, run.method or "")
     mine = own.count if own else 0
     ahead = [
         method
-        for method in methods(run)
-        if method != run.method and (point := sparsest(run, method)) and point.count >= mine
+        for method in list_methods(run)
+        if method != run.method and (point := sparsest_point(run, method)) and point.count >= mine
     ]
     if not ahead:
         return None
     return Remark(
         "careful",
-        Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(listed(map(named, ahead))),
+        Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(
+            join_words(map(method_title, ahead))
+        ),
     )
 
 
@@ -92,11 +106,11 @@ def _sizes(run: RunFolder) -> Remark:
     found = sorted(
         ((m.value or 0.0, m) for m in run.results if m.metric == SPARSEST), key=lambda one: -one[0]
     )
-    parts = [f"{named(m.variant)} {with_interval(m)}" for _, m in found]
+    parts = [f"{method_title(m.variant)} {with_interval(m)}" for _, m in found]
     text = Markup(
         "<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for itself: {}."
     )
-    return Remark("plain", text.format(_percent(_enough(run)), listed(parts)))
+    return Remark("plain", text.format(_percent(_enough(run)), join_words(parts)))
 
 
 def _against(run: RunFolder) -> Remark | None:
@@ -104,11 +118,11 @@ def _against(run: RunFolder) -> Remark | None:
     found = [d for d in run.results.differences if d.metric == SPARSEST and d.to == run.method]
     if not found:
         return None
-    parts = [f"{named(d.from_)} {_points_of(d)}" for d in sorted(found, key=lambda d: d.value)]
+    parts = [f"{method_title(d.from_)} {_points_of(d)}" for d in sorted(found, key=lambda d: d.value)]
     text = Markup(
         "<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}."
     )
-    return Remark("plain", text.format(named(run.method or ""), listed(parts)))
+    return Remark("plain", text.format(method_title(run.method or ""), join_words(parts)))
 
 
 def _points_of(d: Difference) -> str:
@@ -139,13 +153,13 @@ def _areas(run: RunFolder) -> Remark | None:
     if not cpr:
         return None
     parts = [
-        f"{named(method)} {plain(value)} and {plain(cmd[method])}"
+        f"{method_title(method)} {plain(value)} and {plain(cmd[method])}"
         for value, method in sorted(cpr, reverse=True)
     ]
     text = Markup(
         "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to zero."
     )
-    return Remark("plain", text.format(listed(parts)))
+    return Remark("plain", text.format(join_words(parts)))
 
 
 def _whole(run: RunFolder) -> Remark | None:
@@ -157,7 +171,7 @@ def _whole(run: RunFolder) -> Remark | None:
     )
     kind = "plain" if (original.value or 0.0) >= _enough(run) > (empty.value or 0.0) else "careful"
     return Remark(
-        kind, text.format(in_words(METRIC), with_interval(original), units(None, run), value_of(empty))
+        kind, text.format(in_words(METRIC), with_interval(original), count_units(None, run), value_of(empty))
     )
 
 
@@ -187,4 +201,4 @@ def _share(run: RunFolder, count: int) -> str:
 
 def _units(run: RunFolder) -> str:
     total = sum(run.sizes.values())
-    return f"{total:,} {units(total, run)}"
+    return f"{total:,} {count_units(total, run)}"

@@ -5,13 +5,13 @@ from typing import Any
 
 from ..results import Difference
 from .read import RunFolder
-from .variant_names import rivals, units
+from .variant_names import count_units, rival_points
 from .words import (
-    chance,
     change,
     change_interval,
     explained,
     figure,
+    format_p,
     interval,
     is_share,
     percent,
@@ -78,15 +78,21 @@ def proofs(run: RunFolder) -> list[Proof]:
 def null_of(run: RunFolder) -> str:
     """The random units that effects are told net of: "100 random neurons, the mean of 3 draws"; "" without any."""
     null = next(
-        (point for metric in run.metrics() for point in rivals(run, metric) if point.method == "random"), None
+        (
+            point
+            for metric in run.metrics()
+            for point in rival_points(run, metric)
+            if point.method == "random"
+        ),
+        None,
     )
-    return f"{null.count:,} random {units(null.count, run)}" if null else ""
+    return f"{null.count:,} random {count_units(null.count, run)}" if null else ""
 
 
 def _proof(run: RunFolder, metric: str) -> Proof:
     before, after = run.results.find(metric), run.results.find(metric, "ablated")
     null = next(
-        (point.measurement.variant for point in rivals(run, metric) if point.method == "random"), None
+        (point.measurement.variant for point in rival_points(run, metric) if point.method == "random"), None
     )
     net = run.difference(metric, "ablated", null) if null else None
     return Proof(
@@ -106,7 +112,7 @@ def _moved(d: Difference | None, unit: str) -> Moved | None:
     if d is None or d.is_nothing:
         return None if d is None else Moved("no change", "", "", None)
     return Moved(
-        change(d, unit), change_interval(d, unit), chance(d.p), None if d.ci95 is None else not d.holds_zero
+        change(d, unit), change_interval(d, unit), format_p(d.p), None if d.ci95 is None else not d.holds_zero
     )
 
 

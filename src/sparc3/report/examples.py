@@ -165,7 +165,7 @@ def _matched(
 
 def _pair(prompt: str, before: dict[str, Any], after: dict[str, Any], mask: Mask, toxic: bool) -> Pair:
     one, other = _clipped(before["text"]), _clipped(after["text"])
-    gone, came = changed(one, other)
+    gone, came = find_changes(one, other)
     was, now = before.get("score"), after.get("score")
     prompt = _clipped(prompt)
     return Pair(
@@ -188,7 +188,7 @@ def _clipped(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + " …"
 
 
-def changed(one: str, other: str) -> tuple[list[Span], list[Span]]:
+def find_changes(one: str, other: str) -> tuple[list[Span], list[Span]]:
     """Which stretches of each text the other does not have, word by word."""
     words, theirs = _words(one), _words(other)
     matcher = difflib.SequenceMatcher(

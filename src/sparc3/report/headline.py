@@ -4,16 +4,16 @@ from markupsafe import Markup
 
 from ..results import Measurement
 from .read import RunFolder
-from .standing import overlap, standing
-from .variant_names import rivals, shown, units
+from .standing import intervals_overlap, standing_remarks
+from .variant_names import count_units, rival_points, variant_title
 from .words import (
     Remark,
-    chance,
     change,
     change_interval,
+    format_p,
     in_words,
     interval_of,
-    listed,
+    join_words,
     relative,
     relative_interval,
     small_interval,
@@ -62,11 +62,13 @@ def removed(run: RunFolder) -> str:
     """What was taken out: "40 of 2,048 neurons", or "50 % of each of 40 of 2,048 neurons"."""
     if run.circuit is None:
         sparsity = run.measured("sparsity", "ablated")
-        return f"{value_of(sparsity)} of the {units(None, run)}" if sparsity else "the chosen units"
+        return f"{value_of(sparsity)} of the {count_units(None, run)}" if sparsity else "the chosen units"
     count, total = len(run.circuit), sum(run.sizes.values())
     share = f"{run.circuit.strength * 100:g} % of each of " if run.circuit.strength != 1 else ""
     return share + (
-        f"{count:,} of {total:,} {units(total, run)}" if total else f"{count:,} {units(count, run)}"
+        f"{count:,} of {total:,} {count_units(total, run)}"
+        if total
+        else f"{count:,} {count_units(count, run)}"
     )
 
 
@@ -84,12 +86,12 @@ def _figure(m: Measurement) -> Markup:
 
 def _random(run: RunFolder, metric: str) -> Measurement | None:
     """As many random units."""
-    return next((point.measurement for point in rivals(run, metric) if point.method == "random"), None)
+    return next((point.measurement for point in rival_points(run, metric) if point.method == "random"), None)
 
 
 def _random_units(run: RunFolder) -> str:
     count = len(run.circuit) if run.circuit else 0
-    return f"{count:,} random {units(count, run)}"
+    return f"{count:,} random {count_units(count, run)}"
 
 
 def remarks(run: RunFolder) -> list[Remark]:
@@ -101,7 +103,7 @@ def remarks(run: RunFolder) -> list[Remark]:
         _effect(run, metric),
         _null(run, metric),
         _cost(run, metric),
-        *standing(run, metric),
+        *standing_remarks(run, metric),
         _fluency(run),
         _failed(run),
     ]
@@ -116,7 +118,7 @@ def _effect(run: RunFolder, metric: str) -> Remark:
             Markup("<b>No interval of the change</b> was recorded, so this page cannot tell it from chance."),
         )
     size = f"{change(d, m.unit)} {change_interval(d, m.unit)}"
-    how = f"; {chance(d.p)}, paired" if d.p is not None else ", paired"
+    how = f"; {format_p(d.p)}, paired" if d.p is not None else ", paired"
     if d.holds_zero:
         return Remark(
             "careful",
@@ -133,7 +135,7 @@ def _effect(run: RunFolder, metric: str) -> Remark:
         return Remark(
             "careful",
             Markup("<b>The evidence is weak:</b> {}, which leaves out zero; but {}, n = {:,}.").format(
-                size, chance(d.p), m.n
+                size, format_p(d.p), m.n
             ),
         )
     return Remark(
@@ -148,7 +150,7 @@ def _null(run: RunFolder, metric: str) -> Remark | None:
         return None
     net = run.difference(metric, "ablated", null.variant)
     size = (
-        f"{change(net, after.unit)} {change_interval(net, after.unit)}; {chance(net.p)}".rstrip("; ")
+        f"{change(net, after.unit)} {change_interval(net, after.unit)}; {format_p(net.p)}".rstrip("; ")
         if net
         else ""
     )
@@ -160,7 +162,7 @@ def _null(run: RunFolder, metric: str) -> Remark | None:
     text = Markup("<b>{}</b> leave {} at {}").format(
         _random_units(run), in_words(metric), with_interval(null)
     )
-    if overlap(null, after) and not net:
+    if intervals_overlap(null, after) and not net:
         return Remark(
             "careful", Markup("{}, which overlaps the circuit’s {}.").format(text, with_interval(after))
         )
@@ -185,7 +187,7 @@ def _cost(run: RunFolder, metric: str) -> Remark | None:
         )
     null = run.difference("perplexity", f"random@{len(run.circuit)}") if run.circuit else None
     beside = (
-        f"; as many random {units(None, run)} move it by {relative(null.relative)}"
+        f"; as many random {count_units(None, run)} move it by {relative(null.relative)}"
         if null and null.relative is not None
         else ""
     )
@@ -219,14 +221,14 @@ def _fluency(run: RunFolder) -> Remark | None:
 
 def _failed(run: RunFolder) -> Remark | None:
     failed = [
-        f"{m.failures:,} for {in_words(m.metric)} of {shown(m.variant, run)}"
+        f"{m.failures:,} for {in_words(m.metric)} of {variant_title(m.variant, run)}"
         for m in run.results
         if m.failures
     ]
     if not failed:
         return None
     rest = [f"{len(failed) - 3} more"] if len(failed) > 4 else []
-    where = listed([*failed[: 3 if rest else 4], *rest])
+    where = join_words([*failed[: 3 if rest else 4], *rest])
     return Remark(
         "careful", Markup("<b>Some units could not be measured</b> and are in no mean: {}.").format(where)
     )

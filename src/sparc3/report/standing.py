@@ -5,43 +5,47 @@ from markupsafe import Markup
 from ..results import Measurement
 from .read import RunFolder
 from .tradeoff import budget, harm
-from .variant_names import Point, named, parsed, points, rivals
-from .words import Remark, listed, percent, relative, value_of, with_interval
+from .variant_names import Point, curve_points, method_title, parse_variant, rival_points
+from .words import Remark, join_words, percent, relative, value_of, with_interval
 
 
-def badness(m: Measurement) -> float:
+def harm_of(m: Measurement) -> float:
     """What is better is less. A task is looked for by what its removal breaks, so there lower is better whatever the metric's own direction."""
     assert m.value is not None
     return -m.value if m.direction == "higher" and not m.metric.startswith("ioi.") else m.value
 
 
-def overlap(one: Measurement, other: Measurement) -> bool:
+def intervals_overlap(one: Measurement, other: Measurement) -> bool:
     """Whether the intervals of two figures meet."""
     return bool(one.ci95 and other.ci95 and one.ci95[0] <= other.ci95[1] and other.ci95[0] <= one.ci95[1])
 
 
-def standing(run: RunFolder, metric: str) -> list[Remark]:
+def standing_remarks(run: RunFolder, metric: str) -> list[Remark]:
     """At the circuit's own count, then at its damage: under the search's budget where there was one, else at no more than its own."""
-    here = budgeted(run, metric) if run.search.get("rivals") else at_no_more_damage(run, metric)
-    return [*at_the_same_count(run, metric), *([here] if here else [])]
+    here = (
+        remark_under_budget(run, metric) if run.search.get("rivals") else remark_at_same_damage(run, metric)
+    )
+    return [*remarks_at_same_count(run, metric), *([here] if here else [])]
 
 
-def at_the_same_count(run: RunFolder, metric: str) -> list[Remark]:
-    others = [point for point in rivals(run, metric) if point.method != "random"]
+def remarks_at_same_count(run: RunFolder, metric: str) -> list[Remark]:
+    others = [point for point in rival_points(run, metric) if point.method != "random"]
     after = run.results.find(metric, "ablated")
-    ahead = [point for point in others if badness(point.measurement) < badness(after)]
+    ahead = [point for point in others if harm_of(point.measurement) < harm_of(after)]
     if ahead:
-        close = [point for point in ahead if overlap(point.measurement, after)]
+        close = [point for point in ahead if intervals_overlap(point.measurement, after)]
         clear = [Remark("careful", _ahead(run, point, after)) for point in ahead if point not in close]
         return [*clear, *([_close(run, close)] if close else [])]
     if not others:
         return []
-    best = min(others, key=lambda point: badness(point.measurement))
+    best = min(others, key=lambda point: harm_of(point.measurement))
     text = Markup("<b>No other method is ahead</b> at the same count; the nearest, {}, reaches {}{}.")
     return [
         Remark(
             "good",
-            text.format(named(best.method), with_interval(best.measurement), _at_perplexity(run, best)),
+            text.format(
+                method_title(best.method), with_interval(best.measurement), _at_perplexity(run, best)
+            ),
         )
     ]
 
@@ -49,7 +53,7 @@ def at_the_same_count(run: RunFolder, metric: str) -> list[Remark]:
 def _ahead(run: RunFolder, point: Point, after: Measurement) -> Markup:
     text = Markup("<b>{} is ahead at the same count:</b> {}{}, against {} here.")
     return text.format(
-        named(point.method),
+        method_title(point.method),
         with_interval(point.measurement),
         _at_perplexity(run, point),
         with_interval(after),
@@ -58,8 +62,10 @@ def _ahead(run: RunFolder, point: Point, after: Measurement) -> Markup:
 
 def _close(run: RunFolder, points_: list[Point]) -> Remark:
     """Methods that did better by less than the intervals tell apart."""
-    names = listed(named(point.method) for point in points_)
-    figures = listed(f"{with_interval(point.measurement)}{_at_perplexity(run, point)}" for point in points_)
+    names = join_words(method_title(point.method) for point in points_)
+    figures = join_words(
+        f"{with_interval(point.measurement)}{_at_perplexity(run, point)}" for point in points_
+    )
     text = Markup(
         "<b>{} {} slightly ahead at the same count,</b> with {}; the intervals overlap with this circuit’s."
     )
@@ -76,28 +82,32 @@ def _at_perplexity(run: RunFolder, point: Point) -> str:
     return f" (perplexity {value_of(found)}, {relative(increase)})" if found and increase is not None else ""
 
 
-def at_no_more_damage(run: RunFolder, metric: str) -> Remark | None:
+def remark_at_same_damage(run: RunFolder, metric: str) -> Remark | None:
     """The best of every method, at any count, that costs not measurably more perplexity than the circuit."""
     limit = _limit(run)
     if limit is None or metric == "perplexity" or run.method is None:
         return None
     best: dict[str, Point] = {}
-    for point in points(run, metric):
+    for point in curve_points(run, metric):
         increase = harm(run, f"{point.method}@{point.count}")
         if point.method != "random" and increase is not None and increase <= limit:
             best[point.method] = min(
-                best.get(point.method, point), point, key=lambda p: badness(p.measurement)
+                best.get(point.method, point), point, key=lambda p: harm_of(p.measurement)
             )
     own, others = (
         best.pop(run.method, None),
-        sorted(best.values(), key=lambda point: badness(point.measurement)),
+        sorted(best.values(), key=lambda point: harm_of(point.measurement)),
     )
     if own is None or not others:
         return None
     where = f"perplexity up to {relative(limit)}, each method at its best count on these prompts"
-    said = listed(f"{named(p.method)} ({p.count:,}) {with_interval(p.measurement)}" for p in [own, *others])
-    if badness(others[0].measurement) < badness(own.measurement):
-        unsure = "; the intervals overlap" if overlap(others[0].measurement, own.measurement) else ""
+    said = join_words(
+        f"{method_title(p.method)} ({p.count:,}) {with_interval(p.measurement)}" for p in [own, *others]
+    )
+    if harm_of(others[0].measurement) < harm_of(own.measurement):
+        unsure = (
+            "; the intervals overlap" if intervals_overlap(others[0].measurement, own.measurement) else ""
+        )
         return Remark(
             "careful", Markup("<b>Not ahead at the same damage</b> ({}): {}{}.").format(where, said, unsure)
         )
@@ -114,7 +124,7 @@ def _limit(run: RunFolder) -> float | None:
     return max(increase, d.ci95[1] / before.value) if d and d.ci95 else increase
 
 
-def budgeted(run: RunFolder, metric: str) -> Remark | None:
+def remark_under_budget(run: RunFolder, metric: str) -> Remark | None:
     """Every other method at the count that was its best on the validation samples, within the budget of the search."""
     own = run.measured(metric, "ablated")
     names = [str(one.get("variant")) for one in run.search.get("rivals") or []]
@@ -122,16 +132,16 @@ def budgeted(run: RunFolder, metric: str) -> Remark | None:
     limit = budget(run, "perplexity")
     if own is None or limit is None or not found:
         return None
-    found.sort(key=lambda one: badness(one[1]))
-    said = listed(f"{_with_count(name)} {with_interval(m)}" for name, m in found)
-    ahead = [name for name, m in found if badness(m) < badness(own)]
+    found.sort(key=lambda one: harm_of(one[1]))
+    said = join_words(f"{_with_count(name)} {with_interval(m)}" for name, m in found)
+    ahead = [name for name, m in found if harm_of(m) < harm_of(own)]
     where = f"{percent(limit)} perplexity, each method’s best count chosen on validation prompts"
     if ahead:
         text = Markup("<b>Under the same budget {} {} ahead</b> ({}): {}, against {} here.")
         return Remark(
             "careful",
             text.format(
-                listed(map(_with_count, ahead)),
+                join_words(map(_with_count, ahead)),
                 "is" if len(ahead) == 1 else "are",
                 where,
                 said,
@@ -143,5 +153,5 @@ def budgeted(run: RunFolder, metric: str) -> Remark | None:
 
 
 def _with_count(variant: str) -> str:
-    name = parsed(variant)
-    return f"{named(name[0])} ({name[1]:,})" if name else variant
+    name = parse_variant(variant)
+    return f"{method_title(name[0])} ({name[1]:,})" if name else variant

@@ -7,12 +7,12 @@ from typing import Any
 
 from ..results import Measurement
 from .read import RunFolder
-from .variant_names import parsed, shown
+from .variant_names import parse_variant, variant_title
 from .words import (
-    chance,
     change,
     change_interval,
     explained,
+    format_p,
     interval_of,
     is_share,
     plain,
@@ -99,23 +99,30 @@ def rows(run: RunFolder) -> list[Row]:
     keys = [(column.name, column.split) for column in columns(run)]
     mixed = {key for key in keys if len({found[name][key].n for name in found if key in found[name]}) > 1}
     return [
-        Row(shown(name, run), name, _group(name), [_cell(found[name].get(key), key in mixed) for key in keys])
+        Row(
+            variant_title(name, run),
+            name,
+            _group(name),
+            [_cell(found[name].get(key), key in mixed) for key in keys],
+        )
         for name in ordered
     ]
 
 
 def _place(variant: str, all_of_them: list[str], own: str | None) -> tuple[int, bool, int, int]:
-    name = parsed(variant)
+    name = parse_variant(variant)
     if name is None:
         return {"original": 0, "ablated": 1}.get(variant, 2), False, 0, all_of_them.index(variant)
     siblings = [
-        i for i, other in enumerate(all_of_them) if (_parsed := parsed(other)) and _parsed[0] == name[0]
+        i
+        for i, other in enumerate(all_of_them)
+        if (_parsed := parse_variant(other)) and _parsed[0] == name[0]
     ]
     return 3 + (name[0] != own) + (name[0] == "random"), False, siblings[0], name[1]
 
 
 def _group(variant: str) -> str:
-    name = parsed(variant)
+    name = parse_variant(variant)
     return name[0] if name else variant
 
 
@@ -130,11 +137,11 @@ def changes(run: RunFolder) -> list[Change]:
     return [
         Change(
             title(d.metric),
-            f"{shown(d.from_, run)} → {shown(d.to, run)}",
+            f"{variant_title(d.from_, run)} → {variant_title(d.to, run)}",
             change(d),
             relative(d.relative) if not is_share(d.metric) or d.relative is not None else "",
             change_interval(d),
-            chance(d.p),
+            format_p(d.p),
             {None: "", True: "includes zero", False: "excludes zero"}[d.holds_zero],
             d.to == "ablated",
         )

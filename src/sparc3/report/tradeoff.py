@@ -10,7 +10,7 @@ from ..results import Measurement
 from .charts import Scale, drawing, mark, polyline, tag
 from .curves import Figure
 from .read import RunFolder
-from .variant_names import colours, methods, named, points, units
+from .variant_names import count_units, curve_points, list_methods, method_colours, method_title
 from .words import (
     figure,
     in_words,
@@ -227,13 +227,13 @@ def harm(run: RunFolder, variant: str, damage: str = "perplexity") -> float | No
 
 
 def _tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
-    given, spots = colours(run), []
-    for method in methods(run):
-        for point in (p for p in points(run, metric) if p.method == method):
+    given, spots = method_colours(run), []
+    for method in list_methods(run):
+        for point in (p for p in curve_points(run, metric) if p.method == method):
             variant = f"{method}@{point.count}"
             x = harm(run, variant, damage)
             if x is not None and point.measurement.value is not None:
-                head = f"{named(method)}, {point.count:,} {units(point.count, run)}"
+                head = f"{method_title(method)}, {point.count:,} {count_units(point.count, run)}"
                 spots.append(
                     Spot(
                         f"{damage}~{variant}",
@@ -262,7 +262,7 @@ def _tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
         chosen,
         budget(run, damage),
     )
-    note = f"held-out test prompts and text; a line joins one method’s numbers of {units(None, run)}, few to many; the cross is the original"
+    note = f"held-out test prompts and text; a line joins one method’s numbers of {count_units(None, run)}, few to many; the cross is the original"
     return cloud_figure(cloud, f"{title(metric)} against {harm_words(damage)}", note)
 
 
@@ -296,7 +296,7 @@ def _searched(run: RunFolder, damage: str) -> Figure | None:
     if limit is None or not tried:
         return None
     spots = [_candidate(run, index, one, damage, "m0") for index, one in enumerate(tried)]
-    given = colours(run)
+    given = method_colours(run)
     for method, rows in (search.get("others") or {}).items():
         there = [{**row, "method": method} for row in rows if _at(row, damage, search)]
         spots += [
@@ -344,11 +344,11 @@ def _candidate(run: RunFolder, index: int | str, one: Mapping[str, Any], damage:
     )
     rows += [{"key": "", "name": "KL divergence", "text": plain(figures["kl"])}] if "kl" in figures else []
     rows.append({"key": "", "name": "budget", "text": "kept" if one.get("within") else "exceeded"})
-    whose = named(str(one["method"])) if "method" in one else way(one)
+    whose = method_title(str(one["method"])) if "method" in one else way(one)
     return Spot(
         f"search.{damage}~{index}",
         colour,
-        f"{count:,} {units(count, run)}, {whose}",
+        f"{count:,} {count_units(count, run)}, {whose}",
         *place,
         rows,
         colour == "m0" and not one.get("pareto"),

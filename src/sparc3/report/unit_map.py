@@ -10,7 +10,7 @@ from markupsafe import Markup
 from .charts import Scale, drawing, number, tag
 from .curves import Figure
 from .read import RunFolder
-from .variant_names import units
+from .variant_names import count_units
 from .words import MINUS, plain
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
         tag("path", d=_bars(counts, edges, x, y), class_="rest"),
         tag("path", d=_bars(removed, edges, x, y), class_="mark"),
     ]
-    words = f"Histogram of the contrast of {len(every):,} {units(None, run)}; the {len(chosen):,} removed lie at one end"
+    words = f"Histogram of the contrast of {len(every):,} {count_units(None, run)}; the {len(chosen):,} removed lie at one end"
     axes = _histogram_axes(run, x, y)
     return Figure("How far they stand out", "", drawing(360, 256, words, axes, *bars, class_="histogram"))
 

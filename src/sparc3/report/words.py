@@ -201,13 +201,13 @@ def signed(value: float, size: str) -> str:
     return f"{MINUS if value < 0 else '+'}{size}"
 
 
-def chance(p: float | None) -> str:
+def format_p(p: float | None) -> str:
     if p is None:
         return ""
     return f"p = {p:.4f}" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def listed(names: Iterable[str]) -> str:
+def join_words(names: Iterable[str]) -> str:
     """Names in a sentence: "a", "a and b", "a, b and c"."""
     *first, last = list(names)
     return f"{', '.join(first)} and {last}" if first else last

@@ -22,10 +22,10 @@ from .compression import by_samples
 from .curves import curves
 from .examples import Mask, finalize, kinds
 from .read import RunFolder, read_folder
-from .standing import standing
+from .standing import standing_remarks
 from .tradeoff import tradeoffs
 from .unit_map import UnitMap, unit_map
-from .variant_names import colours, methods, named, units
+from .variant_names import count_units, list_methods, method_colours, method_title
 from .words import duration
 
 SAYING = {"discover": discovery, "compress": compression}
@@ -90,13 +90,13 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "power": evidence.power_words(run),
         "scorers": evidence.scorers(run),
         "tradeoffs": traded,
-        "standing": standing(run, run.behaviour) if traded and run.behaviour else [],
+        "standing": standing_remarks(run, run.behaviour) if traded and run.behaviour else [],
         "curves": drawn,
         "by_samples": by_samples(run),
-        "legend": [(named(method), colours(run)[method]) for method in methods(run)],
+        "legend": [(method_title(method), method_colours(run)[method]) for method in list_methods(run)],
         "comparisons": compared,
         "budgeted": under_budget(run),
-        "count": f"{len(run.circuit):,} {units(len(run.circuit), run)}" if run.circuit else "",
+        "count": f"{len(run.circuit):,} {count_units(len(run.circuit), run)}" if run.circuit else "",
         "at_strength": run.circuit.at_strength if run.circuit else "",
         "map": where,
         "sharing": sharing(run),
@@ -115,7 +115,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
 
 def _map(run: RunFolder) -> UnitMap | None:
     """Where the circuit's units sit: those removed, or, of a task's circuit, those kept."""
-    circuit = discovery.kept(run) if run.job == "discover" else None
+    circuit = discovery.kept_percent(run) if run.job == "discover" else None
     return unit_map(replace(run, circuit=circuit), "kept") if circuit else unit_map(run)
 
 
@@ -133,9 +133,9 @@ def _origin(run: RunFolder) -> dict[str, Any]:
         "name": str(run.provenance.get("recipe") or "a run"),
         "model": str(model.get("id") or ""),
         "architecture": str(model.get("architecture") or ""),
-        "method": named(run.method) if run.method else "",
+        "method": method_title(run.method) if run.method else "",
         "unit": run.unit,
-        "units": units(None, run),
+        "units": count_units(None, run),
         "version": str(run.provenance.get("version") or __version__),
         "checks": tables.checks(run),
         "warnings": tables.warnings(run),

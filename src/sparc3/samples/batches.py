@@ -131,7 +131,9 @@ def _encode(
     return Encoded(index, ids, (last,), (label,), against)
 
 
-def joined(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[Sample, ...]:
+def join_completions(
+    samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[Sample, ...]:
     """Each sample as the token ids of its text and of its completion, if it has one, tokenised apart and joined."""
     made = []
     for index, sample in enumerate(samples):
@@ -207,10 +209,10 @@ def token_budget(batch_tokens: int | str, device: str) -> int:
 
 def make_batches(encoded: Iterable[Encoded], tokens: int, device: torch.device) -> list[Batch]:
     """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length, longest first."""
-    return [make_batch(group, device) for group in grouped(encoded, tokens)]
+    return [make_batch(group, device) for group in group_by_length(encoded, tokens)]
 
 
-def grouped(encoded: Iterable[Encoded], tokens: int) -> list[list[Encoded]]:
+def group_by_length(encoded: Iterable[Encoded], tokens: int) -> list[list[Encoded]]:
     """The samples of each batch of `make_batches`.
 
     Longest first, because what does not fit into memory should fail at the start and not after an hour.
