@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import CONFIGS, tiny
 
 from sparc3 import Circuit, UserError, ablate_, ablated, attribute, export, load_model, select
+from sparc3.checkpoints.shrink import furthest, plan_shrinking
 from sparc3.errors import Sparc3Error
-from sparc3.export.shrink import furthest, plan_shrinking
 from sparc3.models.families import FAMILIES
 from sparc3.models.load import load_weights
 from sparc3.models.sites import sites_of
@@ -258,7 +258,9 @@ def test_a_shrunk_model_that_is_not_the_zeroed_one_is_not_written(
     circuit, other = (
         Circuit("neuron", {site.name: (unit,) for site in sites_of(model, ["mlp.up"])}) for unit in (3, 4)
     )
-    monkeypatch.setattr("sparc3.export.export.plan_shrinking", lambda model, _: plan_shrinking(model, other))
+    monkeypatch.setattr(
+        "sparc3.checkpoints.export.plan_shrinking", lambda model, _: plan_shrinking(model, other)
+    )
     with pytest.raises(Sparc3Error, match="not those of the zeroed one"):
         export(model, tokenizer, circuit, tmp_path / "out", shrink=True)
     assert not list(tmp_path.iterdir())

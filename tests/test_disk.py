@@ -17,11 +17,11 @@ from tiny import tiny
 
 from sparc3 import Circuit, ReferenceSet, Results, Scores, Sparc3Error, UserError, attribute
 from sparc3.attribution.partial_sums import load_sums, save_sums
+from sparc3.checkpoints.export import export
 from sparc3.evaluation.statistics import Evaluation, Observations
 from sparc3.experiment.run_folder import claim_folder, log_to_folder
 from sparc3.experiment.run_folder import log as log_of_runs
 from sparc3.experiment.slurm import sbatch, write_job
-from sparc3.export.export import export
 from sparc3.recipe.schema import load_recipe
 from sparc3.report.write import write_report
 from sparc3.results import Measurement

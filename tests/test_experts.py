@@ -12,12 +12,12 @@ from unchanged import fingerprint, require_same
 
 from sparc3.attribution.attribute import attribute
 from sparc3.attribution.patching import lrp_rules
+from sparc3.checkpoints.export import export
 from sparc3.circuits.ablate import Damping, ablate_, ablated, damp
 from sparc3.circuits.circuit import Circuit
 from sparc3.circuits.select import select
 from sparc3.errors import UserError
 from sparc3.experiment.compress import prune_sequentially
-from sparc3.export.export import export
 from sparc3.models.load import describe, load_weights
 from sparc3.models.sites import open_experts, sites_of
 

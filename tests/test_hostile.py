@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from sparc3 import Circuit, Results, Scores, UserError, load_model, load_recipe, run
+from sparc3.checkpoints.model_card import circuit_card, model_card
 from sparc3.errors import UnsupportedModel
 from sparc3.experiment.run_folder import claim_folder
 from sparc3.experiment.slurm import sbatch
-from sparc3.export.model_card import circuit_card, model_card
 from sparc3.models.load import DEMO
 from sparc3.results import Measurement
 from sparc3.safe_text import one_line, visible

@@ -18,6 +18,7 @@ from tiny import samples, tiny
 from torch.utils import backend_registration
 
 from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, run, select
+from sparc3.checkpoints.shrink import furthest
 from sparc3.circuits.ablate import Damping, damp, removed_units
 from sparc3.doctor import checks
 from sparc3.doctor.completeness import relevance_ledger
@@ -27,7 +28,6 @@ from sparc3.doctor.specimen import Specimen
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.perplexity import negative_log_likelihoods
 from sparc3.experiment.compress import prune_sequentially
-from sparc3.export.shrink import furthest
 from sparc3.models import load as models
 from sparc3.models.families import ROLES
 from sparc3.models.load import load_weights, model_fingerprint

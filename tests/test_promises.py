@@ -14,7 +14,7 @@ LAYERS = [
     {"safe_text", "errors", "storage", "distributed", "settings"},
     {"demo", "models", "samples", "scores", "results"},
     {"circuits", "attribution", "evaluation"},
-    {"report", "export", "doctor"},
+    {"report", "checkpoints", "doctor"},
     {"recipe"},
     {"experiment"},
     {"plan"},

@@ -102,7 +102,7 @@ def test_the_command(sparc3: Call, mistake: Call, tmp_path: Path, monkeypatch: p
     assert os.access("demo.sbatch", os.X_OK)
     assert "did you mean 'demo'" in mistake("slurm", "demoo")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "there is no sbatch here" in mistake("slurm", "demo", "--submit")
+    assert "there is no sbatch here" in mistake("slurm", "demo", "--gpus", "0", "--submit")
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from tests.test_checkpoint import logits, saved
 from tests.tiny import tiny
 
 from sparc3 import Circuit, Scores, UserError, ablate_, ablated, export, load_model, load_recipe, run, select
+from sparc3.checkpoints.shrink import plan_shrinking
 from sparc3.circuits.algebra import difference, intersection, overlap, union
 from sparc3.circuits.select import random_like
 from sparc3.errors import DamagedFile
-from sparc3.export.shrink import plan_shrinking
 from sparc3.models.sites import down_sites, sites_of
 from sparc3.plan.plan import plan
 from sparc3.storage import read_json

@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .attribution.attribute import attribute
+    from .checkpoints.export import export
+    from .checkpoints.push import push
     from .circuits.ablate import ablate_, ablated
     from .circuits.circuit import Circuit
     from .circuits.select import contrast, select
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .experiment.compress import prune_sequentially
     from .experiment.run import run
-    from .export.export import export
-    from .export.push import push
     from .models.load import load_model
     from .recipe.schema import load_recipe
     from .results import Results
@@ -38,11 +38,11 @@ _MODULES = {
     "attribute": "attribution.attribute",
     "contrast": "circuits.select",
     "evaluate": "evaluation.evaluate",
-    "export": "export.export",
+    "export": "checkpoints.export",
     "load_model": "models.load",
     "load_recipe": "recipe.schema",
     "prune_sequentially": "experiment.compress",
-    "push": "export.push",
+    "push": "checkpoints.push",
     "run": "experiment.run",
     "select": "circuits.select",
 }

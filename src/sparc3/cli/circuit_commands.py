@@ -292,8 +292,8 @@ def _circuits(args: argparse.Namespace) -> None:
 
 
 def _ablate(args: argparse.Namespace) -> None:
+    from ..checkpoints.export import export
     from ..circuits.circuit import Circuit
-    from ..export.export import export
     from ..models.load import load_tokenizer, load_weights
     from ..results import Results
     from ..storage import require_place
@@ -314,7 +314,7 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from ..export.push import push
+    from ..checkpoints.push import push
     from ..results import Results
 
     results = Results.load(args.results) if args.results else None
