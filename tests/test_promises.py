@@ -115,3 +115,10 @@ def test_importing_does_nothing_and_help_is_quick() -> None:
         "doctor",
     ):
         assert command in helped.stdout
+
+
+def test_a_recipe_loads_before_anything_else_does() -> None:
+    """Each metric registers itself when its module is imported, which reading a recipe must do by itself."""
+    code = "import sparc3; print(sorted(sparc3.load_recipe('demo').metrics()))"
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert read.stdout.strip() == "['ioi', 'perplexity', 'toxicity']"
