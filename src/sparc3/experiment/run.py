@@ -16,8 +16,7 @@ from ..recipe.schema import Recipe, load_recipe
 from ..report.write import write_report
 from ..results import Results
 from ..storage import write_json
-from . import compress as compressing
-from . import discover as discovery
+from . import compress, discover
 from .gather import gather_all
 from .measure import measure_variants
 from .neuron_cards import write_cards
@@ -51,7 +50,7 @@ def run(
     """
     loaded = load_recipe(recipe)
     if loaded.job == "discover":
-        discovery.require_task(loaded)
+        discover.require_task(loaded)
     require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
     folder = Path(out)
     distributed.start()
@@ -91,16 +90,16 @@ def _correct(work: RunContext, stages: "Stages") -> Results:
 
 def _discover(work: RunContext, stages: "Stages") -> Results:
     with stages.stage("scores"):
-        ranked = discovery.rank_units(work)
+        ranked = discover.rank_units(work)
     with stages.stage("evaluation"):
-        return discovery.measure_circuits(work, ranked, stages.seconds)
+        return discover.measure_circuits(work, ranked, stages.seconds)
 
 
 def _compress(work: RunContext, stages: "Stages") -> Results:
     with stages.stage("scores"):
-        pruned = compressing.prune_by_all_methods(work)
+        pruned = compress.prune_by_all_methods(work)
     with stages.stage("evaluation"):
-        return compressing.measure_pruned(work, pruned, stages.seconds)
+        return compress.measure_pruned(work, pruned, stages.seconds)
 
 
 JOBS = {"correct": _correct, "discover": _discover, "compress": _compress}

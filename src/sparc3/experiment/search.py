@@ -21,7 +21,7 @@ from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.sources import corpus, is_path, overlap
 from ..scores import Scores
 from ..storage import fingerprint, read_json, write_json
-from . import work_list as steps
+from . import work_list
 from .gather import prepare_metric
 from .run_folder import Intervention, RunContext
 from .score import (
@@ -191,7 +191,7 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
         )
     parts = {
         (target, neuron): _score_parts(work, target, neuron)
-        for target, neuron in steps.attributions_tried(work.recipe)
+        for target, neuron in work_list.attributions_tried(work.recipe)
     }
     tried: list[Candidate] = []
     ways: list[tuple[ScoringSpec, Circuit, Scores, dict[str, Scores]]] = []
@@ -249,9 +249,9 @@ def _target_for_set(work: RunContext, name: str, target: str) -> str:
 
 def _score_parts(work: RunContext, target: str, neuron: str) -> dict[str, Scores]:
     """The scores of every reference set that some contrast reads."""
-    kinds = [kind for kind, _, _ in steps.contrasts_tried(work.recipe)]
+    kinds = [kind for kind, _, _ in work_list.contrasts_tried(work.recipe)]
     return load_or_make_parts(
-        work, _make_scoring(work, target, neuron, steps.sets_read_by(work.recipe, kinds))
+        work, _make_scoring(work, target, neuron, work_list.sets_read_by(work.recipe, kinds))
     )
 
 
@@ -260,8 +260,8 @@ def _iterate_contrasts(
 ) -> Iterator[tuple[ScoringSpec, dict[str, Scores]]]:
     """Each way to contrast, with the scores it contrasts."""
     for (target, neuron), scores in parts.items():
-        for kind, penalty, normalize in steps.contrasts_tried(work.recipe):
-            chosen = {name: scores[name] for name in steps.sets_read_by(work.recipe, [kind])}
+        for kind, penalty, normalize in work_list.contrasts_tried(work.recipe):
+            chosen = {name: scores[name] for name in work_list.sets_read_by(work.recipe, [kind])}
             yield _make_scoring(work, target, neuron, list(chosen), penalty, normalize), chosen
 
 
@@ -270,7 +270,7 @@ def _iterate_circuits(
 ) -> Iterator[tuple[ScoringSpec, int, int, Circuit]]:
     """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates in every round."""
     there = count_candidates(scores)
-    for count, rounds, strength in steps.circuit_sizes_tried(work.recipe):
+    for count, rounds, strength in work_list.circuit_sizes_tried(work.recipe):
         one = replace(how, strength=strength)
         if count <= there and (circuit := select_in_rounds(work, one, scores, count, rounds)) is not None:
             yield one, count, rounds, circuit
@@ -330,10 +330,10 @@ def _search_rivals(work: RunContext, trials: Trials, how: ScoringSpec, original:
         {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that was tried}.
     """
     found, others = [], {}
-    for method in steps.rival_methods(work.recipe):
+    for method in work_list.rival_methods(work.recipe):
         tried = [
             (count, change, trials.of(change, original))
-            for count, change in select_by_method(work, how, method, steps.counts_tried(work.recipe))
+            for count, change in select_by_method(work, how, method, work_list.counts_tried(work.recipe))
         ]
         others[method] = [
             {"count": count, "figures": figures, "within": trials.within(figures, original)}
@@ -413,9 +413,10 @@ def prepare_validation(work: RunContext) -> tuple[list[Prepared], list[Prepared]
         UserError: there is no such text, or not enough such prompts.
     """
     texts = [
-        _prepare_texts(work, name, settings) for name, settings in steps.search_budget(work.recipe).items()
+        _prepare_texts(work, name, settings)
+        for name, settings in work_list.search_budget(work.recipe).items()
     ]
-    name, settings = steps.search_aim(work.recipe)
+    name, settings = work_list.search_aim(work.recipe)
     aim = prepare_metric(work, f"validation-{name}", name, settings, _prompts_in_use(work, settings.source))
     _refuse_overlap(work, aim)
     return texts, [aim]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from .. import __version__
-from ..attribution import activations as expertise
+from ..attribution import activations
 from ..circuits.ablate import Damping, ablated, damp
 from ..circuits.circuit import Circuit
 from ..circuits.select import count_candidates, random_like, select
@@ -64,7 +64,7 @@ def select_by_method(
 
     AurA damps by strengths of its own, and also every neuron that is an expert at all.
     """
-    if method not in expertise.METHODS:
+    if method not in activations.METHODS:
         theirs = load_or_make_contrast(work, replace(how, method=method, place=""))
         yield from (
             (count, select(theirs, count=count, strength=how.strength))
@@ -77,8 +77,8 @@ def select_by_method(
         if method == "det0":
             yield count, select(scores, count=count, order="highest", strength=how.strength)
         else:
-            yield count, Damping(expertise.strengths(scores, count))
-    whole = Damping(expertise.strengths(scores))
+            yield count, Damping(activations.strengths(scores, count))
+    whole = Damping(activations.strengths(scores))
     if method == "aura" and len(whole) > max(counts, default=0):
         yield len(whole), whole
 
@@ -98,7 +98,7 @@ def _load_or_make_expertise(work: RunContext) -> Scores:
     )
 
     def make() -> Scores:
-        made = expertise.expertise(work.model, undesired, benign, tokenizer=work.tokenizer)
+        made = activations.expertise(work.model, undesired, benign, tokenizer=work.tokenizer)
         return Scores(dict(made), {**made.provenance, "made_from": made_from})
 
     return load_or_make(

@@ -13,17 +13,11 @@ from torch import nn
 
 from ..errors import UserError, unknown
 from ..storage import parse_json, read_text
-from .families import ROLES as ROLES
 from .families import require_family
 from .hub import CONVERT, hub_errors, looks_local, require_hub
 from .memory import available
 from .offloading import first_out_of_reach, gpu_room, named_values, offloaded_layers
-from .sites import DTYPES as DTYPES
-from .sites import Site as Site
-from .sites import down_sites as down_sites
-from .sites import family_of as family_of
-from .sites import layers_of as layers_of
-from .sites import sites_of as sites_of
+from .sites import DTYPES, family_of, layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import require_method
-from ..experiment import work_list as steps
+from ..experiment import work_list
 from ..models.sites import Site
 from ..recipe.schema import SEQUENTIAL, Recipe
 
@@ -67,23 +67,23 @@ def _single_attribution(
 def _of_discover_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     assert recipe.discover
     for method in recipe.discover.methods:
-        for name, _ in steps.reference_sets(recipe):
+        for name, _ in work_list.reference_sets(recipe):
             yield _single_attribution(recipe, method, name)
 
 
 def _of_compress_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     compress = recipe.compress
     assert compress
-    for _, method, reduce in steps.prunings_of(compress, sampled=False):
+    for _, method, reduce in work_list.prunings_of(compress, sampled=False):
         for number in range(max(1, len(compress.fractions)) if method == SEQUENTIAL else 1):
             yield replace(
                 _single_attribution(recipe, method, "general", reduce=reduce),
                 kept=method != SEQUENTIAL,
                 circuit=number,
             )
-    for _, method, reduce in steps.prunings_of(compress, sampled=True):
+    for _, method, reduce in work_list.prunings_of(compress, sampled=True):
         for count in sorted(compress.samples):
-            for name, _ in steps.reference_sets(recipe):
+            for name, _ in work_list.reference_sets(recipe):
                 yield replace(
                     _single_attribution(recipe, method, name, reduce=reduce), kept=False, first=count
                 )
@@ -102,30 +102,30 @@ def _of_search(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     """The first round is shared by all; in each later one every candidate attributes again, on a model of its own."""
     method, kinds, circuit = (
         recipe.attribution.method,
-        [kind for kind, _, _ in steps.contrasts_tried(recipe)],
+        [kind for kind, _, _ in work_list.contrasts_tried(recipe)],
         0,
     )
-    for target, neuron in steps.attributions_tried(recipe):
-        for name in steps.sets_read_by(recipe, kinds):
+    for target, neuron in work_list.attributions_tried(recipe):
+        for name in work_list.sets_read_by(recipe, kinds):
             yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
-        for kind, _, _ in steps.contrasts_tried(recipe):
-            for _, rounds, _ in steps.circuit_sizes_tried(recipe):
+        for kind, _, _ in work_list.contrasts_tried(recipe):
+            for _, rounds, _ in work_list.circuit_sizes_tried(recipe):
                 circuit += 1
                 for turn in range(2, rounds + 1):
-                    for name in steps.sets_read_by(recipe, [kind]):
+                    for name in work_list.sets_read_by(recipe, [kind]):
                         again = _single_attribution(
                             recipe, method, name, _target_for_set(name, target, completed), neuron
                         )
                         yield replace(again, turn=turn, circuit=circuit)
     yield from _of_rivals(
-        recipe, steps.sets_read_by(recipe, kinds), *steps.attributions_tried(recipe)[0], completed
+        recipe, work_list.sets_read_by(recipe, kinds), *work_list.attributions_tried(recipe)[0], completed
     )
 
 
 def _of_rivals(
     recipe: Recipe, names: Sequence[str], target: str, neuron: str, completed: Completed
 ) -> Iterator[Attribution]:
-    for method in steps.rival_methods(recipe):
+    for method in work_list.rival_methods(recipe):
         for name in names if method not in EXPERTISE else ():
             yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
 
@@ -138,9 +138,11 @@ def score_files(recipe: Recipe, made: Sequence[Attribution]) -> int:
     """How many files of scores the run leaves, with the contrast, expertise, and what a search copies."""
     more = 0
     if recipe.job == "correct":
-        more = 1 + bool(set(steps.rival_methods(recipe)) & set(EXPERTISE))
+        more = 1 + bool(set(work_list.rival_methods(recipe)) & set(EXPERTISE))
         if recipe.selection.tune:
-            more += len(steps.sets_read_by(recipe, [kind for kind, _, _ in steps.contrasts_tried(recipe)]))
+            more += len(
+                work_list.sets_read_by(recipe, [kind for kind, _, _ in work_list.contrasts_tried(recipe)])
+            )
     return sum(one.kept for one in made) + more
 
 
@@ -168,24 +170,24 @@ def evaluations(recipe: Recipe, units: int, sites: Sequence[Site]) -> Evaluation
     if recipe.compress:
         return Evaluations(("original", *_compress_variants(recipe, sites)))
     tune, notes = recipe.selection.tune, list[str]()
-    count = max(steps.counts_tried(recipe)) if tune else steps.circuit_count(recipe, sites)
+    count = max(work_list.counts_tried(recipe)) if tune else work_list.circuit_count(recipe, sites)
     trials = 0
     if tune:
-        whole = "aura" in steps.rival_methods(recipe)
-        trials = 1 + len(steps.attributions_tried(recipe)) * len(steps.contrasts_tried(recipe)) * len(
-            steps.circuit_sizes_tried(recipe)
+        whole = "aura" in work_list.rival_methods(recipe)
+        trials = 1 + len(work_list.attributions_tried(recipe)) * len(work_list.contrasts_tried(recipe)) * len(
+            work_list.circuit_sizes_tried(recipe)
         )
-        trials += len(steps.rival_methods(recipe)) * len(steps.counts_tried(recipe)) + whole
+        trials += len(work_list.rival_methods(recipe)) * len(work_list.counts_tried(recipe)) + whole
         notes.append(
             f"every candidate of the search taken to be measured whole, and its best to have {count} units"
         )
-    alone = min(recipe.cards.alone, recipe.cards.most, count) if steps.has_cards(recipe) else 0
+    alone = min(recipe.cards.alone, recipe.cards.most, count) if work_list.has_cards(recipe) else 0
     return Evaluations(tuple(_variants_beside_circuit(recipe, count)), alone, trials, notes)
 
 
 def _variants_beside_circuit(recipe: Recipe, count: int) -> Iterator[str]:
     """The variants of the job correct, but those that are the circuit once more."""
-    beside, own = steps.comparison_for(recipe, count), recipe.attribution.method
+    beside, own = work_list.comparison_for(recipe, count), recipe.attribution.method
     yield "original"
     if count:
         yield "ablated"
@@ -201,20 +203,24 @@ def _variants_beside_circuit(recipe: Recipe, count: int) -> Iterator[str]:
 
 def _discover_variants(recipe: Recipe, units: int) -> Iterator[str]:
     assert recipe.discover
-    for name, _, _ in steps.rankings(recipe.discover, lambda method: require_method(method).targeted):
-        for count in steps.removed_counts(recipe.discover, units):
-            yield from (f"{name}@{count}.seed{seed}" for seed, _ in enumerate(steps.reference_sets(recipe)))
+    for name, _, _ in work_list.rankings(recipe.discover, lambda method: require_method(method).targeted):
+        for count in work_list.removed_counts(recipe.discover, units):
+            yield from (
+                f"{name}@{count}.seed{seed}" for seed, _ in enumerate(work_list.reference_sets(recipe))
+            )
 
 
 def _compress_variants(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
     compress = recipe.compress
     assert compress
     counts = [
-        steps.count_selected(compress.scope, "weight", sites, fraction=fraction)
+        work_list.count_selected(compress.scope, "weight", sites, fraction=fraction)
         for fraction in compress.fractions or (None,)
     ]
-    for name, _, _ in steps.prunings_of(compress, sampled=False):
+    for name, _, _ in work_list.prunings_of(compress, sampled=False):
         yield from (f"{name}@{count}" for count in counts)
-    for name, _, _ in steps.prunings_of(compress, sampled=True):
+    for name, _, _ in work_list.prunings_of(compress, sampled=True):
         for count in sorted(compress.samples):
-            yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(steps.reference_sets(recipe)))
+            yield from (
+                f"{name}-{count}.seed{seed}" for seed, _ in enumerate(work_list.reference_sets(recipe))
+            )

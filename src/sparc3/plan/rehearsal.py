@@ -10,10 +10,8 @@ import torch
 from ..attribution.methods import Method, settings_for
 from ..attribution.patching import frozen
 from ..attribution.sums import Settings, Sums
-from ..evaluation import generate as generation
-from ..evaluation import perplexity
-from ..evaluation import tasks as ioi
-from ..experiment import compress as compression
+from ..evaluation import generate, perplexity, tasks
+from ..experiment import compress
 from ..models.sites import layers_of
 from ..samples.batches import Batch, Encoded, make_batch
 from .hardware import Hardware
@@ -119,13 +117,9 @@ class Rehearsal:
             sites = self.shaped.sites(roles)
 
             def work() -> None:
-                flows = [
-                    compression.capture_layer_inputs(model, make_batch(group, CPU)) for _ in range(count)
-                ]
+                flows = [compress.capture_layer_inputs(model, make_batch(group, CPU)) for _ in range(count)]
                 for index, layer in enumerate(layers_of(model)):
-                    compression.layer_scores(
-                        layer, [site for site in sites if site.layer == index], flows, {}
-                    )
+                    compress.layer_scores(layer, [site for site in sites if site.layer == index], flows, {})
                     for flow in flows:
                         flow.hidden = flow.through(layer)
 
@@ -159,12 +153,12 @@ class Rehearsal:
         """Of a batch of texts whose logit difference is asked for."""
         key = ("ioi", len(group), len(group[0].ids))
         return self._run(
-            key, lambda: ioi.logit_differences(self.shaped.model, group), len(group) * len(group[0].ids)
+            key, lambda: tasks.logit_differences(self.shaped.model, group), len(group) * len(group[0].ids)
         )
 
     def generation(self, many: int, prompt: int, new: int, temperature: float) -> Cost:
         """Of a batch of `many` texts at most: the prompts read at once, and a step with all but the last token in the cache, `new` times."""
-        rows = min(many, generation.ROWS)
+        rows = min(many, generate.ROWS)
         tokens = rows * (prompt + new)
         first = self._run(
             ("read", rows, prompt, temperature), lambda: self._read(rows, prompt, temperature), tokens
@@ -233,7 +227,7 @@ class Rehearsal:
     def _draw(self, ids: torch.Tensor, logits: torch.Tensor, temperature: float) -> None:
         scores = logits[:, -1].to(copy=True, dtype=torch.float32)
         if temperature > 0:
-            generation.SeededDraw(temperature, [[0.5]] * len(ids), ids.shape[1])(ids, scores)
+            generate.SeededDraw(temperature, [[0.5]] * len(ids), ids.shape[1])(ids, scores)
 
     def _run(self, key: Any, work: Callable[[], object], tokens: int) -> Cost:
         with self.shaped.active():

@@ -9,8 +9,7 @@ from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import require_method
 from ..attribution.sums import Settings
 from ..circuits.select import parse_scope
-from ..evaluation import perplexity
-from ..evaluation import tasks as ioi
+from ..evaluation import perplexity, tasks
 from ..evaluation.metrics import (
     FluencySettings,
     HarnessSettings,
@@ -19,8 +18,7 @@ from ..evaluation.metrics import (
     PerplexitySettings,
     PromptSettings,
 )
-from ..experiment import score as protection
-from ..experiment import work_list as steps
+from ..experiment import score, work_list
 from ..experiment.compress import BATCH_TOKENS
 from ..models.load import context_length
 from ..recipe.schema import SEQUENTIAL, Recipe
@@ -90,8 +88,8 @@ class Stages:
         self.context = context_length(rehearsal.shaped.model)
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
-        self.units = sum(steps.units_in(site, unit) for site in self.sites)
-        self.specs = dict(steps.reference_sets(recipe))
+        self.units = sum(work_list.units_in(site, unit) for site in self.sites)
+        self.specs = dict(work_list.reference_sets(recipe))
         self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
         self.notes = [
             f"samples of {name} taken to have {found.longest} tokens"
@@ -127,7 +125,8 @@ class Stages:
         if self.recipe.discover:
             return len(self.sets) * len(self.recipe.discover.methods) * len(self.recipe.discover.ranks)
         return (
-            len(self.sets) * (len(steps.attributions_tried(self.recipe)) if self.recipe.selection.tune else 1)
+            len(self.sets)
+            * (len(work_list.attributions_tried(self.recipe)) if self.recipe.selection.tune else 1)
             + 1
         )
 
@@ -138,14 +137,18 @@ class Stages:
             return 1.0
         if recipe.compress:
             return _share(recipe.compress.scope) or max(recipe.compress.fractions)
-        own = max(steps.counts_tried(recipe)) if selection.tune else steps.circuit_count(recipe, self.sites)
+        own = (
+            max(work_list.counts_tried(recipe))
+            if selection.tune
+            else work_list.circuit_count(recipe, self.sites)
+        )
         return max([own, *recipe.compare.counts]) / self.units
 
     def _chosen(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
         asked: list[tuple[str, Any]] = [*self.specs.items(), *self.recipe.metrics().items()]
         if self.recipe.selection.tune:
-            name, settings = steps.search_aim(self.recipe)
+            name, settings = work_list.search_aim(self.recipe)
             asked.append((f"validation {name}", settings))
         for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
             count = spec.count or 100
@@ -158,9 +161,9 @@ class Stages:
             )
 
     def _protection(self) -> Iterator[Stage]:
-        if steps.is_protected(self.recipe):
-            some = self.sets["general"].first(protection.TEXTS).joined(self.context)
-            windows = [min(len(one.ids), protection.TOKENS) for one in some]
+        if work_list.is_protected(self.recipe):
+            some = self.sets["general"].first(score.TEXTS).joined(self.context)
+            windows = [min(len(one.ids), score.TOKENS) for one in some]
             read = _stage(
                 "",
                 self.rehearsal.windows("perplexity", max(windows), len(windows)),
@@ -168,14 +171,13 @@ class Stages:
                 max(windows) * len(windows),
             )
             yield replace(
-                self._forward("protection", some) + read * (1 + min(protection.SUSPECTS, self.units)),
-                scoring=True,
+                self._forward("protection", some) + read * (1 + min(score.SUSPECTS, self.units)), scoring=True
             )
 
     def _scores(self) -> Iterator[Stage]:
         for one in self.attributions:
             yield from self._attributed(one)
-        if set(steps.rival_methods(self.recipe)) & set(EXPERTISE):
+        if set(work_list.rival_methods(self.recipe)) & set(EXPERTISE):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
                 yield replace(
                     self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True
@@ -230,7 +232,10 @@ class Stages:
     def _search(self) -> Iterator[Stage]:
         """Each circuit that a search may look at, on its validation samples."""
         if self.recipe.selection.tune:
-            for name, settings in (*steps.search_budget(self.recipe).items(), steps.search_aim(self.recipe)):
+            for name, settings in (
+                *work_list.search_budget(self.recipe).items(),
+                work_list.search_aim(self.recipe),
+            ):
                 for stage in self._metric(name, settings):
                     yield replace(stage * (self.evaluations.trials - (name == "kl")), name=f"search, {name}")
 
@@ -243,7 +248,7 @@ class Stages:
                 )  # of the original from itself it is known
 
     def _cards(self) -> Iterator[Stage]:
-        if steps.has_cards(self.recipe):
+        if work_list.has_cards(self.recipe):
             yield self._forward("cards", self.sets["undesired"].joined(self.context))
 
     def _metric(self, name: str, settings: Any) -> Iterator[Stage]:
@@ -254,8 +259,8 @@ class Stages:
             group = of_samples(settings, self.tokenizer).encoded("contrast", self.context)
             yield _of_groups(
                 name,
-                self.rehearsal.contrasts(group[: ioi.ROWS]),
-                [group[i : i + ioi.ROWS] for i in range(0, len(group), ioi.ROWS)],
+                self.rehearsal.contrasts(group[: tasks.ROWS]),
+                [group[i : i + tasks.ROWS] for i in range(0, len(group), tasks.ROWS)],
             )
         elif isinstance(settings, PromptSettings):
             found = of_samples(settings, self.tokenizer)

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..safe_text import visible as visible
+from ..safe_text import visible
 from .read import RunFolder
 from .words import percent
 

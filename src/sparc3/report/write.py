@@ -14,8 +14,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..safe_text import visible
 from ..storage import write_text
-from . import compression, discovery, evidence, tables
-from . import headline as wording
+from . import compression, discovery, evidence, headline, tables
 from .cards import cards, protected, sharing
 from .comparison import comparisons, tiles, under_budget
 from .compression import by_samples
@@ -67,7 +66,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
     style, script = (
         files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
-    said = SAYING.get(run.job, wording)
+    said = SAYING.get(run.job, headline)
     mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
     pairs, known = kinds(run, mask), cards(run, mask)
@@ -81,7 +80,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "script": Markup(script),
         "policy": _policy(style, script),
         "headline": said.headline(run),
-        "damage": wording.damage(run) if said is wording else None,
+        "damage": headline.damage(run) if said is headline else None,
         "remarks": said.remarks(run),
         "tiles": tiles(run),
         "behaviour": run.behaviour,
