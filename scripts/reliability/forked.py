@@ -35,9 +35,9 @@ GRACE = 30
 
 def run_small(out: Path) -> None:
     """`sparc3 run demo`, with fewer samples, saving the sums after every batch."""
-    start = resume.Keeper.__init__
+    start = resume.PartialSums.__init__
     resume.SHARE = 1e9
-    resume.Keeper.__init__ = lambda self, path, task, every: start(self, path, task, 0.0)  # type: ignore[method-assign]
+    resume.PartialSums.__init__ = lambda self, path, task, every: start(self, path, task, 0.0)  # type: ignore[method-assign]
     command(["run", "demo", "--out", str(out), *(part for change in SMALL for part in ("--set", change))])
 
 
