@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import Words, tiny
+from unchanged import fingerprint, require_same
 
 from sparc3 import Scores, UserError, attribute
 from sparc3.attribution.attribute import merge
@@ -265,6 +266,22 @@ def test_whole_runs_killed_at_random_moments(ask: str, least: int) -> None:
     done = subprocess.run([sys.executable, campaign, *ask.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.findall(r"killed (\d+) times", done.stdout)[0]) >= least
+
+
+def test_the_model_is_as_it_was_when_saving_raises(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rules come off at once, though the exception that is still held keeps the method's generator alive."""
+
+    def fails(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    before = fingerprint(model)
+    monkeypatch.setattr(PartialSums, "after", fails)
+    with pytest.raises(OSError, match="No space") as held:
+        attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "sums")
+    assert held.tb
+    require_same(before, fingerprint(model))
 
 
 def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
