@@ -209,7 +209,7 @@ def test_a_line_of_100_mb_is_refused_with_flat_memory(tmp_path: Path) -> None:
         for number in range(40_000):
             opened.write(b'{"text": "%d %s"}\n' % (number, b"y" * 2500))
     code = (
-        "import resource, sys; from sparc3 import ReferenceSet, UserError; from sparc3.sources import Request, gather\n"
+        "import resource, sys; from sparc3 import ReferenceSet, UserError; from sparc3.samples.sources import Request, gather\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "before = peak()\n"
         "try: ReferenceSet.load(sys.argv[1])\n"

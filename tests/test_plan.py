@@ -282,10 +282,10 @@ import json, resource, sys
 from pathlib import Path
 import torch
 import transformers
-import sparc3.attribution, sparc3.evaluation
+import sparc3.attribution.attribute, sparc3.evaluation.evaluate
 from sparc3 import attribute
 from sparc3.evaluation import perplexity
-from sparc3.models import ROLES
+from sparc3.models.families import ROLES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 def resident():
@@ -295,7 +295,7 @@ def work(settings, length):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
     sample = torch.randint(3, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     if sys.argv[2] == "perplexity":
-        perplexity.of_windows(model, [(tuple(sample), length - 1)] * 2)
+        perplexity.perplexity_observations(model, [(tuple(sample), length - 1)] * 2)
     else:
         unit, sites = ("weight", [role for role in ROLES if role != "mlp.gate" or settings["model_type"] != "opt"]) if sys.argv[2] == "weights" else ("neuron", ("mlp.up",))
         attribute(model, [sample, sample[::-1]], unit=unit, sites=sites, neuron="signed" if sys.argv[2] == "signed" else "abs")

@@ -1,6 +1,7 @@
 """Promises that no single function can keep: who imports whom, what the front door offers, what importing costs."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -122,3 +123,23 @@ def test_a_recipe_loads_before_anything_else_does() -> None:
     code = "import sparc3; print(sorted(sparc3.load_recipe('demo').metrics()))"
     read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert read.stdout.strip() == "['ioi', 'perplexity', 'toxicity']"
+
+
+def test_imports_inside_strings_and_notebooks_exist() -> None:
+    """Code that other processes run stands in strings, notebooks and pages, where no type checker looks."""
+    root = SOURCE.parents[1]
+    files = [path for folder in ("tests", "benchmarks", "scripts") for path in (root / folder).rglob("*.*")]
+    files += [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("notebooks/*.ipynb")]
+    texts = {path: path.read_text() for path in files if path.suffix in (".py", ".sh", ".md", ".ipynb")}
+    assert len(texts) > 50
+    for path, text in texts.items():
+        for module, names in re.findall(r"from (sparc3(?:\.\w+)+) import ([\w, ]+)", text):
+            home = importlib.import_module(module)
+            for name in (part.split(" as ")[0].strip() for part in names.split(",") if part.strip()):
+                assert hasattr(home, name) or importlib.util.find_spec(f"{module}.{name}"), (
+                    path,
+                    module,
+                    name,
+                )
+        for module in re.findall(r"\bimport (sparc3(?:\.\w+)+)", text):
+            assert importlib.util.find_spec(module), (path, module)
