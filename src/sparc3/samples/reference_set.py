@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from ..errors import DamagedFile, UserError
 from ..storage import fingerprint, parse_json, read_json, write_json, write_text
+from .tables import format_of, read_table, unpack
 
 FORMAT = "sparc3.samples/1"
 MAX_LINE = 10_000_000
@@ -123,10 +124,11 @@ class ReferenceSet:
 
 
 class Rows(Sequence[tuple[int, dict[str, Any]]]):
-    """The rows of a JSONL file, or of a text file, with the number of the line each begins on; read when they are asked for.
+    """The rows of a file of samples, each with the number of its line.
 
-    A text file with <|endoftext|> marks has one text between two marks, any other one text a line. What is kept in memory is where
-    each row begins.
+    JSON lines and text are read row by row, when a row is asked for: what is kept in memory is where each begins. A text file
+    with <|endoftext|> marks has one text between two marks, any other one text a line. CSV, TSV, Parquet and JSON arrays are
+    read whole, and their numbers are those of the rows where a format has no lines.
 
     Raises:
         UserError: no such file, a row longer than MAX_LINE, no row at all; and, when a row is asked for, one that is not JSON or not UTF-8.
@@ -134,7 +136,12 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self.opened = path, open_file(path)
-        self.json = _is_json(path)
+        form = format_of(self.opened, path)
+        self.json = form == "json lines"
+        self.table: list[tuple[int, dict[str, Any]]] | None = None
+        if form not in ("json lines", "text"):
+            self.table = read_table(self.opened, form, path)
+            return
         separator = MARK if not self.json and _is_marked(self.opened) else b"\n"
         self.starts, self.sizes, self.numbers = array("Q"), array("Q"), array("Q")
         number = 1
@@ -148,11 +155,13 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
             raise UserError(f"{path} holds no sample; give one JSON object a line, or one text a line")
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.starts if self.table is None else self.table)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
+        if self.table is not None:
+            return self.table[index]
         number, where = self.numbers[index], f"{self.path}, line {self.numbers[index]}"
         self.opened.seek(self.starts[index])
         try:
@@ -166,16 +175,10 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
         return number, {"text": text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")}
 
 
-def _is_json(path: str | os.PathLike[str]) -> bool:
-    return Path(path).suffix in (".jsonl", ".json", ".ndjson")
-
-
 def is_rows(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds many texts: JSON lines, or text with marks. Any other text file may be one text or a text a line."""
-    if _is_json(path):
-        return True
+    """Whether a file holds many texts: a table, JSON, or text with marks. Any other text file may be one text or a text a line."""
     with open_file(path) as opened:
-        return _is_marked(opened)
+        return format_of(opened, path) != "text" or _is_marked(opened)
 
 
 def _is_marked(opened: BinaryIO) -> bool:
@@ -189,13 +192,13 @@ def _is_marked(opened: BinaryIO) -> bool:
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file the user named, as bytes. Raises UserError where it is missing, a folder, or cannot be read."""
+    """A file the user named, as bytes; gzip is unpacked. Raises UserError where it is missing, a folder, or cannot be read."""
     try:
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder; name a file in it")
         if not Path(path).is_file():
             raise UserError(f"no such file: {path}; check the path")
-        return open(path, "rb")
+        return unpack(open(path, "rb"), path)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -1,15 +1,15 @@
 """Where samples come from: data sets of the hub, the demo's generator, a user's files."""
 
 import random
-import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import UserError, unknown
+from ..errors import DamagedFile, UserError, unknown
 from ..storage import read_text
-from .reference_set import ReferenceSet, Rows, Sample, is_rows, sample_of
+from .reference_set import ReferenceSet, Rows, Sample, is_rows, open_file, sample_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -311,9 +311,20 @@ def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence
         found = gather(Request(name, count or 300, split=split)).samples
         return [(sample.text or "") + (sample.completion or "") for sample in found]
     if not is_rows(name):
-        return [read_text(name)][:count]
+        return [_whole_text(name)][:count]
     texts = _Texts(name)
     return texts if count is None else texts[:count]
+
+
+def _whole_text(path: str) -> str:
+    """A text file as one text; gzip is unpacked."""
+    if Path(path).suffix.lower() != ".gz":
+        return read_text(path)
+    with open_file(path) as opened:
+        try:
+            return opened.read().decode("utf-8-sig").replace("\r\n", "\n")
+        except UnicodeDecodeError:
+            raise DamagedFile(f"{path} is not UTF-8 text; convert it first") from None
 
 
 def _cut_each_seed(
@@ -417,8 +428,8 @@ def _by_completion(prompts: list[str], score: Score, low: float, high: float) ->
 
 
 def _plain(text: str) -> str:
-    """A prompt as far as being the same one goes: case, spaces and marks do not count."""
-    return re.sub(r"\W+", " ", text).strip().casefold()
+    """What identifies a prompt: its text, where case, white space and Unicode's ways of writing one character do not count."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def prompt_split(text: str) -> str:
@@ -427,6 +438,6 @@ def prompt_split(text: str) -> str:
 
 
 def overlap(one: Iterable[Sample], other: Iterable[Sample]) -> list[str]:
-    """Prompts that are in both, up to case, spaces and marks."""
+    """Prompts that are in both, up to case and white space."""
     known = {_plain(sample.text) for sample in one if sample.text}
     return [sample.text for sample in other if sample.text and _plain(sample.text) in known]

@@ -1,0 +1,139 @@
+"""Files of samples in other formats than JSON lines and plain text: CSV, TSV, Parquet, JSON arrays, and gzip around any of them."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ..errors import UserError
+
+JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
+PLAIN_TEXT = (".txt", ".text", ".raw", ".md")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+COLUMNS = ("text", "prompt", "input_ids")
+"""A table has one of these columns; `target`, `contrast`, `completion` and `continuation` are read beside it."""
+UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".arrow", ".feather", ".xlsx", ".tar")
+START = 65_536
+
+
+def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
+    """The bytes of an open file; of a gzip file those inside it, in a temporary file that goes when it is closed.
+
+    Raises:
+        UserError: the gzip file is truncated or damaged.
+    """
+    magic = opened.read(2)
+    opened.seek(0)
+    if magic != b"\x1f\x8b":
+        return opened
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it)
+    try:
+        with opened, gzip.GzipFile(fileobj=opened) as packed:
+            shutil.copyfileobj(packed, unpacked)
+    except (OSError, EOFError, zlib.error) as error:
+        unpacked.close()
+        raise UserError(f"{path} is not a whole gzip file ({error}); download it again") from None
+    unpacked.seek(0)
+    return cast(BinaryIO, unpacked)
+
+
+def format_of(opened: BinaryIO, path: str | os.PathLike[str]) -> str:
+    """The format of a file of samples: "json lines", "json array", "csv", "tsv", "parquet" or "text".
+
+    The name decides where it says it (in any case, `.gz` apart); a name that says nothing leaves it to the content.
+
+    Raises:
+        UserError: a format that is not read, named with what to do.
+    """
+    name = Path(path).name.lower().removesuffix(".gz")
+    suffix = Path(name).suffix
+    if suffix in UNREADABLE:
+        raise UserError(
+            f"{path}: {suffix} files are not read; convert it to JSON lines, CSV, Parquet or text"
+        )
+    opened.seek(0)
+    start = opened.read(START)
+    opened.seek(0)
+    if suffix in PARQUET or start.startswith(b"PAR1"):
+        return "parquet"
+    if suffix in DELIMITERS:
+        return suffix[1:]
+    first = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if suffix in JSON_LINES or suffix == ".json":
+        return "json array" if first.startswith(b"[") else "json lines"
+    if suffix not in PLAIN_TEXT:
+        if _is_object(first.split(b"\n", 1)[0]):
+            return "json lines"
+        if first.startswith(b"[") and _is_list(first):
+            return "json array"
+    return "text"
+
+
+def read_table(opened: BinaryIO, form: str, path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV, TSV, Parquet or JSON array file, each with its line (CSV, TSV) or its number from 1.
+
+    Raises:
+        UserError: a file that is not as its format has it, without rows, or without a column of texts.
+    """
+    try:
+        if form == "parquet":
+            import pyarrow.parquet
+
+            rows = list(enumerate(pyarrow.parquet.read_table(opened).to_pylist(), 1))
+        elif form == "json array":
+            rows = list(enumerate(_objects(opened, path), 1))
+        else:
+            rows = list(_records(opened, DELIMITERS["." + form]))
+    except (ValueError, csv.Error, RecursionError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as {form} ({reason}); check the file") from None
+    if not rows:
+        raise UserError(f"{path} has no rows; give at least one")
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    if not set(columns) & set(COLUMNS):
+        raise UserError(f"{path} has no column named text or prompt; it has: {', '.join(map(str, columns))}")
+    return rows
+
+
+def _records(opened: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a table with a header; an empty cell counts as absent."""
+    csv.field_size_limit(10_000_000)
+    lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num} has another number of cells than the header")
+        yield reader.line_num, {key: cell for key, cell in row.items() if cell != ""}
+
+
+def _objects(opened: BinaryIO, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    items = json.loads(opened.read().decode("utf-8-sig"))
+    rows = [{"text": item} if isinstance(item, str) else item for item in items]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, item {number} is neither an object nor a string; check the file")
+    return rows
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line is a JSON object; one longer than what was looked at is taken by how it begins."""
+    if len(line) >= START - 64:
+        return line.startswith((b'{"', b'{ "'))
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_list(start: bytes) -> bool:
+    """Whether a text that begins with a bracket begins a JSON array of objects or strings."""
+    inner = start[1:].lstrip()
+    return inner.startswith((b"{", b'"')) and (len(start) >= START - 64 or start.rstrip().endswith(b"]"))
