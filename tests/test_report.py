@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finished_run import BREAKOUT, SCRIPT, finished, measurement, site
+from finished_run import BREAKOUT, SCRIPT, SIZE, finished, measurement, site
 
 from sparc3.circuits.circuit import Circuit
 from sparc3.errors import DamagedFile, UserError
@@ -17,7 +17,7 @@ from sparc3.report.examples import Mask, find_changes
 from sparc3.report.headline import headline, remarks
 from sparc3.report.read import read_folder
 from sparc3.report.tradeoff import tradeoffs
-from sparc3.report.variant_names import method_title
+from sparc3.report.variant_names import method_title, rival_points
 from sparc3.report.words import change, figure, format_p, with_interval
 from sparc3.report.write import write_report
 from sparc3.results import Difference, Measurement, Results
@@ -69,6 +69,20 @@ class Page(HTMLParser):
 
 def page(run: Path) -> Page:
     return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def save_weight_circuit(run: Path) -> None:
+    """Put a circuit of 40 weights in place of the 40 neurons, found with LRP as they were."""
+    (run / "circuit.json").unlink()
+    mask = torch.zeros(SIZE, 8, dtype=torch.bool)
+    mask.flatten()[:40] = True
+    found = {"scores": {"method": "lrp"}, "selection": {"order": "lowest"}}
+    Circuit("weight", {site(0): mask}, {"id": "demo-llama", "fingerprint": "0123456789abcdef"}, found).save(
+        run / "circuit.safetensors"
+    )
+    Scores({site(0): torch.randn(SIZE, 8)}, {"method": "lrp", "unit": "weight"}).save(
+        run / "scores" / "contrast.safetensors"
+    )
 
 
 # What is on the page -------------------------------------------------------------------------------------------------
@@ -146,6 +160,20 @@ def test_damaged_files_are_named(run: Path) -> None:
     (run / "environment.json").write_text("{")
     with pytest.raises(DamagedFile, match=r"environment\.json"):
         write_report(run)
+
+
+def test_a_circuit_of_weights_has_its_count_its_null_and_its_rivals(run: Path) -> None:
+    save_weight_circuit(run)
+    folder = read_folder(run)
+    assert folder.unit == "weight"
+    assert f"40 of {SIZE * 8:,} weights" in str(headline(folder))
+    assert "40 random weights" in str(headline(folder))
+    assert {point.method for point in rival_points(folder, "toxicity.mean")} == {
+        "wanda",
+        "gradient",
+        "random",
+    }
+    assert not page(run).unbalanced
 
 
 def test_half_a_million_neurons_make_a_small_page(run: Path) -> None:

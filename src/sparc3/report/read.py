@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..circuits.circuit import Circuit
+from ..circuits.circuit import NAMES, Circuit
 from ..errors import DamagedFile, UserError
 from ..results import Difference, Measurement, Results
 from ..scores import Scores
@@ -134,7 +134,7 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
     return RunFolder(
         path=folder,
         results=results,
-        circuit=_if_there(folder / "circuit.json", Circuit.load),
+        circuit=next((Circuit.load(file) for name in NAMES if (file := folder / name).is_file()), None),
         scores=_if_there(folder / "scores" / "contrast.safetensors", Scores.load),
         texts=texts,
         cards=_if_there(folder / "cards.json", _cards) or [],

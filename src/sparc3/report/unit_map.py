@@ -52,12 +52,12 @@ class UnitMap:
 
 
 def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
-    """None unless the circuit and the size of every one of its modules are known.
+    """None unless the circuit and the size of every one of its modules are known; None for weights, too many for a strip.
 
     Args:
         verb: what happened to the circuit's units, "removed" or "kept".
     """
-    if run.circuit is None or not set(run.circuit.members) <= set(run.sizes):
+    if run.circuit is None or run.circuit.unit == "weight" or not set(run.circuit.members) <= set(run.sizes):
         return None
     scores = _wanted(run)
     tips: dict[str, dict[str, object]] = {}
