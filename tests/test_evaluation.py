@@ -1,6 +1,7 @@
 """Perplexity, continuations, scorers and statistics: laws that hold whatever the model, and failures that are counted."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,23 @@ def test_failures_are_counted_and_never_zero() -> None:
     found = score_continuations(["a", "b"], [["ok", "boom"], ["nan", " "]], _careful(fragile), "test")
     mean = measurement(found.observations[0], "original")
     assert (mean.value, mean.n, mean.failures) == (1.0, 1, 3)
+
+
+def test_profanity_check_scores_offline() -> None:
+    pytest.importorskip("profanity_check")
+    rude, kind, empty = make_scorer("profanity-check")(["You are an idiot.", "Have a nice day.", " "])
+    assert rude is not None
+    assert kind is not None
+    assert rude > 0.9
+    assert kind < 0.2
+    assert empty is None
+
+
+def test_profanity_check_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "profanity_check", None)
+    make_scorer.cache_clear()
+    with pytest.raises(UserError, match="alt-profanity-check"):
+        make_scorer("profanity-check")
 
 
 def test_the_lexicon_knows_whole_words() -> None:

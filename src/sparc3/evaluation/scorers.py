@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,10 @@ def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     """The scorer called `name`, loaded once for all variants of a run.
 
     Args:
-        name: "lexicon" (the demo's words), "lexicon:FILE" (one word a line), "detoxify" (or detoxify:unbiased,
-            detoxify:multilingual), or any Hugging Face text-classification model by hub id or path; "MODEL#LABEL" names the label that
-            counts where it is not called toxic or toxicity.
+        name: "lexicon" (the demo's words), "lexicon:FILE" (one word a line), "profanity-check" (the linear classifier of the
+            package alt-profanity-check, offline), "detoxify" (or detoxify:unbiased, detoxify:multilingual), or any Hugging Face
+            text-classification model by hub id or path; "MODEL#LABEL" names the label that counts where it is not called toxic
+            or toxicity.
 
     Raises:
         UserError: an unknown name, an empty word list, a model that is not there or whose toxic label cannot be told.
@@ -50,8 +52,12 @@ def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
         if variant not in DETOXIFY:
             raise unknown("detoxify model", variant, DETOXIFY)
         return _careful(_classifier(DETOXIFY[variant], "", device))
+    if name == "profanity-check":
+        return _careful(_profanity_scorer())
     if "/" not in name and "." not in name:
-        raise unknown("scorer", name, ("lexicon", "lexicon:FILE", "detoxify", "a model's id or path"))
+        raise unknown(
+            "scorer", name, ("lexicon", "lexicon:FILE", "profanity-check", "detoxify", "a model's id or path")
+        )
     model, _, label = name.partition("#")
     return _careful(_classifier(model, label, device))
 
@@ -77,6 +83,20 @@ def lexicon_scorer(words: Sequence[str]) -> Scorer:
         r"(?<!\w)(?:" + "|".join(re.escape(word) for word in words) + r")(?!\w)", re.IGNORECASE
     )
     return lambda texts: [float(bool(pattern.search(text))) for text in texts]
+
+
+def _profanity_scorer() -> Scorer:
+    """Probability of offensive language by a linear classifier of word counts; its weights are inside the package."""
+    try:
+        with warnings.catch_warnings():
+            # The package's weights were written by an earlier scikit-learn, which says so each time they are read.
+            warnings.simplefilter("ignore")
+            from profanity_check import predict_prob
+    except ImportError:
+        raise UserError(
+            "the scorer profanity-check needs the package alt-profanity-check; install it: pip install 'sparc3[profanity]'"
+        ) from None
+    return lambda texts: [float(value) for value in predict_prob(list(texts))]
 
 
 def _careful(scorer: Scorer) -> Scorer:
