@@ -1,14 +1,17 @@
-"""Shapes as markup, and the scales that place them. No figure of the report needs more than this."""
+"""Shapes as SVG markup, the scales that place them, and the axes around them: all that the figures of the report need."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
 from ..safe_text import visible
 
 Attribute = str | float | int | None
+WIDTH, HEIGHT = 480.0, 300.0
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 378.0, 14.0, 258.0
+"""Size and plotting area of a figure with room for names at the right, in pixels."""
 
 
 def tag(tag_name: str, *children: str, **attributes: Attribute) -> Markup:
@@ -146,6 +149,71 @@ def _powers(low: float, high: float) -> list[float]:
     ]
     inside = [value for value in found if low <= value <= high]
     return inside if len(inside) <= 6 else [value for value in inside if math.log10(value).is_integer()]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One drawing with its words; `tips` is what the script shows over its marks: id → {"head", "rows"}."""
+
+    title: str
+    note: str
+    drawing: Markup
+    tips: dict[str, dict[str, object]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The plotting area of a figure, in pixels, and the scales of its axes, which may end inside it."""
+
+    x: Scale
+    y: Scale
+    left: float = LEFT
+    right: float = RIGHT
+    top: float = TOP
+    bottom: float = BOTTOM
+
+    def draw_axes(
+        self,
+        x_ticks: Iterable[tuple[float, str]],
+        y_ticks: Iterable[tuple[float, str]],
+        x_label: str,
+        *labels: Markup,
+        vertical_grid: bool = False,
+    ) -> Markup:
+        """Grid lines, ticks given as (place in pixels, text), the label under the x axis, and any labels of the figure's own."""
+        parts = []
+        for y, text in y_ticks:
+            parts.append(tag("line", x1=self.left, x2=self.right, y1=y, y2=y, class_="grid"))
+            parts.append(tag("text", text, x=self.left - 8, y=y + 4, class_="end tick"))
+        for x, text in x_ticks:
+            if vertical_grid:
+                parts.append(tag("line", x1=x, x2=x, y1=self.top, y2=self.bottom, class_="grid"))
+            parts.append(tag("text", text, x=x, y=self.bottom + 19, class_="middle tick"))
+        middle = (self.left + self.right) / 2
+        parts.append(tag("text", x_label, x=middle, y=self.bottom + 37, class_="middle tick"))
+        return tag("g", *parts, *labels, aria_hidden="true")
+
+    def draw_line(
+        self, points: Iterable[tuple[float, float]], colour: str, *marks: Markup, thin: bool = False
+    ) -> Markup:
+        """A line through points given in the units of the axes, with the marks that belong to it."""
+        path = polyline([(self.x(x), self.y(y)) for x, y in points])
+        line = tag("path", d=path, class_="line thin" if thin else "line")
+        return tag("g", line, *marks, class_=f"series {colour}")
+
+    def draw_reference(self, value: float) -> Markup:
+        """A dashed line across the chart at one height."""
+        y = self.y(value)
+        return tag("line", x1=self.left, x2=self.right, y1=y, y2=y, class_="reference")
+
+    def label_ends(self, ends: Sequence[tuple[str, str, float]]) -> Markup:
+        """Names to the right of the lines' ends, moved apart where they would touch: (name, class, height in the axis's unit)."""
+        heights = spread([self.y(value) for *_, value in ends], 15.0, self.top + 4, self.bottom)
+        texts = [
+            tag("text", name, x=self.right + 8, y=y + 4, class_=f"name {colour}")
+            for (name, colour, _), y in zip(ends, heights, strict=True)
+        ]
+        return tag("g", *texts, aria_hidden="true")
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

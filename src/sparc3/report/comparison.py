@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from ..results import Measurement
-from .charts import Scale, drawing, mark, tag
-from .curves import Figure
+from .charts import Figure, Scale, drawing, mark, tag
 from .read import RunFolder
 from .variant_names import (
     Point,

@@ -1,13 +1,12 @@
 """What a run that pruned weights says: what each method's perplexity is at one sparsity, and whether every row has it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
-from .charts import Scale, drawing, mark, polyline, spread, tag
-from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Figure
+from .charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Figure, Scale, drawing, mark
 from .read import RunFolder
 from .standing import intervals_overlap
 from .variant_names import Point, count_units, curve_points, list_methods, method_colours, method_title
@@ -28,8 +27,8 @@ from .words import (
 
 def headline(run: RunFolder) -> Markup:
     """The run in one sentence: the first metric that is not a sparsity, of every method, best first."""
-    metric = _metric(run)
-    found = _best_first(run, metric) if metric else []
+    metric = _choose_metric(run)
+    found = _rank_methods(run, metric) if metric else []
     original = run.measured(metric, "original") if metric else None
     if metric is None or not found or original is None:
         return Markup("{} figures of one run").format(len(run.results.measurements))
@@ -45,7 +44,7 @@ def headline(run: RunFolder) -> Markup:
     where = " in every row" if run.provenance.get("scope") == "row" else ""
     text = Markup('{} removed{}: {} goes from {}{} to <b class="figure after">{}</b>{} by {}{}{}.')
     return text.format(
-        _share(run, best),
+        _write_share(run, best),
         where,
         in_words(metric),
         value_of(original),
@@ -58,7 +57,7 @@ def headline(run: RunFolder) -> Markup:
     )
 
 
-def _share(run: RunFolder, point: Point) -> str:
+def _write_share(run: RunFolder, point: Point) -> str:
     total = sum(run.sizes.values())
     return f"{percent(point.count / total) if total else f'{point.count:,}'} of {count_units(None, run)}"
 
@@ -69,14 +68,16 @@ def _is_own(run: RunFolder, point: Point) -> bool:
 
 
 def remarks(run: RunFolder) -> list[Remark]:
-    metric = _metric(run)
-    found = _best_first(run, metric) if metric else []
-    parts = [f"{method_title(p.method)} {with_interval(p.measurement)}{_relative(run, p)}" for p in found]
+    metric = _choose_metric(run)
+    found = _rank_methods(run, metric) if metric else []
+    parts = [
+        f"{method_title(p.method)} {with_interval(p.measurement)}{_write_relative(run, p)}" for p in found
+    ]
     plain = Remark("plain", Markup("<b>All methods, best first:</b> {}.").format(join_words(parts)))
-    return [*([plain] if parts else []), *_behind(run, found), _rows(run)]
+    return [*([plain] if parts else []), *_remarks_if_behind(run, found), _remark_on_rows(run)]
 
 
-def _behind(run: RunFolder, found: list[Point]) -> list[Remark]:
+def _remarks_if_behind(run: RunFolder, found: list[Point]) -> list[Remark]:
     """That the run's own method is not ahead, where it is not."""
     own = next((point for point in found if _is_own(run, point)), None)
     ahead = found[: found.index(own)] if own else []
@@ -94,14 +95,14 @@ def _behind(run: RunFolder, found: list[Point]) -> list[Remark]:
     ]
 
 
-def _metric(run: RunFolder) -> str | None:
+def _choose_metric(run: RunFolder) -> str | None:
     return next(
         (m for m in ("perplexity", *run.metrics()) if not m.startswith("sparsity") and curve_points(run, m)),
         None,
     )
 
 
-def _best_first(run: RunFolder, metric: str) -> list[Point]:
+def _rank_methods(run: RunFolder, metric: str) -> list[Point]:
     """Every method at the largest count that was tried."""
     last = {point.method: point for point in curve_points(run, metric)}
     direction = {point.measurement.direction for point in last.values()}
@@ -112,14 +113,14 @@ def _best_first(run: RunFolder, metric: str) -> list[Point]:
     return found[::-1] if direction == {"higher"} else found
 
 
-def _relative(run: RunFolder, point: Point) -> str:
+def _write_relative(run: RunFolder, point: Point) -> str:
     variant = f"{point.method}@{point.count}"
     metric = point.measurement.metric
     d = run.difference(metric, variant)
     return f", {relative(d.relative)}" if d and d.relative is not None else ""
 
 
-def _rows(run: RunFolder) -> Remark:
+def _remark_on_rows(run: RunFolder) -> Remark:
     checks = [
         check
         for check in run.provenance.get("checks") or []
@@ -156,12 +157,12 @@ def by_samples(run: RunFolder) -> list[Figure]:
     drawn = dict(run.provenance.get("distributions") or {})
     metrics = dict.fromkeys(str(row["metric"]) for row in rows if row.get("value") is not None)
     return [
-        *(_against_samples(run, rows, metric) for metric in metrics),
-        *([_histogram(run, drawn), _above(run, drawn)] if drawn else []),
+        *(_draw_against_samples(run, rows, metric) for metric in metrics),
+        *([_draw_histogram(run, drawn), _draw_counts_above(run, drawn)] if drawn else []),
     ]
 
 
-def _against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str) -> Figure:
+def _draw_against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str) -> Figure:
     """A line through the means over seeds, a dot for every seed; dashed, the original and methods that look at no sample."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
@@ -180,34 +181,23 @@ def _against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str
     )
     counts = sorted({count for line in found.values() for count in line})
     x = Scale(counts[0], counts[-1], LEFT + 14, RIGHT - 10, log=counts[-1] > 5 * counts[0])
-    y = _heights(values)
+    chart = Chart(x, _scale_values(values))
     marks = []
     for method, line in found.items():
         dots = [
-            mark(_colour(run, method), x(count), y(value), 2.6)
+            mark(_class_of(run, method), x(count), chart.y(value), 2.6)
             for count, some in line.items()
             for value in some
         ]
-        means = [(x(count), y(fmean(some))) for count, some in sorted(line.items())]
-        marks.append(
-            tag(
-                "g",
-                tag("path", d=polyline(means), class_="line"),
-                *dots,
-                class_=f"series {_colour(run, method)}",
-            )
-        )
-    marks += [
-        tag("line", x1=LEFT, x2=RIGHT, y1=y(value), y2=y(value), class_="reference")
-        for value in flat.values()
-    ]
-    ends = [(method, _colour(run, method), y(fmean(line[max(line)]))) for method, line in found.items()]
-    ends += [(name, "reference-name", y(value)) for name, value in flat.items()]
-    axes = _axes(
-        x,
-        y,
-        [(count, f"{count:,}") for count in counts],
-        [(tick, plain(tick)) for tick in y.ticks(5)],
+        means = [(count, fmean(some)) for count, some in sorted(line.items())]
+        marks.append(chart.draw_line(means, _class_of(run, method), *dots))
+    marks += [chart.draw_reference(value) for value in flat.values()]
+    ends = [(method, _class_of(run, method), fmean(line[max(line)])) for method, line in found.items()]
+    ends += [(name, "reference-name", value) for name, value in flat.items()]
+    names = chart.label_ends([(method_title(name), colour, value) for name, colour, value in ends])
+    axes = chart.draw_axes(
+        [(x(count), f"{count:,}") for count in counts],
+        [(chart.y(tick), plain(tick)) for tick in chart.y.ticks(5)],
         "reference samples",
     )
     words = "; ".join(
@@ -218,32 +208,30 @@ def _against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str
     note = "; ".join(
         part for part in (explained(metric), "a dot is one draw of the samples, the line their mean") if part
     )
-    return Figure(
-        title(metric), note, drawing(WIDTH, HEIGHT, label, axes, *marks, _names(ends), class_="curve")
-    )
+    return Figure(title(metric), note, drawing(WIDTH, HEIGHT, label, axes, *marks, names, class_="curve"))
 
 
-def _histogram(run: RunFolder, drawn: dict[str, Any]) -> Figure:
+def _draw_histogram(run: RunFolder, drawn: dict[str, Any]) -> Figure:
     """Share of all scores in each eighth of a power of ten, sites together."""
     lines: dict[str, Points] = {}
     for method, spread_out in drawn.items():
-        whole, exponents = _whole(spread_out), spread_out["exponents"]
+        whole, exponents = _sum_roles(spread_out), spread_out["exponents"]
         total = sum(whole) or 1
         middles = [(a + b) / 2 for a, b in zip(exponents, exponents[1:], strict=False)]
         lines[method] = [(middle, count / total) for middle, count in zip(middles, whole[1:], strict=True)]
     below = "; ".join(
-        f"{method_title(method)} {_whole(one)[0] / (sum(_whole(one)) or 1):.2%}"
+        f"{method_title(method)} {_sum_roles(one)[0] / (sum(_sum_roles(one)) or 1):.2%}"
         for method, one in drawn.items()
     )
     note = f"share of the weights at each size of score; further left or zero: {below}"
-    return _lines(run, "Histogram of the scores", note, "", lines, log=False)
+    return _draw_lines(run, "Histogram of the scores", note, "", lines, log=False)
 
 
-def _above(run: RunFolder, drawn: dict[str, Any]) -> Figure:
+def _draw_counts_above(run: RunFolder, drawn: dict[str, Any]) -> Figure:
     """How many scores are above each power of ten of the largest."""
     lines: dict[str, Points] = {}
     for method, one in drawn.items():
-        whole, exponents = _whole(one), one["exponents"]
+        whole, exponents = _sum_roles(one), one["exponents"]
         above = [
             (threshold, float(sum(whole[1 + exponents.index(threshold) :])))
             for threshold in THRESHOLDS
@@ -254,41 +242,43 @@ def _above(run: RunFolder, drawn: dict[str, Any]) -> Figure:
         f"{method_title(method)} " + ", ".join(f"{count:,.0f} above 10^{at:g}" for at, count in line)
         for method, line in lines.items()
     )
-    return _lines(
+    return _draw_lines(
         run, "Scores above a threshold", "number of weights whose score is larger", words, lines, log=True
     )
 
 
-def _lines(run: RunFolder, name: str, note: str, words: str, lines: dict[str, Points], log: bool) -> Figure:
+def _draw_lines(
+    run: RunFolder, name: str, note: str, words: str, lines: dict[str, Points], log: bool
+) -> Figure:
     every = [point for line in lines.values() for point in line]
     x = Scale(min(a for a, _ in every), max(a for a, _ in every), LEFT + 14, RIGHT - 10)
     top, low = max(b for _, b in every), min(b for _, b in every)
     y = Scale(low * 0.8, top * 1.2, BOTTOM, TOP, log=True) if log else Scale(0.0, top * 1.06, BOTTOM, TOP)
-    across = [(at, "10" + str(at).translate(RAISED)) for at in range(-6, 1, 2) if x.low <= at <= x.high]
-    up = [(tick, f"{tick:,.0f}" if log else f"{100 * tick:.3g} %") for tick in y.ticks(5)]
-    marks = [
-        tag(
-            "g",
-            tag("path", d=polyline([(x(a), y(b)) for a, b in line]), class_="line"),
-            class_=f"series {_colour(run, method)}",
-        )
-        for method, line in lines.items()
-    ]
-    ends = [(method, _colour(run, method), y(line[-1][1])) for method, line in lines.items() if line]
-    axes = _axes(x, y, across, up, "|score| / the largest")
+    chart = Chart(x, y)
+    axes = chart.draw_axes(
+        [(x(at), "10" + str(at).translate(RAISED)) for at in range(-6, 1, 2) if x.low <= at <= x.high],
+        [(y(tick), f"{tick:,.0f}" if log else f"{100 * tick:.3g} %") for tick in y.ticks(5)],
+        "|score| / the largest",
+    )
+    marks = [chart.draw_line(line, _class_of(run, method)) for method, line in lines.items()]
+    names = chart.label_ends(
+        [
+            (method_title(method), _class_of(run, method), line[-1][1])
+            for method, line in lines.items()
+            if line
+        ]
+    )
     return Figure(
-        name,
-        note,
-        drawing(WIDTH, HEIGHT, f"{name}, {note}. {words}", axes, *marks, _names(ends), class_="curve"),
+        name, note, drawing(WIDTH, HEIGHT, f"{name}, {note}. {words}", axes, *marks, names, class_="curve")
     )
 
 
-def _whole(one: dict[str, Any]) -> list[int]:
+def _sum_roles(one: dict[str, Any]) -> list[int]:
     """Counts by bin, all roles together."""
     return [sum(column) for column in zip(*one["roles"].values(), strict=True)]
 
 
-def _heights(values: list[float]) -> Scale:
+def _scale_values(values: list[float]) -> Scale:
     low, high = min(values), max(values)
     if low > 0 and high > 8 * low:
         return Scale(low * 0.9, high * 1.1, BOTTOM, TOP, log=True)
@@ -296,26 +286,5 @@ def _heights(values: list[float]) -> Scale:
     return Scale(low - 0.06 * room, high + 0.06 * room, BOTTOM, TOP)
 
 
-def _axes(
-    x: Scale, y: Scale, across: Iterable[tuple[float, str]], up: Iterable[tuple[float, str]], what: str
-) -> Markup:
-    rows = []
-    for tick, words in up:
-        rows.append(tag("line", x1=LEFT, x2=RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
-        rows.append(tag("text", words, x=LEFT - 8, y=y(tick) + 4, class_="end tick"))
-    rows += [tag("text", words, x=x(tick), y=BOTTOM + 19, class_="middle tick") for tick, words in across]
-    rows.append(tag("text", what, x=(LEFT + RIGHT) / 2, y=BOTTOM + 37, class_="middle tick"))
-    return tag("g", *rows, aria_hidden="true")
-
-
-def _names(ends: list[tuple[str, str, float]]) -> Markup:
-    places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
-    texts = [
-        tag("text", method_title(name), x=RIGHT + 8, y=y + 4, class_=f"name {colour}")
-        for (name, colour, _), y in zip(ends, places, strict=True)
-    ]
-    return tag("g", *texts, aria_hidden="true")
-
-
-def _colour(run: RunFolder, method: str) -> str:
+def _class_of(run: RunFolder, method: str) -> str:
     return method_colours(run).get(method, "mr")

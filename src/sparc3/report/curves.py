@@ -1,27 +1,29 @@
 """Curves: a metric against the number of removed units, a line a method, its 95 % interval as a band."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from ..results import Measurement
-from .charts import Scale, drawing, mark, number, polyline, spread, tag
+from .charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    Figure,
+    Scale,
+    drawing,
+    mark,
+    number,
+    polyline,
+    tag,
+)
 from .read import RunFolder
 from .variant_names import Point, count_units, curve_points, list_methods, method_colours, method_title
 from .words import PERCENT, explained, is_share, percent, title, value_of, with_interval
-
-WIDTH, HEIGHT = 480.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 378.0, 14.0, 258.0
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One drawing with its words; `tips` is what the script shows over its marks: id → {"head", "rows"}."""
-
-    title: str
-    note: str
-    drawing: Markup
-    tips: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class Plot:
     lines: dict[str, list[Point]]
     original: Measurement | None
     circuit: Measurement | None
-    x: Scale
-    y: Scale
+    chart: Chart
 
     @property
     def counts(self) -> list[int]:
@@ -47,10 +48,10 @@ class Plot:
 
 def curves(run: RunFolder) -> list[Figure]:
     """A figure for every metric that was measured at two counts or more; sparsity follows from the count and gets none."""
-    return [_figure(plot) for metric in run.drawn() if (plot := _plot(run, metric))]
+    return [_draw_figure(plot) for metric in run.drawn() if (plot := _make_plot(run, metric))]
 
 
-def _plot(run: RunFolder, metric: str) -> Plot | None:
+def _make_plot(run: RunFolder, metric: str) -> Plot | None:
     found = curve_points(run, metric)
     counts = {point.count for point in found}
     if len(counts) < 2:
@@ -67,7 +68,7 @@ def _plot(run: RunFolder, metric: str) -> Plot | None:
     x = Scale(low, high, LEFT + 14, RIGHT - 10, log=few and low > 0 and high / low > 5)
     shown = [*(point.measurement for point in found), *(m for m in (original, circuit) if m)]
     ends = [end for m in shown for end in ends_of(run, m) or ()]
-    return Plot(run, metric, lines, original, circuit, x, _heights(shown, ends, original))
+    return Plot(run, metric, lines, original, circuit, Chart(x, _scale_values(shown, ends, original)))
 
 
 def ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
@@ -84,7 +85,7 @@ def ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
     )
 
 
-def _heights(shown: list[Measurement], ends: list[float], original: Measurement | None) -> Scale:
+def _scale_values(shown: list[Measurement], ends: list[float], original: Measurement | None) -> Scale:
     """From the lowest to the highest end of an interval; logarithmic where one method runs away, from zero for shares."""
     values = [m.value for m in shown if m.value is not None]
     low, high = min(values + ends), max(values + ends)
@@ -99,20 +100,25 @@ def _heights(shown: list[Measurement], ends: list[float], original: Measurement 
     return Scale(middle - 0.56 * room, middle + 0.56 * room, BOTTOM, TOP)
 
 
-def _figure(plot: Plot) -> Figure:
+def _draw_figure(plot: Plot) -> Figure:
     label = f"{title(plot.metric)} against the number of removed {count_units(None, plot.run)}; arrow keys step through the counts"
-    tips = {f"{plot.metric}@{count}": _tip(plot, count) for count in plot.counts}
-    bands, lines = (
-        [_band(plot, method) for method in plot.lines],
-        [_line(plot, method) for method in plot.lines],
-    )
-    parts = [_axes(plot), _reference(plot), *bands, *lines, _star(plot), _names(plot), *_columns(plot)]
+    tips = {f"{plot.metric}@{count}": _make_tip(plot, count) for count in plot.counts}
+    value = plot.original.value if plot.original else None
+    parts = [
+        _draw_axes(plot),
+        *([] if value is None else [plot.chart.draw_reference(value)]),
+        *(_draw_band(plot, method) for method in plot.lines),
+        *(_draw_line(plot, method) for method in plot.lines),
+        _ring_circuit(plot),
+        _label_lines(plot),
+        *_draw_columns(plot),
+    ]
     return Figure(
-        title(plot.metric), _note(plot), drawing(WIDTH, HEIGHT, label, *parts, class_="curve"), tips
+        title(plot.metric), _write_note(plot), drawing(WIDTH, HEIGHT, label, *parts, class_="curve"), tips
     )
 
 
-def _note(plot: Plot) -> str:
+def _write_note(plot: Plot) -> str:
     """What the metric is and which way is better; of a task, whose circuit is found by what its removal breaks, only the first."""
     direction = next(point.measurement.direction for line in plot.lines.values() for point in line)
     better = "" if plot.metric.startswith("ioi.") else f"{direction} is better"
@@ -125,17 +131,11 @@ def _note(plot: Plot) -> str:
     return "; ".join(part for part in (explained(plot.metric), measured_in, better, shaded) if part)
 
 
-def _axes(plot: Plot) -> Markup:
-    rows, ticks = [], plot.y.ticks(5)
-    for tick in ticks:
-        y = plot.y(tick)
-        rows.append(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
-        rows.append(tag("text", _tick(tick, plot), x=LEFT - 8, y=y + 4, class_="end tick"))
-    for x, text in _readable(plot):
-        rows.append(tag("text", text, x=x, y=BOTTOM + 19, class_="middle tick"))
-    under = f"{'share of ' if _as_shares(plot) else ''}{count_units(None, plot.run)} removed"
-    rows.append(tag("text", under, x=(LEFT + RIGHT) / 2, y=BOTTOM + 37, class_="middle tick"))
-    return tag("g", *rows, aria_hidden="true")
+def _draw_axes(plot: Plot) -> Markup:
+    y = plot.chart.y
+    heights = [(y(tick), _write_tick(tick, plot)) for tick in y.ticks(5)]
+    label = f"{'share of ' if _as_shares(plot) else ''}{count_units(None, plot.run)} removed"
+    return plot.chart.draw_axes(_choose_ticks(plot), heights, label)
 
 
 def _as_shares(plot: Plot) -> bool:
@@ -143,16 +143,16 @@ def _as_shares(plot: Plot) -> bool:
     return bool(total) and max(plot.counts) > 0.5 * total
 
 
-def _readable(plot: Plot) -> list[tuple[float, str]]:
+def _choose_ticks(plot: Plot) -> list[tuple[float, str]]:
     """(place, text) of the counts, or of round shares where most units go, that do not run into the one before."""
     total = sum(plot.run.sizes.values())
     shares = (
-        [step / 10 for step in range(11) if plot.x.low <= total * step / 10 <= plot.x.high]
+        [step / 10 for step in range(11) if plot.chart.x.low <= total * step / 10 <= plot.chart.x.high]
         if _as_shares(plot)
         else []
     )
-    every = [(plot.x(share * total), f"{share * 100:.0f}{PERCENT}") for share in shares] or [
-        (plot.x(n), f"{n:,}") for n in plot.counts
+    every = [(plot.chart.x(share * total), f"{share * 100:.0f}{PERCENT}") for share in shares] or [
+        (plot.chart.x(n), f"{n:,}") for n in plot.counts
     ]
     kept: list[tuple[float, str]] = []
     for x, text in every:
@@ -161,7 +161,7 @@ def _readable(plot: Plot) -> list[tuple[float, str]]:
     return kept
 
 
-def _tick(value: float, plot: Plot) -> str:
+def _write_tick(value: float, plot: Plot) -> str:
     if is_share(plot.metric, plot.unit):
         return (
             f"{value * 100:g}{PERCENT}"
@@ -171,20 +171,13 @@ def _tick(value: float, plot: Plot) -> str:
     return f"{value:,.6g}".replace("-", "\u2212")
 
 
-def _reference(plot: Plot) -> Markup:
-    if plot.original is None or plot.original.value is None:
-        return Markup("")
-    y = plot.y(plot.original.value)
-    return tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="reference")
-
-
-def _band(plot: Plot, method: str) -> Markup:
+def _draw_band(plot: Plot, method: str) -> Markup:
     """The intervals of one method as an area, or as bars where some point has none or stands alone."""
     colour, found = (
         method_colours(plot.run)[method],
-        [(plot.x(p.count), ends_of(plot.run, p.measurement)) for p in plot.lines[method]],
+        [(plot.chart.x(p.count), ends_of(plot.run, p.measurement)) for p in plot.lines[method]],
     )
-    ends = [(x, plot.y(there[0]), plot.y(there[1])) for x, there in found if there]
+    ends = [(x, plot.chart.y(there[0]), plot.chart.y(there[1])) for x, there in found if there]
     if not ends:
         return Markup("")
     if len(ends) == len(plot.lines[method]) > 1:
@@ -199,57 +192,50 @@ def _band(plot: Plot, method: str) -> Markup:
     )
 
 
-def _line(plot: Plot, method: str) -> Markup:
-    places = [
-        (plot.x(p.count), plot.y(p.measurement.value))
-        for p in plot.lines[method]
-        if p.measurement.value is not None
+def _draw_line(plot: Plot, method: str) -> Markup:
+    chart, colour = plot.chart, method_colours(plot.run)[method]
+    points = [
+        (point.count, point.measurement.value)
+        for point in plot.lines[method]
+        if point.measurement.value is not None
     ]
-    dots = [mark(method_colours(plot.run)[method], x, y, 3.3) for x, y in places]
-    return tag(
-        "g",
-        tag("path", d=polyline(places), class_="line"),
-        *dots,
-        class_=f"series {method_colours(plot.run)[method]}",
-    )
+    dots = [mark(colour, chart.x(count), chart.y(value), 3.3) for count, value in points]
+    return chart.draw_line(points, colour, *dots)
 
 
-def _star(plot: Plot) -> Markup:
+def _ring_circuit(plot: Plot) -> Markup:
     """A ring around the circuit that this run chose."""
     if plot.circuit is None or plot.circuit.value is None or plot.run.circuit is None:
         return Markup("")
     count = len(plot.run.circuit)
-    if not plot.x.low <= count <= plot.x.high:
+    if not plot.chart.x.low <= count <= plot.chart.x.high:
         return Markup("")
-    return tag("circle", cx=plot.x(count), cy=plot.y(plot.circuit.value), r=7.5, class_="chosen")
+    return tag("circle", cx=plot.chart.x(count), cy=plot.chart.y(plot.circuit.value), r=7.5, class_="chosen")
 
 
-def _names(plot: Plot) -> Markup:
+def _label_lines(plot: Plot) -> Markup:
     """Each method's name where its line ends, and the original's where the reference does."""
     ends = [
-        (method_title(method), method_colours(plot.run)[method], plot.y(line[-1].measurement.value or 0.0))
+        (method_title(method), method_colours(plot.run)[method], line[-1].measurement.value or 0.0)
         for method, line in plot.lines.items()
     ]
     if plot.original and plot.original.value is not None:
-        ends.append(("original", "reference-name", plot.y(plot.original.value)))
-    places = spread([y for *_, y in ends], 15.0, TOP + 4, BOTTOM)
-    texts = [
-        tag(
-            "text", name if len(name) < 15 else name[:13] + "…", x=RIGHT + 8, y=y + 4, class_=f"name {colour}"
-        )
-        for (name, colour, _), y in zip(ends, places, strict=True)
-    ]
-    return tag("g", *texts, aria_hidden="true")
+        ends.append(("original", "reference-name", plot.original.value))
+    return plot.chart.label_ends(
+        [(name if len(name) < 15 else name[:13] + "…", colour, value) for name, colour, value in ends]
+    )
 
 
-def _columns(plot: Plot) -> list[Markup]:
+def _draw_columns(plot: Plot) -> list[Markup]:
     """One place to point at, or to step to, for every count; the script shows its numbers, a reader without it hears them."""
-    edges = [plot.x(count) for count in plot.counts]
+    edges = [plot.chart.x(count) for count in plot.counts]
     middles = [LEFT, *((a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)), RIGHT]
     made = []
     for index, count in enumerate(plot.counts):
-        tip = _tip(plot, count)
-        words = f"{tip['head']}: " + "; ".join(f"{row['name']} {row['text']}" for row in _rows(plot, count))
+        tip = _make_tip(plot, count)
+        words = f"{tip['head']}: " + "; ".join(
+            f"{row['name']} {row['text']}" for row in _tip_rows(plot, count)
+        )
         area = tag(
             "rect",
             x=middles[index],
@@ -275,13 +261,16 @@ def _columns(plot: Plot) -> list[Markup]:
     return made
 
 
-def _tip(plot: Plot, count: int) -> dict[str, object]:
+def _make_tip(plot: Plot, count: int) -> dict[str, object]:
     total = sum(plot.run.sizes.values())
     share = f" ({percent(count / total)})" if total else ""
-    return {"head": f"{count:,} {count_units(count, plot.run)} removed{share}", "rows": _rows(plot, count)}
+    return {
+        "head": f"{count:,} {count_units(count, plot.run)} removed{share}",
+        "rows": _tip_rows(plot, count),
+    }
 
 
-def _rows(plot: Plot, count: int) -> list[dict[str, str]]:
+def _tip_rows(plot: Plot, count: int) -> list[dict[str, str]]:
     here = [point for line in plot.lines.values() for point in line if point.count == count]
     rows = [
         {
@@ -289,7 +278,7 @@ def _rows(plot: Plot, count: int) -> list[dict[str, str]]:
             "name": method_title(p.method),
             "text": with_interval(p.measurement),
         }
-        for p in _ordered(here)
+        for p in _sort_by_value(here)
     ]
     if plot.circuit and plot.run.circuit is not None and len(plot.run.circuit) == count:
         own = next((p.measurement.value for p in here if p.method == plot.run.method), None)
@@ -300,6 +289,6 @@ def _rows(plot: Plot, count: int) -> list[dict[str, str]]:
     return rows
 
 
-def _ordered(here: list[Point]) -> list[Point]:
+def _sort_by_value(here: list[Point]) -> list[Point]:
     """As the lines stand above each other."""
     return sorted(here, key=lambda point: -(point.measurement.value or 0.0))

@@ -7,8 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..results import Measurement
-from .charts import Scale, drawing, mark, polyline, tag
-from .curves import Figure
+from .charts import Chart, Figure, Scale, drawing, mark, polyline, tag
 from .read import RunFolder
 from .variant_names import count_units, curve_points, list_methods, method_colours, method_title
 from .words import (
@@ -68,18 +67,29 @@ def harm_words(damage: str) -> str:
 
 
 def cloud_figure(cloud: Cloud, heading: str, note: str) -> Figure:
-    x, y = _across(cloud), _up(cloud)
+    x, y = _scale_damage(cloud), _scale_effect(cloud)
+    chart = Chart(x, y, LEFT, RIGHT, TOP, BOTTOM)
     tips: dict[str, dict[str, object]] = {
         spot.key: {"head": spot.head, "rows": spot.rows} for spot in cloud.spots
     }
-    lines = [_line([s for s in cloud.spots if s.colour == colour], colour, x, y) for colour in cloud.lines]
-    marks = [_spot(spot, x, y, index == 0) for index, spot in enumerate(cloud.spots)]
-    parts = [_axes(cloud, x, y), _allowed(cloud, x), *lines, _steps(cloud, x, y), *marks, _ends(cloud, x, y)]
+    lines = [
+        chart.draw_line([(s.x, s.y) for s in cloud.spots if s.colour == colour], colour, thin=True)
+        for colour in cloud.lines
+    ]
+    marks = [_draw_spot(spot, x, y, index == 0) for index, spot in enumerate(cloud.spots)]
+    parts = [
+        _draw_axes(cloud, chart),
+        _draw_budget(cloud, x),
+        *lines,
+        _draw_front(cloud, x, y),
+        *marks,
+        _mark_original_and_chosen(cloud, x, y),
+    ]
     label = f"{heading}; arrow keys step through the points"
     return Figure(heading, note, drawing(WIDTH, HEIGHT, label, *parts, class_="curve cloud"), tips)
 
 
-def _across(cloud: Cloud) -> Scale:
+def _scale_damage(cloud: Cloud) -> Scale:
     """From no damage, or the least there is, to the most; far beyond the budget the scale turns logarithmic."""
     places = [spot.x for spot in cloud.spots] + [cloud.budget or 0.0, 0.0]
     low, high = min(places), max(*places, 0.002 if cloud.damage == "perplexity" else 1e-6)
@@ -88,7 +98,7 @@ def _across(cloud: Cloud) -> Scale:
     return Scale(low - room, high + room, LEFT, RIGHT, soft=unit if high > 6 * unit else 0.0)
 
 
-def _up(cloud: Cloud) -> Scale:
+def _scale_effect(cloud: Cloud) -> Scale:
     places = [spot.y for spot in cloud.spots] + [
         place[1] for place in (cloud.original, cloud.chosen) if place
     ]
@@ -98,38 +108,29 @@ def _up(cloud: Cloud) -> Scale:
     return Scale(min(places) - room, max(places) + room, BOTTOM, TOP)
 
 
-def _axes(cloud: Cloud, x: Scale, y: Scale) -> Markup:
-    rows = []
-    for tick in y.ticks(5):
-        rows.append(tag("line", x1=LEFT, x2=RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
-        text = percent(tick).replace(".0", "") if is_share(cloud.metric) else plain(tick)
-        rows.append(tag("text", text, x=LEFT - 8, y=y(tick) + 4, class_="end tick"))
-    for tick in x.ticks(5):
-        rows.append(tag("line", x1=x(tick), x2=x(tick), y1=TOP, y2=BOTTOM, class_="grid"))
-        rows.append(
-            tag("text", _harm_tick(tick, cloud.damage), x=x(tick), y=BOTTOM + 19, class_="middle tick")
-        )
-    under = (
-        "increase of perplexity"
-        if cloud.damage == "perplexity"
-        else "KL divergence to the original, nats a token"
+def _draw_axes(cloud: Cloud, chart: Chart) -> Markup:
+    def write_value(tick: float) -> str:
+        return percent(tick).replace(".0", "") if is_share(cloud.metric) else plain(tick)
+
+    perplexity = cloud.damage == "perplexity"
+    better = "↙ better" if cloud.direction == "lower" else "↖ better"
+    return chart.draw_axes(
+        [(chart.x(tick), _write_harm(tick, cloud.damage)) for tick in chart.x.ticks(5)],
+        [(chart.y(tick), write_value(tick)) for tick in chart.y.ticks(5)],
+        "increase of perplexity" if perplexity else "KL divergence to the original, nats a token",
+        tag("text", in_words(cloud.metric), x=LEFT - 44, y=14.0, class_="tick"),
+        tag("text", better, x=LEFT - 44, y=BOTTOM + 37, class_="tick better"),
+        vertical_grid=True,
     )
-    rows.append(tag("text", under, x=(LEFT + RIGHT) / 2, y=BOTTOM + 38, class_="middle tick"))
-    rows.append(tag("text", in_words(cloud.metric), x=LEFT - 44, y=14.0, class_="tick"))
-    lower = cloud.direction == "lower"
-    rows.append(
-        tag("text", "↙ better" if lower else "↖ better", x=LEFT - 44, y=BOTTOM + 38, class_="tick better")
-    )
-    return tag("g", *rows, aria_hidden="true")
 
 
-def _harm_tick(tick: float, damage: str) -> str:
+def _write_harm(tick: float, damage: str) -> str:
     if abs(tick) < 1e-12:
         return "0"
     return f"{tick * 100:+.3g}\u202f%".replace("-", "\u2212") if damage == "perplexity" else f"{tick:.3g}"
 
 
-def _allowed(cloud: Cloud, x: Scale) -> Markup:
+def _draw_budget(cloud: Cloud, x: Scale) -> Markup:
     if cloud.budget is None:
         return Markup("")
     at = x(cloud.budget)
@@ -144,15 +145,7 @@ def _allowed(cloud: Cloud, x: Scale) -> Markup:
     )
 
 
-def _line(spots: Sequence[Spot], colour: str, x: Scale, y: Scale) -> Markup:
-    return tag(
-        "g",
-        tag("path", d=polyline([(x(s.x), y(s.y)) for s in spots]), class_="line thin"),
-        class_=f"series {colour}",
-    )
-
-
-def _steps(cloud: Cloud, x: Scale, y: Scale) -> Markup:
+def _draw_front(cloud: Cloud, x: Scale, y: Scale) -> Markup:
     if len(cloud.front) < 2:
         return Markup("")
     corners: list[tuple[float, float]] = []
@@ -161,7 +154,7 @@ def _steps(cloud: Cloud, x: Scale, y: Scale) -> Markup:
     return tag("path", d=polyline([*corners, (x(cloud.front[-1].x), y(cloud.front[-1].y))]), class_="front")
 
 
-def _spot(spot: Spot, x: Scale, y: Scale, first: bool) -> Markup:
+def _draw_spot(spot: Spot, x: Scale, y: Scale, first: bool) -> Markup:
     words = f"{spot.head}: " + "; ".join(f"{row['name']} {row['text']}" for row in spot.rows)
     hit = tag("circle", cx=x(spot.x), cy=y(spot.y), r=9.0, class_="hit")
     shape = mark(spot.colour, x(spot.x), y(spot.y), 4.2)
@@ -178,7 +171,7 @@ def _spot(spot: Spot, x: Scale, y: Scale, first: bool) -> Markup:
     )
 
 
-def _ends(cloud: Cloud, x: Scale, y: Scale) -> Markup:
+def _mark_original_and_chosen(cloud: Cloud, x: Scale, y: Scale) -> Markup:
     """A cross where the original is, a ring around the circuit that was chosen."""
     parts = []
     if cloud.original:
@@ -202,7 +195,7 @@ def tradeoffs(run: RunFolder) -> list[Figure]:
         return []
     made = []
     for damage in DAMAGES:
-        made += [found for found in (_tested(run, damage, metric), _searched(run, damage)) if found]
+        made += [found for found in (_draw_tested(run, damage, metric), _draw_search(run, damage)) if found]
     return made
 
 
@@ -226,7 +219,7 @@ def harm(run: RunFolder, variant: str, damage: str = "perplexity") -> float | No
 # On the test ---------------------------------------------------------------------------------------------------------
 
 
-def _tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
+def _draw_tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
     given, spots = method_colours(run), []
     for method in list_methods(run):
         for point in (p for p in curve_points(run, metric) if p.method == method):
@@ -241,7 +234,7 @@ def _tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
                         head,
                         x,
                         point.measurement.value,
-                        _rows(run, variant, point.measurement),
+                        _tip_rows(run, variant, point.measurement),
                     )
                 )
     if len(spots) < 3:
@@ -266,7 +259,7 @@ def _tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
     return cloud_figure(cloud, f"{title(metric)} against {harm_words(damage)}", note)
 
 
-def _rows(run: RunFolder, variant: str, m: Measurement) -> Rows:
+def _tip_rows(run: RunFolder, variant: str, m: Measurement) -> Rows:
     rows = [{"key": "", "name": in_words(m.metric), "text": with_interval(m)}]
     moved, increase = run.difference("perplexity", variant), harm(run, variant)
     if increase is not None:
@@ -286,21 +279,21 @@ def _rows(run: RunFolder, variant: str, m: Measurement) -> Rows:
 # In the search -------------------------------------------------------------------------------------------------------
 
 
-def _searched(run: RunFolder, damage: str) -> Figure | None:
+def _draw_search(run: RunFolder, damage: str) -> Figure | None:
     """All candidates and the other methods' counts; of a damage without a bound there is no figure."""
     search, limit = run.search, budget(run, damage)
     tried, aim = (
-        [one for one in search.get("candidates") or [] if _at(one, damage, search)],
+        [one for one in search.get("candidates") or [] if _place_candidate(one, damage, search)],
         str(search.get("aim") or ""),
     )
     if limit is None or not tried:
         return None
-    spots = [_candidate(run, index, one, damage, "m0") for index, one in enumerate(tried)]
+    spots = [_make_spot(run, index, one, damage, "m0") for index, one in enumerate(tried)]
     given = method_colours(run)
     for method, rows in (search.get("others") or {}).items():
-        there = [{**row, "method": method} for row in rows if _at(row, damage, search)]
+        there = [{**row, "method": method} for row in rows if _place_candidate(row, damage, search)]
         spots += [
-            _candidate(run, f"{method}{index}", row, damage, given.get(method, "m6"))
+            _make_spot(run, f"{method}{index}", row, damage, given.get(method, "m6"))
             for index, row in enumerate(there)
         ]
     best, direction = search.get("best") or {}, "higher" if aim.startswith("rur") else "lower"
@@ -311,17 +304,19 @@ def _searched(run: RunFolder, damage: str) -> Figure | None:
         direction,
         [*(s for s in spots if s.colour != "m0"), *own],
         [],
-        _front(own, direction),
+        _pareto_front(own, direction),
         (0.0, float(search["original"][aim])),
-        _at(best, damage, search),
+        _place_candidate(best, damage, search),
         limit,
     )
     return cloud_figure(
-        cloud, f"The search: {in_words(aim)} against {harm_words(damage)}", _search_note(search, damage)
+        cloud, f"The search: {in_words(aim)} against {harm_words(damage)}", _write_search_note(search, damage)
     )
 
 
-def _at(one: Mapping[str, Any], damage: str, search: Mapping[str, Any]) -> tuple[float, float] | None:
+def _place_candidate(
+    one: Mapping[str, Any], damage: str, search: Mapping[str, Any]
+) -> tuple[float, float] | None:
     """Where a candidate stands; None where its effect or its damage was not measured."""
     figures, aim = one.get("figures") or {}, str(search.get("aim") or "")
     if aim not in figures or damage not in figures:
@@ -330,8 +325,8 @@ def _at(one: Mapping[str, Any], damage: str, search: Mapping[str, Any]) -> tuple
     return float(x), float(figures[aim])
 
 
-def _candidate(run: RunFolder, index: int | str, one: Mapping[str, Any], damage: str, colour: str) -> Spot:
-    place = _at(one, damage, run.search)
+def _make_spot(run: RunFolder, index: int | str, one: Mapping[str, Any], damage: str, colour: str) -> Spot:
+    place = _place_candidate(one, damage, run.search)
     assert place
     figures, aim, count = one["figures"], str(run.search["aim"]), int(one["count"])
     rows = [{"key": "", "name": in_words(aim), "text": figure(figures[aim], aim)}]
@@ -369,7 +364,7 @@ def way(one: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [*parts, str(one.get("normalize") or ""), rounds, strength]))
 
 
-def _front(spots: Sequence[Spot], direction: str) -> list[Spot]:
+def _pareto_front(spots: Sequence[Spot], direction: str) -> list[Spot]:
     """Of the spots, least damage first, those that better all before them."""
     sign, found = (1 if direction == "lower" else -1), list[Spot]()
     for spot in sorted(spots, key=lambda s: (s.x, sign * s.y)):
@@ -378,7 +373,7 @@ def _front(spots: Sequence[Spot], direction: str) -> list[Spot]:
     return found
 
 
-def _search_note(search: Mapping[str, Any], damage: str) -> str:
+def _write_search_note(search: Mapping[str, Any], damage: str) -> str:
     candidates = search.get("candidates") or []
     within = sum(bool(one.get("within")) for one in candidates)
     unmeasured = sum(str(search.get("aim")) not in (one.get("figures") or {}) for one in candidates)

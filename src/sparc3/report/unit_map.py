@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
-from .charts import Scale, drawing, number, tag
-from .curves import Figure
+from .charts import Chart, Figure, Scale, drawing, number, tag
 from .read import RunFolder
 from .variant_names import count_units
 from .words import MINUS, plain
@@ -59,7 +58,7 @@ def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
     """
     if run.circuit is None or run.circuit.unit == "weight" or not set(run.circuit.members) <= set(run.sizes):
         return None
-    scores = _wanted(run)
+    scores = _orient_scores(run)
     tips: dict[str, dict[str, object]] = {}
     deepest = max((float(values.max(initial=0.0)) for values in scores.values()), default=0.0)
     strips = []
@@ -68,15 +67,17 @@ def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
     drawn = [name for name in run.sizes if len(run.sizes) <= MOST or lost.get(name)]
     for name, size in ((name, run.sizes[name]) for name in drawn):
         chosen = list(run.circuit.members.get(name, ()))
-        shade = _shade(scores[name], deepest) if name in scores else Markup("")
-        marks, its_tips = _marks(run, name, size, chosen, scores.get(name))
+        shade = _draw_shades(scores[name], deepest) if name in scores else Markup("")
+        marks, its_tips = _mark_units(run, name, size, chosen, scores.get(name))
         tips |= its_tips
         label = f"{place(name)}: {len(chosen):,} of {size:,} {verb}" + (
-            f" ({_first(chosen)})" if chosen else ""
+            f" ({_list_first(chosen)})" if chosen else ""
         )
         strip = drawing(LENGTH, 10, label, shade, marks, preserveAspectRatio="none", class_="strip")
         strips.append(Strip(place(name, several=several), len(chosen), size, strip))
-    return UnitMap(strips, _histogram(run, scores), tips, bool(scores), verb, len(run.sizes) - len(drawn))
+    return UnitMap(
+        strips, _draw_histogram(run, scores), tips, bool(scores), verb, len(run.sizes) - len(drawn)
+    )
 
 
 def place(module: str, several: bool = True) -> str:
@@ -95,7 +96,7 @@ def place(module: str, several: bool = True) -> str:
     )
 
 
-def _wanted(run: RunFolder) -> dict[str, "NDArray[np.float64]"]:
+def _orient_scores(run: RunFolder) -> dict[str, "NDArray[np.float64]"]:
     """Scores turned so that what was selected is high."""
     assert run.circuit is not None
     if run.scores is None or any(tensor.dim() != 1 for tensor in run.scores.values()):
@@ -105,7 +106,7 @@ def _wanted(run: RunFolder) -> dict[str, "NDArray[np.float64]"]:
     return {name: sign * tensor.double().numpy() for name, tensor in run.scores.items()}
 
 
-def _shade(values: "NDArray[np.float64]", deepest: float) -> Markup:
+def _draw_shades(values: "NDArray[np.float64]", deepest: float) -> Markup:
     """The strongest score in each of at most BINS stretches, in a few shades: one path a shade, however many units there are."""
     if deepest <= 0 or not len(values):
         return Markup("")
@@ -125,7 +126,7 @@ def _shade(values: "NDArray[np.float64]", deepest: float) -> Markup:
     return Markup("").join(paths)
 
 
-def _marks(
+def _mark_units(
     run: RunFolder, name: str, size: int, chosen: list[int], scores: "NDArray[np.float64] | None"
 ) -> tuple[Markup, dict[str, dict[str, object]]]:
     """The removed units of one module: each with a tip while there are few, else one path for all."""
@@ -141,7 +142,9 @@ def _marks(
     for index, box in boxes.items():
         score = float(scores[index]) if scores is not None and index < len(scores) else None
         rows = (
-            [] if score is None else [{"key": "", "name": "contrast", "text": plain(_as_scored(run, score))}]
+            []
+            if score is None
+            else [{"key": "", "name": "contrast", "text": plain(_undo_orientation(run, score))}]
         )
         tips[f"{name}#{index}"] = {"head": f"{place(name)}, {run.unit} {index:,}", "rows": rows}
         words = f"{place(name)}, {run.unit} {index:,}" + "".join(
@@ -162,12 +165,12 @@ def _marks(
     return Markup("").join(marks), tips
 
 
-def _as_scored(run: RunFolder, wanted: float) -> float:
+def _undo_orientation(run: RunFolder, wanted: float) -> float:
     assert run.circuit is not None
     return wanted if (run.circuit.provenance.get("selection") or {}).get("order") == "highest" else -wanted
 
 
-def _first(chosen: list[int]) -> str:
+def _list_first(chosen: list[int]) -> str:
     return ", ".join(map(str, chosen[:12])) + (" …" if len(chosen) > 12 else "")
 
 
@@ -176,7 +179,7 @@ def _first(chosen: list[int]) -> str:
 PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 50.0, 352.0, 12.0, 214.0
 
 
-def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figure | None:
+def _draw_histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figure | None:
     """All units by score, counts on a logarithm so that the few are seen beside the many."""
     assert run.circuit is not None
     if not wanted:
@@ -186,7 +189,7 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
     chosen = np.concatenate(
         [wanted[name][list(indices)] for name, indices in members if name in wanted] or [np.empty(0)]
     )
-    every, chosen = (np.array([_as_scored(run, 1.0)]) * values for values in (every, chosen))
+    every, chosen = (np.array([_undo_orientation(run, 1.0)]) * values for values in (every, chosen))
     if every.min() == every.max():
         return None
     counts, edges = np.histogram(every, bins=64)
@@ -194,15 +197,15 @@ def _histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) -> Figu
     x = Scale(float(edges[0]), float(edges[-1]), PLOT_LEFT + 4, PLOT_RIGHT)
     y = Scale(0.6, float(counts.max()) * 1.5, PLOT_BOTTOM, PLOT_TOP, log=True)
     bars = [
-        tag("path", d=_bars(counts, edges, x, y), class_="rest"),
-        tag("path", d=_bars(removed, edges, x, y), class_="mark"),
+        tag("path", d=_draw_bars(counts, edges, x, y), class_="rest"),
+        tag("path", d=_draw_bars(removed, edges, x, y), class_="mark"),
     ]
     words = f"Histogram of the contrast of {len(every):,} {count_units(None, run)}; the {len(chosen):,} removed lie at one end"
-    axes = _histogram_axes(run, x, y)
+    axes = _draw_histogram_axes(x, y)
     return Figure("How far they stand out", "", drawing(360, 256, words, axes, *bars, class_="histogram"))
 
 
-def _bars(counts: "NDArray[np.int64]", edges: "NDArray[np.float64]", x: Scale, y: Scale) -> str:
+def _draw_bars(counts: "NDArray[np.int64]", edges: "NDArray[np.float64]", x: Scale, y: Scale) -> str:
     floor = number(PLOT_BOTTOM)
     places = (
         (x(float(edges[i])), x(float(edges[i + 1])), y(float(counts[i]))) for i in np.flatnonzero(counts)
@@ -212,22 +215,9 @@ def _bars(counts: "NDArray[np.int64]", edges: "NDArray[np.float64]", x: Scale, y
     )
 
 
-def _histogram_axes(run: RunFolder, x: Scale, y: Scale) -> Markup:
-    parts = []
-    for tick in [value for value in y.ticks() if float(np.log10(value)).is_integer()]:
-        parts.append(tag("line", x1=PLOT_LEFT, x2=PLOT_RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
-        parts.append(tag("text", f"{tick:,.0f}", x=PLOT_LEFT - 8, y=y(tick) + 4, class_="end tick"))
-    for tick in x.ticks(3):
-        text = "0" if abs(tick) < 1e-12 else f"{tick:.3g}".replace("-", MINUS)
-        parts.append(tag("text", text, x=x(tick), y=PLOT_BOTTOM + 19, class_="middle tick"))
-    middle = (PLOT_LEFT + PLOT_RIGHT) / 2
-    parts.append(
-        tag(
-            "text",
-            f"contrast (general {MINUS} undesired)",
-            x=middle,
-            y=PLOT_BOTTOM + 37,
-            class_="middle tick",
-        )
+def _draw_histogram_axes(x: Scale, y: Scale) -> Markup:
+    return Chart(x, y, PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM).draw_axes(
+        [(x(tick), "0" if abs(tick) < 1e-12 else f"{tick:.3g}".replace("-", MINUS)) for tick in x.ticks(3)],
+        [(y(tick), f"{tick:,.0f}") for tick in y.ticks() if float(np.log10(tick)).is_integer()],
+        f"contrast (general {MINUS} undesired)",
     )
-    return tag("g", *parts, aria_hidden="true")
