@@ -31,10 +31,10 @@ class Card:
 def cards(run: RunFolder, mask: Mask) -> list[Card]:
     """In the order of the file, at most MOST."""
     toxic = any(metric.startswith("toxicity") for metric in run.metrics())
-    return [_card(row, run, mask, toxic) for row in run.cards[:MOST]]
+    return [_make_card(row, run, mask, toxic) for row in run.cards[:MOST]]
 
 
-def _card(row: dict[str, Any], run: RunFolder, mask: Mask, toxic: bool) -> Card:
+def _make_card(row: dict[str, Any], run: RunFolder, mask: Mask, toxic: bool) -> Card:
     def token(text: Any) -> Markup:
         written = str(text)[:60].replace(" ", "␣", 1) if str(text).startswith(" ") else str(text)[:60]
         return mask.write(written, mask.of_token(written.replace("␣", " "), toxic))
@@ -42,29 +42,29 @@ def _card(row: dict[str, Any], run: RunFolder, mask: Mask, toxic: bool) -> Card:
     where = place(str(row["module"]), several=row.get("layer") is None)
     return Card(
         f"{where.capitalize()}, {run.unit} {int(row['index']):,}",
-        _relevances(row),
+        _scale_relevances(row),
         [token(text) for text in (row.get("promotes") or [])[:10]],
         [token(text) for text in (row.get("suppresses") or [])[:10]],
         [
-            (_context(one, mask), token(one.get("token", "")), _number(one.get("activation")))
+            (_shorten_context(one, mask), token(one.get("token", "")), _write_number(one.get("activation")))
             for one in (row.get("fired") or [])[:3]
         ],
         [
-            _alone(metric, value, run)
+            _describe_effect_alone(metric, value, run)
             for metric, value in (row.get("alone") or {}).items()
             if value is not None
         ],
     )
 
 
-def _relevances(row: dict[str, Any]) -> list[tuple[str, str, float]]:
+def _scale_relevances(row: dict[str, Any]) -> list[tuple[str, str, float]]:
     """(name, figure, width of its bar in percent) of the general and the undesired relevance, on one scale."""
     found = {name: float(row[name]) for name in ("general", "undesired") if row.get(name) is not None}
     longest = max(map(abs, found.values()), default=0.0) or 1.0
     return [(name, plain(value), abs(value) / longest * 100) for name, value in found.items()]
 
 
-def _context(one: dict[str, Any], mask: Mask) -> Markup:
+def _shorten_context(one: dict[str, Any], mask: Mask) -> Markup:
     prompt = str(one.get("prompt", ""))
     shown = prompt if len(prompt) <= _CONTEXT else "… " + prompt[-_CONTEXT:].partition(" ")[2]
     token = str(one.get("token", "")).strip()
@@ -76,11 +76,11 @@ def _context(one: dict[str, Any], mask: Mask) -> Markup:
     return mask.write(shown, mask.spans(shown), here, "here")
 
 
-def _number(value: Any) -> str:
+def _write_number(value: Any) -> str:
     return plain(float(value)) if isinstance(value, int | float) else ""
 
 
-def _alone(metric: str, value: float, run: RunFolder) -> tuple[str, str, str]:
+def _describe_effect_alone(metric: str, value: float, run: RunFolder) -> tuple[str, str, str]:
     """(what it is in a sentence, with this unit alone removed, on the original model)."""
     original = run.measured(metric, "original")
     name = in_words(metric) if metric in run.metrics() else title(metric).lower()
@@ -103,7 +103,7 @@ class Sharing:
 
 def sharing(run: RunFolder) -> list[Sharing]:
     """The methods whose circuits share most first. Of a run that looked for a task, the circuits of the size it settled on."""
-    count = _count(run)
+    count = _count_compared_units(run)
     rows = []
     for one in run.provenance.get("overlaps") or []:
         name = parse_variant(str(one.get("variant")))
@@ -124,7 +124,7 @@ def sharing(run: RunFolder) -> list[Sharing]:
     return sorted(rows, key=lambda row: -row.share)
 
 
-def _count(run: RunFolder) -> int:
+def _count_compared_units(run: RunFolder) -> int:
     """How many units the circuit that is compared removes; 0 without one."""
     if run.job != "discover":
         return len(run.circuit) if run.circuit else 0
@@ -138,10 +138,13 @@ def protected(run: RunFolder) -> list[tuple[str, str]] | None:
     if found is None:
         return None
     return [
-        (f"{place(str(one['module']))}, {run.unit} {int(one['index']):,}", _times(one["perplexity_ratio"]))
+        (
+            f"{place(str(one['module']))}, {run.unit} {int(one['index']):,}",
+            _write_ratio(one["perplexity_ratio"]),
+        )
         for one in found
     ]
 
 
-def _times(ratio: float | None) -> str:
+def _write_ratio(ratio: float | None) -> str:
     return "beyond all numbers" if ratio is None else plain(float(ratio))

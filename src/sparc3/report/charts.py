@@ -108,12 +108,12 @@ class Scale:
     soft: float = 0.0
 
     def __call__(self, value: float) -> float:
-        bend: Callable[[float], float] = math.log if self.log else self._soft if self.soft else float
+        bend: Callable[[float], float] = math.log if self.log else self._bend_softly if self.soft else float
         held = min(max(value, self.low), self.high)
         share = (bend(held) - bend(self.low)) / ((bend(self.high) - bend(self.low)) or 1.0)
         return self.start + share * (self.end - self.start)
 
-    def _soft(self, value: float) -> float:
+    def _bend_softly(self, value: float) -> float:
         return math.asinh(value / self.soft)
 
     def ticks(self, about: int = 4) -> list[float]:
@@ -130,10 +130,10 @@ class Scale:
                 for tick in (*(-p for p in reversed(powers)), 0.0, *powers)
                 if self.low <= tick <= self.high
             ]
-        return _powers(self.low, self.high) if self.log else _steps(self.low, self.high, about)
+        return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high, about)
 
 
-def _steps(low: float, high: float, about: int) -> list[float]:
+def _linear_ticks(low: float, high: float, about: int) -> list[float]:
     raw = (high - low) / about or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * size for size in (1, 2, 2.5, 5, 10) if power * size >= raw * 0.999)
@@ -141,7 +141,7 @@ def _steps(low: float, high: float, about: int) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _powers(low: float, high: float) -> list[float]:
+def _log_ticks(low: float, high: float) -> list[float]:
     found = [
         m * 10.0**e
         for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

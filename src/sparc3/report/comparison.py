@@ -38,10 +38,10 @@ class Tile:
 def tiles(run: RunFolder) -> list[Tile]:
     """A tile for every metric that was measured on the original and on the ablated model, what the run is about first."""
     both = [(run.measured(metric, "original"), run.measured(metric, "ablated")) for metric in run.drawn()]
-    return [_tile(run, before, after) for before, after in both if before and after]
+    return [_make_tile(run, before, after) for before, after in both if before and after]
 
 
-def _tile(run: RunFolder, before: Measurement, after: Measurement) -> Tile:
+def _make_tile(run: RunFolder, before: Measurement, after: Measurement) -> Tile:
     return Tile(
         title(before.metric),
         explained(before.metric),
@@ -49,12 +49,12 @@ def _tile(run: RunFolder, before: Measurement, after: Measurement) -> Tile:
         value_of(after),
         interval_of(before),
         interval_of(after),
-        _change(run, before),
-        _strip(before, after),
+        _describe_change(run, before),
+        _draw_strip(before, after),
     )
 
 
-def _change(run: RunFolder, m: Measurement) -> str:
+def _describe_change(run: RunFolder, m: Measurement) -> str:
     d = run.difference(m.metric)
     if d is None or d.is_nothing:
         return "" if d is None else "no change on any sample"
@@ -63,7 +63,7 @@ def _change(run: RunFolder, m: Measurement) -> str:
     return f"change {change(d, m.unit)}{share} {change_interval(d, m.unit)}{zero}".replace(" ,", ",")
 
 
-def _strip(before: Measurement, after: Measurement) -> Markup:
+def _draw_strip(before: Measurement, after: Measurement) -> Markup:
     shown = [end for m in (before, after) for end in (m.value, *(m.ci95 or ())) if end is not None]
     low, high = min(shown), max(shown)
     room = max(high - low, 0.02 * abs(high), 1e-9)
@@ -72,12 +72,13 @@ def _strip(before: Measurement, after: Measurement) -> Markup:
         f"original {value_of(before)} {interval_of(before)}, ablated {value_of(after)} {interval_of(after)}"
     )
     rows = [
-        _strip_row(m, scale, y, colour) for m, y, colour in ((before, 8.0, "m-original"), (after, 22.0, "m0"))
+        _draw_strip_row(m, scale, y, colour)
+        for m, y, colour in ((before, 8.0, "m-original"), (after, 22.0, "m0"))
     ]
     return drawing(260, 30, label, *rows, class_="pair")
 
 
-def _strip_row(m: Measurement, scale: Scale, y: float, colour: str) -> Markup:
+def _draw_strip_row(m: Measurement, scale: Scale, y: float, colour: str) -> Markup:
     track = tag("line", x1=8, x2=252, y1=y, y2=y, class_="grid")
     ends = (
         [tag("line", x1=scale(m.ci95[0]), x2=scale(m.ci95[1]), y1=y, y2=y, class_="interval")]
@@ -104,7 +105,11 @@ LONGEST = 22
 
 def comparisons(run: RunFolder) -> list[Figure]:
     """One drawing for every metric that another method was measured on at the same count."""
-    return [_figure(run, metric, rows) for metric in run.drawn() if len(rows := _rows(run, metric)) > 2]
+    return [
+        _draw_figure(run, metric, rows)
+        for metric in run.drawn()
+        if len(rows := _collect_rows(run, metric)) > 2
+    ]
 
 
 def under_budget(run: RunFolder) -> list[Figure]:
@@ -131,12 +136,14 @@ def under_budget(run: RunFolder) -> list[Figure]:
             if p.method == "random"
         ]
         made.append(
-            _figure(run, metric, [("original", "m-original", original), (own, "m0", circuit), *rows, *null])
+            _draw_figure(
+                run, metric, [("original", "m-original", original), (own, "m0", circuit), *rows, *null]
+            )
         )
     return made
 
 
-def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
+def _collect_rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     """(name, class, measurement): the original, this circuit, then every method at its count that is not this circuit again."""
     original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
     if original is not None and run.job == "compress":
@@ -152,25 +159,27 @@ def _rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     if run.circuit is None or original is None or circuit is None:
         return []
     count = len(run.circuit)
-    here = [p for p in curve_points(run, metric) if p.count == count and not _same(p, run, circuit)]
+    here = [
+        p for p in curve_points(run, metric) if p.count == count and not _is_circuit_again(p, run, circuit)
+    ]
     here.sort(key=lambda p: (p.method == "random", p.measurement.value or 0.0))
     given = method_colours(run)
     others = [(method_title(p.method), given[p.method], p.measurement) for p in here]
     return [("original", "m-original", original), ("this circuit", "m0", circuit), *others]
 
 
-def _same(point: Point, run: RunFolder, circuit: Measurement) -> bool:
+def _is_circuit_again(point: Point, run: RunFolder, circuit: Measurement) -> bool:
     return point.method == run.method and point.measurement.value == circuit.value
 
 
-def _figure(run: RunFolder, metric: str, rows: list[tuple[str, str, Measurement]]) -> Figure:
+def _draw_figure(run: RunFolder, metric: str, rows: list[tuple[str, str, Measurement]]) -> Figure:
     left = max(LEFT, 26 + 7 * max(min(len(name), LONGEST) for name, *_ in rows))
-    scale = _scale([m for *_, m in rows], left)
+    scale = _choose_scale([m for *_, m in rows], left)
     height = ROW * len(rows) + 8
     x = scale(rows[0][2].value or 0.0)
     reference = tag("line", x1=x, x2=x, y1=4, y2=height - 4, class_="reference")
     lines = [
-        _row(name, colour, m, scale, ROW * (index + 0.5) + 4, left)
+        _draw_row(name, colour, m, scale, ROW * (index + 0.5) + 4, left)
         for index, (name, colour, m) in enumerate(rows)
     ]
     words = "; ".join(f"{name} {value_of(m)} {interval_of(m)}" for name, _, m in rows)
@@ -181,7 +190,7 @@ def _figure(run: RunFolder, metric: str, rows: list[tuple[str, str, Measurement]
     )
 
 
-def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float, left: float) -> Markup:
+def _draw_row(name: str, colour: str, m: Measurement, scale: Scale, y: float, left: float) -> Markup:
     parts = [
         tag(
             "text",
@@ -208,7 +217,7 @@ def _row(name: str, colour: str, m: Measurement, scale: Scale, y: float, left: f
     return tag("g", *parts, class_=f"series {colour}")
 
 
-def _scale(shown: list[Measurement], left: float) -> Scale:
+def _choose_scale(shown: list[Measurement], left: float) -> Scale:
     """Shares start at zero; anything else gets the room it needs, and a runaway a logarithm."""
     ends = [end for m in shown for end in (m.ci95 or ())] + [m.value for m in shown if m.value is not None]
     low, high = min(ends), max(ends)

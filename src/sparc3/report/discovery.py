@@ -27,7 +27,7 @@ def sparsest_point(run: RunFolder, method: str) -> Point | None:
     best = None
     for point in curve_points(run, METRIC):
         if point.method == method:
-            if (point.measurement.value or 0.0) < _enough(run):
+            if (point.measurement.value or 0.0) < _required_accuracy(run):
                 break
             best = point
     return best
@@ -42,16 +42,16 @@ def kept_percent(run: RunFolder) -> Circuit | None:
 
 def headline(run: RunFolder) -> Markup:
     """The run in one sentence: its own method's sparsest circuit, and how far the best of the others gets."""
-    own, enough = run.method or "", _percent(_enough(run))
+    own, enough = run.method or "", _write_percent(_required_accuracy(run))
     best = sparsest_point(run, own)
     if best is None:
         return Markup("No {} circuit that was tried keeps {} of the answers right.").format(
             method_title(own), enough
         )
-    share = Markup('<b class="figure after">{}</b>').format(_share(run, best.count))
+    share = Markup('<b class="figure after">{}</b>').format(_write_share(run, best.count))
     right = Markup("{}{}").format(value_of(best.measurement), small_interval(best.measurement))
     said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(
-        method_title(own), right, share, _units(run)
+        method_title(own), right, share, _write_units(run)
     )
     others = [
         (point.count, method)
@@ -62,7 +62,7 @@ def headline(run: RunFolder) -> Markup:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
     count, method = max(others)
     return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(
-        said, method_title(method), enough, _share(run, count)
+        said, method_title(method), enough, _write_share(run, count)
     )
 
 
@@ -70,19 +70,19 @@ def remarks(run: RunFolder) -> list[Remark]:
     return [
         remark
         for remark in (
-            _ahead(run),
-            _sizes(run),
-            _against(run),
-            _rankings(run),
-            _areas(run),
-            _whole(run),
-            _choice(run),
+            _remark_on_sparser_methods(run),
+            _remark_on_sparsest(run),
+            _remark_on_margins(run),
+            _remark_on_rankings(run),
+            _remark_on_faithfulness(run),
+            _remark_on_whole_model(run),
+            _remark_on_choice(run),
         )
         if remark
     ]
 
 
-def _ahead(run: RunFolder) -> Remark | None:
+def _remark_on_sparser_methods(run: RunFolder) -> Remark | None:
     """Methods whose circuit may be as sparse, or sparser."""
     own = sparsest_point(run, run.method or "")
     mine = own.count if own else 0
@@ -101,7 +101,7 @@ def _ahead(run: RunFolder) -> Remark | None:
     )
 
 
-def _sizes(run: RunFolder) -> Remark:
+def _remark_on_sparsest(run: RunFolder) -> Remark:
     """The sparsest circuit of every method, the mean of its reference sets."""
     found = sorted(
         ((m.value or 0.0, m) for m in run.results if m.metric == SPARSEST), key=lambda one: -one[0]
@@ -110,22 +110,22 @@ def _sizes(run: RunFolder) -> Remark:
     text = Markup(
         "<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for itself: {}."
     )
-    return Remark("plain", text.format(_percent(_enough(run)), join_words(parts)))
+    return Remark("plain", text.format(_write_percent(_required_accuracy(run)), join_words(parts)))
 
 
-def _against(run: RunFolder) -> Remark | None:
+def _remark_on_margins(run: RunFolder) -> Remark | None:
     """How much further the run's own method gets than each other one, paired by reference set."""
     found = [d for d in run.results.differences if d.metric == SPARSEST and d.to == run.method]
     if not found:
         return None
-    parts = [f"{method_title(d.from_)} {_points_of(d)}" for d in sorted(found, key=lambda d: d.value)]
+    parts = [f"{method_title(d.from_)} {_write_points(d)}" for d in sorted(found, key=lambda d: d.value)]
     text = Markup(
         "<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}."
     )
     return Remark("plain", text.format(method_title(run.method or ""), join_words(parts)))
 
 
-def _points_of(d: Difference) -> str:
+def _write_points(d: Difference) -> str:
     """ "+3.2 [+1.0, +5.0]": a difference of shares in percentage points."""
 
     def of(value: float) -> str:
@@ -134,7 +134,7 @@ def _points_of(d: Difference) -> str:
     return of(d.value) + (f" [{of(d.ci95[0])}, {of(d.ci95[1])}]" if d.ci95 else "")
 
 
-def _rankings(run: RunFolder) -> Remark | None:
+def _remark_on_rankings(run: RunFolder) -> Remark | None:
     """What the names say, where methods were ranked twice."""
     first, *others = run.provenance.get("ranks") or ["signed"]
     if not others:
@@ -147,7 +147,7 @@ def _rankings(run: RunFolder) -> Remark | None:
     return Remark("plain", text.format(said[first], others[0], said[others[0]]))
 
 
-def _areas(run: RunFolder) -> Remark | None:
+def _remark_on_faithfulness(run: RunFolder) -> Remark | None:
     cpr = [(m.value, m.variant) for m in run.results if m.metric == "circuit.cpr" and m.value is not None]
     cmd = {m.variant: m.value for m in run.results if m.metric == "circuit.cmd" and m.value is not None}
     if not cpr:
@@ -162,20 +162,20 @@ def _areas(run: RunFolder) -> Remark | None:
     return Remark("plain", text.format(join_words(parts)))
 
 
-def _whole(run: RunFolder) -> Remark | None:
+def _remark_on_whole_model(run: RunFolder) -> Remark | None:
     original, empty = run.measured(METRIC, "original"), run.measured(METRIC, "empty")
     if original is None or empty is None:
         return None
     text = Markup(
         "<b>The whole model</b> has {} {}; without any of these {} it has {}, which is what a circuit has to beat."
     )
-    kind = "plain" if (original.value or 0.0) >= _enough(run) > (empty.value or 0.0) else "careful"
+    kind = "plain" if (original.value or 0.0) >= _required_accuracy(run) > (empty.value or 0.0) else "careful"
     return Remark(
         kind, text.format(in_words(METRIC), with_interval(original), count_units(None, run), value_of(empty))
     )
 
 
-def _choice(run: RunFolder) -> Remark:
+def _remark_on_choice(run: RunFolder) -> Remark:
     seeds = int(run.provenance.get("seeds") or 1)
     text = Markup(
         "<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals of the curves are over prompts{}."
@@ -187,18 +187,18 @@ def _choice(run: RunFolder) -> Remark:
     return Remark("plain", text.format(*(several if seeds > 1 else ("with one reference set", ""))))
 
 
-def _enough(run: RunFolder) -> float:
+def _required_accuracy(run: RunFolder) -> float:
     return float(run.provenance.get("enough") or 0.9)
 
 
-def _percent(value: float) -> str:
+def _write_percent(value: float) -> str:
     return percent(value).replace(".0", "")
 
 
-def _share(run: RunFolder, count: int) -> str:
+def _write_share(run: RunFolder, count: int) -> str:
     return percent(count / max(1, sum(run.sizes.values())))
 
 
-def _units(run: RunFolder) -> str:
+def _write_units(run: RunFolder) -> str:
     total = sum(run.sizes.values())
     return f"{total:,} {count_units(total, run)}"

@@ -72,7 +72,7 @@ def proofs(run: RunFolder) -> list[Proof]:
         for metric in run.drawn()
         if run.measured(metric, "original") and run.measured(metric, "ablated")
     ]
-    return [_proof(run, metric) for metric in both]
+    return [_make_proof(run, metric) for metric in both]
 
 
 def null_of(run: RunFolder) -> str:
@@ -89,7 +89,7 @@ def null_of(run: RunFolder) -> str:
     return f"{null.count:,} random {count_units(null.count, run)}" if null else ""
 
 
-def _proof(run: RunFolder, metric: str) -> Proof:
+def _make_proof(run: RunFolder, metric: str) -> Proof:
     before, after = run.results.find(metric), run.results.find(metric, "ablated")
     null = next(
         (point.measurement.variant for point in rival_points(run, metric) if point.method == "random"), None
@@ -100,15 +100,15 @@ def _proof(run: RunFolder, metric: str) -> Proof:
         explained(metric),
         value_of(before),
         value_of(after),
-        _moved(run.difference(metric), after.unit),
-        _moved(net, after.unit),
+        _write_move(run.difference(metric), after.unit),
+        _write_move(net, after.unit),
         after.n,
-        _detects(run, metric, after.unit),
+        _write_detectable_change(run, metric, after.unit),
         before.failures + after.failures,
     )
 
 
-def _moved(d: Difference | None, unit: str) -> Moved | None:
+def _write_move(d: Difference | None, unit: str) -> Moved | None:
     if d is None or d.is_nothing:
         return None if d is None else Moved("no change", "", "", None)
     return Moved(
@@ -116,7 +116,7 @@ def _moved(d: Difference | None, unit: str) -> Moved | None:
     )
 
 
-def _detects(run: RunFolder, metric: str, unit: str) -> str:
+def _write_detectable_change(run: RunFolder, metric: str, unit: str) -> str:
     """The smallest change that the samples show with 80 % power."""
     found = next((one for one in run.provenance.get("power") or [] if one.get("metric") == metric), None)
     if found is None:
@@ -131,7 +131,7 @@ def power_words(run: RunFolder) -> str:
     """ "100 prompts detect a change of mean toxicity of 3.1 points or more"; "" where nothing says."""
     metric = run.behaviour
     m = run.measured(metric, "ablated") if metric else None
-    size = _detects(run, metric, m.unit) if metric and m else ""
+    size = _write_detectable_change(run, metric, m.unit) if metric and m else ""
     return (
         f"{m.n:,} prompts detect a change of {title(str(metric)).lower()} of ≥ {size}" if m and size else ""
     )
@@ -143,7 +143,9 @@ def scorers(run: RunFolder) -> Scorers | None:
     means = found.get("means") or []
     if len(means) != 2:
         return None
-    rows = [_scorer(str(found.get(name)), row) for name, row in zip(("first", "second"), means, strict=True)]
+    rows = [
+        _make_scorer(str(found.get(name)), row) for name, row in zip(("first", "second"), means, strict=True)
+    ]
     kinds = [(name, found.get(name.lower())) for name in ("Pearson", "Spearman")]
     parts = [f"{name} correlation {plain(value)}" for name, value in kinds if value is not None]
     same = found.get("same_verdict")
@@ -151,7 +153,7 @@ def scorers(run: RunFolder) -> Scorers | None:
     return Scorers(rows, f"On {int(found.get('n') or 0):,} continuations: {', '.join(parts)}.")
 
 
-def _scorer(name: str, row: dict[str, Any]) -> Scorer:
+def _make_scorer(name: str, row: dict[str, Any]) -> Scorer:
     def written(which: str) -> str:
         ends = row.get(f"{which}_ci95")
         return f"{figure(row.get(which), 'toxicity.mean')} {interval(tuple(ends) if ends else None, 'toxicity.mean')}".strip()
@@ -166,6 +168,6 @@ def _scorer(name: str, row: dict[str, Any]) -> Scorer:
         tuple(ends) if ends else None,
         row.get("p"),
     )
-    said = _moved(moved, "")
+    said = _write_move(moved, "")
     assert said
     return Scorer(name, written("before"), written("after"), said)

@@ -28,7 +28,7 @@ class Mask:
 
     def spans(self, text: str) -> list[Span]:
         """Where the lexicon's words stand, plurals too."""
-        pattern = _pattern(self.lexicon)
+        pattern = _compile_lexicon(self.lexicon)
         return [match.span() for match in pattern.finditer(text)] if pattern else []
 
     def of_continuation(self, text: str, score: float | None, toxic: bool) -> list[Span]:
@@ -50,33 +50,35 @@ class Mask:
         cuts = sorted({0, len(text), *(end for span in (*hidden, *marked) for end in span)})
         pieces = []
         for start, end in zip(cuts, cuts[1:], strict=False):
-            piece = self._piece(text[start:end], _covers(hidden, start))
+            piece = self._write_piece(text[start:end], _is_covered(hidden, start))
             pieces.append(
-                Markup('<mark class="{}">{}</mark>').format(mark, piece) if _covers(marked, start) else piece
+                Markup('<mark class="{}">{}</mark>').format(mark, piece)
+                if _is_covered(marked, start)
+                else piece
             )
         return Markup("").join(pieces)
 
-    def _piece(self, text: str, hidden: bool) -> Markup:
+    def _write_piece(self, text: str, hidden: bool) -> Markup:
         if not hidden or not text.strip():
             return Markup("{}").format(visible_lines(text))
         form = '<span class="veil">{}</span><span class="bare">{}</span>'
         if self.lexicon:
-            return Markup(form).format(_dotted(text), visible_lines(text))
+            return Markup(form).format(_dot_letters(text), visible_lines(text))
         return Markup(form.replace('"veil"', '"veil blurred"')).format(
             re.sub(r"\S", "x", text), visible_lines(text)
         )
 
 
-def _covers(spans: Iterable[Span], place: int) -> bool:
+def _is_covered(spans: Iterable[Span], place: int) -> bool:
     return any(start <= place < end for start, end in spans)
 
 
-def _dotted(words: str) -> str:
+def _dot_letters(words: str) -> str:
     """The first letter of each word, and a dot for each of the others."""
     return re.sub(r"(\w)(\w*)", lambda match: match[1] + "•" * len(match[2]), visible_lines(words))
 
 
-def _pattern(lexicon: tuple[str, ...]) -> re.Pattern[str] | None:
+def _compile_lexicon(lexicon: tuple[str, ...]) -> re.Pattern[str] | None:
     words = sorted({word.strip() for word in lexicon if word.strip()}, key=lambda word: (-len(word), word))
     return (
         re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?:s|es)?(?!\w)", re.IGNORECASE)
@@ -142,14 +144,14 @@ def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
     for kind in (name for name in before if name in after):
         heading, score_name = _KINDS.get(kind, (kind.replace("_", " ").capitalize(), "score"))
         toxic = kind == "toxicity"
-        matched = list(_matched(before[kind], after[kind]))
+        matched = list(_match_continuations(before[kind], after[kind]))
         if matched:
-            shown = [_pair(*found, mask, toxic) for found in matched[:MOST]]
+            shown = [_make_pair(*found, mask, toxic) for found in matched[:MOST]]
             made.append(Kind(heading, score_name, toxic, shown, len(matched)))
     return made
 
 
-def _matched(
+def _match_continuations(
     before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """The continuations of the prompts that both have, in the order they were drawn: every prompt's first, then its second …"""
@@ -163,20 +165,22 @@ def _matched(
         yield from ((prompt, a[turn], b[turn]) for prompt, a, b in rows if turn < min(len(a), len(b)))
 
 
-def _pair(prompt: str, before: dict[str, Any], after: dict[str, Any], mask: Mask, toxic: bool) -> Pair:
-    one, other = _clipped(before["text"]), _clipped(after["text"])
+def _make_pair(prompt: str, before: dict[str, Any], after: dict[str, Any], mask: Mask, toxic: bool) -> Pair:
+    one, other = _clip_text(before["text"]), _clip_text(after["text"])
     gone, came = find_changes(one, other)
     was, now = before.get("score"), after.get("score")
-    prompt = _clipped(prompt)
+    prompt = _clip_text(prompt)
     return Pair(
         mask.write(prompt, mask.spans(prompt)),
-        _side(one, was, gone, "gone", mask, toxic),
-        _side(other, now, came, "came", mask, toxic),
+        _make_side(one, was, gone, "gone", mask, toxic),
+        _make_side(other, now, came, "came", mask, toxic),
         (now - was) if was is not None and now is not None else 0.0,
     )
 
 
-def _side(text: str, score: float | None, marked: list[Span], mark: str, mask: Mask, toxic: bool) -> Side:
+def _make_side(
+    text: str, score: float | None, marked: list[Span], mark: str, mask: Mask, toxic: bool
+) -> Side:
     written = mask.write(text, mask.of_continuation(text, score, toxic), marked, mark)
     if score is None:
         return Side(written, "not scored", None)
@@ -184,15 +188,15 @@ def _side(text: str, score: float | None, marked: list[Span], mark: str, mask: M
     return Side(written, percent(score) if share else f"{score:.2f}", score * 100 if share else None)
 
 
-def _clipped(text: str) -> str:
+def _clip_text(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + " …"
 
 
 def find_changes(one: str, other: str) -> tuple[list[Span], list[Span]]:
     """Which stretches of each text the other does not have, word by word."""
-    words, theirs = _words(one), _words(other)
+    words, other_words = _find_words(one), _find_words(other)
     matcher = difflib.SequenceMatcher(
-        None, [one[a:b] for a, b in words], [other[a:b] for a, b in theirs], autojunk=False
+        None, [one[a:b] for a, b in words], [other[a:b] for a, b in other_words], autojunk=False
     )
     gone: list[Span] = []
     came: list[Span] = []
@@ -200,9 +204,9 @@ def find_changes(one: str, other: str) -> tuple[list[Span], list[Span]]:
         if what != "equal" and j > i:
             gone.append((words[i][0], words[j - 1][1]))
         if what != "equal" and m > k:
-            came.append((theirs[k][0], theirs[m - 1][1]))
+            came.append((other_words[k][0], other_words[m - 1][1]))
     return gone, came
 
 
-def _words(text: str) -> list[Span]:
+def _find_words(text: str) -> list[Span]:
     return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]

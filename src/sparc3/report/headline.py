@@ -30,12 +30,12 @@ def headline(run: RunFolder) -> Markup:
     metric = run.behaviour
     if metric is None:
         return Markup("{} figures of one run").format(len(run.results.measurements))
-    sentence = Markup("Removing {} took {}").format(removed(run), _from_to(run, metric))
-    null = _random(run, metric)
+    sentence = Markup("Removing {} took {}").format(removed(run), _write_from_to(run, metric))
+    null = _find_null(run, metric)
     if null is None:
         return Markup("{}.").format(sentence)
     return Markup("{}; {} leave it at {}{}.").format(
-        sentence, _random_units(run), value_of(null), small_interval(null)
+        sentence, _write_random_units(run), value_of(null), small_interval(null)
     )
 
 
@@ -72,24 +72,24 @@ def removed(run: RunFolder) -> str:
     )
 
 
-def _from_to(run: RunFolder, metric: str) -> Markup:
+def _write_from_to(run: RunFolder, metric: str) -> Markup:
     before, after = run.results.find(metric), run.results.find(metric, "ablated")
-    return Markup("{} from {} to {}").format(in_words(metric), _figure(before), _figure(after))
+    return Markup("{} from {} to {}").format(in_words(metric), _write_figure(before), _write_figure(after))
 
 
-def _figure(m: Measurement) -> Markup:
+def _write_figure(m: Measurement) -> Markup:
     """A figure that never breaks across lines, its interval small behind it."""
     return Markup('<b class="{}">{}</b>{}').format(
         "figure after" if m.variant == "ablated" else "figure", value_of(m), small_interval(m)
     )
 
 
-def _random(run: RunFolder, metric: str) -> Measurement | None:
+def _find_null(run: RunFolder, metric: str) -> Measurement | None:
     """As many random units."""
     return next((point.measurement for point in rival_points(run, metric) if point.method == "random"), None)
 
 
-def _random_units(run: RunFolder) -> str:
+def _write_random_units(run: RunFolder) -> str:
     count = len(run.circuit) if run.circuit else 0
     return f"{count:,} random {count_units(count, run)}"
 
@@ -100,17 +100,17 @@ def remarks(run: RunFolder) -> list[Remark]:
     if metric is None:
         return []
     found = [
-        _effect(run, metric),
-        _null(run, metric),
-        _cost(run, metric),
+        _remark_on_effect(run, metric),
+        _remark_on_null(run, metric),
+        _remark_on_cost(run, metric),
         *standing_remarks(run, metric),
-        _fluency(run),
-        _failed(run),
+        _remark_on_fluency(run),
+        _remark_on_failures(run),
     ]
     return [remark for remark in found if remark]
 
 
-def _effect(run: RunFolder, metric: str) -> Remark:
+def _remark_on_effect(run: RunFolder, metric: str) -> Remark:
     d, m = run.difference(metric), run.results.find(metric, "ablated")
     if d is None or d.ci95 is None:
         return Remark(
@@ -143,9 +143,9 @@ def _effect(run: RunFolder, metric: str) -> Remark:
     )
 
 
-def _null(run: RunFolder, metric: str) -> Remark | None:
+def _remark_on_null(run: RunFolder, metric: str) -> Remark | None:
     """The effect net of the null: what the circuit does that as many random units do not."""
-    null, after = _random(run, metric), run.results.find(metric, "ablated")
+    null, after = _find_null(run, metric), run.results.find(metric, "ablated")
     if null is None or run.circuit is None:
         return None
     net = run.difference(metric, "ablated", null.variant)
@@ -158,9 +158,9 @@ def _null(run: RunFolder, metric: str) -> Remark | None:
         text = Markup(
             "<b>Not told apart from chance removals:</b> net of {} the change is {}, with zero inside its interval."
         )
-        return Remark("careful", text.format(_random_units(run), size))
+        return Remark("careful", text.format(_write_random_units(run), size))
     text = Markup("<b>{}</b> leave {} at {}").format(
-        _random_units(run), in_words(metric), with_interval(null)
+        _write_random_units(run), in_words(metric), with_interval(null)
     )
     if intervals_overlap(null, after) and not net:
         return Remark(
@@ -168,11 +168,13 @@ def _null(run: RunFolder, metric: str) -> Remark | None:
         )
     kind = "careful" if net and net.p is not None and net.p >= UNSURE else "good"
     if net:
-        return Remark(kind, Markup("<b>Net of {}</b> the change is {}.").format(_random_units(run), size))
+        return Remark(
+            kind, Markup("<b>Net of {}</b> the change is {}.").format(_write_random_units(run), size)
+        )
     return Remark(kind, Markup("{}.").format(text))
 
 
-def _cost(run: RunFolder, metric: str) -> Remark | None:
+def _remark_on_cost(run: RunFolder, metric: str) -> Remark | None:
     d = run.difference("perplexity")
     if d is None or metric == "perplexity":
         return None
@@ -194,7 +196,7 @@ def _cost(run: RunFolder, metric: str) -> Remark | None:
     return Remark("plain", Markup("<b>Perplexity moved by</b> {}{}.").format(share, beside))
 
 
-def _fluency(run: RunFolder) -> Remark | None:
+def _remark_on_fluency(run: RunFolder) -> Remark | None:
     """Whether what the ablated model writes reads like the original's own text, to the original."""
     d, before, after = (
         run.difference("fluency"),
@@ -203,8 +205,8 @@ def _fluency(run: RunFolder) -> Remark | None:
     )
     if d is None or before is None or after is None:
         return None
-    null = _random(run, "fluency")
-    beside = f" ({_random_units(run)}: {value_of(null)})" if null else ""
+    null = _find_null(run, "fluency")
+    beside = f" ({_write_random_units(run)}: {value_of(null)})" if null else ""
     figures = f"perplexity of the continuations under the original model {value_of(before)} → {value_of(after)} {interval_of(after)}{beside}"
     if d.holds_zero:
         return Remark("good", Markup("<b>The text stays as likely:</b> {}.").format(figures))
@@ -219,7 +221,7 @@ def _fluency(run: RunFolder) -> Remark | None:
     return Remark("plain", text.format(figures))
 
 
-def _failed(run: RunFolder) -> Remark | None:
+def _remark_on_failures(run: RunFolder) -> Remark | None:
     failed = [
         f"{m.failures:,} for {in_words(m.metric)} of {variant_title(m.variant, run)}"
         for m in run.results

@@ -1,4 +1,4 @@
-"""A run folder, read once: what is missing is None or empty, what is damaged is an error that names the file."""
+"""Reads a run folder once: a missing file gives None or an empty value, a damaged file raises an error that names it."""
 
 import json
 import os
@@ -117,48 +117,55 @@ class RunFolder:
 
 
 def read_folder(path: str | os.PathLike[str]) -> RunFolder:
-    """Raises UserError where there is no results.json, DamagedFile where a file is not what it says."""
+    """Read the files of a finished run.
+
+    Raises:
+        UserError: the folder has no results.json.
+        DamagedFile: a file does not follow its format.
+    """
     folder = Path(path)
     if not (folder / "results.json").is_file():
         raise UserError(
-            f"{folder} holds no results.json, so there is nothing to report; name the folder of a finished run"
+            f"{folder} has no results.json, so there is nothing to report. Name the folder of a finished run."
         )
     results = Results.load(folder / "results.json")
     variants = ("original", "ablated")
     texts = {
         name: found
         for name in variants
-        if (found := _if_there(folder / "evaluation" / f"{name}.json", _texts))
+        if (found := _read_if_present(folder / "evaluation" / f"{name}.json", _read_texts))
     }
-    samples = {file.stem: _lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))}
+    samples = {file.stem: _count_lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))}
     return RunFolder(
         path=folder,
         results=results,
         circuit=next((Circuit.load(file) for name in NAMES if (file := folder / name).is_file()), None),
-        scores=_if_there(folder / "scores" / "contrast.safetensors", Scores.load),
+        scores=_read_if_present(folder / "scores" / "contrast.safetensors", Scores.load),
         texts=texts,
-        cards=_if_there(folder / "cards.json", _cards) or [],
-        recipe=_if_there(folder / "recipe.yaml", read_text),
-        environment=_if_there(folder / "environment.json", _environment) or {},
+        cards=_read_if_present(folder / "cards.json", _read_cards) or [],
+        recipe=_read_if_present(folder / "recipe.yaml", read_text),
+        environment=_read_if_present(folder / "environment.json", _read_environment) or {},
         samples=samples,
-        search=_search(folder / "tune.json", results),
+        search=_read_search(folder / "tune.json", results),
     )
 
 
-def _if_there(path: Path, read: Callable[[Path], T]) -> T | None:
+def _read_if_present(path: Path, read: Callable[[Path], T]) -> T | None:
     return read(path) if path.is_file() else None
 
 
-def _lines(path: Path) -> int:
+def _count_lines(path: Path) -> int:
     with open(path, "rb") as opened:
         return sum(1 for line in opened if line.strip())
 
 
-def _texts(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _read_texts(path: Path) -> dict[str, list[dict[str, Any]]]:
     found = read_json(path, EVALUATION).get("texts") or {}
     good = isinstance(found, dict) and all(_is_prompt(row) for rows in found.values() for row in rows)
     if not good:
-        raise DamagedFile(f"{path}: its texts are not as {EVALUATION} has them; make it again")
+        raise DamagedFile(
+            f"{path}: the texts do not follow the format {EVALUATION}. Run the evaluation again."
+        )
     return found
 
 
@@ -172,25 +179,25 @@ def _is_prompt(row: Any) -> bool:
     return all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in row["continuations"])
 
 
-def _cards(path: Path) -> list[dict[str, Any]]:
+def _read_cards(path: Path) -> list[dict[str, Any]]:
     found = read_json(path, CARDS).get("cards")
     if not isinstance(found, list) or not all(
         isinstance(card, dict) and "module" in card and "index" in card for card in found
     ):
-        raise DamagedFile(f"{path}: its cards are not as {CARDS} has them; make it again")
+        raise DamagedFile(f"{path}: the cards do not follow the format {CARDS}. Make them again.")
     return found
 
 
-def _search(path: Path, results: Results) -> dict[str, Any]:
-    """tune.json where it is of the search that chose this run's circuit; else what the results keep of it."""
-    kept = dict(results.provenance.get("tune") or {})
-    found = _if_there(path, lambda where: read_json(where, SEARCH)) or {}
-    same = bool(kept) and found.get("best") == kept.get("best")
+def _read_search(path: Path, results: Results) -> dict[str, Any]:
+    """The search in tune.json if it chose this run's circuit; otherwise the summary that results.json holds."""
+    summary = dict(results.provenance.get("tune") or {})
+    found = _read_if_present(path, lambda where: read_json(where, SEARCH)) or {}
+    same = bool(summary) and found.get("best") == summary.get("best")
     try:
-        chosen = found if same else kept
+        chosen = found if same else summary
         places = [
             (float(one["figures"]["perplexity"]), int(one["count"]))
-            for one in [*(chosen.get("candidates") or []), *_others(chosen)]
+            for one in [*(chosen.get("candidates") or []), *_other_methods_rows(chosen)]
         ]
         good = not chosen or (
             bool(places)
@@ -201,20 +208,20 @@ def _search(path: Path, results: Results) -> dict[str, Any]:
         good = False
     if not good:
         raise DamagedFile(
-            f"{path if same else path.with_name('results.json')}: its search is not as {SEARCH} has it; make it again"
+            f"{path if same else path.with_name('results.json')}: the search does not follow the format {SEARCH}. Run the search again."
         )
     return chosen
 
 
-def _others(search: dict[str, Any]) -> list[dict[str, Any]]:
+def _other_methods_rows(search: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for rows in dict(search.get("others") or {}).values() for row in rows]
 
 
-def _environment(path: Path) -> dict[str, Any]:
+def _read_environment(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not JSON ({error}); make it again") from None
+        raise DamagedFile(f"{path} is not valid JSON ({error}). Make it again.") from None
     if not isinstance(found, dict):
-        raise DamagedFile(f"{path} does not hold an object; make it again")
+        raise DamagedFile(f"{path} does not hold a JSON object. Make it again.")
     return found

@@ -34,8 +34,8 @@ def remarks_at_same_count(run: RunFolder, metric: str) -> list[Remark]:
     ahead = [point for point in others if harm_of(point.measurement) < harm_of(after)]
     if ahead:
         close = [point for point in ahead if intervals_overlap(point.measurement, after)]
-        clear = [Remark("careful", _ahead(run, point, after)) for point in ahead if point not in close]
-        return [*clear, *([_close(run, close)] if close else [])]
+        clear = [Remark("careful", _write_ahead(run, point, after)) for point in ahead if point not in close]
+        return [*clear, *([_remark_on_close(run, close)] if close else [])]
     if not others:
         return []
     best = min(others, key=lambda point: harm_of(point.measurement))
@@ -44,27 +44,27 @@ def remarks_at_same_count(run: RunFolder, metric: str) -> list[Remark]:
         Remark(
             "good",
             text.format(
-                method_title(best.method), with_interval(best.measurement), _at_perplexity(run, best)
+                method_title(best.method), with_interval(best.measurement), _write_perplexity(run, best)
             ),
         )
     ]
 
 
-def _ahead(run: RunFolder, point: Point, after: Measurement) -> Markup:
+def _write_ahead(run: RunFolder, point: Point, after: Measurement) -> Markup:
     text = Markup("<b>{} is ahead at the same count:</b> {}{}, against {} here.")
     return text.format(
         method_title(point.method),
         with_interval(point.measurement),
-        _at_perplexity(run, point),
+        _write_perplexity(run, point),
         with_interval(after),
     )
 
 
-def _close(run: RunFolder, points_: list[Point]) -> Remark:
+def _remark_on_close(run: RunFolder, points_: list[Point]) -> Remark:
     """Methods that did better by less than the intervals tell apart."""
     names = join_words(method_title(point.method) for point in points_)
     figures = join_words(
-        f"{with_interval(point.measurement)}{_at_perplexity(run, point)}" for point in points_
+        f"{with_interval(point.measurement)}{_write_perplexity(run, point)}" for point in points_
     )
     text = Markup(
         "<b>{} {} slightly ahead at the same count,</b> with {}; the intervals overlap with this circuit’s."
@@ -72,7 +72,7 @@ def _close(run: RunFolder, points_: list[Point]) -> Remark:
     return Remark("careful", text.format(names, "is" if len(points_) == 1 else "are", figures))
 
 
-def _at_perplexity(run: RunFolder, point: Point) -> str:
+def _write_perplexity(run: RunFolder, point: Point) -> str:
     if point.measurement.metric == "perplexity":
         return ""
     increase, found = (
@@ -84,7 +84,7 @@ def _at_perplexity(run: RunFolder, point: Point) -> str:
 
 def remark_at_same_damage(run: RunFolder, metric: str) -> Remark | None:
     """The best of every method, at any count, that costs not measurably more perplexity than the circuit."""
-    limit = _limit(run)
+    limit = _allowed_increase(run)
     if limit is None or metric == "perplexity" or run.method is None:
         return None
     best: dict[str, Point] = {}
@@ -114,7 +114,7 @@ def remark_at_same_damage(run: RunFolder, metric: str) -> Remark | None:
     return Remark("good", Markup("<b>Ahead at the same damage</b> ({}): {}.").format(where, said))
 
 
-def _limit(run: RunFolder) -> float | None:
+def _allowed_increase(run: RunFolder) -> float | None:
     """The upper end of the circuit's own increase of perplexity."""
     increase = harm(run, "ablated")
     before = run.measured("perplexity", "original")
@@ -133,7 +133,7 @@ def remark_under_budget(run: RunFolder, metric: str) -> Remark | None:
     if own is None or limit is None or not found:
         return None
     found.sort(key=lambda one: harm_of(one[1]))
-    said = join_words(f"{_with_count(name)} {with_interval(m)}" for name, m in found)
+    said = join_words(f"{_write_with_count(name)} {with_interval(m)}" for name, m in found)
     ahead = [name for name, m in found if harm_of(m) < harm_of(own)]
     where = f"{percent(limit)} perplexity, each method’s best count chosen on validation prompts"
     if ahead:
@@ -141,7 +141,7 @@ def remark_under_budget(run: RunFolder, metric: str) -> Remark | None:
         return Remark(
             "careful",
             text.format(
-                join_words(map(_with_count, ahead)),
+                join_words(map(_write_with_count, ahead)),
                 "is" if len(ahead) == 1 else "are",
                 where,
                 said,
@@ -152,6 +152,6 @@ def remark_under_budget(run: RunFolder, metric: str) -> Remark | None:
     return Remark("good", text.format(where, said, with_interval(own)))
 
 
-def _with_count(variant: str) -> str:
+def _write_with_count(variant: str) -> str:
     name = parse_variant(variant)
     return f"{method_title(name[0])} ({name[1]:,})" if name else variant

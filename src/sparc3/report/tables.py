@@ -76,12 +76,12 @@ def columns(run: RunFolder) -> list[Column]:
     found = dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
     several = len({split for _, split in found}) > 1
     return [
-        Column(title(name), name, split, explained(name), _note(rows, several))
+        Column(title(name), name, split, explained(name), _describe_column(rows, several))
         for (name, split), rows in found.items()
     ]
 
 
-def _note(shown_in: list[Measurement], several_splits: bool) -> str:
+def _describe_column(shown_in: list[Measurement], several_splits: bool) -> str:
     """What holds for a whole column: its split, which way is better, how many units each figure rests on."""
     m = shown_in[0]
     split = [m.split] if several_splits else []
@@ -95,21 +95,21 @@ def rows(run: RunFolder) -> list[Row]:
     found: dict[str, dict[tuple[str, str], Measurement]] = {}
     for m in run.results:
         found.setdefault(m.variant, {})[m.metric, m.split] = m
-    ordered = sorted(found, key=lambda variant: _place(variant, list(found), run.method))
+    ordered = sorted(found, key=lambda variant: _sort_key(variant, list(found), run.method))
     keys = [(column.name, column.split) for column in columns(run)]
     mixed = {key for key in keys if len({found[name][key].n for name in found if key in found[name]}) > 1}
     return [
         Row(
             variant_title(name, run),
             name,
-            _group(name),
-            [_cell(found[name].get(key), key in mixed) for key in keys],
+            _group_name(name),
+            [_make_cell(found[name].get(key), key in mixed) for key in keys],
         )
         for name in ordered
     ]
 
 
-def _place(variant: str, all_of_them: list[str], own: str | None) -> tuple[int, bool, int, int]:
+def _sort_key(variant: str, all_of_them: list[str], own: str | None) -> tuple[int, bool, int, int]:
     name = parse_variant(variant)
     if name is None:
         return {"original": 0, "ablated": 1}.get(variant, 2), False, 0, all_of_them.index(variant)
@@ -121,12 +121,12 @@ def _place(variant: str, all_of_them: list[str], own: str | None) -> tuple[int, 
     return 3 + (name[0] != own) + (name[0] == "random"), False, siblings[0], name[1]
 
 
-def _group(variant: str) -> str:
+def _group_name(variant: str) -> str:
     name = parse_variant(variant)
     return name[0] if name else variant
 
 
-def _cell(m: Measurement | None, with_n: bool) -> Cell | None:
+def _make_cell(m: Measurement | None, with_n: bool) -> Cell | None:
     if m is None:
         return None
     counts = ([f"n = {m.n:,}"] if with_n else []) + ([f"{m.failures:,} failed"] if m.failures else [])
@@ -161,7 +161,7 @@ def stages(run: RunFolder) -> list[tuple[str, float, float]]:
 def checks(run: RunFolder) -> list[tuple[str, str, bool | None]]:
     """(name, value, passed) of each check; None is a check that passes no judgement."""
     return [
-        (str(c.get("name", "")), _written(c.get("value")), c.get("ok"))
+        (str(c.get("name", "")), _write_value(c.get("value")), c.get("ok"))
         for c in run.provenance.get("checks") or []
     ]
 
@@ -200,25 +200,25 @@ def seeds(run: RunFolder) -> dict[str, str]:
     keys = ("seed", "generations", "temperature", "max_new_tokens", "scorer", "also")
     for name, settings in dict(run.provenance.get("metrics") or {}).items():
         told = [(key, settings.get(key)) for key in keys if isinstance(settings, dict)]
-        parts = [f"{key.replace('_', ' ')} {_written(value)}" for key, value in told if value is not None]
+        parts = [f"{key.replace('_', ' ')} {_write_value(value)}" for key, value in told if value is not None]
         if parts:
             found[str(name)] = ", ".join(parts)
     return found
 
 
 def environment(run: RunFolder) -> dict[str, str]:
-    return dict(_flat(run.environment))
+    return dict(_flatten(run.environment))
 
 
-def _flat(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
     for key, value in content.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
+            yield from _flatten(value, f"{before}{key}.")
         else:
-            yield f"{before}{key}", _written(value)
+            yield f"{before}{key}", _write_value(value)
 
 
-def _written(value: Any) -> str:
+def _write_value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     if isinstance(value, float):

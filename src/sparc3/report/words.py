@@ -160,18 +160,18 @@ def change(d: Difference, unit: str = "") -> str:
     """A difference: percentage points of a share, else in the metric's own unit, signed."""
     if is_share(d.metric, unit):
         return signed(d.value * 100, f"{abs(d.value) * 100:.1f}") + " points"
-    return signed(d.value, f"{abs(d.value):,.{_decimals(d)}f}")
+    return signed(d.value, f"{abs(d.value):,.{_count_decimals(d)}f}")
 
 
 def change_interval(d: Difference, unit: str = "") -> str:
     if d.ci95 is None:
         return ""
     if not is_share(d.metric, unit):
-        return f"[{f',{HARD}'.join(signed(end, f'{abs(end):,.{_decimals(d)}f}') for end in d.ci95)}]"
+        return f"[{f',{HARD}'.join(signed(end, f'{abs(end):,.{_count_decimals(d)}f}') for end in d.ci95)}]"
     return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.1f}') for end in d.ci95)}]"
 
 
-def _decimals(d: Difference) -> int:
+def _count_decimals(d: Difference) -> int:
     """So many that the largest of a difference and the ends of its interval has three digits, two below one."""
     largest = max(abs(end) for end in (d.value, *(d.ci95 or ())))
     if largest == 0 or not math.isfinite(largest):

@@ -58,11 +58,14 @@ def render(run: RunFolder) -> str:
     )
     environment.filters["duration"] = duration
     return (
-        environment.get_template("page.html").render(_content(run)).encode("utf-8", "replace").decode("utf-8")
+        environment.get_template("page.html")
+        .render(_collect_content(run))
+        .encode("utf-8", "replace")
+        .decode("utf-8")
     )
 
 
-def _content(run: RunFolder) -> dict[str, Any]:
+def _collect_content(run: RunFolder) -> dict[str, Any]:
     style, script = (
         files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
@@ -70,15 +73,15 @@ def _content(run: RunFolder) -> dict[str, Any]:
     mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
     pairs, known = kinds(run, mask), cards(run, mask)
-    traded, drawn, compared, where = tradeoffs(run), curves(run), comparisons(run), _map(run)
+    traded, drawn, compared, where = tradeoffs(run), curves(run), comparisons(run), _map_units(run)
     tips = {key: tip for figure in [*traded, *drawn] for key, tip in figure.tips.items()} | (
         where.tips if where else {}
     )
     return {
-        **_origin(run),
+        **_describe_origin(run),
         "style": Markup(style),
         "script": Markup(script),
-        "policy": _policy(style, script),
+        "policy": _write_policy(style, script),
         "headline": said.headline(run),
         "damage": headline.damage(run) if said is headline else None,
         "remarks": said.remarks(run),
@@ -108,24 +111,24 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "rows": tables.rows(run),
         "changes": tables.changes(run),
         "recipe": recipe,
-        "tips": _visible(tips),
+        "tips": _make_visible(tips),
     }
 
 
-def _map(run: RunFolder) -> UnitMap | None:
+def _map_units(run: RunFolder) -> UnitMap | None:
     """Where the circuit's units sit: those removed, or, of a task's circuit, those kept."""
     circuit = discovery.kept_percent(run) if run.job == "discover" else None
     return unit_map(replace(run, circuit=circuit), "kept") if circuit else unit_map(run)
 
 
-def _visible(tips: Any) -> Any:
+def _make_visible(tips: Any) -> Any:
     """The same with every text in it made visible."""
     if isinstance(tips, dict):
-        return {key: value if key == "key" else _visible(value) for key, value in tips.items()}
-    return [_visible(one) for one in tips] if isinstance(tips, list) else visible(str(tips))
+        return {key: value if key == "key" else _make_visible(value) for key, value in tips.items()}
+    return [_make_visible(one) for one in tips] if isinstance(tips, list) else visible(str(tips))
 
 
-def _origin(run: RunFolder) -> dict[str, Any]:
+def _describe_origin(run: RunFolder) -> dict[str, Any]:
     """Where the run came from, and what it says about itself."""
     model = run.provenance.get("model") or (run.circuit.model if run.circuit else {}) or {}
     return {
@@ -146,12 +149,12 @@ def _origin(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _policy(style: str, script: str) -> str:
+def _write_policy(style: str, script: str) -> str:
     """What the browser may do with the page: use its own style and script, and nothing else."""
-    own = f"style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
+    own = f"style-src {_hash_source(style)}; script-src {_hash_source(script)}; img-src data:"
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
-def _hash(source: str) -> str:
+def _hash_source(source: str) -> str:
     """The source expression by which the page's policy lets this one style or script in, and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
