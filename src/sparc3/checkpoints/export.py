@@ -18,6 +18,7 @@ from torch import Tensor
 from ..circuits.ablate import ablated, removed_units, weaken_values
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import Sparc3Error, UserError
+from ..models.gguf import repository_of
 from ..models.hub import looks_local, snapshot
 from ..models.load import MAP, describe, load_weights
 from ..models.offloading import is_offloaded, named_values, state_of
@@ -110,7 +111,8 @@ def export(
         if tokenizer is not None and not (source and _same_source(model, tokenizer)):
             tokenizer.save_pretrained(temporary)
         circuit.save(temporary / f"circuit{circuit.suffix}")
-        base = None if looks_local(model.name_or_path or ".") else model.name_or_path
+        name = model.name_or_path or "."
+        base = repository_of(name) or (None if looks_local(name) else name)
         card = model_card(
             circuit,
             results,
@@ -199,7 +201,7 @@ def source_folder(model: "PreTrainedModel") -> Path | None:
         return Path(name) if name else None
     return (
         None
-        if looks_local(name)
+        if looks_local(name) or repository_of(name)
         else snapshot(name, getattr(model.config, "_commit_hash", None), [*BESIDE, "README.md"])
     )
 

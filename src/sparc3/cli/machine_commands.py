@@ -11,7 +11,7 @@ def add_to(add: Add) -> None:
     doctor.add_argument(
         "model",
         nargs="?",
-        help="a hub id, the folder of a checkpoint, a config.json alone (random weights), or demo",
+        help="a hub id, the folder of a checkpoint, a config.json alone (random weights), a GGUF, smollm2, or demo",
     )
     precision_arguments(doctor)
 

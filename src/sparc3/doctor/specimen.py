@@ -56,8 +56,10 @@ def load_specimen(name: str, *, dtype: str = "auto", device: str = "auto") -> Sp
 def has_weights(name: str) -> bool:
     """Whether there are weights to load: always so of the demo and of the hub, whose client says what is missing."""
     path = Path(name)
-    return not path.is_file() and (
-        not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    if path.is_file():
+        return path.suffix.lower() == ".gguf"
+    return not path.is_dir() or any(
+        file.suffix.lower() in (".safetensors", ".bin", ".gguf") for file in path.iterdir()
     )
 
 

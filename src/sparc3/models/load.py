@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UserError, unknown
 from ..storage import parse_json, read_text
 from .families import require_family
+from .gguf import find_gguf, gguf_config, load_gguf_tokenizer, load_gguf_weights, repository_of
 from .hub import CONVERT, hub_errors, looks_local, require_hub
 from .memory import available
 from .offloading import first_out_of_reach, gpu_room, named_values, offloaded_layers
@@ -32,7 +33,8 @@ def load_model(
     """Load a causal language model and its tokenizer, ready to attribute: eval mode.
 
     Args:
-        name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded model.
+        name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded model;
+            or a GGUF: its path, a folder with one, ORG/REPO:FILE.gguf, or "smollm2" (see docs/models.md).
         dtype: "auto" (as stored; float16 becomes float32 on a CPU, which computes it poorly), "float32", "bfloat16", "float16", "float64".
         device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1"; "map": its layers over all GPUs there are (accelerate's device
             map), for a model that is larger than one; those that find no place stay on the CPU and are copied to the GPU for each use.
@@ -60,16 +62,20 @@ def load_weights(
         spread = _spread(name, config, wanted) if mapped else {}
         if not mapped:
             _require_room(name, config, wanted, target)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=wanted,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **spread,
-        )
+        if path := find_gguf(name):
+            options = {"dtype": torch.float32 if wanted == "auto" else wanted, **spread}
+            model, found = load_gguf_weights(name, path, config, options)
+        else:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=wanted,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **spread,
+            )
     require_present(model)
     if away := offloaded_layers(layers := list(layers_of(model))):
         log.info(
@@ -148,6 +154,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
     from transformers import AutoTokenizer
 
     name = _name(name_or_path)
+    if path := find_gguf(name):
+        return load_gguf_tokenizer(name, path)
     with hub_errors(name):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -191,7 +199,7 @@ def load_config(
     name: str,
     remedy: str = "check the name (the embedded model is demo), or download it elsewhere and give the folder's path",
 ) -> Any:
-    """The configuration of a hub model, a local checkpoint, a config.json or "demo", with every way it can fail as one line.
+    """The configuration of a hub model, a local checkpoint, a GGUF, a config.json or "demo", with every way it can fail as one line.
 
     Args:
         remedy: what to do where the hub cannot be reached.
@@ -199,6 +207,8 @@ def load_config(
     from transformers import AutoConfig
 
     name = _name(name)
+    if path := find_gguf(name):
+        return gguf_config(path)
     alone = name.endswith(".json") and Path(name).is_file()
     if looks_local(name) and not Path(name).is_dir() and not alone:
         raise UserError(
@@ -286,7 +296,7 @@ def describe(model: "PreTrainedModel") -> dict[str, str]:
 def model_id(model: "PreTrainedModel") -> str:
     """The hub id, or the name of the local folder (never its whole path, which is nobody else's business)."""
     name = str(getattr(model, "name_or_path", "") or model.config.model_type)
-    return Path(name).resolve().name if looks_local(name) else name
+    return Path(name).resolve().name if looks_local(name) and not repository_of(name) else name
 
 
 FIGURES = (

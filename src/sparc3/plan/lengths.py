@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..evaluation.metrics import HarnessSettings
+from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
 from ..samples.batches import Encoded, parse_target
 from ..samples.sources import Request, corpus, gather, is_path
@@ -93,8 +94,12 @@ def _cut(one: Encoded, context: int) -> Encoded:
 
 
 def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of the demo or of a folder; of the hub's models none, which would have to be fetched."""
-    if name != "demo" and not Path(name).is_dir():
+    """The tokenizer of the demo, smollm2, a folder or a GGUF file; of the hub's models none, which would have to be fetched."""
+    if (
+        name not in ("demo", SMOLLM2)
+        and not Path(name).is_dir()
+        and not (Path(name).suffix.lower() == ".gguf" and Path(name).is_file())
+    ):
         return None
     try:
         return load_tokenizer(name)

