@@ -1,18 +1,18 @@
 """Methods that only look at activations: `wanda` and `activation`. One forward each, no gradient, no logits."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__, distributed
 from ..models.experts import by_position, tokens_of
-from ..models.load import context_length, describe
+from ..models.load import context_length, describe, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, down_sites, sites_of
-from ..samples.batches import Batch, encode, join_completions, make_batches
+from ..samples.batches import Batch, Encoded, encode, join_completions, make_batches
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from .patching import frozen
@@ -49,27 +49,68 @@ def _sum_over_positions(
     with frozen(model), torch.no_grad():
         for batch in batches:
             gathered: dict[str, Tensor] = {}
-            with ExitStack() as stack:
-                for name, site in sites.items():
-                    hook = _input_hook(name, batch, measure, sums.settings.skip_positions, gathered)
-                    stack.callback(site.hooked.register_forward_pre_hook(hook).remove)
+            summed = batch.mask()
+            summed[:, : sums.settings.skip_positions] = False
+
+            def receive(name: str, a: Tensor, gathered: dict[str, Tensor] = gathered) -> None:
+                gathered[name] = measure(a).sum(1)
+
+            with capture(sites, summed, receive):
                 model.base_model(input_ids=batch.ids, use_cache=False)
             sums.add(batch, gathered)
             yield batch
 
 
-def _input_hook(
-    name: str, batch: Batch, measure: Callable[[Tensor], Tensor], skip: int, gathered: dict[str, Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    summed = batch.mask()
-    summed[:, :skip] = False
+@contextmanager
+def capture(
+    sites: Mapping[str, Site],
+    mask: Tensor,
+    receive: Callable[[str, Tensor], None],
+    *,
+    outputs: bool = False,
+    fill: float = 0.0,
+) -> Iterator[None]:
+    """Inside, a forward pass calls `receive` with the name and the activations of each site.
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        a = by_position(args[0].detach(), tokens_of(args), batch.ids.shape)
+    The activations are [B, T, width], in float32 or float64, however the module flattens its tokens. An expert's are 0 at
+    tokens that are not sent to it.
+
+    Args:
+        mask: [B, T], false where activations are replaced by `fill`: at padding, and at positions to be ignored.
+        outputs: receive the part of the module's output that belongs to the site instead of the module's input.
+    """
+
+    def deliver(name: str, x: Tensor, args: Sequence[Tensor]) -> None:
+        a = by_position(x.detach(), tokens_of(args), mask.shape)
         wide = a if a.dtype == torch.float64 else a.float()
-        gathered[name] = measure(wide).masked_fill_(~summed.to(a.device)[..., None], 0).sum(1)
+        receive(name, wide.masked_fill(~mask.to(a.device)[..., None], fill))
 
-    return hook
+    with ExitStack() as hooks:
+        for name, site in sites.items():
+            if outputs:
+                hook = site.hooked.register_forward_hook(
+                    lambda _, args, output, name=name, site=site: deliver(name, site.of(output), args)
+                )
+            else:
+                hook = site.hooked.register_forward_pre_hook(
+                    lambda _, args, name=name: deliver(name, args[0], args)
+                )
+            hooks.callback(hook.remove)
+        yield
+
+
+def encode_whole(
+    model: "PreTrainedModel", samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None"
+) -> list[Encoded]:
+    """The samples with their completions as tokens, cut to the model's context."""
+    return encode(
+        ReferenceSet(join_completions(samples, tokenizer)),
+        None,
+        "predicted",
+        context=context_length(model),
+        vocabulary=vocabulary_size(model),
+        truncate=True,
+    )
 
 
 # How hard each neuron can hit the residual stream: where super weights and massive activations show (Yu et al. 2024; Sun et al. 2024).
@@ -79,42 +120,23 @@ def largest_writes(
     model: "PreTrainedModel", samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> dict[str, Tensor]:
     """max_t |a_ti| · ‖W_down[:, i]‖₂ of each neuron over all tokens of the samples, by the name of its mlp.up: [out]."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    whole = ReferenceSet(join_completions(samples, tokenizer))
-    encoded = encode(
-        whole, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True
-    )
     of_mlp = down_sites(model)
     downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
-    found: dict[str, Tensor] = {}
+    maxima: dict[str, Tensor] = {}
+
+    def receive(name: str, a: Tensor) -> None:
+        largest = a.float().abs().amax((0, 1)).cpu()
+        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+
     with frozen(model), torch.no_grad():
-        for batch in make_batches(encoded, 1024, device_of(model)):
-            with ExitStack() as hooks:
-                for name, down in downs.items():
-                    hooks.callback(
-                        down.hooked.register_forward_pre_hook(_extreme_hook(name, batch, found)).remove
-                    )
+        for batch in make_batches(encode_whole(model, samples, tokenizer), 1024, device_of(model)):
+            with capture(downs, batch.mask(), receive):
                 model.base_model(input_ids=batch.ids, use_cache=False)
-        return {name: found[name] * down.weight.float().norm(dim=0).cpu() for name, down in downs.items()}
-
-
-def _extreme_hook(
-    name: str, batch: Batch, found: dict[str, Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    mask = batch.mask()
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        a = by_position(args[0].detach(), tokens_of(args), batch.ids.shape).float().abs()
-        largest = a.masked_fill(~mask.to(a.device)[..., None], 0).amax((0, 1)).cpu()
-        found[name] = torch.maximum(found[name], largest) if name in found else largest
-
-    return hook
+        return {name: maxima[name] * down.weight.float().norm(dim=0).cpu() for name, down in downs.items()}
 
 
 # Expertise of a neuron: how well its activation alone tells undesired texts from others (Suau et al. 2024, "Whispering experts").
-#
-# Two methods act on it: Det-0 removes the best experts, AurA damps every neuron that is one at all.
-
+# Two methods act on it: Det-0 removes the best experts, AurA damps every neuron whose AUROC is above chance.
 
 METHODS = ("aura", "det0")
 
@@ -137,11 +159,11 @@ def expertise(
     """
     sites = sites_of(model, ("mlp.up",))
     described = describe(model)
-    seen = [
-        _largest(model, ReferenceSet(join_completions(some, tokenizer)), sites, batch_tokens)
-        for some in (undesired, benign)
+    outputs = [
+        _largest_outputs(model, encode_whole(model, samples, tokenizer), sites, batch_tokens)
+        for samples in (undesired, benign)
     ]
-    values = {site.name: auroc(seen[0][site.name], seen[1][site.name]).float() for site in sites}
+    values = {site.name: auroc(outputs[0][site.name], outputs[1][site.name]).float() for site in sites}
     return Scores(
         values,
         {
@@ -165,11 +187,11 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
 
     The rank-sum statistic U / (P M) with midranks for ties, exactly.
     """
-    there = negative.T.contiguous().sort(-1).values
-    asked = positive.T.contiguous()
-    below = torch.searchsorted(there, asked, right=False)
-    not_above = torch.searchsorted(there, asked, right=True)
-    return (below + not_above).double().sum(-1) / (2 * asked.shape[1] * there.shape[1])
+    ordered = negative.T.contiguous().sort(-1).values
+    values = positive.T.contiguous()
+    below = torch.searchsorted(ordered, values, right=False)
+    not_above = torch.searchsorted(ordered, values, right=True)
+    return (below + not_above).double().sum(-1) / (2 * values.shape[1] * ordered.shape[1])
 
 
 def strengths(scores: Scores, count: int | None = None) -> dict[str, Tensor]:
@@ -191,38 +213,20 @@ def strengths(scores: Scores, count: int | None = None) -> dict[str, Tensor]:
     }
 
 
-def _largest(
-    model: "PreTrainedModel", samples: ReferenceSet, sites: list[Site], batch_tokens: int
+def _largest_outputs(
+    model: "PreTrainedModel", encoded: list[Encoded], sites: list[Site], batch_tokens: int
 ) -> dict[str, Tensor]:
     """Site → [samples, out]: each neuron's largest output over the tokens of each sample."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    encoded = encode(
-        samples, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True
-    )
-    made = {site.name: torch.zeros(len(encoded), site.out) for site in sites}
+    maxima = {site.name: torch.zeros(len(encoded), site.out) for site in sites}
+    by_name = {site.name: site for site in sites}
     with frozen(model), torch.no_grad():
         for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model)):
-            gathered: dict[str, Tensor] = {}
-            with ExitStack() as stack:
-                for site in sites:
-                    stack.callback(
-                        site.hooked.register_forward_hook(_expertise_hook(site, batch, gathered)).remove
-                    )
-                model.base_model(input_ids=batch.ids, use_cache=False)
             rows = torch.tensor([sample.index for sample in batch.samples])
-            for name, largest in gathered.items():
-                made[name][rows] = largest.cpu()
-    distributed.sum_(made.values())  # a sample belongs to one rank, and is zero in the others
-    return made
 
+            def receive(name: str, z: Tensor, rows: Tensor = rows) -> None:
+                maxima[name][rows] = z.float().amax(1).cpu()
 
-def _expertise_hook(
-    site: Site, batch: Batch, gathered: dict[str, Tensor]
-) -> Callable[[nn.Module, Sequence[Tensor], Tensor], None]:
-    mask = batch.mask()
-
-    def hook(_: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
-        z = by_position(site.of(output.detach()), tokens_of(args), batch.ids.shape).float()
-        gathered[site.name] = z.masked_fill(~mask.to(z.device)[..., None], -torch.inf).amax(1)
-
-    return hook
+            with capture(by_name, batch.mask(), receive, outputs=True, fill=-torch.inf):
+                model.base_model(input_ids=batch.ids, use_cache=False)
+    distributed.sum_(maxima.values())  # a sample belongs to one rank, and is zero in the others
+    return maxima

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__, distributed
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
-from ..models.load import context_length, describe
+from ..models.load import context_length, describe, vocabulary_size
 from ..models.memory import out_of_memory, remember, room, too_large
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, sites_of
@@ -202,9 +202,13 @@ def _encode_samples(
 ) -> list[Encoded]:
     # A method that looks at activations alone has no target, and asks the samples for none.
     asked = settings.target if method.targeted else "predicted"
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     encoded = encode(
-        references, tokenizer, asked, context=context_length(model), vocabulary=vocabulary, truncate=truncate
+        references,
+        tokenizer,
+        asked,
+        context=context_length(model),
+        vocabulary=vocabulary_size(model),
+        truncate=truncate,
     )
     _require_longer(encoded, settings.skip_positions)
     return encoded

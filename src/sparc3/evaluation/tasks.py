@@ -6,7 +6,7 @@ import torch
 
 from .. import distributed
 from ..models.families import ROLES
-from ..models.load import context_length
+from ..models.load import context_length, vocabulary_size
 from ..models.memory import in_batches, logits_at
 from ..models.offloading import device_of
 from ..models.sites import family_of, sites_of
@@ -36,11 +36,7 @@ def ioi(
 ) -> Reading:
     """Logit of the target less that of the contrast at the last position, and how often it is above zero; one unit a text."""
     encoded = encode(
-        samples,
-        tokenizer,
-        "contrast",
-        context=context_length(model),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        samples, tokenizer, "contrast", context=context_length(model), vocabulary=vocabulary_size(model)
     )
     found = distributed.in_parallel(
         encoded,

@@ -1,8 +1,8 @@
 """Compression layer by layer: each layer is scored on what the already pruned layers before it give (sequential Wanda)."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, distributed
+from ..attribution.activations import capture
 from ..attribution.methods import require_method
 from ..attribution.patching import frozen
 from ..circuits.ablate import ablated
@@ -19,9 +20,8 @@ from ..circuits.select import parse_scope, select, share_of
 from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.statistics import Evaluation
-from ..models.experts import by_position, tokens_of
 from ..models.families import ROLES
-from ..models.load import context_length, describe
+from ..models.load import context_length, describe, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, family_of, layers_of, sites_of
 from ..recipe.schema import SEQUENTIAL, Compress
@@ -89,7 +89,7 @@ def prune_sequentially(
         tokenizer,
         "predicted",
         context=context_length(model),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=vocabulary_size(model),
         truncate=truncate,
     )
     described = describe(model)
@@ -175,8 +175,14 @@ def layer_scores(
 ) -> Scores:
     """|W_ij| · ‖a_j‖₂ of one layer's sites, over the tokens of all samples and ranks."""
     squares = {site.name: torch.zeros(site.inp, dtype=torch.float64) for site in sites}
+    by_name = {site.name: site for site in sites}
     for flow in flows:
-        with _sum_input_squares(sites, flow.batch, squares):
+        mask = flow.batch.mask()
+
+        def receive(name: str, a: Tensor, mask: Tensor = mask) -> None:
+            squares[name] += a[mask.to(a.device)].square().sum(0).cpu()
+
+        with capture(by_name, mask, receive):
             flow.through(layer)
     distributed.sum_(squares.values())
     values = {
@@ -187,28 +193,6 @@ def layer_scores(
         for site in sites
     }
     return Scores(values, {"unit": "weight", "method": "wanda", "model": described})
-
-
-@contextmanager
-def _sum_input_squares(sites: list[Site], batch: Batch, squares: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, Σ_t a_tj² over real tokens at each site's input is added to `squares`."""
-    real = batch.mask()
-
-    def hook_for(site: Site) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            a = by_position(args[0], tokens_of(args), batch.ids.shape)[real]
-            squares[site.name] += (
-                a.double().square().sum(0).cpu()
-                if a.dtype == torch.float64
-                else a.float().square().sum(0).cpu()
-            )
-
-        return hook
-
-    with ExitStack() as stack:
-        for site in sites:
-            stack.callback(site.hooked.register_forward_pre_hook(hook_for(site)).remove)
-        yield
 
 
 # The job `compress`: the least weights of every row go, by each method; what is left is counted in the matrices and measured.

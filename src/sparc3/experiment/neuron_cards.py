@@ -1,22 +1,20 @@
 """Neuron cards: what one removed unit reads, writes, and does when it alone is removed (`sparc3.cards/1`, cards.json)."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import __version__, distributed
+from ..attribution.activations import capture, encode_whole
 from ..circuits.circuit import Circuit
 from ..errors import UserError
 from ..evaluation.statistics import measurement
-from ..models.experts import by_position, tokens_of
-from ..models.load import context_length
 from ..models.offloading import device_of, value_of
 from ..models.sites import Site, down_sites, family_of, open_experts, sites_of
-from ..samples.batches import Batch, encode, join_completions, make_batches
+from ..samples.batches import Batch, make_batches
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from ..storage import fingerprint, read_json, write_json
@@ -175,11 +173,7 @@ def _strongest_activations(
     samples: ReferenceSet,
 ) -> list[Fired]:
     """For each unit the samples on which its activation (the input of mlp.down) was largest in size, up to and with the token it was at."""
-    whole = ReferenceSet(join_completions(samples, tokenizer))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    encoded = encode(
-        whole, None, "predicted", context=context_length(model), vocabulary=vocabulary, truncate=True
-    )
+    encoded = encode_whole(model, samples, tokenizer)
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
     ids = {sample.index: sample.ids for sample in encoded}
     best: list[list[tuple[float, int, int]]] = [[] for _ in units]
@@ -202,37 +196,24 @@ def _largest_entries(
     model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], where: Tensor
 ) -> list[tuple[list[float], list[int]]]:
     """Of each unit, for each row of the batch: its activation of the largest size at the positions `where` [B, T], and which one it was."""
-    gathered: dict[str, Tensor] = {}
-    names = dict.fromkeys(site.name for site, _ in units)
-    sites = {site.name: site for site, _ in units}
+    indices: dict[str, list[int]] = {}
+    for site, index in units:
+        indices.setdefault(site.name, []).append(index)
     downs = down_sites(model)
-    with open_experts(model), torch.no_grad(), ExitStack() as stack:
-        for name in names:
-            wanted = [index for site, index in units if site.name == name]
-            stack.callback(
-                downs[sites[name].mlp]
-                .hooked.register_forward_pre_hook(_hook(name, wanted, where, gathered))
-                .remove
-            )
+    gathered: dict[str, Iterator[Tensor]] = {}
+
+    def receive(name: str, a: Tensor) -> None:
+        gathered[name] = iter(a[..., indices[name]].float().cpu().unbind(-1))
+
+    sites = {site.name: downs[site.mlp] for site, _ in units}
+    with open_experts(model), torch.no_grad(), capture(sites, where, receive):
         model.base_model(input_ids=batch.ids, use_cache=False)
-    taken = dict.fromkeys(names, 0)
-    found = []
+    entries = []
     for site, _ in units:
-        a = gathered[site.name][..., taken[site.name]]
-        taken[site.name] += 1
+        a = next(gathered[site.name])
         at = a.abs().argmax(1)
-        found.append((a.gather(1, at[:, None])[:, 0].tolist(), at.tolist()))
-    return found
-
-
-def _hook(
-    name: str, wanted: list[int], where: Tensor, gathered: dict[str, Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        a = by_position(args[0].detach(), tokens_of(args), where.shape)[..., wanted].float().cpu()
-        gathered[name] = a.masked_fill(~where[..., None], 0)
-
-    return hook
+        entries.append((a.gather(1, at[:, None])[:, 0].tolist(), at.tolist()))
+    return entries
 
 
 # The cards stage: cards.json for the report.

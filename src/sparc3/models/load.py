@@ -284,6 +284,11 @@ def context_length(model: "PreTrainedModel") -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
+def vocabulary_size(model: "PreTrainedModel") -> int:
+    """The number of token ids the model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def describe(model: "PreTrainedModel") -> dict[str, str]:
     """Which model this is: id, architecture and fingerprint, as scores and circuits record them."""
     return {
