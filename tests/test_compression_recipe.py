@@ -122,6 +122,23 @@ def test_groups_of_four(tmp_path: Path) -> None:
     assert results.provenance["checks"][0]["ok"]
 
 
+def test_a_scope_without_quotes_is_text_and_not_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "groups.yaml"
+    path.write_text(
+        json.dumps(changed(compress={"methods": ["magnitude"], "scope": "@"})).replace('"@"', "2:4")
+    )
+    by_override = load_recipe(changed(compress={"methods": ["magnitude"]}), ["compress.scope=4:8"])
+    assert by_override.compress
+    assert by_override.compress.scope == "4:8"
+    by_file = load_recipe(path)
+    assert by_file.compress
+    assert by_file.compress.scope == "2:4"
+    path.write_text(by_file.to_yaml())
+    assert load_recipe(path).fingerprint == by_file.fingerprint
+    numbers = load_recipe("demo", ["references.general.count=1_0", "selection.strength=0.5"])
+    assert (numbers.references["general"].count, numbers.selection.strength) == (10, 0.5)
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [

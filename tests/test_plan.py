@@ -26,7 +26,7 @@ from sparc3.experiment import work_list as steps
 from sparc3.models.families import ROLES
 from sparc3.models.load import load_config
 from sparc3.models.sites import sites_of
-from sparc3.plan.hardware import SHEETS, Hardware
+from sparc3.plan.hardware import SHEETS, Hardware, find_hardware
 from sparc3.plan.plan import plan
 from sparc3.plan.rehearsal import Rehearsal
 from sparc3.plan.tensor_costs import Shaped
@@ -270,6 +270,10 @@ def test_mistakes_are_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     opt = config_file(tmp_path, "facebook/opt-125m")
     assert said in mistake("plan", *(opt if argument == "OPT" else argument for argument in arguments))
+
+
+def test_an_a100_goes_by_its_memory() -> None:
+    assert [find_hardware(name).memory for name in ("a100", "A100-40", "a100-80")] == [40e9, 40e9, 80e9]
 
 
 def test_hardware_names_are_said(mistake: Callable[..., str]) -> None:

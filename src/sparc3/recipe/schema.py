@@ -248,12 +248,6 @@ class Selection(Strict):
     protect: bool = True
     tune: Tune | None = None
 
-    @field_validator("scope", mode="before")
-    @classmethod
-    def _groups(cls, value: Any) -> Any:
-        """YAML reads an unquoted 2:4 as two minutes and four seconds."""
-        return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
-
     @field_validator("scope")
     @classmethod
     def _known(cls, value: str) -> str:
@@ -509,7 +503,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only: no key twice, and no alias, with which a few lines can stand for more than fits into memory."""
+    """Plain data: no key twice; no alias, which could stand for more than fits into memory; 2:4 is text, not 124."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -527,6 +521,17 @@ class _Loader(yaml.SafeLoader):
         if len(made) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
         return made
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        """YAML 1.1 counts 2:4 as two minutes and four seconds; the recipe means two of every four."""
+        text = self.construct_scalar(node)
+        if ":" in text:
+            return text
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
 def _yaml(text: str, where: str) -> dict[str, Any]:
