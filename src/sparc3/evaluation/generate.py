@@ -1,7 +1,8 @@
 """Batched, seeded continuations: the same prompt and seed give the same draws whatever else is in the batch."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,6 +115,19 @@ def complete(
     return [[by_row[p * generations + k] for k in range(generations)] for p in range(len(prompts))]
 
 
+@contextmanager
+def _only_these_settings(model: "PreTrainedModel") -> Iterator[None]:
+    """Inside, nothing of the model's generation_config.json counts: `generate` fills in from there whatever a call leaves unset."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.inference_mode()
 def _generated(
     model: "PreTrainedModel",
@@ -126,7 +140,11 @@ def _generated(
     from transformers import GenerationConfig, LogitsProcessorList
 
     width = max(len(ids) for ids, _ in rows)
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    # A tokenizer may have been given a padding token that the model has no embedding for; what stands under the mask is all one.
+    known = model.get_input_embeddings().weight.shape[0]
+    pad = next(
+        i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int) and i < known
+    )
     ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in rows], device=device_of(model))
     mask = torch.tensor(
         [[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device_of(model)
@@ -150,9 +168,10 @@ def _generated(
         repetition_penalty=1.0,
         use_cache=True,
     )
-    made: Any = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-    )
+    with _only_these_settings(model):
+        made: Any = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+        )
     lost = finite.lost.tolist() if finite.lost is not None else [False] * len(rows)
     return [
         "" if gone else tokenizer.decode(row, skip_special_tokens=True)

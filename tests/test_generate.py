@@ -1,0 +1,76 @@
+"""Texts are generated as the recipe says: nothing of generation_config.json but the end-of-text token counts."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from sparc3.evaluation.generate import complete
+from sparc3.models.load import load_model
+
+PROMPTS = ["The little dog", "Once upon a time there was"]
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return load_model("demo")
+
+
+def _write(demo: tuple[Any, Any]) -> list[list[str]]:
+    model, tokenizer = demo
+    return complete(model, tokenizer, PROMPTS, max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, 400))},
+        {"begin_suppress_tokens": list(range(3, 400))},
+        {"bad_words_ids": [[i] for i in range(3, 400)]},
+        {"sequence_bias": [[[i], -50.0] for i in range(3, 400)]},
+        {"forced_eos_token_id": 5},
+        {"encoder_repetition_penalty": 5.0},
+        {"repetition_penalty": 9.0},
+        {"exponential_decay_length_penalty": (1, 9.0)},
+        {"guidance_scale": 3.0},
+        {"max_time": 1e-9},
+        {"min_new_tokens": 12},
+        {"min_length": 60},
+        {"stop_strings": ["."]},
+        {"return_dict_in_generate": True},
+        {"output_scores": True, "return_dict_in_generate": True},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 2},
+        {"token_healing": True},
+        {"watermarking_config": {"greenlist_ratio": 0.25, "bias": 9.0}},
+        {"cache_implementation": "static"},
+        {"max_length": 3},
+        {"do_sample": True, "temperature": 5.0, "top_k": 3},
+    ],
+    ids=lambda leak: next(iter(leak)),
+)
+def test_settings_of_the_model_do_not_leak(demo: tuple[Any, Any], leak: dict[str, Any]) -> None:
+    model, _ = demo
+    wanted, own = _write(demo), model.generation_config
+    changed = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    for key, value in leak.items():
+        setattr(changed, key, value)
+    model.generation_config = changed
+    try:
+        assert _write(demo) == wanted
+        assert model.generation_config is changed
+    finally:
+        model.generation_config = own
+
+
+def test_a_padding_token_without_an_embedding(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = demo
+    wanted = _write(demo)
+    monkeypatch.setattr(tokenizer, "_pad_token", "[PAD]", raising=False)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        assert _write((model, tokenizer)) == wanted
