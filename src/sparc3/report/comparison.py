@@ -10,11 +10,11 @@ from .read import RunFolder
 from .variant_names import (
     Point,
     curve_points,
+    find_null,
     list_methods,
     method_colours,
     method_title,
     parse_variant,
-    rival_points,
 )
 from .words import change, change_interval, explained, interval_of, is_share, relative, title, value_of
 
@@ -130,11 +130,8 @@ def under_budget(run: RunFolder) -> list[Figure]:
             (f"{method_title(name[0])}, {name[1]:,}", method_colours(run).get(name[0], "m6"), m)
             for name, m in found
         ]
-        null = [
-            ("random" + f", {p.count:,}", "mr", p.measurement)
-            for p in rival_points(run, metric)
-            if p.method == "random"
-        ]
+        random = find_null(run, metric)
+        null = [(f"random, {random.count:,}", "mr", random.measurement)] if random else []
         made.append(
             _draw_figure(
                 run, metric, [("original", "m-original", original), (own, "m0", circuit), *rows, *null]

@@ -114,9 +114,7 @@ def _rank_methods(run: RunFolder, metric: str) -> list[Point]:
 
 
 def _write_relative(run: RunFolder, point: Point) -> str:
-    variant = f"{point.method}@{point.count}"
-    metric = point.measurement.metric
-    d = run.difference(metric, variant)
+    d = run.difference(point.measurement.metric, point.variant)
     return f", {relative(d.relative)}" if d and d.relative is not None else ""
 
 

@@ -33,7 +33,7 @@ def sparsest_point(run: RunFolder, method: str) -> Point | None:
     return best
 
 
-def kept_percent(run: RunFolder) -> Circuit | None:
+def load_sparsest_circuit(run: RunFolder) -> Circuit | None:
     """The sparsest circuit that keeps enough accuracy, of the run's own method and first seed; None where the run did not leave it."""
     best = sparsest_point(run, run.method or "")
     where = run.path / f"circuits/{run.method}@{sum(run.sizes.values()) - best.count}.json" if best else None

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..results import Difference
 from .read import RunFolder
-from .variant_names import count_units, rival_points
+from .variant_names import count_units, find_null
 from .words import (
     change,
     change_interval,
@@ -75,26 +75,16 @@ def proofs(run: RunFolder) -> list[Proof]:
     return [_make_proof(run, metric) for metric in both]
 
 
-def null_of(run: RunFolder) -> str:
+def describe_null(run: RunFolder) -> str:
     """The random units that effects are told net of: "100 random neurons, the mean of 3 draws"; "" without any."""
-    null = next(
-        (
-            point
-            for metric in run.metrics()
-            for point in rival_points(run, metric)
-            if point.method == "random"
-        ),
-        None,
-    )
+    null = next(filter(None, (find_null(run, metric) for metric in run.metrics())), None)
     return f"{null.count:,} random {count_units(null.count, run)}" if null else ""
 
 
 def _make_proof(run: RunFolder, metric: str) -> Proof:
     before, after = run.results.find(metric), run.results.find(metric, "ablated")
-    null = next(
-        (point.measurement.variant for point in rival_points(run, metric) if point.method == "random"), None
-    )
-    net = run.difference(metric, "ablated", null) if null else None
+    null = find_null(run, metric)
+    net = run.difference(metric, "ablated", null.variant) if null else None
     return Proof(
         title(metric),
         explained(metric),
@@ -168,6 +158,6 @@ def _make_scorer(name: str, row: dict[str, Any]) -> Scorer:
         tuple(ends) if ends else None,
         row.get("p"),
     )
-    said = _write_move(moved, "")
-    assert said
-    return Scorer(name, written("before"), written("after"), said)
+    change_written = _write_move(moved, "")
+    assert change_written
+    return Scorer(name, written("before"), written("after"), change_written)

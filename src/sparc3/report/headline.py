@@ -5,7 +5,7 @@ from markupsafe import Markup
 from ..results import Measurement
 from .read import RunFolder
 from .standing import intervals_overlap, standing_remarks
-from .variant_names import count_units, rival_points, variant_title
+from .variant_names import count_units, find_null, variant_title
 from .words import (
     Remark,
     change,
@@ -31,7 +31,7 @@ def headline(run: RunFolder) -> Markup:
     if metric is None:
         return Markup("{} figures of one run").format(len(run.results.measurements))
     sentence = Markup("Removing {} took {}").format(removed(run), _write_from_to(run, metric))
-    null = _find_null(run, metric)
+    null = _measured_null(run, metric)
     if null is None:
         return Markup("{}.").format(sentence)
     return Markup("{}; {} leave it at {}{}.").format(
@@ -84,9 +84,9 @@ def _write_figure(m: Measurement) -> Markup:
     )
 
 
-def _find_null(run: RunFolder, metric: str) -> Measurement | None:
-    """As many random units."""
-    return next((point.measurement for point in rival_points(run, metric) if point.method == "random"), None)
+def _measured_null(run: RunFolder, metric: str) -> Measurement | None:
+    null = find_null(run, metric)
+    return null.measurement if null else None
 
 
 def _write_random_units(run: RunFolder) -> str:
@@ -145,7 +145,7 @@ def _remark_on_effect(run: RunFolder, metric: str) -> Remark:
 
 def _remark_on_null(run: RunFolder, metric: str) -> Remark | None:
     """The effect net of the null: what the circuit does that as many random units do not."""
-    null, after = _find_null(run, metric), run.results.find(metric, "ablated")
+    null, after = _measured_null(run, metric), run.results.find(metric, "ablated")
     if null is None or run.circuit is None:
         return None
     net = run.difference(metric, "ablated", null.variant)
@@ -205,7 +205,7 @@ def _remark_on_fluency(run: RunFolder) -> Remark | None:
     )
     if d is None or before is None or after is None:
         return None
-    null = _find_null(run, "fluency")
+    null = _measured_null(run, "fluency")
     beside = f" ({_write_random_units(run)}: {value_of(null)})" if null else ""
     figures = f"perplexity of the continuations under the original model {value_of(before)} → {value_of(after)} {interval_of(after)}{beside}"
     if d.holds_zero:

@@ -47,6 +47,11 @@ class RunFolder:
         return self.results.provenance
 
     @property
+    def model(self) -> dict[str, Any]:
+        """What the results, or else the circuit, say of the model; empty where neither does."""
+        return self.provenance.get("model") or (self.circuit.model if self.circuit else {}) or {}
+
+    @property
     def unit(self) -> str:
         """What was removed: "neuron", "head", "weight"; "unit" where no file says."""
         return (

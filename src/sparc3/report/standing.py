@@ -75,10 +75,7 @@ def _remark_on_close(run: RunFolder, points_: list[Point]) -> Remark:
 def _write_perplexity(run: RunFolder, point: Point) -> str:
     if point.measurement.metric == "perplexity":
         return ""
-    increase, found = (
-        harm(run, f"{point.method}@{point.count}"),
-        run.measured("perplexity", f"{point.method}@{point.count}"),
-    )
+    increase, found = (harm(run, point.variant), run.measured("perplexity", point.variant))
     return f" (perplexity {value_of(found)}, {relative(increase)})" if found and increase is not None else ""
 
 
@@ -89,7 +86,7 @@ def remark_at_same_damage(run: RunFolder, metric: str) -> Remark | None:
         return None
     best: dict[str, Point] = {}
     for point in curve_points(run, metric):
-        increase = harm(run, f"{point.method}@{point.count}")
+        increase = harm(run, point.variant)
         if point.method != "random" and increase is not None and increase <= limit:
             best[point.method] = min(
                 best.get(point.method, point), point, key=lambda p: harm_of(p.measurement)

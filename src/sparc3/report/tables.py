@@ -179,9 +179,8 @@ def warnings(run: RunFolder) -> list[str]:
 
 def fingerprints(run: RunFolder) -> dict[str, str]:
     """Everything that names what this run was made of, circuit first."""
-    model = run.provenance.get("model") or (run.circuit.model if run.circuit else {}) or {}
     circuit = run.circuit.fingerprint if run.circuit else run.provenance.get("circuit")
-    found: dict[str, Any] = {"model": model.get("fingerprint"), "circuit": circuit}
+    found: dict[str, Any] = {"model": run.model.get("fingerprint"), "circuit": circuit}
     if run.scores is not None:
         found["contrast scores"] = run.scores.fingerprint
         found |= {

@@ -223,7 +223,7 @@ def _draw_tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
     given, spots = method_colours(run), []
     for method in list_methods(run):
         for point in (p for p in curve_points(run, metric) if p.method == method):
-            variant = f"{method}@{point.count}"
+            variant = point.variant
             x = harm(run, variant, damage)
             if x is not None and point.measurement.value is not None:
                 head = f"{method_title(method)}, {point.count:,} {count_units(point.count, run)}"

@@ -27,6 +27,10 @@ class Point:
     count: int
     measurement: Measurement
 
+    @property
+    def variant(self) -> str:
+        return self.measurement.variant
+
 
 def parse_variant(variant: str) -> tuple[str, int] | None:
     """("wanda", 40) of "wanda@40"; None of any other name."""
@@ -92,3 +96,8 @@ def rival_points(run: RunFolder, metric: str) -> list[Point]:
         for point in curve_points(run, metric)
         if point.count == len(run.circuit) and point.method != run.method
     ]
+
+
+def find_null(run: RunFolder, metric: str) -> Point | None:
+    """As many random units as the circuit has; None where they were not measured."""
+    return next((point for point in rival_points(run, metric) if point.method == "random"), None)

@@ -88,7 +88,7 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "tiles": tiles(run),
         "behaviour": run.behaviour,
         "proofs": evidence.proofs(run),
-        "null": evidence.null_of(run),
+        "null": evidence.describe_null(run),
         "power": evidence.power_words(run),
         "scorers": evidence.scorers(run),
         "tradeoffs": traded,
@@ -117,7 +117,7 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
 
 def _map_units(run: RunFolder) -> UnitMap | None:
     """Where the circuit's units sit: those removed, or, of a task's circuit, those kept."""
-    circuit = discovery.kept_percent(run) if run.job == "discover" else None
+    circuit = discovery.load_sparsest_circuit(run) if run.job == "discover" else None
     return unit_map(replace(run, circuit=circuit), "kept") if circuit else unit_map(run)
 
 
@@ -130,11 +130,10 @@ def _make_visible(tips: Any) -> Any:
 
 def _describe_origin(run: RunFolder) -> dict[str, Any]:
     """Where the run came from, and what it says about itself."""
-    model = run.provenance.get("model") or (run.circuit.model if run.circuit else {}) or {}
     return {
         "name": str(run.provenance.get("recipe") or "a run"),
-        "model": str(model.get("id") or ""),
-        "architecture": str(model.get("architecture") or ""),
+        "model": str(run.model.get("id") or ""),
+        "architecture": str(run.model.get("architecture") or ""),
         "method": method_title(run.method) if run.method else "",
         "unit": run.unit,
         "units": count_units(None, run),
