@@ -1,5 +1,8 @@
 """Quantised weights: what needs no value of a weight works and is right; what does says so in one line."""
 
+import json
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 from sparc3 import UserError, ablated, attribute
 from sparc3.circuits.circuit import Circuit
 from sparc3.doctor.completeness import relevance_ledger
-from sparc3.models.load import describe
+from sparc3.models.load import describe, load_weights
 from sparc3.models.sites import sites_of
 
 
@@ -102,3 +105,25 @@ def test_torchao_weights() -> None:
     with pytest.raises(UserError, match="Int8Tensor"):
         attribute(model, samples(), neuron="abs")
     assert relevance_ledger(model, samples()[0]).gap < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [
+        ("bitsandbytes", "bitsandbytes"),
+        ("compressed-tensors", "compressed-tensors"),
+        ("gptq", "optimum"),
+        ("awq", "gptqmodel"),
+    ],
+)
+def test_a_quantised_model_without_its_package_names_it(method: str, package: str, tmp_path: Path) -> None:
+    if find_spec(package.replace("-", "_")):
+        pytest.skip(f"{package} is installed")
+    tiny("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = {"quant_method": method, "bits": 4, "group_size": 32, "zero_point": True}
+    if method == "bitsandbytes":
+        settings["load_in_8bit"] = True
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    with pytest.raises(UserError, match=rf"not installed.*{package}"):
+        load_weights(tmp_path, device="cpu")

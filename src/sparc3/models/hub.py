@@ -217,6 +217,10 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
             raise UnsupportedModel(
                 f"'{name}' needs Python code from its own repository, which sparc3 does not run"
             ) from None
+        if isinstance(error, ImportError):  # of a quantised model; transformers names what to install
+            raise UserError(
+                f"'{name}' needs a package that is not installed: {' '.join(str(error).split())}"
+            ) from None
         # A damaged file can raise anything, and a panic of the tokenizers' Rust is not even an Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
