@@ -235,16 +235,16 @@ def test_what_cannot_be_shrunk_says_why(tmp_path: Path) -> None:
     model = tiny("llama", dtype=torch.float32)
     one, two = (site.name for site in sites_of(model, ["mlp.up"]))
     shrink = lambda model, circuit: export(model, tokenizer, circuit, tmp_path / "out", shrink=True)  # noqa: E731
-    with pytest.raises(UserError, match="takes 1 from one and 2 from another; select with --scope site"):
+    with pytest.raises(UserError, match=r"1 from one and 2 from another.*--scope site"):
         shrink(model, Circuit("neuron", {one: (0,), two: (1, 2)}))
-    with pytest.raises(UserError, match="takes 0 from one"):
+    with pytest.raises(UserError, match="0 from one"):
         shrink(model, Circuit("neuron", {one: (0,)}))
-    with pytest.raises(UserError, match="this circuit has heads"):
+    with pytest.raises(UserError, match=r"--shrink.* heads"):
         shrink(model, Circuit("head", {"model.layers.0.self_attn.o_proj": (0,)}))
-    with pytest.raises(UserError, match="takes 24 of 24"):
+    with pytest.raises(UserError, match="24 of 24"):
         shrink(model, Circuit("neuron", {name: tuple(range(24)) for name in (one, two)}))
     bloom = tiny("bloom", dtype=torch.float32)
-    with pytest.raises(UserError, match="configuration of bloom does not say"):
+    with pytest.raises(UserError, match="configuration of bloom"):
         shrink(bloom, Circuit("neuron", {site.name: (0,) for site in sites_of(bloom, ["mlp.up"])}))
     assert not (tmp_path / "out").exists()
 

@@ -135,14 +135,14 @@ def test_every_row_is_exactly_at_its_sparsity() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"scope": "2:3"}, "does not divide the rows of a, which have 4 inputs"),
-        ({"scope": "4:4"}, "n below m"),
-        ({"scope": "0:4"}, "n below m"),
-        ({"scope": "2:4", "fraction": 0.5}, "leave count and fraction out"),
+        ({"scope": "2:3"}, "2:3 .*rows of a.* 4 inputs"),
+        ({"scope": "4:4"}, "scope 4:4"),
+        ({"scope": "0:4"}, "scope 0:4"),
+        ({"scope": "2:4", "fraction": 0.5}, "scope 2:4.*count and fraction"),
         ({"scope": "2-4"}, "unknown scope '2-4'"),
-        ({"scope": "row"}, "either a count or a fraction"),
-        ({"scope": "row", "fraction": 1.0}, "fraction is 1.0"),
-        ({"scope": "row", "count": 5}, "the rows of a have 4"),
+        ({"scope": "row"}, "count or a fraction"),
+        ({"scope": "row", "fraction": 1.0}, r"fraction.* 1\.0"),
+        ({"scope": "row", "count": 5}, "5 weights.*rows of a have 4"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) -> None:
@@ -152,9 +152,9 @@ def test_sizes_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) 
 
 def test_rows_are_for_weights_and_for_plain_contrasts() -> None:
     neurons = Scores({"a": torch.zeros(4)}, {"unit": "neuron"})
-    with pytest.raises(UserError, match="is for weights"):
+    with pytest.raises(UserError, match=r"scope row .*neurons"):
         select(neurons, fraction=0.5, scope="row")
-    with pytest.raises(UserError, match="candidates below zero only"):
+    with pytest.raises(UserError, match=r"scope 1:2 .*matched contrast"):
         select(weight_scores({"a": [[1, 2]]}, contrast="matched"), scope="1:2")
 
 
@@ -177,9 +177,9 @@ def test_a_circuit_of_weights_comes_back_as_it_was_saved(tmp_path: Path) -> None
 
 
 def test_files_are_named_by_their_unit(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"name it so that it ends in \.safetensors"):
+    with pytest.raises(UserError, match=r"c\.json.*\.safetensors"):
         weights({"a": [[1]]}).save(tmp_path / "c.json")
-    with pytest.raises(UserError, match=r"name it so that it ends in \.json"):
+    with pytest.raises(UserError, match=r"c\.safetensors.*\.json"):
         Circuit("neuron", {"a": (0,)}).save(tmp_path / "c.safetensors")
     weight_scores({"a": [[1, 2]]}).save(tmp_path / "s.safetensors")
     with pytest.raises(UserError, match=r"not a sparc3\.circuit/1 file"):
@@ -297,7 +297,7 @@ def test_overlap_stands_beside_chance() -> None:
     assert found.enrichment_in_sites == 5 / (10 * 10 / 50)
     bare = overlap(Circuit("neuron", {"a": (1,)}), Circuit("neuron", {"a": (1,)}))
     assert (bare.jaccard, bare.expected, bare.enrichment) == (1.0, None, None)
-    with pytest.raises(UserError, match="different sites"):
+    with pytest.raises(UserError, match=r"sites.* b\b"):
         overlap(one, Circuit("neuron", {}, MODEL, {"sizes": {"a": 50}}))
 
 
@@ -310,9 +310,9 @@ def test_selection_says_what_there_was_to_choose_from() -> None:
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (Circuit("neuron", {"a": (0,)}, MODEL), "of weights and one of neurons"),
-        (weights({"a": [[1, 1]]}, {**MODEL, "id": "n", "fingerprint": "g"}), r"made on m \(f\) and n \(g\)"),
-        (weights({"a": [[1], [1]]}), r"a has shape \(1, 2\) and \(2, 1\)"),
+        (Circuit("neuron", {"a": (0,)}, MODEL), "weights .*neurons"),
+        (weights({"a": [[1, 1]]}, {**MODEL, "id": "n", "fingerprint": "g"}), r"m \(f\) and n \(g\)"),
+        (weights({"a": [[1], [1]]}), r"^a .*\(1, 2\) and \(2, 1\)"),
     ],
 )
 def test_circuits_that_do_not_go_together_are_refused(other: Circuit, said: str) -> None:
@@ -472,9 +472,9 @@ def test_recipes_say_rows_and_groups(tmp_path: Path) -> None:
         scope("scope=row", "fraction=0.5"),
     ] == ["2:4", "4:8", "16:32", "row"]
     for sets, said in (
-        (("scope=2:4", "fraction=0.5"), "leave count and fraction out"),
+        (("scope=2:4", "fraction=0.5"), "scope 2:4.*count and fraction"),
         (("scope=rwo", "fraction=0.5"), "did you mean 'row'"),
-        (("scope=4:2",), "n below m"),
+        (("scope=4:2",), "4:2"),
     ):
         with pytest.raises(UserError, match=said):
             scope(*sets)

@@ -1,4 +1,4 @@
-"""Handing a circuit, or a checkpoint without one, to others: onto the hub, in one commit."""
+"""Uploading a circuit, or an ablated checkpoint, to the hub in one commit."""
 
 import os
 import re
@@ -29,79 +29,83 @@ def push(
 ) -> str:
     """Upload a circuit's file, or a folder that `export` wrote, to a model repository of the hub, as one commit.
 
-    The repository is made, private, where it is not there yet. The token is the one of `hf auth login`, or HF_TOKEN. A circuit's file is
-    called circuit.json there (circuit.safetensors for weights), so that "USER/REPO" is all that others need; it gets a card where the
-    repository has none.
+    A missing repository is created, private by default. The token is that of `hf auth login`, or HF_TOKEN. A circuit's
+    file is named circuit.json (circuit.safetensors for weights), so that others need only "USER/REPO" to load it; a
+    repository without a card gets one.
 
     Args:
         repo: "USER/REPO".
-        public: make the repository public; needed too for one that is public already, so that nothing is shown to all by oversight.
-        base: hub id of the model that a circuit belongs to, for its card; not looked at for a folder, whose card names it.
+        public: make the repository public; also required for one that is public already, so that nothing is
+            published by accident.
+        base: hub id of the model that a circuit belongs to, for its card; ignored for a folder, whose card names it.
         results: measurements for a circuit's card.
+        message: the commit message.
 
     Returns:
         The repository's address.
 
     Raises:
-        UserError: neither a circuit's file nor such a folder; no token, or one without the right to write there; or the hub is out of reach.
+        UserError: the path is neither a circuit's file nor such a folder, the token is missing or may not write there,
+            or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
 
     source = Path(path)
-    if not source.exists():
-        raise UserError(
-            f"no such file or folder: {path}; give a circuit's file, or a folder that sparc3 ablate wrote"
-        )
-    circuit = Circuit.load(source)
-    if source.is_dir() and not (source / "config.json").is_file():
-        raise UserError(
-            f"{path} is not a checkpoint, it has no config.json; give a folder that sparc3 ablate wrote, or the circuit's file alone"
-        )
+    circuit = _load_source(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"'{repo}' is not the name of a repository; write USER/REPO")
+        raise UserError(f"'{repo}' is not a repository name; write USER/REPO")
     require_hub(repo, "push from a machine that can reach it")
     if not get_token():
         raise UserError(
-            "no token of the hub is here; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+            "no hub token was found; run `hf auth login`, or set HF_TOKEN to a token that may write"
         )
+    action = "removed" if source.is_dir() else "found"
+    message = message or f"{len(circuit):,} {circuit.unit}s {action} by sparc3"
     with hub_errors(repo, "user or organisation of", "try again; nothing of it is there before all of it is"):
         api = HfApi(library_name="sparc3")
         address = str(api.create_repo(repo, private=not public, exist_ok=True))
         if not public and not api.model_info(repo).private:
             raise UserError(
-                f"{repo} is there already and is public; say --public if all may see this, or choose another name"
+                f"{repo} is there already and is public; pass --public if everyone may see this, or choose another name"
             )
-        files = _of_folder(source) if source.is_dir() else {f"circuit{circuit.suffix}": source}
-        card = (
-            None
-            if source.is_dir() or api.file_exists(repo, CARD)
-            else circuit_card(circuit, repo, base=base, results=results)
-        )
-        _commit(
-            api,
-            repo,
-            files,
-            card,
-            message
-            or f"{len(circuit):,} {circuit.unit}s {'removed' if source.is_dir() else 'found'} by sparc3",
-        )
+        content: dict[str, Path | bytes]
+        if source.is_dir():
+            content = {**_list_files(source)}
+        else:
+            content = {f"circuit{circuit.suffix}": source}
+            if not api.file_exists(repo, CARD):
+                content[CARD] = circuit_card(circuit, repo, base=base, results=results).encode()
+        _commit(api, repo, content, message)
     return address
 
 
-def _of_folder(folder: Path) -> dict[str, Path]:
+def _load_source(source: Path) -> Circuit:
+    """The circuit of a circuit's file or an exported folder. Raises UserError where it is neither."""
+    if not source.exists():
+        raise UserError(
+            f"no such file or folder: {source}; give a circuit's file, or a folder that sparc3 ablate wrote"
+        )
+    circuit = Circuit.load(source)
+    if source.is_dir() and not (source / "config.json").is_file():
+        raise UserError(
+            f"{source} is not a checkpoint because it has no config.json; "
+            "give a folder that sparc3 ablate wrote, or the circuit's file alone"
+        )
+    return circuit
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
     """Path in the repository → file, without hidden ones."""
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): path
-        for name, path in found.items()
+        for name, path in files.items()
         if not any(part.startswith(".") for part in name.parts)
     }
 
 
-def _commit(api: "HfApi", repo: str, files: dict[str, Path], card: str | None, message: str) -> None:
+def _commit(api: "HfApi", repo: str, content: dict[str, Path | bytes], message: str) -> None:
     from huggingface_hub import CommitOperationAdd
 
-    content: dict[str, Path | bytes] = {**files, **({CARD: card.encode()} if card else {})}
-    api.create_commit(
-        repo, [CommitOperationAdd(name, what) for name, what in content.items()], commit_message=message
-    )
+    operations = [CommitOperationAdd(name, file) for name, file in content.items()]
+    api.create_commit(repo, operations, commit_message=message)

@@ -65,7 +65,8 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     """
     if circuit.strength != 1:
         raise UserError(
-            f"--shrink takes whole neurons out, and this circuit has strength {circuit.strength:g}; leave it out, or use strength 1"
+            f"--shrink removes whole neurons, but this circuit has strength {circuit.strength:g}; "
+            "omit --shrink, or use strength 1"
         )
     kind = model.config.model_type
     ups, downs = sites_of(model, ["mlp.up"]), {site.layer: site for site in sites_of(model, ["mlp.down"])}
@@ -76,7 +77,7 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     )
     if not plain or len({site.layer for site in ups}) < len(ups) or len(downs) < len(ups):
         raise UnsupportedModel(
-            f"{kind} has MLPs that are not two or three linear maps, which --shrink does not know; leave it out"
+            f"--shrink supports MLPs of two or three linear maps only, and those of {kind} are not; omit --shrink"
         )
     key, width = _width(model, ups)
     gone = _same_number(circuit, ups)
@@ -103,7 +104,8 @@ def _width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
         if hasattr(model.config, key) and len(widths) == 1 and getattr(model.config, key) in (None, *widths):
             return key, widths.pop()
     raise UnsupportedModel(
-        f"the configuration of {model.config.model_type} does not say how wide its MLPs are, so --shrink cannot change that; leave it out"
+        f"the configuration of {model.config.model_type} does not say how wide its MLPs are, so --shrink cannot "
+        "change the width; omit --shrink"
     )
 
 
@@ -115,18 +117,18 @@ def _same_number(circuit: Circuit, ups: list[Site]) -> dict[str, tuple[int, ...]
     if circuit.unit != "neuron" or others:
         what = f"neurons of {others[0]}" if circuit.unit == "neuron" else f"{circuit.unit}s"
         raise UserError(
-            f"--shrink takes neurons of mlp.up out of their matrices, and this circuit has {what}; leave it out"
+            f"--shrink removes neurons of mlp.up only, but this circuit has {what}; omit --shrink"
         )
     gone = {site.name: tuple(circuit.members.get(site.name, ())) for site in ups}
     counts = sorted({len(units) for units in gone.values()})
     if len(counts) > 1:
         raise UserError(
-            f"--shrink needs the same number of neurons from every layer, and this circuit takes {counts[0]} from one and {counts[-1]} from "
-            "another; select with --scope site (selection.scope: site in a recipe), or leave it out"
+            f"--shrink must remove the same number of neurons from every layer, but this circuit takes {counts[0]} from one "
+            f"and {counts[-1]} from another; select with --scope site (selection.scope: site in a recipe), or omit --shrink"
         )
     if counts[0] in (0, ups[0].out):
         raise UserError(
-            f"--shrink needs a neuron to take out of each layer and one to leave; this circuit takes {counts[0]} of {ups[0].out}"
+            f"--shrink must remove at least one neuron of each layer and leave one, but this circuit takes {counts[0]} of {ups[0].out}"
         )
     return gone
 

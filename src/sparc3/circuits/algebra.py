@@ -1,4 +1,4 @@
-"""Circuits together: union, intersection, difference, and how far two of them overlap beyond chance."""
+"""Union, intersection and difference of circuits, and their overlap compared with chance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -88,7 +88,8 @@ def _sizes(one: Circuit, other: Circuit) -> dict[str, int] | None:
     if first is not None and second is not None and first != second:
         odd = sorted(name for name in {*first, *second} if first.get(name) != second.get(name))[0]
         raise UserError(
-            f"the circuits were chosen from different sites ({odd} in one only): chance is not defined; choose both from the same sites"
+            f"the circuits were selected from different sites or sizes (such as {odd}), so chance overlap is undefined; "
+            "select both from the same sites"
         )
     return first if first is not None else second
 
@@ -97,21 +98,22 @@ def require_alike(one: Circuit, other: Circuit) -> None:
     """Raise UserError unless both circuits hold the same kind of units of the same model, removed at the same strength."""
     if one.unit != other.unit:
         raise UserError(
-            f"a circuit of {one.unit}s and one of {other.unit}s do not go together; make both of the same unit"
+            f"a circuit of {one.unit}s cannot be combined with one of {other.unit}s; use circuits of the same unit"
         )
     if one.strength != other.strength:
         raise UserError(
-            f"circuits of strength {one.strength:g} and {other.strength:g} do not go together; make both at the same strength"
+            f"circuits of strength {one.strength:g} and {other.strength:g} do not go together; use the same strength for both"
         )
-    mine, theirs = one.model.get("fingerprint"), other.model.get("fingerprint")
-    if mine and theirs and mine != theirs:
+    first, second = one.model.get("fingerprint"), other.model.get("fingerprint")
+    if first and second and first != second:
         raise UserError(
-            f"the circuits were made on {one.model.get('id')} ({mine}) and {other.model.get('id')} ({theirs}); make both on one model"
+            f"the circuits were made on {one.model.get('id')} ({first}) and {other.model.get('id')} ({second}); "
+            "use circuits of the same model"
         )
     for name in one.members if one.unit == "weight" else ():
         if name in other.members and one.members[name].shape != other.members[name].shape:
             shapes = " and ".join(str(tuple(circuit.members[name].shape)) for circuit in (one, other))
-            raise UserError(f"{name} has shape {shapes} in the two circuits; make both on one model")
+            raise UserError(f"{name} has shapes {shapes} in the two circuits; use circuits of the same model")
 
 
 def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:

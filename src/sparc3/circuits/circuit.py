@@ -43,7 +43,7 @@ class Circuit:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise UserError(f"strength is {self.strength}; give a number above 0, up to 1")
+            raise UserError(f"strength must be above 0 and at most 1, but it is {self.strength}")
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -108,14 +108,14 @@ class Circuit:
         if self.model.get("fingerprint") != here["fingerprint"]:
             raise UserError(
                 f"the circuit was made on {self.model.get('id')} ({self.model.get('fingerprint')}), "
-                f"not on {here['id']} ({here['fingerprint']}); use that model, or --force to apply it all the same"
+                f"not on {here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it anyway"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write readable JSON, or packed masks as safetensors for weights. Raises UserError where the name does not end as `suffix` says."""
         if Path(path).suffix != self.suffix:
             raise UserError(
-                f"a circuit of {self.unit}s is a {self.suffix} file, which {path} is not; name it so that it ends in {self.suffix}"
+                f"a circuit of {self.unit}s is saved as a {self.suffix} file, but the path is {path}; use a name that ends in {self.suffix}"
             )
         if self.unit == "weight":
             self._save_masks(path)
@@ -170,7 +170,7 @@ class Circuit:
             or not _is_strength(strength)
         ):
             raise DamagedFile(
-                f"{path}: unit, strength, members, model and provenance are not as {FORMAT} has them; make it again"
+                f"{path}: the unit, strength, members, model or provenance does not follow {FORMAT}; create the file again"
             )
         return cls(header["unit"], members, header["model"], header["provenance"], strength)
 

@@ -27,10 +27,10 @@ def contrast(
     penalty: float = 1.0,
     normalize: str | None = None,
 ) -> Scores:
-    """What a unit gives in general, less what it gives to the undesired behaviour; the lowest are to be removed.
+    """Each unit's general relevance minus its relevance to the undesired behaviour; remove the lowest.
 
-    Plain (Eq. 7): R_general − R_undesired. Matched (docs/method.md, 7): penalty · max(|R_general|, |R_matched|) − R_undesired,
-    of which only units below zero are candidates.
+    Plain (Eq. 7): R_general − R_undesired. Matched (docs/method.md, 7):
+    penalty · max(|R_general|, |R_matched|) − R_undesired, of which only units below zero are candidates.
 
     Args:
         matched: scores on benign completions of the same kind of prompts.
@@ -41,33 +41,28 @@ def contrast(
         Scores of the same sites and shapes.
 
     Raises:
-        UserError: scores of different models, units, sites or shapes (the message names them), or of unlike settings.
+        UserError: scores of different models, units, methods, sites or shapes; the message names the difference.
     """
     if normalize not in (None, "l1"):
         raise unknown("normalize", normalize, ("l1",))
     if matched is None and penalty != 1.0:
         raise UserError(
-            f"penalty {penalty} without matched scores has no effect; give the matched scores, or leave it out"
+            f"penalty {penalty} has no effect without matched scores; pass matched scores or omit the penalty"
         )
     if not (math.isfinite(penalty) and penalty >= 0):
-        raise UserError(f"penalty is {penalty}; give a number that is not negative, such as 2")
-    parts = {
-        "general": general,
-        "undesired": undesired,
-        **({"matched": matched} if matched is not None else {}),
-    }
+        raise UserError(f"penalty must be finite and not negative, such as 2, but it is {penalty}")
+    parts = {"general": general, "undesired": undesired}
+    if matched is not None:
+        parts["matched"] = matched
     for name, scores in parts.items():
-        _require_fit(undesired, scores, name)
-    ready = {name: _scale_to_unit(scores, normalize) for name, scores in parts.items()}
+        _require_comparable(undesired, scores, name)
+    scaled = {name: _scale_to_unit(scores, normalize) for name, scores in parts.items()}
     values = {}
     for site in general:
-        if matched is None:
-            values[site] = ready["general"][site] - ready["undesired"][site]
-        else:
-            values[site] = (
-                penalty * torch.maximum(ready["general"][site].abs(), ready["matched"][site].abs())
-                - ready["undesired"][site]
-            )
+        benefit = scaled["general"][site]
+        if matched is not None:
+            benefit = penalty * torch.maximum(benefit.abs(), scaled["matched"][site].abs())
+        values[site] = benefit - scaled["undesired"][site]
     provenance = {
         **{
             key: undesired.provenance.get(key)
@@ -82,30 +77,32 @@ def contrast(
     return Scores(values, provenance)
 
 
-def _require_fit(undesired: Scores, other: Scores, name: str) -> None:
-    """Raise UserError unless the two sets of scores are about the same units of the same model, found in the same way."""
-    mine, theirs = undesired.provenance, other.provenance
-    one, two = mine.get("model") or {}, theirs.get("model") or {}
-    if one.get("fingerprint") != two.get("fingerprint"):
+def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
+    """Raise UserError unless both score the same units of the same model with the same method."""
+    models = [scores.provenance.get("model") or {} for scores in (undesired, other)]
+    if models[0].get("fingerprint") != models[1].get("fingerprint"):
         raise UserError(
-            f"the {name} scores are of model {two.get('id')} ({two.get('fingerprint')}), the undesired ones of "
-            f"{one.get('id')} ({one.get('fingerprint')}); attribute both on the same model"
+            f"the {name} scores are of model {models[1].get('id')} ({models[1].get('fingerprint')}) but the undesired "
+            f"scores are of {models[0].get('id')} ({models[0].get('fingerprint')}); score both on the same model"
         )
     for key in ("unit", "method", "neuron"):
-        if mine.get(key) != theirs.get(key):
+        expected, actual = undesired.provenance.get(key), other.provenance.get(key)
+        if expected != actual:
             raise UserError(
-                f"the {name} scores have {key} '{theirs.get(key)}', the undesired ones '{mine.get(key)}'; attribute both the same way"
+                f"the {name} scores have {key} '{actual}' but the undesired scores have '{expected}'; "
+                f"use the same {key} for both"
             )
     if set(undesired) != set(other):
-        odd = sorted(set(undesired) ^ set(other))[0]
+        unshared = min(set(undesired) ^ set(other))
         raise UserError(
-            f"the {name} and undesired scores are of different sites ({odd} is in one only); attribute both at the same sites"
+            f"the {name} and undesired scores cover different sites (only one has {unshared}); score the same sites in both"
         )
     for site in undesired:
-        if undesired[site].shape != other[site].shape:
+        expected_shape, actual_shape = tuple(undesired[site].shape), tuple(other[site].shape)
+        if expected_shape != actual_shape:
             raise UserError(
-                f"{site} has shape {tuple(other[site].shape)} in the {name} scores and {tuple(undesired[site].shape)} in the undesired ones; "
-                "attribute both on the same model"
+                f"{site} has shape {actual_shape} in the {name} scores but {expected_shape} in the undesired scores; "
+                "score both on the same model"
             )
 
 
@@ -114,7 +111,7 @@ def _scale_to_unit(scores: Scores, normalize: str | None) -> Mapping[str, Tensor
         return scores
     total = sum(float(tensor.double().abs().sum()) for tensor in scores.values())
     if total == 0:
-        raise UserError("scores that are all zero cannot be normalised; look at the samples they came from")
+        raise UserError("all scores are zero, so they cannot be normalised; check the samples they came from")
     return {name: (tensor.double() / total).float() for name, tensor in scores.items()}
 
 
@@ -130,16 +127,17 @@ def select(
     """The units with the lowest (or highest) scores, as a circuit. Deterministic: ties go by site order, then by index.
 
     Args:
-        count: how many; with scope "site" in each site, with "row" in each output row.
-        fraction: or which share of the units, rounded down.
-        scope: "global", over all sites together; "site", in each site apart; of weights also "row", in each output row apart, or "n:m"
-            such as "2:4": n of every m consecutive inputs, without count or fraction.
+        count: the number of units to select, in total or for each site or row, as `scope` says.
+        fraction: the share of the units to select instead, rounded down.
+        scope: "global" ranks all sites together and "site" ranks each site separately. For weights, "row" ranks each
+            output row separately, and "n:m", such as "2:4", takes n of every m consecutive inputs; it needs neither
+            count nor fraction.
         order: "lowest" or "highest".
-        strength: of the circuit: the share of each unit that its removal takes away.
+        strength: the share of each unit that ablating the circuit takes away, above 0 and up to 1.
 
     Raises:
-        UserError: both or neither of count and fraction, more than there are, or, after a matched contrast, more than there are
-            candidates below zero; a scope that does not fit the units, or an m that does not divide the rows; a strength not above 0 and up to 1.
+        UserError: both or neither of count and fraction; more units than there are, or than there are candidates below
+            zero after a matched contrast; a scope that does not fit the units or the rows; a strength out of range.
         NonFinite: a NaN or Inf among the scores.
     """
     groups = parse_scope(scope)
@@ -149,53 +147,41 @@ def select(
     for name, tensor in scores.items():
         if not tensor.isfinite().all():
             raise NonFinite(
-                f"the scores of {name} hold a NaN or Inf at unit {int((~tensor.isfinite()).nonzero()[0][0])}; attribute again"
+                f"the scores of {name} contain a NaN or Inf at unit {int((~tensor.isfinite()).nonzero()[0][0])}; "
+                "compute the scores again"
             )
     if scope == "row" or groups:
-        masks = _in_rows(scores, count, fraction, groups, order)
+        masks = _select_in_rows(scores, count=count, fraction=fraction, groups=groups, order=order)
     else:
         masks = {}
         for names in [list(scores)] if scope == "global" else [[name] for name in scores]:
-            wanted = _wanted_count(scores, names, count, fraction, order)
-            masks |= dict(
-                zip(
-                    names,
-                    lowest([scores[name] for name in names], wanted, highest=order == "highest"),
-                    strict=True,
-                )
-            )
-    members = {name: _members(scores.unit, mask) for name, mask in masks.items() if mask.any()}
-    return Circuit(
-        scores.unit,
-        members,
-        dict(scores.provenance.get("model") or {}),
-        {
-            "selection": {
-                "count": count,
-                "fraction": fraction,
-                "scope": scope,
-                "order": order,
-                **({"strength": strength} if strength != 1 else {}),
-            },
-            "scores": {**scores.provenance, "fingerprint": scores.fingerprint},
-            "sizes": {name: tensor.numel() for name, tensor in scores.items()},
-            "version": __version__,
-        },
-        strength,
-    )
+            total = _resolve_count(scores, names, count=count, fraction=fraction, order=order)
+            ranked = lowest([scores[name] for name in names], total, highest=order == "highest")
+            masks |= dict(zip(names, ranked, strict=True))
+    members: dict[str, Any] = {name: mask for name, mask in masks.items() if mask.any()}
+    if scores.unit != "weight":
+        members = {name: tuple(mask.nonzero()[:, 0].tolist()) for name, mask in members.items()}
+    selection = {"count": count, "fraction": fraction, "scope": scope, "order": order}
+    provenance = {
+        "selection": {**selection, **({"strength": strength} if strength != 1 else {})},
+        "scores": {**scores.provenance, "fingerprint": scores.fingerprint},
+        "sizes": {name: tensor.numel() for name, tensor in scores.items()},
+        "version": __version__,
+    }
+    return Circuit(scores.unit, members, dict(scores.provenance.get("model") or {}), provenance, strength)
 
 
 def parse_scope(scope: str) -> tuple[int, int] | None:
-    """(2, 4) of "2:4", None of a scope with a name. Raises UserError for an unknown one, or groups that make no sense."""
+    """(2, 4) for "2:4", None for a named scope. Raises UserError for an unknown scope or impossible groups."""
     if scope in SCOPES:
         return None
-    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", scope)
-    if not found:
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", scope)
+    if not match:
         raise unknown("scope", scope, [*SCOPES, "2:4", "4:8"])
-    n, m = int(found[1]), int(found[2])
+    n, m = int(match[1]), int(match[2])
     if not 0 < n < m:
         raise UserError(
-            f"scope {scope} would take {n} of every {m} inputs; give n:m with n below m and above zero, such as 2:4"
+            f"scope {scope} would take {n} of every {m} inputs; use n:m with 0 < n < m, such as 2:4"
         )
     return n, m
 
@@ -203,40 +189,42 @@ def parse_scope(scope: str) -> tuple[int, int] | None:
 def _require_size(count: int | None, fraction: float | None, scope: str) -> None:
     if ":" in scope:
         if count is not None or fraction is not None:
-            raise UserError(f"scope {scope} says how many weights go; leave count and fraction out")
+            raise UserError(f"scope {scope} already sets the number of weights; omit count and fraction")
         return
     if (count is None) == (fraction is None):
-        raise UserError("give either a count or a fraction of units to select")
+        raise UserError("pass either a count or a fraction of units to select, not both or neither")
     if fraction is not None and not 0 <= fraction < 1:
-        raise UserError(f"fraction is {fraction}; give a number from 0 up to, but not including, 1")
+        raise UserError(f"fraction must be at least 0 and below 1, but it is {fraction}")
     if count is not None and (count < 0 or count != int(count)):
-        raise UserError(f"count is {count}; give a whole number that is not negative")
+        raise UserError(f"count must be a whole number that is not negative, but it is {count}")
 
 
-def _in_rows(
-    scores: Scores, count: int | None, fraction: float | None, groups: tuple[int, int] | None, order: str
+def _select_in_rows(
+    scores: Scores, *, count: int | None, fraction: float | None, groups: tuple[int, int] | None, order: str
 ) -> dict[str, Tensor]:
-    """Masks that take the same number from every row, or from every group of m inputs."""
+    """Masks that take the same number from every row, or n from every group of m inputs."""
     scope = "row" if groups is None else f"{groups[0]}:{groups[1]}"
     if scores.unit != "weight":
         raise UserError(
-            f"scope {scope} is for weights, and these are scores of {scores.unit}s; use scope global or site"
+            f"scope {scope} is for weights, but the scores are of {scores.unit}s; use scope global or site"
         )
     if _candidates_only(scores):
         raise UserError(
-            f"scope {scope} takes as many of every row, and a matched contrast has candidates below zero only; use scope global or site"
+            f"scope {scope} takes the same number from every row, but a matched contrast only has candidates below zero; "
+            "use scope global or site"
         )
     masks = {}
     for name, tensor in scores.items():
         columns = tensor.shape[1]
         if groups and columns % groups[1]:
             raise UserError(
-                f"scope {scope} does not divide the rows of {name}, which have {columns} inputs; choose another scope or other sites"
+                f"scope {scope} does not divide the rows of {name}, which have {columns} inputs; "
+                "choose another scope or other sites"
             )
         wanted = groups[0] if groups else count if count is not None else share_of(fraction, columns)
         if wanted > columns:
             raise UserError(
-                f"{wanted} weights were asked for in each row, and the rows of {name} have {columns}; ask for fewer"
+                f"{wanted} weights were asked for in each row, but the rows of {name} have {columns}; ask for fewer"
             )
         rows = tensor.reshape(-1, groups[1]) if groups else tensor
         masks[name] = lowest_in_rows(rows, wanted, highest=order == "highest").view(tensor.shape)
@@ -248,41 +236,35 @@ def share_of(fraction: float | None, units: int) -> int:
     return math.floor(Fraction(str(float(fraction or 0))) * units)
 
 
-def _members(unit: str, mask: Tensor) -> Any:
-    return mask if unit == "weight" else tuple(mask.nonzero()[:, 0].tolist())
-
-
 def count_candidates(scores: Scores) -> int:
-    """How many units may be selected: all, or those below zero after a matched contrast."""
-    return (
-        sum(int((tensor < 0).sum()) for tensor in scores.values())
-        if _candidates_only(scores)
-        else scores.units
-    )
+    """The number of units that may be selected: all, or those below zero after a matched contrast."""
+    if not _candidates_only(scores):
+        return scores.units
+    return sum(int((tensor < 0).sum()) for tensor in scores.values())
 
 
 def _candidates_only(scores: Scores) -> bool:
     return scores.provenance.get("contrast") == "matched"
 
 
-def _wanted_count(
-    scores: Scores, names: list[str], count: int | None, fraction: float | None, order: str
+def _resolve_count(
+    scores: Scores, names: list[str], *, count: int | None, fraction: float | None, order: str
 ) -> int:
-    """How many units of these sites together. Raises UserError where there are fewer."""
-    there = sum(scores[name].numel() for name in names)
-    wanted = int(count) if count is not None else share_of(fraction, there)
+    """The number of units to select from these sites together. Raises UserError where there are fewer."""
+    available = sum(scores[name].numel() for name in names)
+    wanted = int(count) if count is not None else share_of(fraction, available)
     place = "" if len(names) > 1 or len(scores) == 1 else f" in {names[0]}"
-    if wanted > there:
-        raise UserError(f"{wanted} {scores.unit}s were asked for and there are {there}{place}; ask for fewer")
-    if (
-        _candidates_only(scores)
-        and order == "lowest"
-        and wanted > (left := sum(int((scores[name] < 0).sum()) for name in names))
-    ):
+    if wanted > available:
         raise UserError(
-            f"{wanted} {scores.unit}s were asked for, and the matched contrast has {left} candidates below zero{place}; "
-            "ask for fewer, or lower the penalty"
+            f"{wanted} {scores.unit}s were asked for and there are {available}{place}; ask for fewer"
         )
+    if _candidates_only(scores) and order == "lowest":
+        candidates = sum(int((scores[name] < 0).sum()) for name in names)
+        if wanted > candidates:
+            raise UserError(
+                f"{wanted} {scores.unit}s were asked for, but the matched contrast has {candidates} candidates "
+                f"below zero{place}; ask for fewer, or lower the penalty"
+            )
     return wanted
 
 
@@ -292,10 +274,10 @@ def _site_seed(seed: int, site: str) -> int:
 
 
 def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circuit:
-    """As many random units in each site as the circuit has there, at its strength: one draw of its null.
+    """A random circuit of the same strength, with as many units in each site: one draw from the null.
 
     Args:
-        sizes: module name → number of units of that site; not looked at for weights, whose masks say it.
+        sizes: module name → number of units of that site; ignored for weights, whose masks give it.
     """
     members: dict[str, Any] = {}
     for site, count in circuit.counts.items():
@@ -311,7 +293,7 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
 
 
 def exclude(scores: Scores, circuit: Circuit) -> Scores:
-    """The scores with the circuit's units last in line: they get the highest score there is, and at least zero."""
+    """The scores with the circuit's units ranked last: each gets the highest score, and at least zero."""
     last = max(0.0, *(float(tensor.max()) for tensor in scores.values()))
     values = {name: tensor.clone() for name, tensor in scores.items()}
     for site, units in circuit.members.items():
@@ -319,30 +301,29 @@ def exclude(scores: Scores, circuit: Circuit) -> Scores:
     return Scores(values, {**scores.provenance, "excluding": circuit.fingerprint})
 
 
-# Which numbers are the lowest, exactly and without sorting: tensors in, bool masks out. Ties go by tensor, then by place.
-
+# Exact selection of the lowest numbers without sorting: tensors in, bool masks out. Ties go by tensor, then by index.
 
 PIECE = 2**20
-"""Numbers looked at at once: what is held besides the numbers and the masks is a few times this."""
+"""Numbers processed at once; the extra memory is a few times this."""
 DIGIT = 16
-"""Bits of a number that one pass tells apart."""
+"""Bits that one pass distinguishes."""
 
 
 def lowest(tensors: Sequence[Tensor], count: int, *, highest: bool = False) -> list[Tensor]:
     """Masks of the `count` lowest (or highest) finite numbers of all tensors together, each in its tensor's shape.
 
-    A radix select: as integers in the order of the floats, the numbers are counted by their first 16 bits, then those that
-    share the threshold's first 16 bits by their next 16, until the threshold is known to the last bit.
+    A radix select: the floats become integers of the same order and are counted by their first 16 bits; those that share
+    the threshold's first 16 bits are counted by the next 16, until every bit of the threshold is known.
     """
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     masks = [torch.zeros(tensor.shape, dtype=torch.bool) for tensor in tensors]
     if count == 0:
         return masks
-    threshold, below = _threshold(tensors, count, wide, highest)
+    threshold, below = _find_threshold(tensors, count, wide, highest)
     ties = count - below
     for tensor, mask in zip(tensors, masks, strict=True):
         flat = mask.view(-1)
-        for start, keys in _keys(tensor, wide, highest):
+        for start, keys in _ordered_keys(tensor, wide, highest):
             part = flat[start : start + len(keys)]
             torch.lt(keys, threshold, out=part)
             if ties:
@@ -352,7 +333,7 @@ def lowest(tensors: Sequence[Tensor], count: int, *, highest: bool = False) -> l
     return masks
 
 
-def _threshold(tensors: Sequence[Tensor], count: int, wide: bool, highest: bool) -> tuple[int, int]:
+def _find_threshold(tensors: Sequence[Tensor], count: int, wide: bool, highest: bool) -> tuple[int, int]:
     """The key of the count-th number, and how many numbers are below it."""
     bits = 64 if wide else 32
     below, prefix = 0, 0
@@ -360,7 +341,7 @@ def _threshold(tensors: Sequence[Tensor], count: int, wide: bool, highest: bool)
         first = shift == bits - DIGIT
         counts = torch.zeros(2**DIGIT, dtype=torch.int64)
         for tensor in tensors:
-            for _, keys in _keys(tensor, wide, highest):
+            for _, keys in _ordered_keys(tensor, wide, highest):
                 if not first:
                     keys = keys[keys >> (shift + DIGIT) == prefix]
                 digits = (keys >> shift) + 2 ** (DIGIT - 1) if first else keys >> shift & (2**DIGIT - 1)
@@ -372,8 +353,8 @@ def _threshold(tensors: Sequence[Tensor], count: int, wide: bool, highest: bool)
     return prefix, below
 
 
-def _keys(tensor: Tensor, wide: bool, highest: bool) -> Iterator[tuple[int, Tensor]]:
-    """(start, integers in the order of the numbers from there on), piece by piece; the two zeros are one number."""
+def _ordered_keys(tensor: Tensor, wide: bool, highest: bool) -> Iterator[tuple[int, Tensor]]:
+    """Pieces as (start, integers in the order of the floats); the two zeros are equal."""
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), PIECE):
         piece = flat[start : start + PIECE].to(torch.float64 if wide else torch.float32) + 0.0  # −0 + 0 = 0
