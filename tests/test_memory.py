@@ -212,7 +212,7 @@ def test_generation_and_perplexity_remember_what_fits(monkeypatch: pytest.Monkey
 
         return work
 
-    monkeypatch.setattr(generation, "_generated", short_of_memory(generation._generated, 2))
+    monkeypatch.setattr(generation, "_generate_batch", short_of_memory(generation._generate_batch, 2))
     monkeypatch.setattr(
         perplexity, "perplexity_observations", short_of_memory(perplexity.perplexity_observations, 1)
     )

@@ -177,11 +177,11 @@ def test_memory_of_an_evaluation_is_as_predicted(
         ),
         "greedy": (
             lambda: rehearsal.generation(40, 20, 24, 0.0),
-            lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.0, 0),
+            lambda: generation._generate_batch(model, _NoTokenizer(), rows, 24, 0.0, 0),
         ),
         "sampled": (
             lambda: rehearsal.generation(40, 20, 24, 0.7),
-            lambda: generation._generated(model, _NoTokenizer(), rows, 24, 0.7, 0),
+            lambda: generation._generate_batch(model, _NoTokenizer(), rows, 24, 0.7, 0),
         ),
         "ioi": (lambda: rehearsal.contrasts(texts), lambda: ioi.logit_differences(model, texts)),
     }

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .. import distributed
 from ..errors import UserError
 from ..models.load import context_length
-from ..models.memory import in_batches
 from ..models.offloading import device_of
+from ..samples.batches import run_longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,28 +89,17 @@ def complete(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's {context_length(model)}; "
             "shorten the prompts or max_new_tokens"
         )
-    order = sorted(range(len(rows)), key=lambda i: (-len(encoded[rows[i][0]]), i))
-
-    with tqdm(
-        total=len(rows), desc="generate", unit="text", disable=not progress or not distributed.is_main()
-    ) as bar:
-
-        def work(part: Sequence[int]) -> list[str]:
-            return _generated(
-                model,
-                tokenizer,
-                [(encoded[rows[i][0]], rows[i][1]) for i in part],
-                max_new_tokens,
-                temperature,
-                seed,
-            )
-
-        of = (model, f"generate {longest + max_new_tokens}")
-        texts = distributed.in_parallel(
-            order, lambda share: in_batches(share, batch, work, bar.update, of=of)
-        )
-    by_row = dict(zip(order, texts, strict=True))
-    return [[by_row[p * generations + k] for k in range(generations)] for p in range(len(prompts))]
+    texts = run_longest_first(
+        [(encoded[prompt], k) for prompt, k in rows],
+        lambda row: len(row[0]),
+        lambda part: _generate_batch(model, tokenizer, part, max_new_tokens, temperature, seed),
+        size=batch,
+        of=(model, f"generate {longest + max_new_tokens}"),
+        label="generate",
+        unit="text",
+        progress=progress,
+    )
+    return [texts[p * generations : (p + 1) * generations] for p in range(len(prompts))]
 
 
 @contextmanager
@@ -129,7 +116,7 @@ def _only_these_settings(model: "PreTrainedModel") -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _generated(
+def _generate_batch(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[tuple[list[int], int]],

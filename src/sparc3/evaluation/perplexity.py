@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .. import distributed
 from ..errors import UserError
 from ..models.load import context_length
-from ..models.memory import in_batches, logits_at
+from ..models.memory import logits_at
 from ..models.offloading import device_of
+from ..samples.batches import run_longest_first
 from ..samples.reference_set import ReferenceSet
 from .metrics import FluencySettings, KLSettings, Metric, MetricContext, PerplexitySettings, Reading, register
 from .statistics import Observations, finite
@@ -123,24 +123,17 @@ def negative_log_likelihoods(
     """Σ −log p of each window's predicted tokens, in nats; None where it is not finite."""
     longest = max(len(ids) for ids, _ in windows)
     size = max(1, batch_tokens(device_of(model).type) // longest)
-    # Windows of one length stand together; only the first and last ones differ.
-    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
-    with tqdm(
-        total=len(windows),
-        desc="perplexity",
+    sums = run_longest_first(
+        windows,
+        lambda window: len(window[0]),
+        partial(perplexity_observations, model),
+        size=size,
+        of=(model, f"perplexity {longest}"),
+        label="perplexity",
         unit="window",
-        disable=not progress or not distributed.is_main(),
-    ) as bar:
-
-        def work(part: Sequence[int]) -> list[float]:
-            return perplexity_observations(model, [windows[i] for i in part])
-
-        made = distributed.in_parallel(
-            order,
-            lambda share: in_batches(share, size, work, bar.update, of=(model, f"perplexity {longest}")),
-        )
-    by_window = dict(zip(order, made, strict=True))
-    return [finite(by_window[i]) for i in range(len(windows))]
+        progress=progress,
+    )
+    return list(map(finite, sums))
 
 
 def batch_tokens(device: str) -> int:
@@ -185,7 +178,7 @@ def divergence(
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     changed = beside.changed if beside else None
     sums = (
-        tuple(map(finite, _of_windows(model, windows, changed, progress)))
+        tuple(map(finite, _sum_divergences(model, windows, changed, progress)))
         if changed
         else (0.0,) * len(windows)
     )
@@ -195,22 +188,21 @@ def divergence(
     )
 
 
-def _of_windows(model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool) -> list[float]:
+def _sum_divergences(
+    model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool
+) -> list[float]:
     longest = max(len(ids) for ids, _ in windows)
     size = max(1, pair_batch_tokens(device_of(model).type) // longest)
-    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i][0]), i))
-    with tqdm(
-        total=len(windows), desc="kl", unit="window", disable=not progress or not distributed.is_main()
-    ) as bar:
-
-        def work(part: Sequence[int]) -> list[float]:
-            return divergence_observations(model, [windows[i] for i in part], changed())
-
-        made = distributed.in_parallel(
-            order, lambda share: in_batches(share, size, work, bar.update, of=(model, f"kl {longest}"))
-        )
-    by_window = dict(zip(order, made, strict=True))
-    return [by_window[i] for i in range(len(windows))]
+    return run_longest_first(
+        windows,
+        lambda window: len(window[0]),
+        lambda part: divergence_observations(model, part, changed()),
+        size=size,
+        of=(model, f"kl {longest}"),
+        label="kl",
+        unit="window",
+        progress=progress,
+    )
 
 
 def pair_batch_tokens(device: str) -> int:

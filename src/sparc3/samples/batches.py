@@ -1,19 +1,23 @@
 """From samples to token batches: what is fed in, and which logits are the target y of each sample."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..errors import UserError, unknown
+from ..models.memory import in_batches
 from .reference_set import ReferenceSet, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 TARGETS = ("predicted", "label", "contrast", "completion", "next")
 
 
@@ -233,3 +237,41 @@ def make_batch(samples: Sequence[Encoded], device: torch.device) -> Batch:
         [(*sample.ids, *(0,) * (longest - len(sample.ids))) for sample in samples], device=device
     )
     return Batch(tuple(samples), ids, lengths)
+
+
+def run_longest_first(
+    items: Sequence[Item],
+    length: Callable[[Item], int],
+    work: Callable[[list[Item]], list[Result]],
+    *,
+    size: int,
+    of: tuple[Any, str],
+    label: str,
+    unit: str,
+    progress: bool,
+) -> list[Result]:
+    """work() over the items in batches of similar length, longest first, shared among the ranks.
+
+    Args:
+        size: items in a batch at the start; halved when they do not fit into memory.
+        of: the model and the kind of work, for which it is remembered what fits.
+        label, unit: what the progress bar shows.
+
+    Returns:
+        one result an item, in the items' order; the same on every rank.
+    """
+    from tqdm import tqdm
+
+    order = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
+    with tqdm(
+        total=len(items), desc=label, unit=unit, disable=not progress or not distributed.is_main()
+    ) as bar:
+
+        def run_batch(places: Sequence[int]) -> list[Result]:
+            return work([items[i] for i in places])
+
+        results = distributed.in_parallel(
+            order, lambda share: in_batches(share, size, run_batch, bar.update, of=of)
+        )
+    by_place = dict(zip(order, results, strict=True))
+    return [by_place[i] for i in range(len(items))]
