@@ -43,7 +43,7 @@ def test_one_node() -> None:
 
 def test_nodes_arrays_and_settings() -> None:
     text = "\n".join(lines(nodes=2, gpus=0, array=3, folder="a run", sets=("model.dtype=float32",)))
-    assert "--array=1-3" in text
+    assert "--array=0-2" in text
     assert "gpus-per-node" not in text
     assert "--rdzv-backend=c10d" in text
     assert f"--out '{Path('a run').absolute()}'-\"$SLURM_ARRAY_TASK_ID\" --set model.dtype=float32" in text
@@ -93,6 +93,40 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(UserError, match=said):
             lines(**options)
+
+
+def test_further_options_of_slurm() -> None:
+    text = lines(mem="64G", cpus_per_task=8, account="lab", options=("--qos=long", "-C a100"))
+    end_of_head = max(number for number, line in enumerate(text) if line.startswith("#SBATCH"))
+    wanted = ("--mem=64G", "--cpus-per-task=8", "--account=lab", "--qos=long", "-C a100")
+    assert {f"#SBATCH {option}" for option in wanted} <= set(text[: end_of_head + 1])
+    assert all(line.startswith("#") for line in text[: end_of_head + 1])
+    for options in (
+        {"options": ("--qos=long\nrm -rf ~",)},
+        {"options": ("qos",)},
+        {"mem": "1 G"},
+        {"account": "a\nb"},
+        {"cpus_per_task": 0},
+    ):
+        with pytest.raises(UserError):
+            lines(**options)
+
+
+def test_options_pass_through_and_the_log_has_a_folder(
+    sparc3: Call, mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--sbatch=--qos=long", "--sbatch", "--exclusive", "--mem", "64G", "--cpus-per-task", "8")
+    assert sparc3("slurm", "demo", *arguments, "--run-out", "far/away/demo")[0] == 0
+    text = Path("demo.sbatch").read_text()
+    assert all(f"#SBATCH {option}\n" in text for option in ("--qos=long", "--exclusive", "--mem=64G"))
+    log = re.search(r"--output=(.*)", text)
+    assert log
+    assert Path(log[1]).parent == tmp_path / "far/away"
+    assert (tmp_path / "far/away").is_dir()
+    assert "demo.sbatch" in mistake("slurm", "demo", "--run-out", "demo.sbatch/demo", "--out", "other.sbatch")
+    assert not Path("other.sbatch").exists()
+    mistake("slurm", "demo", "--sbatch")
 
 
 def test_the_command(sparc3: Call, mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,12 +56,22 @@ def add_to(add: Add) -> None:
         default="04:00:00",
         help="time limit of one go; the job is queued again until it is done (default: %(default)s)",
     )
-    slurm.add_argument("--partition")
+    slurm.add_argument("--partition", metavar="NAME", help="partition that takes the job")
+    slurm.add_argument("--account", metavar="NAME", help="account that the job is charged to")
+    slurm.add_argument("--mem", metavar="SIZE", help="memory of each node, such as 64G")
+    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs on each node")
+    slurm.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="a further option of sbatch, such as --qos=long; may be repeated",
+    )
     slurm.add_argument(
         "--array",
         type=int,
         metavar="N",
-        help="N runs, with seeds 1 to N of the general set, in numbered run folders",
+        help="N runs, with seeds 0 to N-1 of the general set, in numbered run folders",
     )
     slurm.add_argument("--run-out", metavar="DIR", help="run folder (default: runs/<recipe's name>)")
     slurm.add_argument(
@@ -106,7 +116,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _slurm(args: argparse.Namespace) -> None:
-    from ..experiment.slurm import sbatch, submit, write_job
+    from ..experiment.slurm import make_log_folder, sbatch, submit, write_job
     from ..recipe.schema import load_recipe
 
     recipe = load_recipe(args.recipe, args.set)
@@ -117,10 +127,15 @@ def _slurm(args: argparse.Namespace) -> None:
         gpus=args.gpus,
         time=args.time,
         partition=args.partition,
+        account=args.account,
+        mem=args.mem,
+        cpus_per_task=args.cpus_per_task,
+        options=tuple(args.sbatch),
         array=args.array,
         folder=args.run_out,
         sets=tuple(args.set),
     )
     path = args.out or f"{recipe.name}.sbatch"
+    make_log_folder(recipe, args.run_out)
     write_job(path, text)
     say(f"{path}: {f'submitted as job {submit(path)}' if args.submit else f'submit it with sbatch {path}'}")

@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; ends the process with its exit code where that is not 0, and every rank of torchrun."""
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parser().parse_args(_join_sbatch_options(sys.argv[1:] if arguments is None else arguments))
         speak()
         parsed.run(parsed)
         distributed.end()
@@ -46,6 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception:  # ours to mend: as Python tells it, without what a message of others may hold
         say(traceback.format_exc(), error=True)
         _stop(1, "this should not have happened; please report it with the lines above")
+
+
+def _join_sbatch_options(arguments: Sequence[str]) -> list[str]:
+    """`--sbatch --qos=long` as `--sbatch=--qos=long`: argparse takes no value that begins with a dash."""
+    joined: list[str] = []
+    for argument in map(str, arguments):
+        if joined and joined[-1] == "--sbatch":
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _stop(code: int, message: str) -> NoReturn:

@@ -45,7 +45,7 @@ ask_again() {{
 }}
 trap ask_again USR1
 
-srun --kill-on-bad-exit=1 {launch} &
+srun --kill-on-bad-exit=1 {cpus}{launch} &
 step=$!
 wait "$step"
 """
@@ -59,6 +59,10 @@ def sbatch(
     gpus: int = 1,
     time: str = "04:00:00",
     partition: str | None = None,
+    account: str | None = None,
+    mem: str | None = None,
+    cpus_per_task: int | None = None,
+    options: tuple[str, ...] = (),
     array: int | None = None,
     folder: str | None = None,
     sets: tuple[str, ...] = (),
@@ -69,18 +73,28 @@ def sbatch(
         name: the recipe as `sparc3 run` takes it; a path is made absolute.
         nodes, gpus: nodes, and GPUs on each; one rank a GPU, or one rank a node where gpus is 0.
         time: SLURM's time limit of one go, such as 30 (minutes), 04:00:00 or 1-12:00:00; the job may need several.
-        array: this many runs, whose seeds differ and whose folders are numbered.
+        partition, account, mem, cpus_per_task: SLURM's options of these names; mem is of each node, such as 64G.
+        options: further options, each as an #SBATCH line has it, such as "--qos=long".
+        array: this many runs, with the seeds 0 to array - 1, whose folders are numbered by their seeds.
         folder: the run folder.
 
     Raises:
         UserError: numbers or a time that SLURM would not take.
     """
     limit = seconds(time)
-    for word in (name, partition or "", folder or ""):
-        if word != one_line(word) or (word == partition and not re.fullmatch(r"[\w.,-]+", word)):
+    names = [word for word in (partition, account, mem) if word is not None]
+    for word in (name, folder or "", *names):
+        if word != one_line(word) or (word in names and not re.fullmatch(r"[\w.,-]+", word)):
             raise UserError(
                 f"{word!r} cannot stand in a batch file; give a name of letters, digits, dots and dashes"
             )
+    for option in options:
+        if option != one_line(option) or not re.fullmatch(r"--?[A-Za-z].*", option):
+            raise UserError(
+                f"{option!r} cannot stand in a batch file; write an option of sbatch, such as --qos=long"
+            )
+    if cpus_per_task is not None and cpus_per_task < 1:
+        raise UserError(f"a task cannot have {cpus_per_task} CPUs; give --cpus-per-task at least 1")
     if nodes < 1 or gpus < 0 or (array is not None and array < 1):
         runs = "" if array is None else f" and {array} runs"
         raise UserError(
@@ -90,16 +104,19 @@ def sbatch(
         raise UserError(
             f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at least {2 * GRACE // 60} minutes"
         )
-    out = str(Path(folder or f"runs/{recipe.name}").absolute())
+    out = _locate_run(recipe, folder)
     resources = "".join(
         f"#SBATCH --{option}\n"
         for option, wanted in (
             (f"gpus-per-node={gpus}", gpus),
             (f"partition={partition}", partition),
-            (f"array=1-{array}", array),
+            (f"account={account}", account),
+            (f"mem={mem}", mem),
+            (f"cpus-per-task={cpus_per_task}", cpus_per_task),
+            (f"array=0-{(array or 1) - 1}", array),
         )
         if wanted
-    )
+    ) + "".join(f"#SBATCH {option}\n" for option in options)
     head = HEAD.format(
         job=f"sparc3-{recipe.name}",
         nodes=nodes,
@@ -113,8 +130,26 @@ def sbatch(
         grace=GRACE,
         changes=f"cd {shlex.quote(os.getcwd())}",
         threads=1 if gpus > 1 else "$(nproc)",
+        cpus=f"--cpus-per-task={cpus_per_task} "
+        if cpus_per_task
+        else "",  # srun does not take it from the job
         launch=_launch(name, out, nodes, max(1, gpus), array, sets),
     )
+
+
+def make_log_folder(recipe: Recipe, folder: str | None = None) -> None:
+    """Make the folder of the job's log, without which SLURM ends the job at once. Raises UserError where it cannot."""
+    place = Path(_locate_run(recipe, folder)).parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the log's folder {place}: {error.strerror}; choose another with --run-out"
+        ) from None
+
+
+def _locate_run(recipe: Recipe, folder: str | None) -> str:
+    return str(Path(folder or f"runs/{recipe.name}").absolute())
 
 
 def _launch(name: str, out: str, nodes: int, ranks: int, array: int | None, sets: tuple[str, ...]) -> str:
