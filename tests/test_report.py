@@ -186,7 +186,7 @@ def test_half_a_million_neurons_make_a_small_page(run: Path) -> None:
 # What it says --------------------------------------------------------------------------------------------------------
 
 
-def said(run: Path) -> str:
+def read_headline(run: Path) -> str:
     folder = read_folder(run)
     return re.sub(
         r"<[^>]+>",
@@ -196,7 +196,7 @@ def said(run: Path) -> str:
 
 
 def test_the_headline_has_figures_and_intervals(run: Path) -> None:
-    words = said(run)
+    words = read_headline(run)
     first, last = (
         Results.load(run / "results.json").find("toxicity.mean", variant)
         for variant in ("original", "ablated")
@@ -213,7 +213,7 @@ def test_the_headline_has_figures_and_intervals(run: Path) -> None:
         assert remark in words
 
 
-def altered(run: Path, measurements: list[Measurement], differences: list[Difference]) -> None:
+def save_with_changes(run: Path, measurements: list[Measurement], differences: list[Difference]) -> None:
     found = Results.load(run / "results.json")
     names = {(m.metric, m.variant) for m in measurements}
     kept = tuple(m for m in found if (m.metric, m.variant) not in names)
@@ -221,37 +221,43 @@ def altered(run: Path, measurements: list[Measurement], differences: list[Differ
 
 
 def test_an_interval_with_zero_in_it_is_no_effect(run: Path) -> None:
-    altered(run, [], [Difference("toxicity.mean", "original", "ablated", -0.01, -0.01, (-0.03, 0.01), 0.4)])
-    assert "No effect is shown" in said(run)
+    save_with_changes(
+        run, [], [Difference("toxicity.mean", "original", "ablated", -0.01, -0.01, (-0.03, 0.01), 0.4)]
+    )
+    assert "No effect is shown" in read_headline(run)
 
 
 def test_a_change_for_the_worse_is_called_so(run: Path) -> None:
-    altered(run, [], [Difference("toxicity.mean", "original", "ablated", 0.1, 0.1, (0.05, 0.15), 0.001)])
-    assert "wrong way" in said(run)
+    save_with_changes(
+        run, [], [Difference("toxicity.mean", "original", "ablated", 0.1, 0.1, (0.05, 0.15), 0.001)]
+    )
+    assert "wrong way" in read_headline(run)
 
 
 def test_a_method_that_is_ahead_is_named_with_its_price(run: Path) -> None:
-    altered(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
+    save_with_changes(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
     assert (
         "Wanda is ahead at the same count: 5.0\u202f% [4.0,\u00a06.0] (perplexity 3.283, +16.0\u202f%)"
-        in said(run)
+        in read_headline(run)
     )
 
 
 def test_a_method_that_is_barely_ahead_is_called_close(run: Path) -> None:
-    altered(run, [measurement("toxicity.mean", "wanda@40", 0.23, 0.01)], [])
-    assert "Wanda is slightly ahead at the same count" in said(run)
+    save_with_changes(run, [measurement("toxicity.mean", "wanda@40", 0.23, 0.01)], [])
+    assert "Wanda is slightly ahead at the same count" in read_headline(run)
 
 
 def test_random_units_that_do_the_same_are_named(run: Path) -> None:
-    altered(run, [measurement("toxicity.mean", "random@40", 0.24, 0.03)], [])
-    assert "overlaps the circuit" in said(run)
-    altered(run, [], [Difference("toxicity.mean", "random@40", "ablated", -0.01, -0.05, (-0.03, 0.01), 0.3)])
-    assert "Not told apart from chance removals" in said(run)
+    save_with_changes(run, [measurement("toxicity.mean", "random@40", 0.24, 0.03)], [])
+    assert "overlaps the circuit" in read_headline(run)
+    save_with_changes(
+        run, [], [Difference("toxicity.mean", "random@40", "ablated", -0.01, -0.05, (-0.03, 0.01), 0.3)]
+    )
+    assert "Not told apart from chance removals" in read_headline(run)
 
 
 def test_failures_are_told(run: Path) -> None:
-    assert "could not be measured" in said(run)
+    assert "could not be measured" in read_headline(run)
 
 
 @pytest.mark.parametrize(
@@ -312,16 +318,16 @@ def test_a_search_that_is_not_this_runs_is_not_shown(run: Path) -> None:
 
 
 def test_where_the_method_is_not_ahead_it_says_so(run: Path) -> None:
-    assert "Under the same budget no other method is ahead (1.0\u202f% perplexity" in said(run)
-    altered(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
-    assert "Under the same budget Wanda (40) is ahead" in said(run)
-    no_search(run)
-    assert "Ahead at the same damage (perplexity up to +0.80\u202f%" in said(run)
-    altered(run, [measurement("toxicity.mean", "gradient@10", 0.05, 0.01)], [])
-    assert "Not ahead at the same damage" in said(run)
+    assert "Under the same budget no other method is ahead (1.0\u202f% perplexity" in read_headline(run)
+    save_with_changes(run, [measurement("toxicity.mean", "wanda@40", 0.05, 0.01)], [])
+    assert "Under the same budget Wanda (40) is ahead" in read_headline(run)
+    drop_search(run)
+    assert "Ahead at the same damage (perplexity up to +0.80\u202f%" in read_headline(run)
+    save_with_changes(run, [measurement("toxicity.mean", "gradient@10", 0.05, 0.01)], [])
+    assert "Not ahead at the same damage" in read_headline(run)
 
 
-def no_search(run: Path) -> None:
+def drop_search(run: Path) -> None:
     (run / "tune.json").unlink()
     found = Results.load(run / "results.json")
     Results(
@@ -347,8 +353,10 @@ def test_how_sure_it_is(run: Path) -> None:
 
 
 def test_an_interval_without_zero_is_not_enough(run: Path) -> None:
-    altered(run, [], [Difference("toxicity.mean", "original", "ablated", -0.05, -0.05, (-0.1, -0.01), 0.06)])
-    assert "The evidence is weak" in said(run)
+    save_with_changes(
+        run, [], [Difference("toxicity.mean", "original", "ablated", -0.05, -0.05, (-0.1, -0.01), 0.06)]
+    )
+    assert "The evidence is weak" in read_headline(run)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +368,7 @@ def test_an_interval_without_zero_is_not_enough(run: Path) -> None:
     ],
 )
 def test_fluency_is_told_either_way(run: Path, change: float, words: str) -> None:
-    altered(
+    save_with_changes(
         run,
         [],
         [
@@ -369,7 +377,7 @@ def test_fluency_is_told_either_way(run: Path, change: float, words: str) -> Non
             )
         ],
     )
-    assert words in said(run)
+    assert words in read_headline(run)
 
 
 def test_what_circuits_share_and_what_is_protected(run: Path) -> None:
