@@ -60,7 +60,7 @@ def attribute(
     """Score every unit of the sites on the samples.
 
     Args:
-        samples: a ReferenceSet, texts, or token-id lists. Methods magnitude and random look at none, an empty list will do.
+        samples: a ReferenceSet, texts, or token-id lists. The methods magnitude and random use none: pass an empty list.
         tokenizer: the model's own; not needed for token ids.
         method: lrp, cp-lrp, gradient, wanda, activation, magnitude, random (random:SEED).
         unit: "neuron", "head" (sites must be attn.o) or "weight".
@@ -71,19 +71,19 @@ def attribute(
         batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch that does not fit
             into memory is halved.
         truncate: cut samples that are longer than the model's context instead of refusing them.
-        skip_positions: how many positions at the start of each sample stay out of the sum over positions: 1 where a model puts its
-            massive activations on the first token (docs/targets.md). They are still read; targets there still count.
+        skip_positions: number of positions at the start of each sample to leave out of the sum over positions: 1 for models
+            with massive activations on the first token (docs/targets.md). The model still reads them, and targets there count.
         non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
             weights streams into its sums, so for it there is no skip.
-        gradient_checkpointing: True: decoder layers keep their inputs alone and are computed again in the backward pass, which is less memory
-            for about a third more time. "offload": and these inputs wait on the CPU, which is for samples of very many tokens on a GPU; on a
-            CPU it is the same as True. "auto": either from the moment when a single sample does not fit into memory without it, and True of a
-            model with weights on the CPU always: what the backward pass needs of them is kept otherwise.
+        gradient_checkpointing: True: decoder layers keep only their inputs and are computed again in the backward pass, which
+            saves memory and takes about a third more time. "offload": these inputs also wait on the CPU, for very long samples
+            on a GPU; on a CPU it is the same as True. "auto": turned on when a single sample does not fit into memory without
+            it, and always True for a model with weights offloaded to the CPU.
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
             memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
-        partial: a file for the sums so far. Killed and called again with it, the same call goes on where it was and ends with the same
-            scores; at the end the file is removed.
+        partial: a file for the sums so far. An interrupted call that is repeated with it resumes, and ends with the same scores;
+            the file is removed at the end.
         save_every: seconds between two savings of the sums; more where they are so large that saving would take over 5 % of the time.
         shard: (2, 3) looks at the second third of the samples only (every third from the second on), and leaves its sums in `partial`, for
             `merge`. The scores returned are those of that share.
@@ -93,12 +93,12 @@ def attribute(
         Scores, one float32 tensor a site: [out] for neurons, [heads] for heads, [out, in] for weights, however the module stores them.
 
     Raises:
-        UserError: a name nobody knows, samples that do not fit the model or the target, no sample left; scores that need the values of
-            weights which are quantised.
+        UserError: an unknown name, samples that do not fit the model or the target, no sample left, or scores that need
+            the values of quantised weights.
         UnsupportedModel: a module without a rule.
         NonFinite: a NaN or Inf, named by sample and site.
     """
-    asked_for = Settings(
+    requested = Settings(
         method,
         unit,
         target,
@@ -111,9 +111,9 @@ def attribute(
         skip_positions,
         gradient_checkpointing,
     )
-    _require_known(asked_for)
+    _require_known(requested)
     roles = (sites,) if isinstance(sites, str) else tuple(sites)
-    chosen, settings = settings_for(asked_for, roles)
+    chosen, settings = settings_for(requested, roles)
     where = sites_of(model, roles)
     if needs_weight(chosen, settings):
         for site in where:
@@ -130,7 +130,7 @@ def attribute(
         )
         budget = room(model, _room_key(settings), budget) if batch_tokens == "auto" else budget
         batches = make_batches(distributed.stride(share), budget, device_of(model))
-        sums = _all_added(
+        sums = _sum_batches(
             model,
             chosen,
             where,
@@ -263,7 +263,7 @@ def _samples_of_shard(encoded: list[Encoded], task: Task, partial: str | Path | 
     return [encoded[place] for place in task.share()]
 
 
-def _all_added(
+def _sum_batches(
     model: "PreTrainedModel",
     method: Method,
     sites: list[Site],
@@ -276,7 +276,7 @@ def _all_added(
     if keeper:
         batches = keeper.left(batches, keeper.begin(sums))
     with keeper.listening() if keeper else nullcontext():
-        _add_all(model, method, sites, sums, batches, keeper, progress)
+        _run_batches(model, method, sites, sums, batches, keeper, progress)
     whole = sums.over_ranks([site.name for site in sites])
     if keeper:
         keeper.end(whole)
@@ -314,7 +314,7 @@ def _require_longer(encoded: list[Encoded], skip: int) -> None:
             )
 
 
-def _add_all(
+def _run_batches(
     model: "PreTrainedModel",
     method: Method,
     sites: list[Site],
@@ -331,7 +331,7 @@ def _add_all(
     automatic = settings.gradient_checkpointing == "auto" and method.targeted
     if automatic:
         longest = max((length for batch in batches for length in batch.lengths), default=0)
-        settings = replace(settings, gradient_checkpointing=_saving_memory(model, settings, longest))
+        settings = replace(settings, gradient_checkpointing=_least_checkpointing(model, settings, longest))
     with tqdm(
         total=sum(len(b.samples) for b in batches),
         desc=method.name,
@@ -341,7 +341,7 @@ def _add_all(
         while waiting:
             try:
                 # Closed here and now: the generator holds the model's patches, also where saving the sums raises.
-                running = method.run(model, _taken_from(waiting), sites, settings, sums)
+                running = method.run(model, _iterate_last(waiting), sites, settings, sums)
                 with closing(running):
                     for done in running:
                         waiting.pop()
@@ -359,7 +359,7 @@ def _add_all(
                         for batch in waiting
                         for half in (reversed(batch.halves()) if _at_least(batch, large) else [batch])
                     ]
-                elif automatic and (more := _saving_more(model, settings)):
+                elif automatic and (more := _more_checkpointing(model, settings)):
                     length = waiting[-1].lengths[0]
                     remember(model, _room_key_of_single(settings), length - 1)
                     settings = replace(settings, gradient_checkpointing=more)
@@ -386,7 +386,7 @@ def _room_key_of_single(settings: Settings) -> str:
     return f"{_room_key(settings)}, one sample, {settings.gradient_checkpointing}"
 
 
-def _saving_more(model: "PreTrainedModel", settings: Settings) -> bool | str:
+def _more_checkpointing(model: "PreTrainedModel", settings: Settings) -> bool | str:
     """What to set `gradient_checkpointing` to when one sample alone does not fit; False where nothing is left to try."""
     if not settings.gradient_checkpointing:
         return True
@@ -398,12 +398,12 @@ def _elsewhere(model: "PreTrainedModel") -> bool:
     return device_of(model).type != "cpu"
 
 
-def _saving_memory(model: "PreTrainedModel", settings: Settings, longest: int) -> bool | str:
+def _least_checkpointing(model: "PreTrainedModel", settings: Settings, longest: int) -> bool | str:
     """The least of `gradient_checkpointing` by which a sample of so many tokens is not known to be too long."""
     how: bool | str = is_offloaded(model)
     while longest > room(
         model, _room_key_of_single(tried := replace(settings, gradient_checkpointing=how)), longest
-    ) and (more := _saving_more(model, tried)):
+    ) and (more := _more_checkpointing(model, tried)):
         how = more
     return how
 
@@ -412,7 +412,7 @@ def _at_least(batch: Batch, tokens: int) -> bool:
     return len(batch.samples) > 1 and batch.ids.numel() >= tokens
 
 
-def _taken_from(waiting: list[Batch]) -> Iterator[Batch]:
+def _iterate_last(waiting: list[Batch]) -> Iterator[Batch]:
     """The last batch of the list, again and again, while whoever iterates takes what is done off its end."""
     while waiting:
         yield waiting[-1]
