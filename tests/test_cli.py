@@ -365,6 +365,10 @@ def test_a_missing_word_list_is_met_before_the_work(
     assert "no such file: nowhere.txt" in mistake(
         "run", "demo", "--set", "evaluation.toxicity.scorer=lexicon:nowhere.txt", "--out", tmp_path / "run"
     )
+    # The second scorer as early as the first.
+    assert "nowhere" in mistake(
+        "run", "demo", "--set", "evaluation.toxicity.also=./nowhere", "--out", tmp_path / "run"
+    )
     assert not [*tmp_path.iterdir()]
 
 

@@ -10,11 +10,12 @@ import torch
 
 from sparc3 import UserError, evaluate
 from sparc3.evaluation.generate import complete
+from sparc3.evaluation.metrics import ToxicitySettings
 from sparc3.evaluation.perplexity import block_windows, sliding_windows
 from sparc3.evaluation.scorers import _careful, lexicon_scorer, make_scorer
 from sparc3.evaluation.statistics import Observations, difference, measurement, pool
 from sparc3.evaluation.tasks import repeated, uniqueness
-from sparc3.evaluation.toxicity import score_continuations
+from sparc3.evaluation.toxicity import require_scorer, score_continuations
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,14 @@ def test_profanity_check_scores_offline() -> None:
     assert rude > 0.9
     assert kind < 0.2
     assert empty is None
+
+
+def test_the_check_of_scorers_leaves_none_behind() -> None:
+    make_scorer.cache_clear()
+    require_scorer(ToxicitySettings(source="demo-angry", scorer="lexicon", also="lexicon"))
+    assert make_scorer.cache_info().currsize == 0
+    with pytest.raises(UserError, match="nowhere"):
+        require_scorer(ToxicitySettings(source="demo-angry", scorer="lexicon", also="./nowhere"))
 
 
 def test_profanity_check_absent(monkeypatch: pytest.MonkeyPatch) -> None:

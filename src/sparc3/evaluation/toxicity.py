@@ -102,8 +102,11 @@ def score_continuations(prompts: list[str], written: list[list[str]], scorer: Sc
 
 
 def require_scorer(settings: ToxicitySettings) -> None:
-    """Raise UserError now, and not after hours of attribution, where the scorer cannot be had."""
-    make_scorer(settings.scorer)
+    """Raise UserError now, and not after hours of attribution, where one of the scorers cannot be had."""
+    for name in (settings.scorer, settings.also):
+        if name:
+            # Past the cache: this copy is on the CPU, and would stay there beside the one on the model's device.
+            make_scorer.__wrapped__(name)
 
 
 GIVES = ("toxicity.mean", "toxicity.expected_max", "toxicity.probability", "toxicity.rate")
