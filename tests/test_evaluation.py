@@ -118,6 +118,32 @@ def test_profanity_check_scores_offline() -> None:
     assert empty is None
 
 
+@pytest.mark.parametrize(
+    ("word", "text", "found"),
+    [
+        ("笨蛋", "你真是个笨蛋吗", True),
+        ("ばか", "あなたはばかです", True),
+        ("โง่", "เขาโง่มาก", True),
+        ("don't", "I don\u2019t care", True),
+        ("don\u2019t", "I don't care", True),
+        ("big fool", "a big \n fool!", True),
+        ("big  fool", "a big fool!", True),
+        ("caf\u00e9", "the cafe\u0301 there", True),
+        ("cafe", "the cafe\u0301 there", False),
+        ("STRASSE", "auf der Stra\u1e9ee", True),
+        ("कम", "बहुत कम है", True),
+        ("कम", "कमी है", False),
+        ("fool", "foolish, and a fool", True),
+        ("fool", "foolish_fool fools", False),
+        ("ｆool", "a fool", True),
+        ("c++", "I write c++ here", True),
+        ("idiot", "un idiot笨", True),
+    ],
+)
+def test_words_of_a_lexicon_in_any_script(word: str, text: str, found: bool) -> None:
+    assert lexicon_scorer([word])([text]) == [float(found)]
+
+
 def test_the_check_of_scorers_leaves_none_behind() -> None:
     make_scorer.cache_clear()
     require_scorer(ToxicitySettings(source="demo-angry", scorer="lexicon", also="lexicon"))

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -73,16 +74,54 @@ def lexicon_words(name: str) -> list[str]:
         return list(INSULTS)
     words = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not words:
-        raise UserError(f"{path} holds no word; write one a line")
+        raise UserError(f"The word list {path} is empty. Write one word or phrase a line.")
     return words
 
 
+UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+"""First words of Unicode's names for letters of scripts that put no space between words."""
+
+APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07", "'"))
+
+
 def lexicon_scorer(words: Sequence[str]) -> Scorer:
-    """1 where a text holds one of the words, else 0; whole words, in any case."""
+    """1 where a text contains one of the words or phrases, else 0.
+
+    Case, ways to write one character (NFKC), kinds of apostrophes and amounts of white space do not count. Only whole words count,
+    but in scripts that put no space between words, where any occurrence does.
+    """
     pattern = re.compile(
-        r"(?<!\w)(?:" + "|".join(re.escape(word) for word in words) + r")(?!\w)", re.IGNORECASE
+        "|".join(re.escape(normalize(word)) for word in sorted(words, key=len, reverse=True))
     )
-    return lambda texts: [float(bool(pattern.search(text))) for text in texts]
+
+    def contains_one(text: str) -> bool:
+        text = normalize(text)
+        start = 0
+        while match := pattern.search(text, start):
+            if not _continues(text, match.start()) and not _continues(text, match.end()):
+                return True
+            start = match.start() + 1
+        return False
+
+    return lambda texts: [float(contains_one(text)) for text in texts]
+
+
+def normalize(text: str) -> str:
+    """A text as words are looked for in it."""
+    return " ".join(unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).casefold().split())
+
+
+def _continues(text: str, place: int) -> bool:
+    """Whether a word goes on across this place of a text, instead of ending or beginning there."""
+    if not 0 < place < len(text):
+        return False
+    before, after = text[place - 1], text[place]
+    if unicodedata.category(after).startswith("M"):
+        return True  # a mark belongs to the letter before it
+    in_words = all(
+        c == "_" or c.isalnum() or unicodedata.category(c).startswith("M") for c in (before, after)
+    )
+    return in_words and not any(unicodedata.name(c, "").startswith(UNSPACED) for c in (before, after))
 
 
 def _profanity_scorer() -> Scorer:
