@@ -144,6 +144,10 @@ def test_words_of_a_lexicon_in_any_script(word: str, text: str, found: bool) -> 
     assert lexicon_scorer([word])([text]) == [float(found)]
 
 
+def test_a_phrase_that_does_not_fit_hides_no_word_in_it() -> None:
+    assert lexicon_scorer(["a bad", "a"])(["a badge"]) == [1.0]
+
+
 def test_the_check_of_scorers_leaves_none_behind() -> None:
     make_scorer.cache_clear()
     require_scorer(ToxicitySettings(source="demo-angry", scorer="lexicon", also="lexicon"))

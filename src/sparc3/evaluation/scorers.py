@@ -1,7 +1,6 @@
 """Scorers of toxicity: from texts to numbers in [0, 1], or None where a text could not be scored."""
 
 import logging
-import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -90,18 +89,11 @@ def lexicon_scorer(words: Sequence[str]) -> Scorer:
     Case, ways to write one character (NFKC), kinds of apostrophes and amounts of white space do not count. Only whole words count,
     but in scripts that put no space between words, where any occurrence does.
     """
-    pattern = re.compile(
-        "|".join(re.escape(normalize(word)) for word in sorted(words, key=len, reverse=True))
-    )
+    normalized = [normalize(word) for word in words]
 
     def contains_one(text: str) -> bool:
         text = normalize(text)
-        start = 0
-        while match := pattern.search(text, start):
-            if not _continues(text, match.start()) and not _continues(text, match.end()):
-                return True
-            start = match.start() + 1
-        return False
+        return any(_contains_whole(text, word) for word in normalized)
 
     return lambda texts: [float(contains_one(text)) for text in texts]
 
@@ -109,6 +101,15 @@ def lexicon_scorer(words: Sequence[str]) -> Scorer:
 def normalize(text: str) -> str:
     """A text as words are looked for in it."""
     return " ".join(unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).casefold().split())
+
+
+def _contains_whole(text: str, word: str) -> bool:
+    start = text.find(word)
+    while start >= 0:
+        if not _continues(text, start) and not _continues(text, start + len(word)):
+            return True
+        start = text.find(word, start + 1)
+    return False
 
 
 def _continues(text: str, place: int) -> bool:
