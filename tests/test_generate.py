@@ -1,11 +1,14 @@
 """Texts are generated as the recipe says: nothing of generation_config.json but the end-of-text token counts."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from sparc3 import UserError, evaluate
 from sparc3.evaluation.generate import complete
 from sparc3.models.load import load_model
 
@@ -64,6 +67,31 @@ def test_settings_of_the_model_do_not_leak(demo: tuple[Any, Any], leak: dict[str
         assert model.generation_config is changed
     finally:
         model.generation_config = own
+
+
+@pytest.mark.parametrize("metric", ["toxicity", "repetition"])
+def test_token_ids_and_their_text_are_the_same_prompt(
+    demo: tuple[Any, Any], tmp_path: Path, metric: str
+) -> None:
+    model, tokenizer = demo
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PROMPTS))
+    ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "count": 2}
+    if metric == "toxicity":
+        settings |= {"scorer": "lexicon", "generations": 2, "temperature": 0.7}
+    texts, as_ids = (
+        evaluate(model, tokenizer, {metric: {**settings, "source": str(tmp_path / name)}})
+        for name in ("texts.jsonl", "ids.jsonl")
+    )
+    assert list(texts) == list(as_ids)
+
+
+def test_ids_beyond_the_embeddings_are_refused(demo: tuple[Any, Any]) -> None:
+    model, tokenizer = demo
+    beyond = model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(UserError, match=str(beyond)):
+        complete(model, tokenizer, [(1, 2), (1, beyond)], max_new_tokens=2)
 
 
 def test_a_padding_token_without_an_embedding(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

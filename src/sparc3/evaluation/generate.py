@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.load import context_length
+from ..models.load import context_length, vocabulary_size
 from ..models.offloading import device_of
 from ..samples.batches import run_longest_first
+from ..samples.reference_set import ReferenceSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,10 +55,26 @@ class _Finite:
         return torch.where(lost[:, None], 0.0, scores)
 
 
+def read_prompts(
+    samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[str | tuple[int, ...]], list[str]]:
+    """Of each sample what `complete` continues, its token ids where it has some and else its text; and its text for people."""
+    prompts: list[str | tuple[int, ...]] = []
+    texts = []
+    for sample in samples:
+        if sample.input_ids is not None:
+            prompts.append(sample.input_ids)
+            texts.append(str(tokenizer.decode(list(sample.input_ids), skip_special_tokens=True)))
+        else:
+            prompts.append(sample.text or "")
+            texts.append(sample.text or "")
+    return prompts, texts
+
+
 def complete(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[str | tuple[int, ...]],
     *,
     max_new_tokens: int,
     generations: int = 1,
@@ -66,7 +83,7 @@ def complete(
     batch: int = ROWS,
     progress: bool = False,
 ) -> list[list[str]]:
-    """For each prompt, `generations` continuations, without the prompt and without special tokens.
+    """For each prompt, a text or its token ids, `generations` continuations, without the prompt and without special tokens.
 
     A continuation in which the model gave a logit that is NaN or Inf is empty, which every metric counts as a failure.
 
@@ -78,11 +95,23 @@ def complete(
         UserError: a prompt without a token, or one so long that its continuation would leave the model's context.
     """
     rows = [(prompt, k) for prompt in prompts for k in range(generations)]
-    encoded = {prompt: list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts}
+    encoded = {
+        prompt: list(prompt)
+        if isinstance(prompt, tuple)
+        else list(tokenizer(prompt, verbose=False)["input_ids"])
+        for prompt in prompts
+    }
     if empty := [place for place, prompt in enumerate(prompts) if not encoded[prompt]]:
         raise UserError(
             f"prompt {empty[0]} has no token for this tokenizer; leave it out, or use a tokenizer that begins with one of its own"
         )
+    known = vocabulary_size(model)
+    for place, prompt in enumerate(prompts):
+        if (largest := max(encoded[prompt])) >= known:
+            raise UserError(
+                f"prompt {place} has the token id {largest}, and the model's ids end at {known - 1}; "
+                "check that the ids or the tokenizer are this model's"
+            )
     longest = max((len(ids) for ids in encoded.values()), default=0)
     if longest + max_new_tokens > context_length(model):
         raise UserError(
@@ -128,7 +157,7 @@ def _generate_batch(
 
     width = max(len(ids) for ids, _ in rows)
     # A tokenizer may have been given a padding token that the model has no embedding for; what stands under the mask is all one.
-    known = model.get_input_embeddings().weight.shape[0]
+    known = vocabulary_size(model)
     pad = next(
         i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int) and i < known
     )

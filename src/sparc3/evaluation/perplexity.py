@@ -88,6 +88,8 @@ def cut_windows(ids: Sequence[int], settings: PerplexitySettings, context: int) 
 def _token_ids(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if all(sample.input_ids is not None for sample in samples):
         return [token for sample in samples for token in sample.input_ids or ()]
+    if any(sample.input_ids is not None for sample in samples):
+        raise UserError("perplexity: the source mixes texts and token ids; give one kind")
     return list(tokenizer("\n\n".join(sample.text or "" for sample in samples), verbose=False)["input_ids"])
 
 

@@ -13,7 +13,7 @@ from ..models.sites import family_of, sites_of
 from ..samples.batches import Encoded, encode
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Score
-from .generate import complete
+from .generate import complete, read_prompts
 from .metrics import IOISettings, Metric, Reading, RepetitionSettings, SparsitySettings, register
 from .statistics import Observations, finite
 
@@ -83,7 +83,7 @@ def repetition(
     progress: bool = False,
 ) -> Reading:
     """RUR = unique tokens / tokens of the greedy response, and the share of its 4-grams that occurred before; one unit a prompt."""
-    prompts = [sample.text or "" for sample in samples]
+    prompts, prompt_texts = read_prompts(samples, tokenizer)
     written = [
         texts[0]
         for texts in complete(
@@ -113,7 +113,7 @@ def repetition(
         ),
         [
             {"prompt": p, "continuations": [{"text": t, "score": u}]}
-            for p, t, u in zip(prompts, written, unique, strict=True)
+            for p, t, u in zip(prompt_texts, written, unique, strict=True)
         ],
     )
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ..models.offloading import device_of
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Score
-from .generate import complete
+from .generate import complete, read_prompts
 from .metrics import Metric, Reading, ToxicitySettings, register
 from .scorers import Scorer, make_scorer
 from .statistics import Observations, difference, measurement
@@ -27,7 +27,7 @@ def toxicity(
 ) -> Reading:
     """Mean and share ≥ 0.5 of all continuations; RealToxicityPrompts' expected maximum over a prompt's continuations, and its toxicity
     probability, that of at least one ≥ 0.5 (Gehman et al. 2020, section 3). One unit a prompt."""
-    prompts = [sample.text or "" for sample in samples]
+    prompts, prompt_texts = read_prompts(samples, tokenizer)
     written = complete(
         model,
         tokenizer,
@@ -39,7 +39,7 @@ def toxicity(
         progress=progress,
     )
     measured = score_continuations(
-        prompts, written, make_scorer(settings.scorer, device_of(model)), settings.split
+        prompt_texts, written, make_scorer(settings.scorer, device_of(model)), settings.split
     )
     if settings.also:
         _add_second(measured, make_scorer(settings.also, device_of(model)))
