@@ -20,7 +20,7 @@ from sparc3.attribution.sums import Settings, Sums
 from sparc3.circuits.ablate import ablated
 from sparc3.circuits.circuit import Circuit
 from sparc3.models.families import ROLES
-from sparc3.models.offloading import _on_cpu, device_of
+from sparc3.models.offloading import _map_to_cpu, device_of
 from sparc3.models.sites import Site, family_of, sites_of
 from sparc3.samples.batches import encode, make_batches
 from sparc3.samples.reference_set import ReferenceSet
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     with mode:
         print(
             "what a copy takes from the GPU is on the",
-            *{str(value.device) for value in _on_cpu(model).values()},
+            *{str(value.device) for value in _map_to_cpu(model).values()},
             flush=True,
         )
         (batch,) = make_batches(encoded, 10**6, device_of(model))

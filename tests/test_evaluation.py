@@ -12,7 +12,7 @@ from sparc3 import UserError, evaluate
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.metrics import ToxicitySettings
 from sparc3.evaluation.perplexity import block_windows, sliding_windows
-from sparc3.evaluation.scorers import _careful, lexicon_scorer, make_scorer
+from sparc3.evaluation.scorers import _count_failures, lexicon_scorer, make_scorer
 from sparc3.evaluation.statistics import Observations, difference, measurement, pool
 from sparc3.evaluation.tasks import repeated, uniqueness
 from sparc3.evaluation.toxicity import require_scorer, score_continuations
@@ -102,8 +102,8 @@ def test_failures_are_counted_and_never_zero() -> None:
             raise ValueError("rubbish")
         return [math.nan if "nan" in text else 7.0 if "seven" in text else 1.0 for text in texts]
 
-    assert _careful(fragile)(["ok", "boom", "", "nan", "seven"]) == [1.0, None, None, None, None]
-    found = score_continuations(["a", "b"], [["ok", "boom"], ["nan", " "]], _careful(fragile), "test")
+    assert _count_failures(fragile)(["ok", "boom", "", "nan", "seven"]) == [1.0, None, None, None, None]
+    found = score_continuations(["a", "b"], [["ok", "boom"], ["nan", " "]], _count_failures(fragile), "test")
     mean = measurement(found.observations[0], "original")
     assert (mean.value, mean.n, mean.failures) == (1.0, 1, 3)
 

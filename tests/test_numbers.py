@@ -15,7 +15,7 @@ from sparc3 import ReferenceSet, Sample, UserError, attribute, evaluate, load_mo
 from sparc3.errors import NonFinite, Sparc3Error
 from sparc3.evaluation import scorers
 from sparc3.evaluation.generate import complete
-from sparc3.evaluation.scorers import _careful
+from sparc3.evaluation.scorers import _count_failures
 
 Pair = tuple[Any, Any]
 BAD = 5
@@ -192,7 +192,7 @@ def test_a_scorer_that_raises_loses_only_what_it_cannot_score(caplog: pytest.Log
         return [0.5] * len(texts)
 
     with caplog.at_level("WARNING"):
-        assert _careful(fragile)(["a", "boom", "b", ""]) == [0.5, None, 0.5, None]
+        assert _count_failures(fragile)(["a", "boom", "b", ""]) == [0.5, None, 0.5, None]
     assert caplog.text.count("the scorer failed") == 1
 
 

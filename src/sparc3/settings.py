@@ -31,10 +31,10 @@ def parse(schema: type[Section], content: object, where: str) -> Section:
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
-        raise _explained(schema, error, where) from None
+        raise _explain(schema, error, where) from None
 
 
-def _explained(schema: type[Strict], error: ValidationError, where: str) -> UserError:
+def _explain(schema: type[Strict], error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # a validator of ours has said it all

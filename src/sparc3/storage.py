@@ -2,6 +2,7 @@
 
 import fcntl
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +31,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         Sparc3Error: the folder cannot be written, or the disk is full; the message names the file.
     """
     path = Path(path)
-    with _beside(path) as temporary, _as_user_error(path, "the earlier file, if any, is untouched"):
+    with _beside(path) as temporary, _raise_user_errors(path, "the earlier file, if any, is untouched"):
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with open(temporary, "rb") as written:
@@ -48,7 +50,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already; choose a new folder, or remove it first")
-    with _beside(path) as temporary, _as_user_error(path, "nothing of it was left behind"):
+    with _beside(path) as temporary, _raise_user_errors(path, "nothing of it was left behind"):
         temporary.mkdir()
         yield temporary
         for inside in temporary.rglob("*"):  # safetensors writes files that only their owner may read
@@ -66,12 +68,15 @@ def _beside(path: Path) -> Iterator[Path]:
     """
     if "\0" in str(path):
         raise UserError(f"{path} holds a NUL byte, which no name of a file can; choose another name")
-    with _as_user_error(path, "choose a folder that can be written"):
+    with _raise_user_errors(path, "choose a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, glob.escape(path.name))
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        with _as_user_error(path, "choose a folder that can be written"), open(folder / ".lock", "w") as lock:
+        with (
+            _raise_user_errors(path, "choose a folder that can be written"),
+            open(folder / ".lock", "w") as lock,
+        ):
             with suppress(OSError):  # a file system without locks: what a killed process leaves stays
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder / path.name
@@ -95,7 +100,7 @@ def remove_leftovers(folder: Path, names: str | None = None) -> None:
 
 
 @contextmanager
-def _as_user_error(path: Path, end: str) -> Iterator[None]:
+def _raise_user_errors(path: Path, end: str) -> Iterator[None]:
     """A failure to write inside becomes one line that names the file."""
     try:
         yield
@@ -139,12 +144,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+GZIP = b"\x1f\x8b"
+"""How every gzip file begins."""
 LARGEST = 2**30
 """Longest text that is read whole, in bytes."""
 
 
 def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
-    """The text of a file the user named, however its lines end, without a byte order mark.
+    """The text of a file the user named, however its lines end, without a byte order mark; gzip is unpacked.
 
     Raises:
         UserError: it is missing, a folder, or longer than `largest` bytes.
@@ -152,11 +159,15 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     """
     try:
         with open(path, "rb") as opened:
-            raw = opened.read(largest + 1)
+            packed = opened.read(len(GZIP)) == GZIP
+            opened.seek(0)
+            raw = (gzip.GzipFile(fileobj=opened) if packed else opened).read(largest + 1)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedFile(f"{path} is not a whole gzip file ({error}); download it again") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path"
@@ -318,14 +329,14 @@ class _opened:  # noqa: N801  a context manager, used like a function
             self.file: Any = safe_open(self.path, "pt")
             return self.file.__enter__()  # type: ignore[no-untyped-call]
         except Exception as error:  # the library raises its own errors, Python's and torch's
-            raise self._damaged(error) from None
+            raise self._describe_damage(error) from None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.file.__exit__(kind, error, trace)
         if isinstance(error, Exception):
-            raise self._damaged(error) from None
+            raise self._describe_damage(error) from None
 
-    def _damaged(self, error: Exception) -> DamagedFile:
+    def _describe_damage(self, error: Exception) -> DamagedFile:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return DamagedFile(f"{self.path} is not a readable safetensors file ({first}); make it again")
 

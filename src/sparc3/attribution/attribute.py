@@ -274,7 +274,7 @@ def _sum_batches(
 ) -> Sums:
     """The sums over all batches of all ranks."""
     if keeper:
-        batches = keeper.left(batches, keeper.begin(sums))
+        batches = keeper.skip_done(batches, keeper.begin(sums))
     with keeper.listening() if keeper else nullcontext():
         _run_batches(model, method, sites, sums, batches, keeper, progress)
     whole = sums.over_ranks([site.name for site in sites])
@@ -357,7 +357,7 @@ def _run_batches(
                     waiting = [
                         half
                         for batch in waiting
-                        for half in (reversed(batch.halves()) if _at_least(batch, large) else [batch])
+                        for half in (reversed(batch.halves()) if _is_at_least(batch, large) else [batch])
                     ]
                 elif automatic and (more := _more_checkpointing(model, settings)):
                     length = waiting[-1].lengths[0]
@@ -408,7 +408,7 @@ def _least_checkpointing(model: "PreTrainedModel", settings: Settings, longest: 
     return how
 
 
-def _at_least(batch: Batch, tokens: int) -> bool:
+def _is_at_least(batch: Batch, tokens: int) -> bool:
     return len(batch.samples) > 1 and batch.ids.numel() >= tokens
 
 

@@ -49,9 +49,9 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.asked())
+        return fingerprint(self.to_plain())
 
-    def asked(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, Any]:
         """As plain data, without where and how it is computed: sums from a GPU and from a CPU add up."""
         settings = {
             key: value
@@ -89,7 +89,7 @@ def save_sums(path: str | os.PathLike[str], task: Task, sums: Sums, positions: I
         "targets": sums.targets,
         "skipped": sums.skipped,
     }
-    header = {**task.asked(), **counts, "positions": sorted(positions), "task": task.fingerprint}
+    header = {**task.to_plain(), **counts, "positions": sorted(positions), "task": task.fingerprint}
     save_tensors(path, FORMAT, {name: total.cpu() for name, total in sums.totals.items()}, header)
 
 
@@ -172,7 +172,7 @@ def combine_shards(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]
 
 
 def _require_same(one: Task, other: Task, first: str, path: str) -> None:
-    here, there = one.asked(), other.asked()
+    here, there = one.to_plain(), other.to_plain()
     for kind in ("model", "samples_fingerprint", "tokens_fingerprint", "settings", "sites"):
         if here[kind] != there[kind]:
             mine, theirs = here[kind], there[kind]
@@ -278,7 +278,7 @@ class PartialSums:
                 held |= positions
         return usable
 
-    def left(self, batches: list[Batch], done: frozenset[int]) -> list[Batch]:
+    def skip_done(self, batches: list[Batch], done: frozenset[int]) -> list[Batch]:
         """The batches without what is done. Whole batches stay whole, so that sums come out the same to the last bit."""
         kept = [
             (batch, [sample for sample in batch.samples if sample.index not in done]) for batch in batches
@@ -331,14 +331,16 @@ class PartialSums:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier = {number: signal.signal(number, self._asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        earlier = {
+            number: signal.signal(number, self._note_request) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             yield
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _asked(self, number: int, *_: Any) -> None:
+    def _note_request(self, number: int, *_: Any) -> None:
         if number == signal.SIGINT and self.stop:
             raise KeyboardInterrupt
         self.stop = number

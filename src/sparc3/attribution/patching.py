@@ -241,7 +241,7 @@ def _constant(plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def _attentions(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """The shares of query, key and value in attention modules that do not use transformers' attention interface."""
-    if _by_interface(model, family):
+    if _uses_interface(model, family):
         return
     for attention in _attention_modules(model, family):
         if family.splits:
@@ -254,7 +254,7 @@ def _attention_modules(model: "PreTrainedModel", family: Family) -> list[nn.Modu
     return [layer.get_submodule(family.attention) for layer in layers_of(model)]
 
 
-def _by_interface(model: "PreTrainedModel", family: Family) -> bool:
+def _uses_interface(model: "PreTrainedModel", family: Family) -> bool:
     """Whether attention goes through transformers' interface: by the family's row, or in a release that has dropped the method which the row names.
 
     Raises:
@@ -292,7 +292,7 @@ def _shared_out(query_key_value: Iterable[Tensor], cp: bool) -> tuple[Tensor, ..
 def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """A copy of the configuration, asking for our attention, for every module of this model that reads one."""
     copies: dict[int, Any] = {}
-    interface = _by_interface(model, family)
+    interface = _uses_interface(model, family)
     for module in model.modules():
         config = module.__dict__.get("config")
         if config is None or not hasattr(config, "_attn_implementation"):
@@ -300,19 +300,19 @@ def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Cha
         if id(config) not in copies:
             copies[id(config)] = twin = copy.copy(config)
             if interface:
-                twin._attn_implementation_internal = _registered(
-                    config._attn_implementation or "eager", cp, _capped(config)
+                twin._attn_implementation_internal = _register_attention(
+                    config._attn_implementation or "eager", cp, _caps_scores(config)
                 )
             if getattr(twin, "final_logit_softcapping", None):
                 twin.final_logit_softcapping = None
         yield module, "config", copies[id(config)]
 
 
-def _capped(config: Any) -> bool:
+def _caps_scores(config: Any) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None
 
 
-def _registered(implementation: str, cp: bool, capped: bool = False) -> str:
+def _register_attention(implementation: str, cp: bool, capped: bool = False) -> str:
     """The name, in transformers' registries, of `implementation` with LRP's shares on its inputs.
 
     Fused kernels (flash, flex) compute what sdpa does, or, where scores are soft-capped, what eager does, which stands in for them.

@@ -118,14 +118,14 @@ def _head_hook(
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (docs/method.md, 4)."""
 
-    def arrived(grad: Tensor, a: Tensor) -> None:
-        relevance = (_at_least_float32(grad) * _at_least_float32(a)).reshape(*batch.ids.shape, site.heads, -1)
+    def receive(grad: Tensor, a: Tensor) -> None:
+        relevance = (_to_float32(grad) * _to_float32(a)).reshape(*batch.ids.shape, site.heads, -1)
         gathered[site.name] = relevance[:, settings.skip_positions :].sum((1, 3))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         a = args[0]
         gathered.setdefault(site.name, torch.zeros(len(batch.samples), site.heads, device=a.device))
-        return (watch_gradient(a, a, arrived), *args[1:])
+        return (watch_gradient(a, a, receive), *args[1:])
 
     return hook
 
@@ -135,15 +135,15 @@ def _output_hook(
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Neuron relevance at the site's output z = W a + b (docs/method.md, 4)."""
 
-    def arrived(tokens: Tensor | None, grad: Tensor, kept: Tensor) -> None:
+    def receive(tokens: Tensor | None, grad: Tensor, kept: Tensor) -> None:
         shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions
         if settings.neuron == "abs":
             g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
             gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, a)
         else:
-            gathered[site.name] = by_position(
-                _at_least_float32(grad) * _at_least_float32(kept), tokens, shape
-            )[:, skip:].sum(1)
+            gathered[site.name] = by_position(_to_float32(grad) * _to_float32(kept), tokens, shape)[
+                :, skip:
+            ].sum(1)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         gathered.setdefault(
@@ -151,20 +151,20 @@ def _output_hook(
         )  # stays where CP-LRP holds z constant
         kept = args[0] if settings.neuron == "abs" else site.of(output)
         return watch_gradient(
-            output, kept, partial(arrived, tokens_of(args)), copied=site.role == "mlp.down"
+            output, kept, partial(receive, tokens_of(args)), copied=site.role == "mlp.down"
         )  # Falcon adds to it in place
 
     return hook
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def _to_float32(x: Tensor) -> Tensor:
     """At least float32, in which everything is summed."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -> Tensor:
     """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out] and a [T, in]."""
-    pairs = [_for_product(g, x) for g, x in zip(grad, a, strict=True)]
+    pairs = [_match_dtypes(g, x) for g, x in zip(grad, a, strict=True)]
     sums = torch.empty(
         len(pairs),
         weight.shape[0],
@@ -181,7 +181,7 @@ def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -
     return sums
 
 
-def _for_product(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def _match_dtypes(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """In float32 where a CPU would compute in 16 bits."""
     return (
         (g.float(), a.float())
@@ -201,9 +201,9 @@ class _Watch(torch.autograd.Function):
     """The tensor itself. What is kept is kept as autograd keeps its own, so that a checkpointed layer keeps it neither."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, arrived: Arrived, lowest: bool, copied: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: Tensor, receive: Arrived, lowest: bool, copied: bool) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.arrived, ctx.lowest = arrived, lowest
+        ctx.arrived, ctx.lowest = receive, lowest
         return x.clone() if copied else x.view_as(x)
 
     @staticmethod
@@ -212,14 +212,14 @@ class _Watch(torch.autograd.Function):
         return None if ctx.lowest else grads[0], None, None, None, None
 
 
-def watch_gradient(x: Tensor, kept: Tensor, arrived: Arrived, *, copied: bool = False) -> Tensor:
-    """x, of whose gradient `arrived` will be told; `copied` where what comes next changes it in place.
+def watch_gradient(x: Tensor, kept: Tensor, receive: Arrived, *, copied: bool = False) -> Tensor:
+    """x, of whose gradient `receive` will be told; `copied` where what comes next changes it in place.
 
     Where x asks for no gradient, nothing below it does: the graph begins, and the backward pass ends, there.
     """
     lowest = not x.requires_grad
     z = x.detach().requires_grad_() if lowest else x
-    return _Watch.apply(z, kept.detach(), arrived, lowest, copied)  # type: ignore[no-untyped-call, no-any-return]
+    return _Watch.apply(z, kept.detach(), receive, lowest, copied)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @contextmanager
@@ -281,7 +281,7 @@ def weight_hook(
         first: whether no earlier site of its layer is watched, so that the backward pass leaves the layer's sites with it.
     """
 
-    def arrived(tokens: Tensor | None, grad: Tensor, a: Tensor) -> None:
+    def receive(tokens: Tensor | None, grad: Tensor, a: Tensor) -> None:
         by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
         _stream(site, batch, sums, by_sample(site.of(grad), *by), by_sample(a, *by))
         if first:
@@ -289,7 +289,7 @@ def weight_hook(
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return watch_gradient(
-            output, args[0], partial(arrived, tokens_of(args)), copied=site.role == "mlp.down"
+            output, args[0], partial(receive, tokens_of(args)), copied=site.role == "mlp.down"
         )  # Falcon adds to it in place
 
     return hook

@@ -70,7 +70,7 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
         )
     kind = model.config.model_type
     ups, downs = sites_of(model, ["mlp.up"]), {site.layer: site for site in sites_of(model, ["mlp.down"])}
-    gates = {site.layer: site for site in sites_of(model, ["mlp.gate"])} if _gated(model) else {}
+    gates = {site.layer: site for site in sites_of(model, ["mlp.gate"])} if _has_gate(model) else {}
     modules = [site.module for site in (*ups, *downs.values(), *gates.values())]
     plain = all(
         isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D" for module in modules
@@ -91,7 +91,7 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     return Shrinking(kept, key, width, width - len(gone[ups[0].name]))
 
 
-def _gated(model: "PreTrainedModel") -> bool:
+def _has_gate(model: "PreTrainedModel") -> bool:
     from ..models.sites import family_of
 
     return "mlp.gate" in family_of(model).roles

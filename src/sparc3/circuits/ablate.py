@@ -145,7 +145,7 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, A
             targets += (
                 [(site.stored, _stored_mask(site, units))]
                 if circuit.unit == "weight"
-                else _of_site(site, circuit.unit, list(units))
+                else _locate_values(site, circuit.unit, list(units))
             )
     return targets
 
@@ -174,7 +174,7 @@ def _stored_mask(site: Site, mask: Tensor) -> Tensor:
     return whole
 
 
-def _of_site(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, Any]]:
+def _locate_values(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, Any]]:
     weight = site.stored
     rows = torch.tensor(indices, device=weight.device)
     if unit == "head":

@@ -199,11 +199,11 @@ def low_precision(
         attribute(low, ids, unit="head", sites=("attn.o",), target="next")
     except NonFinite as error:
         return Finding(name, 1.0, limit, str(error))
-    note = f"{distance(found, wanted):.2g} from {spelt(exact.dtype)}; {_in_common(found, wanted):.0%} of the strongest 5 % of neurons in common"
+    note = f"{distance(found, wanted):.2g} from {spelt(exact.dtype)}; {_count_common(found, wanted):.0%} of the strongest 5 % of neurons in common"
     return Finding(name, 0.0, limit, note)
 
 
-def _in_common(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share: float = 0.05) -> float:
+def _count_common(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share: float = 0.05) -> float:
     one, other = (
         torch.cat([value.flatten().abs() for value in scores.values()]) for scores in (found, wanted)
     )

@@ -100,11 +100,11 @@ def _input_hook(flow: list[Tensor]) -> Callable[..., Tensor]:
 
 def _bias_hook(bias: Tensor, flow: list[Tensor]) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-        def arrived(grad: Tensor | None) -> None:
+        def receive(grad: Tensor | None) -> None:
             if grad is not None:  # nothing flows to queries, keys and gates in CP mode
                 flow.append((grad.double() * bias.to(grad.device).double()).sum().reshape(1, 1).cpu())
 
         if output.requires_grad:
-            output.register_hook(arrived)
+            output.register_hook(receive)
 
     return hook

@@ -51,7 +51,7 @@ def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
         if now + 1.3 * _size(model, dtype.itemsize) < room:
             twin = copy_model(model).to(dtype)
             if dtype == torch.float64:
-                twin.forward = _in_float64(twin.forward)
+                twin.forward = _run_in_float64(twin.forward)
             return twin
     return model
 
@@ -62,12 +62,12 @@ def quantised(model: "PreTrainedModel") -> bool:
     )
 
 
-def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+def _run_in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with _Float64():
             return forward(*args, **kwargs)
 
-    return wrapped
+    return run
 
 
 def _size(model: "PreTrainedModel", width: int) -> int:
@@ -150,7 +150,7 @@ def _baddbmm(added: Tensor, batch1: Tensor, batch2: Tensor, beta: float = 1, alp
     return beta * added + alpha * (_half(batch1) @ _half(batch2))
 
 
-def _routed(*args: Any, **kwargs: Any) -> Any:
+def _route_tokens(*args: Any, **kwargs: Any) -> Any:
     """What a router decides is constant: the largest weights, and whose they are."""
     values, indices = torch.topk(*args, **kwargs)
     return values.detach(), indices
@@ -169,7 +169,7 @@ _PRODUCTS = (
 _RULES: dict[Any, Callable[..., Tensor]] = {
     **{function: _product(function) for function in _PRODUCTS},
     **{function: lambda x, f=function: f(x).detach() for function in (torch.rsqrt, Tensor.rsqrt)},
-    **{torch.topk: _routed, Tensor.sigmoid: lambda x: x.detach().sigmoid()},
+    **{torch.topk: _route_tokens, Tensor.sigmoid: lambda x: x.detach().sigmoid()},
     **{
         torch.tanh: _identity(torch.tanh),
         F.layer_norm: _layer_norm,

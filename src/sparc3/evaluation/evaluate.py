@@ -68,7 +68,9 @@ def evaluate(
         if isinstance(metrics, Mapping)
         else dict.fromkeys(metrics)
     )
-    prepared = [prepare(name, settings, model, tokenizer) for name, settings in parse_metrics(asked).items()]
+    settings_by_name = parse_metrics(asked)
+    check_metrics(settings_by_name)
+    prepared = [prepare(name, settings, model, tokenizer) for name, settings in settings_by_name.items()]
     before = describe(model)
     evaluations = [measure(model, tokenizer, prepared, "original", progress=progress)]
     for name, variant in (variants or {}).items():
@@ -78,6 +80,13 @@ def evaluate(
             )
         )
     return to_results(evaluations, {"model": before, **evaluated_on(prepared), "version": __version__})
+
+
+def check_metrics(metrics: Mapping[str, MetricSettings]) -> None:
+    """Raise UserError where one of the metrics cannot be measured here: its scorer or its package is absent."""
+    for name, settings in metrics.items():
+        if check := require_metric(name).ready:
+            check(settings)
 
 
 def _again(variant: "AbstractContextManager[Any] | Changed", name: str, prepared: list[Prepared]) -> Changed:
@@ -104,8 +113,6 @@ def prepare(
         taken: source → prompts that the reference sets of this run hold from it.
     """
     metric = require_metric(name)
-    if metric.ready:
-        metric.ready(settings)
     if not isinstance(settings, SampledSettings):
         return Prepared(metric, settings, ReferenceSet(()))
     if not metric.prompts:

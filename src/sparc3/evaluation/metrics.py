@@ -32,7 +32,7 @@ class SampledSettings(MetricSettings):
 
     @field_validator("source")
     @classmethod
-    def _there(cls, value: str) -> str:
+    def _require_source(cls, value: str) -> str:
         require_source(value)
         return value
 
@@ -87,7 +87,7 @@ class ToxicitySettings(PromptSettings):
 
     @field_validator("choose_by")
     @classmethod
-    def _of_toxicity(cls, value: str | None) -> str | None:
+    def _require_toxicity(cls, value: str | None) -> str | None:
         if value == "repetition":
             raise ValueError(
                 "toxicity's prompts cannot be chosen by repetition; choose them by prompt, continuation or completion"

@@ -46,20 +46,20 @@ def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     """
     kind, _, detail = name.partition(":")
     if kind == "lexicon":
-        return _careful(lexicon_scorer(lexicon_words(name)))
+        return _count_failures(lexicon_scorer(lexicon_words(name)))
     if kind == "detoxify":
         variant = detail or "original"
         if variant not in DETOXIFY:
             raise unknown("detoxify model", variant, DETOXIFY)
-        return _careful(_classifier(DETOXIFY[variant], "", device))
+        return _count_failures(_classifier(DETOXIFY[variant], "", device))
     if name == "profanity-check":
-        return _careful(_profanity_scorer())
+        return _count_failures(_profanity_scorer())
     if "/" not in name and "." not in name:
         raise unknown(
             "scorer", name, ("lexicon", "lexicon:FILE", "profanity-check", "detoxify", "a model's id or path")
         )
     model, _, label = name.partition("#")
-    return _careful(_classifier(model, label, device))
+    return _count_failures(_classifier(model, label, device))
 
 
 def lexicon_words(name: str) -> list[str]:
@@ -139,29 +139,31 @@ def _profanity_scorer() -> Scorer:
     return lambda texts: [float(value) for value in predict_prob(list(texts))]
 
 
-def _careful(scorer: Scorer) -> Scorer:
+def _count_failures(scorer: Scorer) -> Scorer:
     """An empty text, a scorer that raises, or a number outside [0, 1] is a None that is counted, never a zero."""
 
     def careful(texts: Sequence[str]) -> list[float | None]:
         filled = [index for index, text in enumerate(texts) if text.strip()]
         scores: list[float | None] = [None] * len(texts)
-        for index, score in zip(filled, _tried(scorer, [texts[index] for index in filled]), strict=True):
-            scores[index] = _valid(score)
+        for index, score in zip(
+            filled, _score_or_none(scorer, [texts[index] for index in filled]), strict=True
+        ):
+            scores[index] = _share_or_none(score)
         return scores
 
     return careful
 
 
-def _valid(score: Any) -> float | None:
+def _share_or_none(score: Any) -> float | None:
     return float(score) if isinstance(score, int | float | np.floating) and 0 <= score <= 1 else None
 
 
-def _tried(scorer: Scorer, texts: list[str]) -> list[Any]:
+def _score_or_none(scorer: Scorer, texts: list[str]) -> list[Any]:
     """The scorer's answers; of a batch for which it has none that fits, each text is asked for alone."""
-    answers, why = _asked(scorer, texts)
+    answers, why = _call_scorer(scorer, texts)
     if answers is not None:
         return answers
-    alone = [_asked(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
+    alone = [_call_scorer(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
     lost = alone.count(None)
     log.warning(
         "the scorer failed on %d texts at once (%s), and on %d of them alone, which count as failures",
@@ -172,7 +174,7 @@ def _tried(scorer: Scorer, texts: list[str]) -> list[Any]:
     return [answer[0] if answer is not None else None for answer in alone]
 
 
-def _asked(scorer: Scorer, texts: list[str]) -> tuple[list[Any] | None, str]:
+def _call_scorer(scorer: Scorer, texts: list[str]) -> tuple[list[Any] | None, str]:
     """As many answers as texts; or None, and why."""
     try:
         answers = list(scorer(texts))

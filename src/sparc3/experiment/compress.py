@@ -283,13 +283,11 @@ def _load_or_make_circuit(
     size = settings(work).scope.replace(":", "of") if fraction is None else f"{fraction:g}"
     where = work.folder / f"circuits/{name}-{size}.safetensors"
 
-    def marked() -> Circuit:
+    def mark() -> Circuit:
         made: Circuit = make()
         return replace(made, model=work.described, provenance={**made.provenance, "made_from": made_from})
 
-    return where, load_or_make(
-        where, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), marked
-    )
+    return where, load_or_make(where, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), mark)
 
 
 def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float]) -> Results:

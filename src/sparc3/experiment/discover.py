@@ -146,7 +146,11 @@ def _measure_at(
     faithfulness = [(mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing) for draw in draws]
     extra = [_seed_circuits("ioi.faithfulness", faithfulness, "share of the logit difference", "higher")]
     extra += (
-        [_of_all("circuit.jaccard", measure_stability(removed, total), "shared units / units of either")]
+        [
+            _make_summary(
+                "circuit.jaccard", measure_stability(removed, total), "shared units / units of either"
+            )
+        ]
         if len(removed) > 1
         else []
     )
@@ -241,7 +245,7 @@ def _seed_circuits(metric: str, values: list[float], unit: str, direction: str) 
     return Observations(metric, "test", unit, direction, tuple(values), (1.0,) * len(values))
 
 
-def _of_all(metric: str, value: float, unit: str) -> Observations:
+def _make_summary(metric: str, value: float, unit: str) -> Observations:
     """A figure of all seeds together, which has no interval: pairs of seeds are not independent."""
     return Observations(metric, "all seeds", unit, "higher", (value,), (1.0,))
 

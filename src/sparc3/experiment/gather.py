@@ -161,7 +161,7 @@ def by_samples(
                 scored = functools.cache(functools.partial(_scores, work, method, reduce, first))
                 if count == max(compress.samples) and seed == 0:
                     drawn[name] = _distribution(work, name, first, method, reduce, scored)
-                draws.append(_evaluated(work, f"{name}-{count}.seed{seed}", first, method, reduce, scored))
+                draws.append(_evaluate(work, f"{name}-{count}.seed{seed}", first, method, reduce, scored))
                 rows += _rows(draws[-1], name, count, seed)
                 scored.cache_clear()
             evaluations.append(
@@ -213,7 +213,7 @@ def _scores(work: RunContext, method: str, reduce: str, samples: ReferenceSet) -
     )
 
 
-def _evaluated(
+def _evaluate(
     work: RunContext, place: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
 ) -> Evaluation:
     """The model pruned by these scores, measured; the scores themselves, as large as the model, are not kept."""

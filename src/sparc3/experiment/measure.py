@@ -245,7 +245,7 @@ def measure_overlaps(
     found = []
     for variant, changes in others.items():
         seen = [
-            overlap(_without_provenance(own), _without_provenance(_as_circuit(one)), sizes=sizes)
+            overlap(_without_provenance(own), _without_provenance(_touched_neurons(one)), sizes=sizes)
             for one in changes
         ]
         if seen:
@@ -287,7 +287,7 @@ def measure_kept_overlaps(
     return found
 
 
-def _as_circuit(change: Intervention) -> Circuit:
+def _touched_neurons(change: Intervention) -> Circuit:
     """The neurons that a damping touches."""
     if isinstance(change, Circuit):
         return change

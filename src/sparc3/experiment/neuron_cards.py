@@ -184,12 +184,12 @@ def _strongest_activations(
             rows = [(values[row], sample.index, positions[row]) for row, sample in enumerate(batch.samples)]
             best[place] = sorted([*best[place], *rows], key=lambda row: (-abs(row[0]), row[1]))[:PROMPTS]
 
-    def said(value: float, number: int, at: int) -> dict[str, Any]:
+    def describe_prompt(value: float, number: int, at: int) -> dict[str, Any]:
         tokens = ids[number]
         prompt = str(tokenizer.decode(tokens[: at + 1], skip_special_tokens=True))
         return {"prompt": prompt, "token": text_of(tokenizer, tokens[at]), "activation": value}
 
-    return [[said(*row) for row in rows] for rows in best]
+    return [[describe_prompt(*row) for row in rows] for rows in best]
 
 
 def _largest_entries(

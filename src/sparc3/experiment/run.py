@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
-from ..evaluation.metrics import require_metric
+from ..evaluation.evaluate import check_metrics
 from ..models.load import describe, load_model, require_loadable
 from ..models.offloading import device_of, named_values
 from ..recipe.schema import Recipe, load_recipe
@@ -53,9 +53,7 @@ def run(
     if loaded.job == "discover":
         discover.require_task(loaded)
     require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
-    for name, settings in loaded.metrics().items():
-        if check := require_metric(name).ready:
-            check(settings)
+    check_metrics(loaded.metrics())
     folder = Path(out)
     distributed.start()
     with claim_folder(folder, loaded, resume), log_to_folder(folder):

@@ -56,15 +56,15 @@ def one_by_one(
         product: (gate, up) → what the down projection reads; act(gate) · up where it is None.
         constant_routing: whether relevance stops at the routing weights instead of flowing into the router.
     """
-    return partial(_computed, experts, product or partial(_gated, experts), constant_routing)
+    return partial(_compute_experts, experts, product or partial(_apply_gate, experts), constant_routing)
 
 
-def _gated(experts: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+def _apply_gate(experts: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     act: Callable[[Tensor], Tensor] = experts.get_submodule("act_fn")
     return act(gate) * up
 
 
-def _computed(
+def _compute_experts(
     experts: nn.Module,
     product: Product,
     constant_routing: bool,

@@ -91,7 +91,7 @@ def _roles(q: str, k: str, v: str, o: str, up: str, down: str, gate: str | None 
     return {role: path for role, path in found.items() if path is not None}
 
 
-def _fused(qkv: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
+def _fused_projections(qkv: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
     return _roles(f"{qkv}#q", f"{qkv}#k", f"{qkv}#v", o, up, down, gate)
 
 
@@ -160,7 +160,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "Phi3",
         "model.layers",
-        _fused(
+        _fused_projections(
             "self_attn.qkv_proj",
             "self_attn.o_proj",
             "mlp.gate_up_proj#up",
@@ -206,7 +206,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2",
         "transformer.h",
-        _fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        _fused_projections("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         "mlp.act",
         fused={"attn.c_attn": "q, k, v"},
         attention="attn",
@@ -220,7 +220,9 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "GPTNeoX",
         "gpt_neox.layers",
-        _fused("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        _fused_projections(
+            "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+        ),
         "mlp.act",
         fused={"attention.query_key_value": "q, k, v by head"},
         attention="attention",
@@ -257,7 +259,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(
         "Falcon",
         "transformer.h",
-        _fused(
+        _fused_projections(
             "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
         ),
         "mlp.act",
@@ -270,7 +272,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(
         "Bloom",
         "transformer.h",
-        _fused(
+        _fused_projections(
             "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
         ),
         "mlp.gelu_impl",

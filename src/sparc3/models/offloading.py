@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def value_of(module: nn.Module, name: str) -> Tensor:
     """What holds the values of a module's parameter: accelerate's tensor on the CPU where it keeps one, else the parameter itself."""
-    held, kept = getattr(module, name), _kept(module)
+    held, kept = getattr(module, name), _weights_map(module)
     assert isinstance(held, Tensor)
     return held if kept is None or not (name in module._parameters or held.is_meta) else kept[name]
 
@@ -42,14 +42,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state | {
         key: value_of(module, name)
         for key, module, name in _parameters(model)
-        if key in state and _kept(module) is not None
+        if key in state and _weights_map(module) is not None
     }
 
 
 def copy_model(model: "PreTrainedModel") -> "PreTrainedModel":
     """A copy of the model; of an offloaded one a copy that lies on the CPU whole, without accelerate's hooks."""
     away = is_offloaded(model)
-    twin = copy.deepcopy(model, _on_cpu(model) if away else {})
+    twin = copy.deepcopy(model, _map_to_cpu(model) if away else {})
     for name in MOVES:  # accelerate's stand-ins, functions that move the original
         twin.__dict__.pop(name, None)
     if not away:
@@ -72,7 +72,7 @@ MOVES = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 """Methods that accelerate shadows on a model which it spreads."""
 
 
-def _on_cpu(model: nn.Module) -> dict[int, Any]:
+def _map_to_cpu(model: nn.Module) -> dict[int, Any]:
     """For deepcopy: what lies on a GPU is copied to the CPU right away, since the GPU has no room for it twice."""
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -89,7 +89,7 @@ def _on_cpu(model: nn.Module) -> dict[int, Any]:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether any weight is kept on the CPU and copied whenever it is used."""
-    return any(_kept(module) is not None for module in model.modules())
+    return any(_weights_map(module) is not None for module in model.modules())
 
 
 def offloaded_layers(layers: Iterable[nn.Module]) -> int:
@@ -101,7 +101,7 @@ def renew_(model: nn.Module) -> None:
     """Make anew the empty parameters that accelerate made in torch's inference mode, which can never ask for a gradient again."""
     for _, module, name in _parameters(model):
         empty = module._parameters[name]
-        if empty is not None and empty.is_inference() and _kept(module) is not None:
+        if empty is not None and empty.is_inference() and _weights_map(module) is not None:
             module._parameters[name] = nn.Parameter(
                 torch.empty_like(empty, device="meta"), requires_grad=empty.requires_grad
             )
@@ -127,7 +127,7 @@ def first_out_of_reach(model: nn.Module) -> str | None:
         value = value_of(module, name)
         # A map that reads the disk gives another tensor each time.
         if value.is_meta or (
-            _kept(module) is not None and value.data_ptr() != value_of(module, name).data_ptr()
+            _weights_map(module) is not None and value.data_ptr() != value_of(module, name).data_ptr()
         ):
             return key
     return None
@@ -177,6 +177,6 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "weights_map", None) is not None]
 
 
-def _kept(module: nn.Module) -> Mapping[str, Tensor] | None:
+def _weights_map(module: nn.Module) -> Mapping[str, Tensor] | None:
     """accelerate's map of the module's weights; None where it keeps none away."""
     return next((hook.weights_map for hook in _hooks(module) if hook.offload), None)

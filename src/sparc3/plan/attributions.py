@@ -40,9 +40,9 @@ def attributions(recipe: Recipe, completed: Callable[[str], bool]) -> list[Attri
         completed: whether the samples of a reference set have completions.
     """
     of_job = {
-        "correct": _of_search if recipe.selection.tune else _of_correct_job,
-        "discover": _of_discover_job,
-        "compress": _of_compress_job,
+        "correct": _list_search if recipe.selection.tune else _list_correct,
+        "discover": _list_discover,
+        "compress": _list_compress,
     }
     return list(dict.fromkeys(of_job[recipe.job](recipe, completed)))
 
@@ -64,14 +64,14 @@ def _single_attribution(
     )
 
 
-def _of_discover_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _list_discover(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     assert recipe.discover
     for method in recipe.discover.methods:
         for name, _ in work_list.reference_sets(recipe):
             yield _single_attribution(recipe, method, name)
 
 
-def _of_compress_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _list_compress(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     compress = recipe.compress
     assert compress
     for _, method, reduce in work_list.prunings_of(compress, sampled=False):
@@ -89,16 +89,16 @@ def _of_compress_job(recipe: Recipe, completed: Completed) -> Iterator[Attributi
                 )
 
 
-def _of_correct_job(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _list_correct(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     for turn in range(1, recipe.selection.rounds + 1):
         for name in recipe.references:
             yield replace(_single_attribution(recipe, recipe.attribution.method, name), turn=turn)
-    yield from _of_rivals(
+    yield from _list_rivals(
         recipe, list(recipe.references), recipe.attribution.target, recipe.attribution.neuron, completed
     )
 
 
-def _of_search(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
+def _list_search(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
     """The first round is shared by all; in each later one every candidate attributes again, on a model of its own."""
     method, kinds, circuit = (
         recipe.attribution.method,
@@ -117,12 +117,12 @@ def _of_search(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
                             recipe, method, name, _target_for_set(name, target, completed), neuron
                         )
                         yield replace(again, turn=turn, circuit=circuit)
-    yield from _of_rivals(
+    yield from _list_rivals(
         recipe, work_list.sets_read_by(recipe, kinds), *work_list.attributions_tried(recipe)[0], completed
     )
 
 
-def _of_rivals(
+def _list_rivals(
     recipe: Recipe, names: Sequence[str], target: str, neuron: str, completed: Completed
 ) -> Iterator[Attribution]:
     for method in work_list.rival_methods(recipe):

@@ -47,7 +47,7 @@ class Lengths:
         """Samples of these lengths, of which every token is the first one; longest first."""
         name, first = parse_target(target)
         made = [
-            _encoded(place, text, min(completion, first or completion), name)
+            _make_encoded(place, text, min(completion, first or completion), name)
             for place, (text, completion) in enumerate(self.pairs)
         ]
         return sorted((_cut(one, context) for one in made), key=lambda one: (-len(one.ids), one.index))
@@ -59,7 +59,9 @@ class Lengths:
     def joined(self, context: int) -> list[Encoded]:
         """Texts with their completions, where nothing is predicted; longest first."""
         whole = (text + completion * (completion > 1) for text, completion in self.pairs)
-        made = [_cut(_encoded(place, length, 1, "predicted"), context) for place, length in enumerate(whole)]
+        made = [
+            _cut(_make_encoded(place, length, 1, "predicted"), context) for place, length in enumerate(whole)
+        ]
         return sorted(made, key=lambda one: (-len(one.ids), one.index))
 
     @property
@@ -72,7 +74,7 @@ class Lengths:
         return max(text for text, _ in self.pairs)
 
 
-def _encoded(place: int, text: int, completion: int, target: str) -> Encoded:
+def _make_encoded(place: int, text: int, completion: int, target: str) -> Encoded:
     last = text - 1
     if target == "next":
         return Encoded(place, (0,) * text, tuple(range(last)), (0,) * last)
@@ -107,7 +109,7 @@ def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
         return None
 
 
-def _at_hand(source: str) -> bool:
+def _is_at_hand(source: str) -> bool:
     return source.startswith("demo-") or is_path(source)
 
 
@@ -123,7 +125,7 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
     written = getattr(spec, "max_new_tokens", 50) if by_model(spec) else None
     if (
         tokenizer is not None
-        and _at_hand(spec.source)
+        and _is_at_hand(spec.source)
         and (by_model(spec) or getattr(spec, "choose_by", None) is None)
     ):
         found = gather(Request(spec.source, count, spec.split, seeds=seeds), tokenizer)
@@ -172,11 +174,11 @@ def of_tasks(settings: HarnessSettings) -> Lengths:
 
 def of_text(spec: Any, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, bool]:
     """Tokens of a perplexity text, and whether they were assumed."""
-    if tokenizer is None or not _at_hand(spec.source):
+    if tokenizer is None or not _is_at_hand(spec.source):
         whole = TEXTS.get(spec.source, 100_000)
         return (min(whole, 500 * spec.count) if spec.count else whole), True
-    return _joined(corpus(spec.source, spec.split, spec.count), tokenizer), False
+    return _count_joined(corpus(spec.source, spec.split, spec.count), tokenizer), False
 
 
-def _joined(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> int:
+def _count_joined(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> int:
     return len(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])

@@ -104,7 +104,7 @@ class Rehearsal:
                     for site in sites:
                         method.finish(site, sums.totals.pop(site.name), sums)
 
-            return self._counted(key, work, sum(len(group) * len(group[0].ids) for group in groups), apart)
+            return self._count(key, work, sum(len(group) * len(group[0].ids) for group in groups), apart)
 
     def sequential(self, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]) -> Cost:
         """Of all batches on their way through the layers: each waits before a layer until the layer is pruned."""
@@ -123,7 +123,7 @@ class Rehearsal:
                     for flow in flows:
                         flow.hidden = flow.through(layer)
 
-            return self._counted(("sequential", roles, len(group), len(group[0].ids), count), work, many, [])
+            return self._count(("sequential", roles, len(group), len(group[0].ids), count), work, many, [])
 
     def every_logit(self, group: Sequence[Encoded]) -> Cost:
         """Of a batch whose every position's log-probabilities are had, as lm-evaluation-harness has them."""
@@ -231,9 +231,9 @@ class Rehearsal:
 
     def _run(self, key: Any, work: Callable[[], object], tokens: int) -> Cost:
         with self.shaped.active():
-            return self._counted(key, work, tokens, [])
+            return self._count(key, work, tokens, [])
 
-    def _counted(self, key: Any, work: Callable[[], object], tokens: int, apart: list[torch.Tensor]) -> Cost:
+    def _count(self, key: Any, work: Callable[[], object], tokens: int, apart: list[torch.Tensor]) -> Cost:
         if key not in self._known:
             with TensorCosts(self.hardware, [*self.shaped.held, *apart]) as ledger:
                 work()

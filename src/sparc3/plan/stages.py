@@ -104,7 +104,7 @@ class Stages:
         """In the run's order; work of one kind is one stage."""
         made: dict[str, Stage] = {}
         for stage in (
-            *self._chosen(),
+            *self._choose_prompts(),
             *self._protection(),
             *self._scores(),
             *self._search(),
@@ -144,7 +144,7 @@ class Stages:
         )
         return max([own, *recipe.compare.counts]) / self.units
 
-    def _chosen(self) -> Iterator[Stage]:
+    def _choose_prompts(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
         asked: list[tuple[str, Any]] = [*self.specs.items(), *self.recipe.metrics().items()]
         if self.recipe.selection.tune:
@@ -156,7 +156,7 @@ class Stages:
                 count * WIDER[0] if spec.choose_by == "repetition" else math.ceil(count / AT_ONCE) * AT_ONCE
             )
             self.notes.append(f"choosing {name} taken to need {many} prompts; it may need many more")
-            yield self._generated(
+            yield self._generate(
                 f"choosing {name}", many, of_samples(spec, self.tokenizer).longest, spec.max_new_tokens, 0.0
             )
 
@@ -176,21 +176,21 @@ class Stages:
 
     def _scores(self) -> Iterator[Stage]:
         for one in self.attributions:
-            yield from self._attributed(one)
+            yield from self._attribute(one)
         if set(work_list.rival_methods(self.recipe)) & set(EXPERTISE):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
                 yield replace(
                     self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True
                 )
 
-    def _attributed(self, one: Attribution) -> Iterator[Stage]:
+    def _attribute(self, one: Attribution) -> Iterator[Stage]:
         """Nothing for a method that looks at no sample."""
         asked, name = self.recipe.attribution, f"scores, {one.method}"
         found = self.sets[one.set].first(one.first)
         if one.method == SEQUENTIAL:
             groups = group_by_length(found.encoded("predicted", self.context), BATCH_TOKENS)
             yield replace(
-                _of_groups(name, self.rehearsal.sequential(asked.sites, groups), groups), scoring=True
+                _sum_groups(name, self.rehearsal.sequential(asked.sites, groups), groups), scoring=True
             )
             return
         method = require_method(one.method)
@@ -212,7 +212,7 @@ class Stages:
             gradient_checkpointing=asked.gradient_checkpointing,
         )
         yield replace(
-            _of_groups(name, self.rehearsal.attribution(settings, asked.sites, groups), groups), scoring=True
+            _sum_groups(name, self.rehearsal.attribution(settings, asked.sites, groups), groups), scoring=True
         )
 
     def _budget(self) -> int:
@@ -221,7 +221,7 @@ class Stages:
     def _forward(self, name: str, encoded: Sequence[Encoded]) -> Stage:
         """Activations looked at, and nothing else."""
         groups = group_by_length(encoded, FORWARD_TOKENS)
-        return _of_groups(
+        return _sum_groups(
             name,
             self.rehearsal.attribution(
                 Settings("activation", "neuron", "predicted", "abs", "mean"), ("mlp.up",), groups
@@ -257,7 +257,7 @@ class Stages:
             yield self._windows(name, settings)
         elif isinstance(settings, IOISettings):
             group = of_samples(settings, self.tokenizer).encoded("contrast", self.context)
-            yield _of_groups(
+            yield _sum_groups(
                 name,
                 self.rehearsal.contrasts(group[: tasks.ROWS]),
                 [group[i : i + tasks.ROWS] for i in range(0, len(group), tasks.ROWS)],
@@ -265,7 +265,7 @@ class Stages:
         elif isinstance(settings, PromptSettings):
             found = of_samples(settings, self.tokenizer)
             many = len(found.pairs) * getattr(settings, "generations", 1)
-            yield self._generated(
+            yield self._generate(
                 name, many, found.longest, settings.max_new_tokens, getattr(settings, "temperature", 0.0)
             )
         elif isinstance(settings, FluencySettings):
@@ -285,7 +285,7 @@ class Stages:
             "the harness's tasks taken to have the sizes of plan.lengths.TASKS, and every answer to be read anew"
         )
         groups = _rows(of_tasks(settings).encoded("predicted", self.context), settings.batch_size)
-        return _of_groups(name, self.rehearsal.every_logit(groups[0]), groups)
+        return _sum_groups(name, self.rehearsal.every_logit(groups[0]), groups)
 
     def _windows(self, name: str, settings: PerplexitySettings) -> Stage:
         whole, assumed = of_text(settings, self.tokenizer)
@@ -297,7 +297,7 @@ class Stages:
         )
         return _stage(name, cost, sum(lengths))
 
-    def _generated(self, name: str, many: int, prompt: int, new: int, temperature: float) -> Stage:
+    def _generate(self, name: str, many: int, prompt: int, new: int, temperature: float) -> Stage:
         cost = self.rehearsal.generation(many, prompt, new, temperature)
         return _stage(name, cost, many * (prompt + new))
 
@@ -310,7 +310,7 @@ def _rows(encoded: Sequence[Encoded], rows: int) -> list[Sequence[Encoded]]:
     return [encoded[start : start + rows] for start in range(0, len(encoded), rows)]
 
 
-def _of_groups(name: str, cost: Cost, groups: Iterable[Sequence[Encoded]]) -> Stage:
+def _sum_groups(name: str, cost: Cost, groups: Iterable[Sequence[Encoded]]) -> Stage:
     """Batches, the longest sample of each first."""
     tokens = padded = 0
     for group in groups:

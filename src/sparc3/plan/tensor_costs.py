@@ -61,7 +61,9 @@ class TensorCosts(TorchDispatchMode):
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
-        made = _grouped(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        made = (
+            _multiply_groups(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        )
         if func is aten.topk.default:
             made = made[0], _spread_evenly(made[1], args[0].shape[-1])
         given = list(_tensors(made))
@@ -104,7 +106,7 @@ def _spread_evenly(chosen: Tensor, experts: int) -> Tensor:
         return torch.arange(chosen.numel()).remainder_(experts).view(chosen.shape)
 
 
-def _grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+def _multiply_groups(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """What `_grouped_mm` gives, [tokens, out] of [tokens, in] and [experts, in, out], whose own shape rule knows bfloat16 alone."""
     return x.new_empty(len(x), weight.shape[-1])
 

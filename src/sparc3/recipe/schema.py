@@ -92,7 +92,7 @@ class Compress(Strict):
         return value
 
     @model_validator(mode="after")
-    def _sized(self) -> "Compress":
+    def _require_size(self) -> "Compress":
         if parse_scope(self.scope):
             if self.fractions:
                 raise ValueError(f"scope {self.scope} says how many weights go; leave fractions out")
@@ -133,7 +133,7 @@ class Reference(Strict):
 
     @field_validator("source")
     @classmethod
-    def _there(cls, value: str) -> str:
+    def _require_source(cls, value: str) -> str:
         require_source(value)
         return value
 
@@ -224,7 +224,7 @@ class Tune(Strict):
 
     @field_validator("text_source")
     @classmethod
-    def _there(cls, value: str | None) -> str | None:
+    def _require_source(cls, value: str | None) -> str | None:
         if value is not None:
             require_source(value)
         return value
@@ -257,7 +257,7 @@ class Selection(Strict):
     @model_validator(mode="after")
     def _one_size(self) -> "Selection":
         if self.tune is not None:
-            self._searched(self.tune)
+            self._require_search(self.tune)
         elif parse_scope(self.scope):
             if self.count is not None or self.fraction is not None:
                 raise ValueError(f"scope {self.scope} says how many weights go; leave count and fraction out")
@@ -269,7 +269,7 @@ class Selection(Strict):
             raise ValueError("rounds needs a count and scope global")
         return self
 
-    def _searched(self, tune: Tune) -> None:
+    def _require_search(self, tune: Tune) -> None:
         if self.fraction is not None or self.rounds > 1:
             raise ValueError("tune tries counts and tune.rounds; leave fraction and rounds out")
         if max(tune.rounds) > 1 and self.scope != "global":
@@ -344,7 +344,7 @@ class Recipe(Strict):
                 raise unknown("reference set", name, JOBS[self.job])
         self._sections()
         if self.job != "correct":
-            self._of_job()
+            self._require_job()
             return self
         missing = [name for name in ("general", "undesired") if name not in self.references]
         if missing:
@@ -381,7 +381,7 @@ class Recipe(Strict):
         if self.job != "correct" and "compare" in self.model_fields_set:
             raise ValueError(f"job {self.job} does not read compare; its methods are {self.job}.methods")
 
-    def _of_job(self) -> None:
+    def _require_job(self) -> None:
         """Raise where a method cannot score the units, or the evaluation lacks what the job is about."""
         needed, section = (
             ("task", "ioi") if self.job == "discover" else ("general", "sparsity"),

@@ -82,7 +82,7 @@ def _write_number(value: Any) -> str:
 
 def _describe_effect_alone(metric: str, value: float, run: RunFolder) -> tuple[str, str, str]:
     """(what it is in a sentence, with this unit alone removed, on the original model)."""
-    original = run.measured(metric, "original")
+    original = run.find_measurement(metric, "original")
     name = in_words(metric) if metric in run.metrics() else title(metric).lower()
     return name, figure(float(value), metric), value_of(original) if original and original.value else ""
 

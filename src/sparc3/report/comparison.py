@@ -37,7 +37,10 @@ class Tile:
 
 def tiles(run: RunFolder) -> list[Tile]:
     """A tile for every metric that was measured on the original and on the ablated model, what the run is about first."""
-    both = [(run.measured(metric, "original"), run.measured(metric, "ablated")) for metric in run.drawn()]
+    both = [
+        (run.find_measurement(metric, "original"), run.find_measurement(metric, "ablated"))
+        for metric in run.drawn()
+    ]
     return [_make_tile(run, before, after) for before, after in both if before and after]
 
 
@@ -117,11 +120,11 @@ def under_budget(run: RunFolder) -> list[Figure]:
     named_rivals = [str(one.get("variant")) for one in run.search.get("rivals") or []]
     made = []
     for metric in dict.fromkeys(filter(None, (run.behaviour, "perplexity"))):
-        original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
+        original, circuit = run.find_measurement(metric, "original"), run.find_measurement(metric, "ablated")
         found = [
             (name, m)
             for variant in named_rivals
-            if (m := run.measured(metric, variant)) and (name := parse_variant(variant))
+            if (m := run.find_measurement(metric, variant)) and (name := parse_variant(variant))
         ]
         if original is None or circuit is None or not found:
             return []
@@ -142,7 +145,7 @@ def under_budget(run: RunFolder) -> list[Figure]:
 
 def _collect_rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
     """(name, class, measurement): the original, this circuit, then every method at its count that is not this circuit again."""
-    original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
+    original, circuit = run.find_measurement(metric, "original"), run.find_measurement(metric, "ablated")
     if original is not None and run.job == "compress":
         last = {point.method: point for point in curve_points(run, metric)}
         return [

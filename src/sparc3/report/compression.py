@@ -29,7 +29,7 @@ def headline(run: RunFolder) -> Markup:
     """The run in one sentence: the first metric that is not a sparsity, of every method, best first."""
     metric = _choose_metric(run)
     found = _rank_methods(run, metric) if metric else []
-    original = run.measured(metric, "original") if metric else None
+    original = run.find_measurement(metric, "original") if metric else None
     if metric is None or not found or original is None:
         return Markup("{} figures of one run").format(len(run.results.measurements))
     best, *rest = found

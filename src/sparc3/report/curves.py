@@ -61,7 +61,7 @@ def _make_plot(run: RunFolder, metric: str) -> Plot | None:
         for method in list_methods(run)
         if (line := [point for point in found if point.method == method])
     }
-    original, circuit = run.measured(metric, "original"), run.measured(metric, "ablated")
+    original, circuit = run.find_measurement(metric, "original"), run.find_measurement(metric, "ablated")
     low, high = min(counts), max(counts)
     # Where most units go, what counts is how few are left: even steps there, a logarithm where few go.
     few = high <= 0.5 * sum(run.sizes.values()) or not run.sizes
@@ -73,7 +73,7 @@ def _make_plot(run: RunFolder, metric: str) -> Plot | None:
 
 def ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
     """The interval that is drawn: of the figure; of perplexity, whose texts differ far more than variants do, of its paired change."""
-    before, d = run.measured(m.metric, "original"), run.difference(m.metric, m.variant)
+    before, d = run.find_measurement(m.metric, "original"), run.difference(m.metric, m.variant)
     if m.metric != "perplexity" or before is None or before.value is None:
         return m.ci95
     return (
@@ -134,11 +134,11 @@ def _write_note(plot: Plot) -> str:
 def _draw_axes(plot: Plot) -> Markup:
     y = plot.chart.y
     heights = [(y(tick), _write_tick(tick, plot)) for tick in y.ticks(5)]
-    label = f"{'share of ' if _as_shares(plot) else ''}{count_units(None, plot.run)} removed"
+    label = f"{'share of ' if _shows_shares(plot) else ''}{count_units(None, plot.run)} removed"
     return plot.chart.draw_axes(_choose_ticks(plot), heights, label)
 
 
-def _as_shares(plot: Plot) -> bool:
+def _shows_shares(plot: Plot) -> bool:
     total = sum(plot.run.sizes.values())
     return bool(total) and max(plot.counts) > 0.5 * total
 
@@ -148,7 +148,7 @@ def _choose_ticks(plot: Plot) -> list[tuple[float, str]]:
     total = sum(plot.run.sizes.values())
     shares = (
         [step / 10 for step in range(11) if plot.chart.x.low <= total * step / 10 <= plot.chart.x.high]
-        if _as_shares(plot)
+        if _shows_shares(plot)
         else []
     )
     every = [(plot.chart.x(share * total), f"{share * 100:.0f}{PERCENT}") for share in shares] or [

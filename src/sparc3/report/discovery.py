@@ -163,7 +163,7 @@ def _remark_on_faithfulness(run: RunFolder) -> Remark | None:
 
 
 def _remark_on_whole_model(run: RunFolder) -> Remark | None:
-    original, empty = run.measured(METRIC, "original"), run.measured(METRIC, "empty")
+    original, empty = run.find_measurement(METRIC, "original"), run.find_measurement(METRIC, "empty")
     if original is None or empty is None:
         return None
     text = Markup(

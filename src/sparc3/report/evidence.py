@@ -24,7 +24,7 @@ from .words import (
 
 @dataclass(frozen=True)
 class Moved:
-    """A difference as it is written; `sure` is None without an interval."""
+    """A difference as it is write_mean; `sure` is None without an interval."""
 
     change: str
     interval: str
@@ -70,7 +70,7 @@ def proofs(run: RunFolder) -> list[Proof]:
     both = [
         metric
         for metric in run.drawn()
-        if run.measured(metric, "original") and run.measured(metric, "ablated")
+        if run.find_measurement(metric, "original") and run.find_measurement(metric, "ablated")
     ]
     return [_make_proof(run, metric) for metric in both]
 
@@ -120,7 +120,7 @@ def _write_detectable_change(run: RunFolder, metric: str, unit: str) -> str:
 def power_words(run: RunFolder) -> str:
     """ "100 prompts detect a change of mean toxicity of 3.1 points or more"; "" where nothing says."""
     metric = run.behaviour
-    m = run.measured(metric, "ablated") if metric else None
+    m = run.find_measurement(metric, "ablated") if metric else None
     size = _write_detectable_change(run, metric, m.unit) if metric and m else ""
     return (
         f"{m.n:,} prompts detect a change of {title(str(metric)).lower()} of ≥ {size}" if m and size else ""
@@ -144,7 +144,7 @@ def scorers(run: RunFolder) -> Scorers | None:
 
 
 def _make_scorer(name: str, row: dict[str, Any]) -> Scorer:
-    def written(which: str) -> str:
+    def write_mean(which: str) -> str:
         ends = row.get(f"{which}_ci95")
         return f"{figure(row.get(which), 'toxicity.mean')} {interval(tuple(ends) if ends else None, 'toxicity.mean')}".strip()
 
@@ -160,4 +160,4 @@ def _make_scorer(name: str, row: dict[str, Any]) -> Scorer:
     )
     change_written = _write_move(moved, "")
     assert change_written
-    return Scorer(name, written("before"), written("after"), change_written)
+    return Scorer(name, write_mean("before"), write_mean("after"), change_written)

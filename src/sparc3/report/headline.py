@@ -42,11 +42,11 @@ def headline(run: RunFolder) -> Markup:
 def damage(run: RunFolder) -> Markup | None:
     """The sentence under the headline: what happened to ordinary text."""
     if run.behaviour in (None, "perplexity") or not (
-        run.measured("perplexity", "ablated") and run.measured("perplexity", "original")
+        run.find_measurement("perplexity", "ablated") and run.find_measurement("perplexity", "original")
     ):
         return None
     before, after = run.results.find("perplexity"), run.results.find("perplexity", "ablated")
-    d, kl = run.difference("perplexity"), run.measured("kl", "ablated")
+    d, kl = run.difference("perplexity"), run.find_measurement("kl", "ablated")
     moved = (
         f" ({relative(d.relative)} {relative_interval(d)})".replace(" )", ")")
         if d and d.relative is not None
@@ -61,7 +61,7 @@ def damage(run: RunFolder) -> Markup | None:
 def removed(run: RunFolder) -> str:
     """What was taken out: "40 of 2,048 neurons", or "50 % of each of 40 of 2,048 neurons"."""
     if run.circuit is None:
-        sparsity = run.measured("sparsity", "ablated")
+        sparsity = run.find_measurement("sparsity", "ablated")
         return f"{value_of(sparsity)} of the {count_units(None, run)}" if sparsity else "the chosen units"
     count, total = len(run.circuit), sum(run.sizes.values())
     share = f"{run.circuit.strength * 100:g} % of each of " if run.circuit.strength != 1 else ""
@@ -200,8 +200,8 @@ def _remark_on_fluency(run: RunFolder) -> Remark | None:
     """Whether what the ablated model writes reads like the original's own text, to the original."""
     d, before, after = (
         run.difference("fluency"),
-        run.measured("fluency", "original"),
-        run.measured("fluency", "ablated"),
+        run.find_measurement("fluency", "original"),
+        run.find_measurement("fluency", "ablated"),
     )
     if d is None or before is None or after is None:
         return None

@@ -82,7 +82,7 @@ class RunFolder:
             self.scores.provenance.get("method") if self.scores else self.provenance.get("method")
         )
 
-    def measured(self, metric: str, variant: str) -> Measurement | None:
+    def find_measurement(self, metric: str, variant: str) -> Measurement | None:
         return next(
             (m for m in self.results if (m.metric, m.variant) == (metric, variant) and m.value is not None),
             None,
@@ -99,7 +99,7 @@ class RunFolder:
         both = [
             metric
             for metric in self.metrics()
-            if self.measured(metric, "original") and self.measured(metric, "ablated")
+            if self.find_measurement(metric, "original") and self.find_measurement(metric, "ablated")
         ]
         named = self.provenance.get("headline")
         if named in both:

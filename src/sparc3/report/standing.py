@@ -75,7 +75,7 @@ def _remark_on_close(run: RunFolder, points_: list[Point]) -> Remark:
 def _write_perplexity(run: RunFolder, point: Point) -> str:
     if point.measurement.metric == "perplexity":
         return ""
-    increase, found = (harm(run, point.variant), run.measured("perplexity", point.variant))
+    increase, found = (harm(run, point.variant), run.find_measurement("perplexity", point.variant))
     return f" (perplexity {value_of(found)}, {relative(increase)})" if found and increase is not None else ""
 
 
@@ -114,7 +114,7 @@ def remark_at_same_damage(run: RunFolder, metric: str) -> Remark | None:
 def _allowed_increase(run: RunFolder) -> float | None:
     """The upper end of the circuit's own increase of perplexity."""
     increase = harm(run, "ablated")
-    before = run.measured("perplexity", "original")
+    before = run.find_measurement("perplexity", "original")
     d = run.difference("perplexity")
     if increase is None or before is None or not before.value:
         return None
@@ -123,9 +123,9 @@ def _allowed_increase(run: RunFolder) -> float | None:
 
 def remark_under_budget(run: RunFolder, metric: str) -> Remark | None:
     """Every other method at the count that was its best on the validation samples, within the budget of the search."""
-    own = run.measured(metric, "ablated")
+    own = run.find_measurement(metric, "ablated")
     names = [str(one.get("variant")) for one in run.search.get("rivals") or []]
-    found = [(name, m) for name in names if (m := run.measured(metric, name))]
+    found = [(name, m) for name in names if (m := run.find_measurement(metric, name))]
     limit = budget(run, "perplexity")
     if own is None or limit is None or not found:
         return None

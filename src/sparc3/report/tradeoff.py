@@ -208,7 +208,7 @@ def budget(run: RunFolder, damage: str) -> float | None:
 
 def harm(run: RunFolder, variant: str, damage: str = "perplexity") -> float | None:
     """A variant's increase of perplexity, relative to the original's, or its KL divergence; None where it was not measured."""
-    after, before = run.measured(damage, variant), run.measured(damage, "original")
+    after, before = run.find_measurement(damage, variant), run.find_measurement(damage, "original")
     if after is None or after.value is None:
         return None
     if damage == "kl":
@@ -239,7 +239,7 @@ def _draw_tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
                 )
     if len(spots) < 3:
         return None
-    circuit, before = run.measured(metric, "ablated"), run.measured(metric, "original")
+    circuit, before = run.find_measurement(metric, "ablated"), run.find_measurement(metric, "original")
     own = (harm(run, "ablated", damage), circuit.value if circuit else None)
     chosen = (own[0], own[1]) if own[0] is not None and own[1] is not None else None
     start = (0.0, before.value) if before and before.value is not None else None
@@ -271,7 +271,7 @@ def _tip_rows(run: RunFolder, variant: str, m: Measurement) -> Rows:
             }
         )
     for metric in ("kl", "fluency"):
-        if found := run.measured(metric, variant):
+        if found := run.find_measurement(metric, variant):
             rows.append({"key": "", "name": in_words(metric), "text": with_interval(found)})
     return rows
 

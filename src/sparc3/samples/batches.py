@@ -105,7 +105,7 @@ def encode(
             f"{len(too_long)} of {len(encoded)} samples are longer than the model's {context} tokens (the longest has {longest}; the first is "
             f"sample {too_long[0].index}); shorten them, or truncate them with --truncate (truncate=True)"
         )
-    encoded = [_truncated(e, context, name) if len(e.ids) > context else e for e in encoded]
+    encoded = [_truncate(e, context, name) if len(e.ids) > context else e for e in encoded]
     for e in encoded:
         if max(e.ids) >= vocabulary:
             raise UserError(
@@ -185,7 +185,7 @@ def _one_token(text: str | None, key: str, tokenizer: "PreTrainedTokenizerBase |
     return ids[0]
 
 
-def _truncated(encoded: Encoded, context: int, target: str) -> Encoded:
+def _truncate(encoded: Encoded, context: int, target: str) -> Encoded:
     """The first `context` tokens; a target at the end moves to the new end, targets inside that no longer fit fall away."""
     ids = encoded.ids[:context]
     if target in ("predicted", "label", "contrast"):

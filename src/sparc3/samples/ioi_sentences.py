@@ -122,7 +122,7 @@ def sentences(
 
 def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, ...]) -> dict[str, str]:
     """Word → the string that, tokenised apart, is the one token the word has in a sentence."""
-    found = {word: text for word in words if (text := _as_one_token(tokenizer, word))}
+    found = {word: text for word in words if (text := _find_single_token(tokenizer, word))}
     if len(found) < LEAST[kind]:
         there = f" ({', '.join(found)})" if found else ""
         raise UserError(
@@ -132,7 +132,7 @@ def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, .
     return found
 
 
-def _as_one_token(tokenizer: "PreTrainedTokenizerBase", word: str) -> str | None:
+def _find_single_token(tokenizer: "PreTrainedTokenizerBase", word: str) -> str | None:
     def ids(text: str) -> list[int]:
         encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return list(encoded)

@@ -11,11 +11,9 @@ from typing import Any, BinaryIO
 
 from ..errors import DamagedFile, UserError
 from ..storage import fingerprint, parse_json, read_json, write_json, write_text
-from .tables import format_of, read_table, unpack
+from .formats import MAX_LINE, format_of, read_table, unpack
 
 FORMAT = "sparc3.samples/1"
-MAX_LINE = 10_000_000
-"""Longest sample that is read, in bytes: more is a mistake or an attack."""
 BLOCK = 2**20
 MARK, BOM = b"<|endoftext|>", b"\xef\xbb\xbf"
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DamagedFile, UserError, unknown
+from ..errors import UserError, unknown
 from ..storage import read_text
-from .reference_set import ReferenceSet, Rows, Sample, is_rows, open_file, sample_of
+from .reference_set import ReferenceSet, Rows, Sample, is_rows, sample_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def gather(
         UserError: an unknown source, a file that does not fit, or fewer samples than asked for (the message says how many).
     """
     require_source(request.source)
-    read = _SOURCES.get(request.source) or _from_file
+    read = _SOURCES.get(request.source) or _read_file
     found = (
         _repetitive(request, read, tokenizer, score)
         if request.choose_by == "repetition"
@@ -145,7 +145,7 @@ def _repetitive(
     return list(chosen.values())[: request.count]
 
 
-def _from_file(
+def _read_file(
     request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
 ) -> list[Sample]:
     if request.seq_len:
@@ -311,20 +311,9 @@ def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence
         found = gather(Request(name, count or 300, split=split)).samples
         return [(sample.text or "") + (sample.completion or "") for sample in found]
     if not is_rows(name):
-        return [_whole_text(name)][:count]
+        return [read_text(name)][:count]
     texts = _Texts(name)
     return texts if count is None else texts[:count]
-
-
-def _whole_text(path: str) -> str:
-    """A text file as one text; gzip is unpacked."""
-    if Path(path).suffix.lower() != ".gz":
-        return read_text(path)
-    with open_file(path) as opened:
-        try:
-            return opened.read().decode("utf-8-sig").replace("\r\n", "\n")
-        except UnicodeDecodeError:
-            raise DamagedFile(f"{path} is not UTF-8 text; convert it first") from None
 
 
 def _cut_each_seed(
@@ -399,11 +388,11 @@ def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score
     for row in fresh:
         batch.append(cast(str, sample_of(row, request.source).text))
         if len(batch) == AT_ONCE:
-            chosen += _by_completion(batch, score, low, high)
+            chosen += _choose_by_completion(batch, score, low, high)
             batch = []
             if len(chosen) >= request.count:
                 break
-    chosen += _by_completion(batch, score, low, high) if len(chosen) < request.count else []
+    chosen += _choose_by_completion(batch, score, low, high) if len(chosen) < request.count else []
     return chosen[: request.count]
 
 
@@ -418,7 +407,7 @@ def _fresh_prompts(rows: Iterable[dict[str, Any]], request: Request) -> Iterator
             yield row
 
 
-def _by_completion(prompts: list[str], score: Score, low: float, high: float) -> list[Sample]:
+def _choose_by_completion(prompts: list[str], score: Score, low: float, high: float) -> list[Sample]:
     scored = score(prompts) if prompts else []
     return [
         Sample(text=prompt, completion=completion)

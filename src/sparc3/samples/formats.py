@@ -1,4 +1,4 @@
-"""Files of samples in other formats than JSON lines and plain text: CSV, TSV, Parquet, JSON arrays, and gzip around any of them."""
+"""Formats of sample files: which one a file has, gzip around it, and reading CSV, TSV, Parquet and JSON arrays."""
 
 import csv
 import gzip
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import UserError
+from ..storage import GZIP
 
 JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
 PLAIN_TEXT = (".txt", ".text", ".raw", ".md")
@@ -22,6 +23,9 @@ COLUMNS = ("text", "prompt", "input_ids")
 """A table has one of these columns; `target`, `contrast`, `completion` and `continuation` are read beside it."""
 UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".arrow", ".feather", ".xlsx", ".tar")
 START = 65_536
+"""Bytes that are looked at to tell a format by its content."""
+MAX_LINE = 10_000_000
+"""Longest sample that is read, in bytes: more is a mistake or an attack."""
 
 
 def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
@@ -30,9 +34,9 @@ def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
     Raises:
         UserError: the gzip file is truncated or damaged.
     """
-    magic = opened.read(2)
+    packed_file = opened.read(len(GZIP)) == GZIP
     opened.seek(0)
-    if magic != b"\x1f\x8b":
+    if not packed_file:
         return opened
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it)
     try:
@@ -105,13 +109,16 @@ def read_table(opened: BinaryIO, form: str, path: str | os.PathLike[str]) -> lis
 
 def _records(opened: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a table with a header; an empty cell counts as absent."""
-    csv.field_size_limit(10_000_000)
-    lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"line {reader.line_num} has another number of cells than the header")
-        yield reader.line_num, {key: cell for key, cell in row.items() if cell != ""}
+    limit_before = csv.field_size_limit(MAX_LINE)  # of the whole process
+    try:
+        lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} has another number of cells than the header")
+            yield reader.line_num, {key: cell for key, cell in row.items() if cell != ""}
+    finally:
+        csv.field_size_limit(limit_before)
 
 
 def _objects(opened: BinaryIO, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
