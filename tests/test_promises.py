@@ -12,7 +12,7 @@ import sparc3
 
 SOURCE = Path(sparc3.__file__).parent
 LAYERS = [
-    {"safe_text", "errors", "storage", "distributed", "settings"},
+    {"safe_text", "errors", "storage", "distributed", "progress", "settings"},
     {"demo", "models", "samples", "scores", "results"},
     {"circuits", "attribution", "evaluation"},
     {"report", "checkpoints", "doctor"},

@@ -15,6 +15,7 @@ from ..models.load import context_length, describe, vocabulary_size
 from ..models.memory import out_of_memory, remember, room, too_large
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, sites_of
+from ..progress import Progress
 from ..samples.batches import Batch, Encoded, encode, make_batches, parse_target, token_budget
 from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
@@ -87,7 +88,7 @@ def attribute(
         save_every: seconds between two savings of the sums; more where they are so large that saving would take over 5 % of the time.
         shard: (2, 3) looks at the second third of the samples only (every third from the second on), and leaves its sums in `partial`, for
             `merge`. The scores returned are those of that share.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal, and elsewhere log a line a minute.
 
     Returns:
         Scores, one float32 tensor a site: [out] for neurons, [heads] for heads, [out, in] for weights, however the module stores them.
@@ -324,20 +325,13 @@ def _run_batches(
     progress: bool,
 ) -> None:
     """Run the method over all batches; one that does not fit into memory is halved, and so are those to come of its size."""
-    from tqdm import tqdm
-
     assert method.run
     waiting, settings = list(reversed(batches)), sums.settings
     automatic = settings.gradient_checkpointing == "auto" and method.targeted
     if automatic:
         longest = max((length for batch in batches for length in batch.lengths), default=0)
         settings = replace(settings, gradient_checkpointing=_least_checkpointing(model, settings, longest))
-    with tqdm(
-        total=sum(len(b.samples) for b in batches),
-        desc=method.name,
-        unit="sample",
-        disable=not progress or not distributed.is_main(),
-    ) as bar:
+    with Progress(sum(len(b.samples) for b in batches), method.name, "sample", show=progress) as bar:
         while waiting:
             try:
                 # Closed here and now: the generator holds the model's patches, also where saving the sums raises.

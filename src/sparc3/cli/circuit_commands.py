@@ -1,7 +1,6 @@
 """Scores of units: attribute and merge."""
 
 import argparse
-import sys
 
 from .. import distributed
 from ..errors import UserError
@@ -132,7 +131,7 @@ def _attribute(args: argparse.Namespace) -> None:
         non_finite=args.non_finite,
         sums_dtype=args.sums_dtype,
         sums_device=args.sums_device,
-        progress=sys.stderr.isatty(),
+        progress=True,
         partial=args.out if shard else f"{args.out}.partial",
         shard=shard,
     )

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from .. import distributed
@@ -59,7 +58,7 @@ def _demo(args: argparse.Namespace) -> None:
     from ..experiment.run import run
 
     quiet_transformers()
-    _show(run("demo", args.out, progress=sys.stderr.isatty()), args.out)
+    _show(run("demo", args.out, progress=True), args.out)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -70,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
 
     quiet_transformers()
     out = args.out or f"runs/{recipe.name}"
-    _show(run(recipe, out, resume=not args.no_resume, progress=sys.stderr.isatty()), out)
+    _show(run(recipe, out, resume=not args.no_resume, progress=True), out)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -92,7 +91,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if circuit and not args.force:
         circuit.require_model(model)
     variants = {"ablated": lambda: ablated(model, circuit)} if circuit else None
-    results = evaluate(model, tokenizer, asked, variants=variants, progress=sys.stderr.isatty())
+    results = evaluate(model, tokenizer, asked, variants=variants, progress=True)
     if not distributed.is_main():
         return
     results.save(args.out)

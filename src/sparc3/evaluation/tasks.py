@@ -119,12 +119,16 @@ def repetition(
 
 
 def response_scores(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_new_tokens: int,
+    progress: bool = False,
 ) -> Score:
     """Prompts → this model's own greedy responses with their RUR, for choose_by: repetition."""
 
     def score(prompts: list[str]) -> list[tuple[str, float | None]]:
-        written = [texts[0] for texts in complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens)]
+        made = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
+        written = [texts[0] for texts in made]
         return [
             (text, uniqueness(list(tokenizer(text, add_special_tokens=False)["input_ids"])) if text else None)
             for text in written

@@ -54,14 +54,16 @@ def _add_second(measured: Reading, scorer: Scorer) -> None:
 
 
 def completion_scores(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: ToxicitySettings
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: ToxicitySettings,
+    progress: bool = False,
 ) -> Score:
     """Prompts → this model's own greedy completions with their toxicity, for choose_by: completion."""
 
     def score(prompts: list[str]) -> list[tuple[str, float | None]]:
-        written = [
-            texts[0] for texts in complete(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens)
-        ]
+        made = complete(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, progress=progress)
+        written = [texts[0] for texts in made]
         return list(zip(written, make_scorer(settings.scorer, device_of(model))(written), strict=True))
 
     return score

@@ -24,6 +24,7 @@ from ..models.families import ROLES
 from ..models.load import context_length, describe, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, family_of, layers_of, sites_of
+from ..progress import Progress
 from ..recipe.schema import SEQUENTIAL, Compress
 from ..results import Results
 from ..samples.batches import Batch, encode, make_batches
@@ -76,8 +77,6 @@ def prune_sequentially(
     Raises:
         UserError: as `attribute` and `select` do.
     """
-    from tqdm import tqdm
-
     if scope == "global":
         raise UserError(
             "a sequential pruning has no scope global, since later layers are not known yet; use row, site, or n:m such as 2:4"
@@ -99,14 +98,9 @@ def prune_sequentially(
             capture_layer_inputs(model, batch)
             for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model))
         ]
-        for index, layer in enumerate(
-            tqdm(
-                list(layers_of(model)),
-                desc="pruning",
-                unit="layer",
-                disable=not progress or not distributed.is_main(),
-            )
-        ):
+        layers = list(layers_of(model))
+        shown = removed.enter_context(Progress(len(layers), "pruning", "layer", show=progress))
+        for index, layer in enumerate(shown.each(layers)):
             scores = layer_scores(layer, [site for site in where if site.layer == index], flows, described)
             part = select(scores, fraction=fraction, scope=scope)
             members |= part.members

@@ -63,9 +63,9 @@ def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> Ref
     settings = ToxicitySettings(scorer=spec.scorer, max_new_tokens=spec.max_new_tokens, source=spec.source)
     asked = {"spec": spec.model_dump(), "taken": sorted(request.taken)}
     if spec.choose_by == "repetition":
-        score = response_scores(work.model, work.tokenizer, spec.max_new_tokens)
+        score = response_scores(work.model, work.tokenizer, spec.max_new_tokens, work.progress)
     else:
-        score = completion_scores(work.model, work.tokenizer, settings)
+        score = completion_scores(work.model, work.tokenizer, settings, work.progress)
     return _samples(work, name, asked, spec.source, lambda: gather(request, work.tokenizer, score))
 
 

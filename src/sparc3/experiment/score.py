@@ -18,6 +18,7 @@ from ..circuits.select import contrast, count_candidates, exclude, select
 from ..errors import NonFinite, UserError
 from ..evaluation.perplexity import Window, negative_log_likelihoods
 from ..evaluation.statistics import finite
+from ..progress import Progress
 from ..samples.batches import join_completions
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
@@ -261,9 +262,11 @@ def protect_units(work: RunContext) -> None:
             "the model's perplexity on general samples is not finite; load it in bfloat16 or float32"
         )
     found = {}
-    for name, index in _select_suspects(work, samples):
-        with ablated(work.model, Circuit("neuron", {name: (index,)})):
-            found[name, index] = _measure_perplexity(work, windows) / before
+    suspects = _select_suspects(work, samples)
+    with Progress(len(suspects), "protection", "neuron", show=work.progress) as shown:
+        for name, index in shown.each(suspects):
+            with ablated(work.model, Circuit("neuron", {name: (index,)})):
+                found[name, index] = _measure_perplexity(work, windows) / before
     kept = {unit: ratio for unit, ratio in found.items() if ratio >= RATIO}
     members = {
         name: tuple(sorted(index for other, index in kept if other == name))

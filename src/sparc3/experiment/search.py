@@ -16,6 +16,7 @@ from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import fingerprint_of, measure
 from ..evaluation.metrics import KLSettings, PerplexitySettings, Prepared, require_metric
 from ..evaluation.statistics import measurement
+from ..progress import Progress
 from ..recipe.schema import Tune
 from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.sources import corpus, is_path, overlap
@@ -195,9 +196,10 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
     }
     tried: list[Candidate] = []
     ways: list[tuple[ScoringSpec, Circuit, Scores, dict[str, Scores]]] = []
+    shown = Progress(work_list.count_candidates_tried(work.recipe), "search", "candidate", show=work.progress)
     for contrasted, sets in _iterate_contrasts(work, parts):
         scores = contrast_parts(work, contrasted, sets)
-        for how, count, rounds, circuit in _iterate_circuits(work, contrasted, scores):
+        for how, count, rounds, circuit in shown.each(_iterate_circuits(work, contrasted, scores)):
             figures = trials.of(circuit, original)
             if "perplexity" not in figures:
                 work.warnings.append(
@@ -209,6 +211,7 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
             _log_candidate(candidate, trials.aim[0])
             tried.append(candidate)
             ways.append((how, circuit, scores, sets))
+    shown.close()
     best = _choose_best(tried, trials, original)
     summary = {
         **_summarize(tried, best, trials, original),

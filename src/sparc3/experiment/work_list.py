@@ -139,6 +139,11 @@ def circuit_sizes_tried(recipe: Recipe) -> list[tuple[int, int, float]]:
     ]
 
 
+def count_candidates_tried(recipe: Recipe) -> int:
+    """At most so many circuits a search tries; fewer where a contrast has too few candidates for one."""
+    return len(attributions_tried(recipe)) * len(contrasts_tried(recipe)) * len(circuit_sizes_tried(recipe))
+
+
 def search_aim(recipe: Recipe) -> tuple[str, PromptSettings]:
     """The metric that a search betters, and its settings on validation prompts."""
     metrics, tune = recipe.metrics(), recipe.selection.tune

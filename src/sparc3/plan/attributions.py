@@ -174,9 +174,7 @@ def evaluations(recipe: Recipe, units: int, sites: Sequence[Site]) -> Evaluation
     trials = 0
     if tune:
         whole = "aura" in work_list.rival_methods(recipe)
-        trials = 1 + len(work_list.attributions_tried(recipe)) * len(work_list.contrasts_tried(recipe)) * len(
-            work_list.circuit_sizes_tried(recipe)
-        )
+        trials = 1 + work_list.count_candidates_tried(recipe)
         trials += len(work_list.rival_methods(recipe)) * len(work_list.counts_tried(recipe)) + whole
         notes.append(
             f"every candidate of the search taken to be measured whole, and its best to have {count} units"

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import distributed
 from ..errors import UserError, unknown
 from ..models.memory import in_batches
+from ..progress import Progress
 from .reference_set import ReferenceSet, Sample
 
 if TYPE_CHECKING:
@@ -255,17 +256,13 @@ def run_longest_first(
     Args:
         size: items in a batch at the start; halved when they do not fit into memory.
         of: the model and the kind of work, for which it is remembered what fits.
-        label, unit: what the progress bar shows.
+        label, unit: what the progress shows.
 
     Returns:
         one result an item, in the items' order; the same on every rank.
     """
-    from tqdm import tqdm
-
     order = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
-    with tqdm(
-        total=len(items), desc=label, unit=unit, disable=not progress or not distributed.is_main()
-    ) as bar:
+    with Progress(len(distributed.stride(order)), label, unit, show=progress) as bar:
 
         def run_batch(places: Sequence[int]) -> list[Result]:
             return work([items[i] for i in places])
