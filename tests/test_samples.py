@@ -135,6 +135,7 @@ def test_other_hub_sources_read_through_the_same_api(
         lambda seed, **where: stream(seed, path="json", data_files=str(files[where["path"]]), split="train"),
     )
     assert corpus("wikitext2") == [row["text"] for row in wiki]
+    assert corpus("wikitext2", count=3) == [row["text"] for row in wiki[:3]]
     cut = gather(Request("wikitext2", 5, seq_len=64), demo[1])
     assert {len(s.input_ids or ()) for s in cut} == {64}
     toxic = gather(Request("realtoxicityprompts", 10, choose_by="prompt", min_toxicity=0.8))

@@ -149,7 +149,10 @@ def _read_file(
     request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
 ) -> list[Sample]:
     if request.seq_len:
-        return _cut_each_seed(request, tokenizer, lambda seed: _in_order_of(corpus(request.source), seed))
+        texts = corpus(request.source)
+        if is_wikitext(request.source):
+            texts = ["\n\n".join(texts)]
+        return _cut_each_seed(request, tokenizer, lambda seed: _in_order_of(texts, seed))
     rows = Rows(request.source)
     if request.choose_by:
         return toxic_prompts((row for _, row in _in_order_of(rows, request.seeds[0])), request, score)
@@ -299,11 +302,23 @@ def _wikitext_lines(split: str) -> list[str]:
     ]
 
 
+def is_wikitext(name: str) -> bool:
+    """Whether a file has the format of WikiText's raw files: a line a paragraph, "= heading =", tokens apart by spaces."""
+    return name.lower().removesuffix(".gz").endswith(".raw")
+
+
 def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence[str]:
-    """The texts that perplexity is measured on: of a source, or of a file (a text file without marks is one text)."""
+    """The texts that perplexity is measured on: the first `count` of a source, or of a file.
+
+    A plain text file is one text. WikiText's own files (`.raw`) have the rows that the hub's data set has, so that both
+    give the same perplexity: its rows joined by blank lines, as SparseGPT's and Wanda's code has it.
+    """
     require_source(name)
     if name == "wikitext2":
-        return _wikitext_lines(split)
+        return _wikitext_lines(split)[:count]
+    if is_wikitext(name):
+        lines = read_text(name).splitlines(keepends=True)
+        return [line if line.strip() else "" for line in lines][:count]
     if name == "c4":
         rows = stream(None, path="allenai/c4", name="en", split="validation" if split == "test" else "train")
         return [row["text"] for row, _ in zip(rows, range(count or 1100), strict=False)]
