@@ -61,8 +61,9 @@ class ReferenceSet:
 
     @property
     def repeated(self) -> int:
-        """How many samples are the same as an earlier one; each counts again in every mean."""
-        return len(self.samples) - len(set(self.samples))
+        """How many samples are the same as an earlier one; each counts again in every mean. Blank lines are not counted."""
+        written = [sample for sample in self.samples if sample.text is None or sample.text.strip()]
+        return len(written) - len(set(written))
 
     @property
     def fingerprint(self) -> str:
