@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sparc3 import run
 
 pytestmark = [
@@ -92,4 +93,6 @@ def test_compress(tmp_path: Path) -> None:
     worst = max(perplexities, key=perplexities.__getitem__)
     assert worst.startswith("magnitude")
     sparsities = figures(tmp_path / "run", "sparsity")
-    assert all(share == pytest.approx(0.5, abs=0.01) for name, share in sparsities.items() if name != "original")
+    assert all(
+        share == pytest.approx(0.5, abs=0.01) for name, share in sparsities.items() if name != "original"
+    )
