@@ -24,8 +24,8 @@ from sparc3.models.sites import family_of
 class Spoken(Words):
     pad_token_id = eos_token_id = 0
 
-    def decode(self, ids: torch.Tensor, **_: Any) -> str:
-        return " ".join(f"w{token}" for token in ids.tolist())
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(f"w{token}" for token in ids)
 
 
 def rows_seen(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:

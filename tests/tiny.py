@@ -1,5 +1,6 @@
 """Tiny random models, one of each family, whose every parameter matters: biases, gains and positions are not what they start as."""
 
+import re
 import types
 from typing import Any
 
@@ -250,4 +251,7 @@ class Words:
     """A tokenizer that reads "w5 w7" as tokens 5 and 7."""
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [int(word[1:]) for word in text.split()]}
+        return {"input_ids": [int(word) for word in re.findall(r"w(\d+)", text)]}
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return " ".join(f"w{token}" for token in ids)

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import UserError
 from ..models.load import load_config, load_tokenizer, load_weights, require_loadable
 from ..models.sites import DTYPES
+from ..samples.tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def _ids(model: "PreTrainedModel", name: str) -> tuple[list[list[int]], tuple[st
     """The texts as the model's own tokenizer reads them. Where no tokenizer was saved, transformers may well make an empty one."""
     try:
         tokenizer = load_tokenizer(name)
-        ids = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
+        ids = [list(tokenize(text, tokenizer)) for text in TEXTS]
     except UserError:
         ids = [[]]
     if all(len(one) > 1 and max(one) < model.config.vocab_size for one in ids):

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from ..models.load import context_length, vocabulary_size
 from ..models.offloading import device_of
 from ..samples.batches import run_longest_first
 from ..samples.reference_set import ReferenceSet
+from ..samples.tokens import decode_after, read_sample, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,17 +60,12 @@ class _Finite:
 def read_prompts(
     samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[str | tuple[int, ...]], list[str]]:
-    """Of each sample what `complete` continues, its token ids where it has some and else its text; and its text for people."""
-    prompts: list[str | tuple[int, ...]] = []
-    texts = []
-    for sample in samples:
-        if sample.input_ids is not None:
-            prompts.append(sample.input_ids)
-            texts.append(str(tokenizer.decode(list(sample.input_ids), skip_special_tokens=True)))
-        else:
-            prompts.append(sample.text or "")
-            texts.append(sample.text or "")
-    return prompts, texts
+    """Of each sample what `complete` continues, its token ids; and its text for people."""
+    read = [
+        read_sample(replace(sample, completion=None), tokenizer, f"sample {i}")
+        for i, sample in enumerate(samples)
+    ]
+    return [one.prompt for one in read], [one.text for one in read]
 
 
 def complete(
@@ -96,9 +93,7 @@ def complete(
     """
     rows = [(prompt, k) for prompt in prompts for k in range(generations)]
     encoded = {
-        prompt: list(prompt)
-        if isinstance(prompt, tuple)
-        else list(tokenizer(prompt, verbose=False)["input_ids"])
+        prompt: list(prompt) if isinstance(prompt, tuple) else list(tokenize(prompt, tokenizer))
         for prompt in prompts
     }
     if empty := [place for place, prompt in enumerate(prompts) if not encoded[prompt]]:
@@ -190,6 +185,6 @@ def _generate_batch(
         )
     lost = finite.lost.tolist() if finite.lost is not None else [False] * len(rows)
     return [
-        "" if gone else tokenizer.decode(row, skip_special_tokens=True)
-        for row, gone in zip(made[:, width:], lost, strict=True)
+        "" if gone else decode_after(prompt, new_ids, tokenizer)
+        for (prompt, _), new_ids, gone in zip(rows, made[:, width:].tolist(), lost, strict=True)
     ]

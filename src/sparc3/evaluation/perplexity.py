@@ -14,7 +14,8 @@ from ..models.load import context_length
 from ..models.memory import logits_at
 from ..models.offloading import device_of
 from ..samples.batches import run_longest_first
-from ..samples.reference_set import ReferenceSet
+from ..samples.reference_set import ReferenceSet, Sample
+from ..samples.tokens import read_sample, tokenize
 from .metrics import FluencySettings, KLSettings, Metric, MetricContext, PerplexitySettings, Reading, register
 from .statistics import Observations, finite
 
@@ -90,7 +91,7 @@ def _token_ids(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> l
         return [token for sample in samples for token in sample.input_ids or ()]
     if any(sample.input_ids is not None for sample in samples):
         raise UserError("perplexity: the source mixes texts and token ids; give one kind")
-    return list(tokenizer("\n\n".join(sample.text or "" for sample in samples), verbose=False)["input_ids"])
+    return list(tokenize("\n\n".join(sample.text or "" for sample in samples), tokenizer))
 
 
 def _within(size: int, context: int, name: str) -> int:
@@ -279,9 +280,8 @@ def fluency(
 
 def _window(tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str, context: int) -> Window | None:
     """Prompt and continuation, of which only the latter is predicted; None of an empty one."""
-    head: Any = tokenizer(prompt, verbose=False)["input_ids"]
-    tail: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-    tail = tail[: max(0, context - len(head))]
+    read = read_sample(Sample(text=prompt, completion=text), tokenizer)
+    head, tail = read.prompt, read.completion[: max(0, context - len(read.prompt))]
     return ((*head, *tail), len(tail)) if tail and head else None
 
 

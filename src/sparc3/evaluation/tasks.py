@@ -1,5 +1,6 @@
 """Indirect object identification, or any task of a text, a target token and a contrast token."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,9 @@ from ..models.memory import in_batches, logits_at
 from ..models.offloading import device_of
 from ..models.sites import family_of, sites_of
 from ..samples.batches import Encoded, encode
-from ..samples.reference_set import ReferenceSet
+from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.sources import Score
+from ..samples.tokens import read_sample
 from .generate import complete, read_prompts
 from .metrics import IOISettings, Metric, Reading, RepetitionSettings, SparsitySettings, register
 from .statistics import Observations, finite
@@ -91,7 +93,8 @@ def repetition(
         )
     ]
     tokens = [
-        list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else [] for text in written
+        list(read_sample(replace(sample, completion=text), tokenizer).completion)
+        for sample, text in zip(samples, written, strict=True)
     ]
     unique = [uniqueness(ids) for ids in tokens]
     failures = unique.count(None)
@@ -130,8 +133,8 @@ def response_scores(
         made = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
         written = [texts[0] for texts in made]
         return [
-            (text, uniqueness(list(tokenizer(text, add_special_tokens=False)["input_ids"])) if text else None)
-            for text in written
+            (text, uniqueness(list(read_sample(Sample(text=prompt, completion=text), tokenizer).completion)))
+            for prompt, text in zip(prompts, written, strict=True)
         ]
 
     return score

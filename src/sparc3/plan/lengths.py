@@ -1,6 +1,6 @@
 """How long the samples are: read where they are at hand, assumed, and said so, where they are on the hub or the model would choose them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
 from ..samples.batches import Encoded, parse_target
 from ..samples.sources import Request, corpus, gather, is_path
+from ..samples.tokens import read_sample, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,11 +132,8 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
         found = gather(Request(spec.source, count, spec.split, seeds=seeds), tokenizer)
         return Lengths(
             tuple(
-                (
-                    _tokens(s.input_ids, s.text, tokenizer),
-                    written or _tokens(None, s.completion, tokenizer, False),
-                )
-                for s in found
+                (max(1, len(one.prompt)), written or max(1, len(one.completion)))
+                for one in (read_sample(sample, tokenizer) for sample in found)
             )
         )
     text = PROMPTS.get(spec.source, 32)
@@ -145,20 +143,6 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
 def by_model(spec: Any) -> bool:
     """Whether samples are chosen by what the model writes."""
     return getattr(spec, "choose_by", None) in ("completion", "repetition")
-
-
-def _tokens(
-    ids: Sequence[int] | None, text: str | None, tokenizer: "PreTrainedTokenizerBase", special: bool = True
-) -> int:
-    """Of a text, with the marks around it where `special`; 1 where there is none."""
-    return max(
-        1,
-        len(ids)
-        if ids is not None
-        else len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-        if text
-        else 1,
-    )
 
 
 def of_tasks(settings: HarnessSettings) -> Lengths:
@@ -181,4 +165,4 @@ def of_text(spec: Any, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int
 
 
 def _count_joined(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> int:
-    return len(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
+    return len(tokenize("\n\n".join(texts), tokenizer))

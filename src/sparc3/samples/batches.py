@@ -1,7 +1,7 @@
 """From samples to token batches: what is fed in, and which logits are the target y of each sample."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import UserError, unknown
 from ..models.memory import in_batches
 from ..progress import Progress
 from .reference_set import ReferenceSet, Sample
+from .tokens import plain_ids, read_sample, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,71 +120,85 @@ def _encode(
     index: int, sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", target: str, first: int | None
 ) -> Encoded:
     where = f"sample {index}"
-    ids = _ids(sample, tokenizer, where)
-    last = len(ids) - 1
-    if target == "predicted":
-        return Encoded(index, ids, (last,))
-    if target == "next":
+    if target in ("label", "contrast"):
+        ids, labels = _read_labels(
+            sample, ("target", "contrast")[: 1 + (target == "contrast")], tokenizer, where
+        )
+        return Encoded(index, ids, (len(ids) - 1,), labels[:1], labels[1:] or None)
+    if target != "completion":
+        ids = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, where).prompt, where)
+        last = len(ids) - 1
+        if target == "predicted":
+            return Encoded(index, ids, (last,))
         if len(ids) < 2:
             raise UserError(f"{where} has one token; target next needs at least two")
         return Encoded(index, ids, tuple(range(last)), ids[1:])
-    if target == "completion":
-        answer = _pieces(sample.completion, "completion", tokenizer, where)[:first]
-        # The last target token is predicted at the position before it, so it is not fed in.
-        return Encoded(index, ids + answer[:-1], tuple(range(last, last + len(answer))), answer)
-    label = _one_token(sample.target, "target", tokenizer, where)
-    against = (_one_token(sample.contrast, "contrast", tokenizer, where),) if target == "contrast" else None
-    return Encoded(index, ids, (last,), (label,), against)
+    _require_key(sample, "completion", where)
+    tokens = read_sample(sample, tokenizer, where)
+    ids, answer = tokens.prompt, tokens.completion[:first]
+    if not answer:
+        raise UserError(f'{where}: its "completion" has no token')
+    if not ids:
+        raise UserError(
+            f"{where}: its text and completion begin with one token that is part of both, so nothing stands before the completion; "
+            "give more text, or a completion that begins with a space"
+        )
+    # The last target token is predicted at the position before it, so it is not fed in.
+    return Encoded(index, ids + answer[:-1], tuple(range(len(ids) - 1, len(ids) - 1 + len(answer))), answer)
 
 
 def join_completions(
     samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[Sample, ...]:
-    """Each sample as the token ids of its text and of its completion, if it has one, tokenised apart and joined."""
+    """Each sample as the token ids of its text with its completion, if it has one."""
     made = []
     for index, sample in enumerate(samples):
-        ids = _ids(sample, tokenizer, where := f"sample {index}")
-        made.append(
-            Sample(
-                input_ids=ids
-                + (_pieces(sample.completion, "completion", tokenizer, where) if sample.completion else ())
-            )
-        )
+        tokens = read_sample(sample, tokenizer, where := f"sample {index}")
+        made.append(Sample(input_ids=_require_tokens(tokens.prompt + tokens.completion, where)))
     return tuple(made)
 
 
-def _ids(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> tuple[int, ...]:
-    if sample.input_ids is not None:
-        ids = sample.input_ids
-    elif tokenizer is None:
-        raise UserError(f"{where} is a text; give the model's tokenizer, or token ids")
-    else:
-        ids = tuple(tokenizer(sample.text, verbose=False)["input_ids"])
+def _require_tokens(ids: tuple[int, ...], where: str) -> tuple[int, ...]:
     if not ids:
         raise UserError(f"{where} has no token")
     return ids
 
 
-def _pieces(
-    text: str | None, key: str, tokenizer: "PreTrainedTokenizerBase | None", where: str
-) -> tuple[int, ...]:
+def _require_key(sample: Sample, key: str, where: str) -> str:
+    text = getattr(sample, key)
     if text is None:
         raise UserError(f'{where} has no "{key}", which this target needs; add it, or choose another target')
+    return str(text)
+
+
+def _read_labels(
+    sample: Sample, keys: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None", where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The prompt's ids, and the one token that each key's string is: after the prompt if it is one there, else alone."""
+    texts = [_require_key(sample, key, where) for key in keys]
+    alone = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, where).prompt, where)
     if tokenizer is None:
-        raise UserError(f'{where} has a "{key}" string; give the model\'s tokenizer')
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise UserError(f'{where}: its "{key}" has no token')
-    return ids
+        raise UserError(f'{where} has a "{keys[0]}" string; give the model\'s tokenizer')
 
+    def join(text: str) -> tuple[int, ...]:
+        if sample.text is not None:
+            return tokenize(sample.text + text, tokenizer)
+        return alone + read_sample(replace(sample, completion=text), tokenizer, where).completion
 
-def _one_token(text: str | None, key: str, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> int:
-    ids = _pieces(text, key, tokenizer, where)
-    if len(ids) != 1:
-        raise UserError(
-            f'{where}: "{key}" {text!r} is {len(ids)} tokens, not one; choose a word that is a single token (mind the leading space)'
-        )
-    return ids[0]
+    joined = [join(text) for text in texts]
+    for head in (alone, tokenize((sample.text or "").rstrip(" "), tokenizer)):
+        if head and all(ids[:-1] == head for ids in joined):
+            return head, tuple(ids[-1] for ids in joined)
+    labels = []
+    for key, text, whole in zip(keys, texts, joined, strict=True):
+        ids = plain_ids(text, tokenizer)
+        if len(ids) != 1:
+            many = len(whole) - len(alone) if whole[: len(alone)] == alone else len(ids)
+            raise UserError(
+                f'{where}: "{key}" {text!r} is {many} tokens, not one; choose a word that is a single token (mind the leading space)'
+            )
+        labels.append(ids[0])
+    return alone, tuple(labels)
 
 
 def _truncate(encoded: Encoded, context: int, target: str) -> Encoded:

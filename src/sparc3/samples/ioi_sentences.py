@@ -6,9 +6,10 @@ split, by a hash of its words.
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .tokens import plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +122,7 @@ def sentences(
 
 
 def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, ...]) -> dict[str, str]:
-    """Word → the string that, tokenised apart, is the one token the word has in a sentence."""
+    """Word → the string that adds to a sentence the one token that the word has there."""
     found = {word: text for word in words if (text := _find_single_token(tokenizer, word))}
     if len(found) < LEAST[kind]:
         there = f" ({', '.join(found)})" if found else ""
@@ -133,14 +134,8 @@ def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, .
 
 
 def _find_single_token(tokenizer: "PreTrainedTokenizerBase", word: str) -> str | None:
-    def ids(text: str) -> list[int]:
-        encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return list(encoded)
-
-    before, whole = ids("gave it to"), ids(f"gave it to {word}")
-    if whole[:-1] != before:
-        return None
-    return next((text for text in (f" {word}", word) if ids(text) == whole[-1:]), None)
+    before, whole = (plain_ids(text, tokenizer) for text in ("gave it to", f"gave it to {word}"))
+    return f" {word}" if whole[:-1] == before else None
 
 
 def split_of(prompt: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import UserError, unknown
 from ..storage import read_text
 from .reference_set import ReferenceSet, Rows, Sample, is_rows, sample_of
+from .tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -363,7 +364,7 @@ def _cuts(
             len(text) < seq_len
         ):  # a token is at least one character in all but the oddest text, so this cannot be long enough
             continue
-        ids = cast(list[int], tokenizer(text, verbose=False)["input_ids"])
+        ids = tokenize(text, tokenizer)
         if len(ids) < seq_len:
             continue
         room = len(ids) // seq_len
@@ -373,7 +374,7 @@ def _cuts(
             if many > 1
             else [r.randint(0, len(ids) - seq_len)]
         ):
-            yield Sample(input_ids=tuple(ids[start : start + seq_len]))
+            yield Sample(input_ids=ids[start : start + seq_len])
             left -= 1
 
 

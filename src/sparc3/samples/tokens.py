@@ -1,0 +1,118 @@
+"""What a sample is to the model, its token ids, and to people, its text: asked here by every metric, source and stage.
+
+The tokens of a prompt and its completion are those of the joined text, as lm-evaluation-harness has it (`_encode_pair`): the whole is
+tokenised, the prompt alone says where the completion begins, and spaces at the prompt's end are the completion's, for most tokenizers have
+them in the next word's token. Where the boundary falls inside a token, that token is the completion's too (the harness would cut by number
+of tokens, and could lose it). Nothing closes a prompt, and it is opened once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .reference_set import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Ids = tuple[int, ...]
+PROBES = ("a", "the", "1", ".", "一")
+"""Texts by which it is found out what a tokenizer puts before and behind any text."""
+ANCHORS = ("a", ".", "\n")
+"""Texts after which a completion is read where its prompt has no text that gives its token ids again."""
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """A sample as the model and as people read it.
+
+    Attributes:
+        prompt: token ids of its text, or its own token ids.
+        completion: token ids that its completion adds to them; none where it has none.
+        text: the prompt for people.
+    """
+
+    prompt: Ids
+    completion: Ids
+    text: str
+
+
+def read_sample(
+    sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str = "a sample"
+) -> SampleTokens:
+    """Token ids of prompt and completion, and the prompt's text. Raises UserError where a text has no tokenizer."""
+    completion = sample.completion or ""
+    if sample.input_ids is not None:
+        text = decode(sample.input_ids, tokenizer) if tokenizer is not None else ""
+        added = _continue(sample.input_ids, completion, _require(tokenizer, where)) if completion else ()
+        return SampleTokens(sample.input_ids, added, text)
+    text = sample.text or ""
+    if not completion:
+        return SampleTokens(tokenize(text, _require(tokenizer, where)), (), text)
+    alone = tokenize(text.rstrip(" "), _require(tokenizer, where))
+    whole = tokenize(text + completion, _require(tokenizer, where))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole))
+    )
+    return SampleTokens(whole[:shared], whole[shared:], text)
+
+
+def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:
+    """Token ids of a text that more may follow: opened as the tokenizer opens a text, but once where it opens itself, and not closed."""
+    plain = plain_ids(text, tokenizer)
+    opening = _opening(tokenizer, text)
+    there = next(
+        (size for size in range(len(opening), 0, -1) if opening[-size:] == plain[:size]), 0
+    )  # <s> of a rendered chat
+    return opening[: len(opening) - there] + plain
+
+
+def plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:
+    """Token ids of a text alone, neither opened nor closed."""
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def decode(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> str:
+    """The text of token ids, with its special tokens or without, and no space mended away."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    )
+
+
+def decode_after(prompt: Sequence[int], new: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What new tokens add to the text of the prompt: alone, SentencePiece's decoders would take the first one's space away."""
+    before, whole = decode(prompt, tokenizer), decode([*prompt, *new], tokenizer)
+    return whole[len(before) :] if whole.startswith(before) else decode(new, tokenizer)
+
+
+def _opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> Ids:
+    """What the tokenizer puts before a text."""
+    for probe in (*PROBES, text):
+        plain = plain_ids(probe, tokenizer)
+        whole = tuple(tokenizer(probe, verbose=False)["input_ids"])
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return whole[:start]
+    return ()
+
+
+def _continue(ids: Ids, completion: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:
+    """Token ids of a completion of token ids, which stay as they are."""
+    for special in (False, True):
+        whole = decode(ids, tokenizer, special) + completion
+        for read in (tokenize(whole, tokenizer), plain_ids(whole, tokenizer)):
+            if read[: len(ids)] == ids:
+                return read[len(ids) :]
+    for anchor in ANCHORS:
+        before, both = plain_ids(anchor, tokenizer), plain_ids(anchor + completion, tokenizer)
+        if before and both[: len(before)] == before:
+            return both[len(before) :]
+    return plain_ids(completion, tokenizer)
+
+
+def _require(tokenizer: "PreTrainedTokenizerBase | None", where: str) -> "PreTrainedTokenizerBase":
+    if tokenizer is None:
+        raise UserError(f"{where} has a text; give the model's tokenizer, or token ids")
+    return tokenizer
