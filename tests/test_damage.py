@@ -600,8 +600,10 @@ def test_damaged_recipes_and_samples_on_the_command_line(tmp_path: Path, sparc3:
 
 def test_an_unfinished_file_of_the_run_is_made_again(tmp_path: Path) -> None:
     """Whatever stands under the name of a stage's output: damaged in any way, the stage is done again."""
-    from sparc3.experiment.run_folder import load_or_make
+    from sparc3.experiment.run_folder import RunContext, load_or_make
 
+    model: Any = None
+    work = RunContext(load_recipe("demo"), tmp_path, False, model, model, {})
     for kind in ("scores", "circuit", "samples", "evaluation"):
         name, write, load = KINDS[kind]
         owner: Any = {
@@ -615,7 +617,7 @@ def test_an_unfinished_file_of_the_run_is_made_again(tmp_path: Path) -> None:
         made = owner.load(path)
         for damaged in mutations(path.read_bytes(), 60, 3):
             path.write_bytes(damaged)
-            found = load_or_make(path, "made", owner.load, lambda _: "made", lambda: made)  # noqa: B023
+            found = load_or_make(work, name, "made", owner.load, lambda _: "made", lambda: made)  # noqa: B023
             assert load(path) is not None
             assert (found.fingerprint if kind == "scores" else found) == (
                 made.fingerprint if kind == "scores" else made

@@ -12,7 +12,7 @@ def add_to(add: Add) -> None:
     demo = add("demo", _demo, "the whole thing on the embedded model, offline, with a report")
     demo.add_argument("--out", default="sparc3-demo", help="run folder (default: %(default)s)")
 
-    run = add("run", _run, "run a recipe; resumes by itself")
+    run = add("run", _run, "run a recipe; resumes by itself, and after a change makes anew what it touches")
     run.add_argument(
         "recipe", help="a bundled recipe's name (see sparc3 recipes), or the path of a YAML file"
     )
@@ -24,7 +24,7 @@ def add_to(add: Add) -> None:
         metavar="a.b=c",
         help="change a setting of the recipe; may be repeated",
     )
-    run.add_argument("--no-resume", action="store_true", help="refuse a folder that holds this run already")
+    run.add_argument("--no-resume", action="store_true", help="refuse a folder that holds a run already")
 
     evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
     model_arguments(evaluate)

@@ -275,13 +275,14 @@ def _load_or_make_circuit(
     work: RunContext, name: str, fraction: float | None, made_from: str, make: Any
 ) -> tuple[Path, Circuit]:
     size = settings(work).scope.replace(":", "of") if fraction is None else f"{fraction:g}"
-    where = work.folder / f"circuits/{name}-{size}.safetensors"
+    name = f"circuits/{name}-{size}.safetensors"
 
     def mark() -> Circuit:
         made: Circuit = make()
         return replace(made, model=work.described, provenance={**made.provenance, "made_from": made_from})
 
-    return where, load_or_make(where, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), mark)
+    made = load_or_make(work, name, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), mark)
+    return work.folder / name, made
 
 
 def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float]) -> Results:

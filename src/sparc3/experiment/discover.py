@@ -257,7 +257,7 @@ def _save_circuit(
     if method != work.recipe.attribution.method or not distributed.is_main():
         return
     kept = difference(replace(everything, model=work.described), replace(removed[0], model=work.described))
-    kept.save(work.folder / f"circuits/{method}@{len(kept)}{kept.suffix}")
+    kept.save(work.claim(f"circuits/{method}@{len(kept)}{kept.suffix}"))
 
 
 def _provenance(work: RunContext, sizes: dict[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> Ref
         taken,
     )
     settings = ToxicitySettings(scorer=spec.scorer, max_new_tokens=spec.max_new_tokens, source=spec.source)
-    asked = {"spec": spec.model_dump(), "taken": sorted(request.taken)}
+    asked = {"spec": spec.model_dump(exclude={"target"}), "taken": sorted(request.taken)}
     if spec.choose_by == "repetition":
         score = response_scores(work.model, work.tokenizer, spec.max_new_tokens, work.progress)
     else:
@@ -94,9 +94,9 @@ def _samples(
     made_from = fingerprint(
         {**asked, "file": digest, "model": work.described["fingerprint"], "version": __version__}
     )
-    where = work.folder / f"samples/{name}.jsonl"
     found = load_or_make(
-        where,
+        work,
+        f"samples/{name}.jsonl",
         made_from,
         ReferenceSet.load,
         lambda s: s.source.get("made_from"),
@@ -244,7 +244,7 @@ def _evaluate(
         return made
 
     return load_or_make(
-        work.folder / f"evaluation/{place}.json", made_from, Evaluation.load, lambda e: e.made_from, make
+        work, f"evaluation/{place}.json", made_from, Evaluation.load, lambda e: e.made_from, make
     )
 
 
@@ -253,7 +253,7 @@ def _distribution(
 ) -> dict[str, Any]:
     """What the report draws of distributions/NAME.json, which is made unless it is there: role → how many scores are in each bin."""
     where, made_from = (
-        work.folder / f"distributions/{name}.json",
+        work.claim(f"distributions/{name}.json"),
         fingerprint(_made_from(work, samples, method, reduce)),
     )
     found = _read(where, made_from)

@@ -79,7 +79,7 @@ def load_or_make_evaluation(work: RunContext, variant: str, change: Intervention
         return made
 
     return load_or_make(
-        work.folder / f"evaluation/{variant}.json", made_from, Evaluation.load, lambda e: e.made_from, make
+        work, f"evaluation/{variant}.json", made_from, Evaluation.load, lambda e: e.made_from, make
     )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from .. import __version__, distributed
 from ..attribution.activations import capture, encode_whole
 from ..circuits.circuit import Circuit
 from ..errors import UserError
+from ..evaluation.evaluate import fingerprint_of
 from ..evaluation.statistics import measurement
 from ..models.offloading import device_of, value_of
 from ..models.sites import Site, down_sites, family_of, open_experts, sites_of
@@ -235,17 +237,22 @@ def write_cards(work: RunContext, found: SelectedCircuit) -> None:
             "contrast": found.contrast.fingerprint,
             "samples": samples.fingerprint,
             "settings": settings.model_dump(),
+            "on": fingerprint_of(work.prepared) if settings.alone else None,
             "version": __version__,
         }
     )
-    where = work.folder / "cards.json"
-    if distributed.first(where.is_file() and _made_from(work) == made_from):
+    where = work.claim("cards.json")
+    there = distributed.first(_read_cards(where) if where.is_file() else {})
+    if there.get("made_from") == made_from:
         log.info("cards.json is there")
+        work.used_again.append("cards.json")
+        for card in (card for card in there["cards"] if "alone" in card):
+            work.claim(f"evaluation/{_name_alone(card['module'], card['index'])}.json")
         return
 
     def alone(circuit: Circuit) -> dict[str, float]:
         ((module, indices),) = circuit.members.items()
-        made = load_or_make_evaluation(work, f"alone/{module}.{indices[0]}", circuit)
+        made = load_or_make_evaluation(work, _name_alone(module, indices[0]), circuit)
         figures = {o.metric: measurement(o, "alone").value for o in made.observations if o.metric in SHOWN}
         return {name: value for name, value in figures.items() if value is not None}
 
@@ -268,9 +275,14 @@ def write_cards(work: RunContext, found: SelectedCircuit) -> None:
     )
 
 
-def _made_from(work: RunContext) -> object:
+def _name_alone(module: str, index: int) -> str:
+    """The variant without one unit alone."""
+    return f"alone/{module}.{index}"
+
+
+def _read_cards(where: Path) -> dict[str, Any]:
     try:
-        return read_json(work.folder / "cards.json", FORMAT).get("made_from")
+        return read_json(where, FORMAT)
     except UserError as error:
         log.warning("%s; making it again", error)
-        return None
+        return {}

@@ -21,7 +21,7 @@ from . import compress, discover
 from .gather import gather_all
 from .measure import measure_variants
 from .neuron_cards import write_cards
-from .run_folder import RunContext, claim_folder, log_to_folder
+from .run_folder import RunContext, claim_folder, log_to_folder, tidy
 from .score import find_circuit, protect_units, scoring_of_recipe
 from .search import search_circuit
 
@@ -43,10 +43,11 @@ def run(
 
     Args:
         recipe: a bundled recipe's name, a YAML path, its content, or a Recipe.
-        resume: use what an earlier, unfinished or finished run of the same recipe left in `out`.
+        resume: go on with a run that `out` holds, finished or not. What fits the recipe is used again, whatever recipe made it; the rest
+            is made anew, and results of an earlier recipe are moved into `earlier/`. False refuses such a folder.
 
     Raises:
-        UserError: a recipe that does not fit, `out` holding another run, or one that is going on; prompts that are in a reference and an
+        UserError: a recipe that does not fit, `out` holding other files, or a run that is going on; prompts that are in a reference and an
             evaluation set.
     """
     loaded = load_recipe(recipe)
@@ -71,6 +72,7 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
     if distributed.is_main():
         results.save(folder / "results.json")
         log.info("report: %s", write_report(folder))
+        tidy(work)
     distributed.wait()
     log.info("done in %.0f s", time.perf_counter() - began)
     return results

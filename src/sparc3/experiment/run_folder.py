@@ -19,6 +19,7 @@ from ..safe_text import LineFormatter
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from ..storage import read_text, remove_leftovers, write_text
+from .changed_recipe import list_names, remove_strangers, take_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,10 +31,11 @@ Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
 
 @contextmanager
 def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process, after checking that the folder is this recipe's or empty.
+    """Hold the folder's lock, which dies with the process, after checking that the folder is a run's or empty.
 
     Raises:
-        UserError: the folder holds another run or other files, another process works in it, or it cannot be written.
+        UserError: the folder holds other files than a run's, or a run though `resume` is False; another process works in
+            it, or it cannot be written.
     """
     if not distributed.is_main():
         distributed.wait()
@@ -62,8 +64,10 @@ def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
                 folder,
                 error.strerror,
             )
-        _require_same(folder, recipe, resume)
+        _require_run(folder, resume)
         remove_leftovers(folder)
+        if (known := folder / "recipe.yaml").is_file() and read_text(known) != recipe.to_yaml():
+            take_over(folder, recipe)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         distributed.wait()
         yield
@@ -78,8 +82,8 @@ def _refuse_links(folder: Path) -> None:
             )
 
 
-def _require_same(folder: Path, recipe: Recipe, resume: bool) -> None:
-    known = folder / "recipe.yaml"
+def _require_run(folder: Path, resume: bool) -> None:
+    """Raise UserError where the folder holds something else than a run, or a run that is not to be gone on with."""
     others = [
         entry.name
         for entry in folder.iterdir()
@@ -87,15 +91,11 @@ def _require_same(folder: Path, recipe: Recipe, resume: bool) -> None:
     ]
     if not others:
         return
-    if not known.is_file():
+    if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} holds files ({others[0]}, …) that are not a run's; choose an empty --out")
-    if read_text(known) != recipe.to_yaml():
-        raise UserError(
-            f"{folder} holds another run (its recipe.yaml differs from this recipe); choose another --out, or remove it"
-        )
     if not resume:
         raise UserError(
-            f"{folder} holds this run already; leave out --no-resume to go on with it, or choose another --out"
+            f"{folder} holds a run already; leave out --no-resume to go on with it, or choose another --out"
         )
 
 
@@ -135,27 +135,42 @@ class _LogFile(logging.Handler):
 
 
 def load_or_make(
-    where: Path,
+    work: "RunContext",
+    name: str,
     made_from: str,
     load: Callable[[Path], Noun],
     is_of: Callable[[Noun], object],
     make: Callable[[], Noun],
 ) -> Noun:
-    """The noun at `where` if it was made from the same things, else a new one, which is saved there by rank 0."""
+    """The noun in the run folder's file `name` if it was made from the same things, else a new one, which is saved there by rank 0."""
     found: Noun | None = None
+    where = work.claim(name)
     if where.is_file():
         try:
             found = load(where)
         except UserError as error:  # also another kind of file: under this name, it is not what the run left
             log.warning("%s; making it again", error)
     if distributed.first(found is not None and is_of(found) == made_from):
-        log.info("%s is there", Path(*where.parts[-2:]))
+        log.info("%s is there", name)
+        work.used_again.append(name)
         return found or load(where)
+    if found is not None:
+        log.info("%s was made from something else; making it anew", name)
     made = make()
+    work.made.append(name)
     if distributed.is_main():
         made.save(where)
     distributed.wait()
     return made
+
+
+def tidy(work: "RunContext") -> None:
+    """At the end of a run: remove what earlier recipes left, and say what was used again, made and removed."""
+    removed = remove_strangers(work.folder, work.belongs)
+    if work.used_again:
+        log.info("used again: %d files; made anew: %s", len(work.used_again), list_names(work.made) or "none")
+    if removed:
+        log.info("removed, as this recipe has no use for it: %s", list_names(removed))
 
 
 # What every stage of a run needs: the recipe, the folder, the model.
@@ -177,6 +192,7 @@ class RunContext:
         noted: what stages add to the results' provenance.
         protected: units that no selection takes, because the model breaks without one of them.
         rivals: variant → the best that another method does under the same budget, found by the search.
+        belongs, made, used_again: names of files in the folder: all that belong to this run, those it made, those that were there.
     """
 
     recipe: Recipe
@@ -191,6 +207,14 @@ class RunContext:
     noted: dict[str, Any] = field(default_factory=dict)
     protected: Circuit | None = None
     rivals: dict[str, Intervention] = field(default_factory=dict)
+    belongs: set[str] = field(default_factory=set)
+    made: list[str] = field(default_factory=list)
+    used_again: list[str] = field(default_factory=list)
+
+    def claim(self, name: str) -> Path:
+        """The path of a file of this run, which from now on belongs to it."""
+        self.belongs |= {name, f"{name.removesuffix('.jsonl')}.source.json"}
+        return self.folder / name
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
         """Prompts that those of these reference sets which come from `source` hold."""

@@ -152,9 +152,7 @@ def _load_or_make_scores(
         )
         return Scores(dict(made), {**made.provenance, "made_from": made_from, "seconds": round(took, 3)})
 
-    return load_or_make(
-        work.folder / path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make
-    )
+    return load_or_make(work, path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make)
 
 
 def _prefix(how: ScoringSpec, name: str) -> str:
@@ -219,8 +217,8 @@ def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
     provenance = {**found.circuit.provenance, "made_from": made_from}
     circuit = replace(found.circuit, model=work.described, provenance=provenance)
     if distributed.is_main():
-        found.contrast.save(work.folder / "scores/contrast.safetensors")
-        circuit.save(work.folder / f"circuit{circuit.suffix}")
+        found.contrast.save(work.claim("scores/contrast.safetensors"))
+        circuit.save(work.claim(f"circuit{circuit.suffix}"))
     sites = sum(1 for n in circuit.counts.values() if n)
     log.info(
         "circuit: %d of %d %ss%s in %d sites",

@@ -154,7 +154,7 @@ class Trials:
 
     def load(self) -> None:
         """Take over what an earlier process tried on the same samples."""
-        where = self.work.folder / "tune.json"
+        where = self.work.claim("tune.json")
         found: dict[str, Any] = {}
         if where.is_file():
             try:
@@ -225,7 +225,7 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
     }
     how, circuit, scores, sets = ways[best]
     for name, part in sets.items() if distributed.is_main() else ():
-        part.save(work.folder / f"scores/{name}.safetensors")
+        part.save(work.claim(f"scores/{name}.safetensors"))
     log.info("best of %d candidates on validation: %s", len(tried), _describe(tried[best], trials.aim[0]))
     return how, save_circuit(work, SelectedCircuit(replace(circuit, model=work.described), scores, sets))
 

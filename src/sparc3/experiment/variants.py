@@ -102,11 +102,7 @@ def _load_or_make_expertise(work: RunContext) -> Scores:
         return Scores(dict(made), {**made.provenance, "made_from": made_from})
 
     return load_or_make(
-        work.folder / "scores/aura.safetensors",
-        made_from,
-        Scores.load,
-        lambda s: s.provenance.get("made_from"),
-        make,
+        work, "scores/aura.safetensors", made_from, Scores.load, lambda s: s.provenance.get("made_from"), make
     )
 
 
