@@ -3,9 +3,10 @@
     pip install pip-audit==2.10.1
     python scripts/audit.py [constraints.txt]
 
-pip-audit reads the page of each release, and leaves out, with exit code 0, a package whose release has none, as on mirrors that serve the
-projects' pages alone. Such a page tells of the project's newest release: here it does for a pin that is the newest, and every other package
-is named as not audited. Exit code 1 with a vulnerability, 3 where something could not be audited.
+pip-audit reads the page of each release, and leaves out, with exit code 0, a package whose release has none,
+as on mirrors that serve the projects' pages alone. Such a page tells of the project's newest release: here it
+does for a pin that is the newest, and every other package is named as not audited. Exit code 1 with a
+vulnerability, 3 where something could not be audited.
 """
 
 import sys
@@ -57,7 +58,8 @@ def main() -> int:
     for one in skipped:
         print(f"not audited: {one.name}")
     print(
-        f"{len(pins)} packages: {len(pins) - len(skipped)} audited, {len(vulnerable)} of them vulnerable, {len(skipped)} not audited"
+        f"{len(pins)} packages: {len(pins) - len(skipped)} audited, {len(vulnerable)} of them vulnerable, "
+        f"{len(skipped)} not audited"
     )
     return 1 if vulnerable else 3 if skipped else 0
 

@@ -1,4 +1,5 @@
-"""Write the table of supported models in docs/models.md from the family table in the code, with figures measured now.
+"""Write the table of supported models in docs/models.md from the family table in the code, with figures
+measured now.
 
     python scripts/models_table.py
 
@@ -30,8 +31,10 @@ def main() -> None:
 
 
 def table() -> str:
-    head = "| model_type | models | neurons | heads | ledger's gap | AttnLRP against its rules |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *(row(kind, family) for kind, family in sorted(FAMILIES.items()))])
+    head = "| model_type | models | neurons | heads | ledger's gap | AttnLRP against its rules |"
+    return "\n".join(
+        [head, "|---|---|---|---|---|---|", *(row(kind, family) for kind, family in sorted(FAMILIES.items()))]
+    )
 
 
 def row(kind: str, family: Family) -> str:
@@ -42,7 +45,8 @@ def row(kind: str, family: Family) -> str:
 
 
 def measured(name: str) -> tuple[float, float]:
-    """(largest gap of the ledger, relative to its largest part; difference of AttnLRP from the second opinion) of a tiny model."""
+    """(largest gap of the ledger, relative to its largest part; difference of AttnLRP from the second
+    opinion) of a tiny model."""
     model = exact_copy(tiny(name))
     seen = flows(model, samples()[0], sites_of(model, checks.roles_of(model)))
     difference = checks.attnlrp_agrees(model, samples(), seen).value

@@ -1,7 +1,9 @@
-"""Train the embedded demo model: tokenizer and Llama, from the generator's text alone. Seeded; about ten minutes on 2 cores.
+"""Train the embedded demo model: tokenizer and Llama, from the generator's text alone. Seeded; about ten
+minutes on 2 cores.
 
 python scripts/train_demo_model.py [--out src/sparc3/demo/sparc3-demo]
-python scripts/train_demo_model.py --layers 8 --width 96 --mlp 256 --row 512 --out DIR     another one, of docs/reproducing.md
+python scripts/train_demo_model.py --layers 8 --width 96 --mlp 256 --row 512 --out DIR     another one, of
+docs/reproducing.md
 """
 
 import argparse
@@ -52,7 +54,8 @@ def single_rows(tokenizer: PreTrainedTokenizerFast, batch: int, length: int) -> 
 
 
 def make_rows(tokenizer: PreTrainedTokenizerFast, many: int, length: int) -> torch.Tensor:
-    """`many` rows of so many tokens: the start mark, then whole documents joined by a blank line, the last one cut."""
+    """`many` rows of so many tokens: the start mark, then whole documents joined by a blank line, the last
+    one cut."""
     rows: list[list[int]] = []
     row: list[int] = []
     for document in texts("mixture", "train"):
@@ -124,7 +127,8 @@ def main() -> None:
     batch_rows = args.batch * 160 // args.row
     rows = make_rows(tokenizer, (args.steps // 2 + 1) * batch_rows, args.row)
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, {rows.numel():,} tokens"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, "
+        f"{rows.numel():,} tokens"
     )
 
     activity: list[torch.Tensor] = []
@@ -148,7 +152,8 @@ def main() -> None:
     singles = single_rows(tokenizer, 2 * args.batch, args.row)
     began = time.time()
     for step in range(steps):
-        # From then on both kinds of rows take turns: single documents are what prompts look like, packed ones what perplexity sees.
+        # From then on both kinds of rows take turns: single documents are what prompts look like, packed ones
+        # what perplexity sees.
         packed = (step - args.warm) // 2 * batch_rows
         batch = next(singles) if step < args.warm or step % 2 else rows[packed : packed + batch_rows]
         loss = model(input_ids=batch, labels=batch.masked_fill(batch == tokenizer.pad_token_id, -100)).loss

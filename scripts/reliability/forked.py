@@ -1,4 +1,5 @@
-"""Runs of a small recipe in forked processes: what takes seconds to import is there already, so that a kill meets work and not imports."""
+"""Runs of a small recipe in forked processes: what takes seconds to import is there already, so that a kill
+meets work and not imports."""
 
 import os
 import shutil
@@ -42,7 +43,8 @@ def run_small(out: Path) -> None:
 
 
 def forked(work: Callable[[], Any], said: Path) -> int:
-    """The process id of a child that does the work, with its output in the file `said`, and ends with its exit code."""
+    """The process id of a child that does the work, with its output in the file `said`, and ends with its
+    exit code."""
     child = os.fork()
     if child:
         return child
@@ -62,7 +64,8 @@ def forked(work: Callable[[], Any], said: Path) -> int:
 
 
 def ranks(count: int, work: Callable[[], Any], said: Path) -> list[int]:
-    """As many children as torchrun would start, which find each other at a store of their parent's; one child where count is 1."""
+    """As many children as torchrun would start, which find each other at a store of their parent's; one child
+    where count is 1."""
     if count == 1:
         return [forked(work, said)]
     reading, writing = os.pipe()
@@ -98,7 +101,8 @@ STORES: list[int] = []
 
 
 def ended(children: list[int]) -> list[int]:
-    """Their exit codes. Where one fails the others are asked to end, and made to after a while, as torchrun does it."""
+    """Their exit codes. Where one fails the others are asked to end, and made to after a while, as torchrun
+    does it."""
     codes: dict[int, int] = {}
     asked = 0.0
     while len(codes) < len(children):
@@ -120,7 +124,8 @@ def ended(children: list[int]) -> list[int]:
 
 
 def differences(whole: Path, again: Path, tolerance: float) -> list[str]:
-    """What of a run's outcome is not as in the uninterrupted run; nothing where the campaign may go on. Times of stages are no outcome."""
+    """What of a run's outcome is not as in the uninterrupted run; nothing where the campaign may go on. Times
+    of stages are no outcome."""
     found = [
         f"{path.relative_to(again)} is left over"
         for path in again.rglob("*")

@@ -1,9 +1,11 @@
-"""Runs of a small recipe on a disk that becomes full at different moments, then given room and started again. Needs root, to mount it.
+"""Runs of a small recipe on a disk that becomes full at different moments, then given room and started again.
+Needs root, to mount it.
 
     python scripts/reliability/full_disk.py --sizes 12
 
-Each run gets a disk (tmpfs) of another size, from a few kilobytes to just less than a whole run takes. It must end with exit code 1 and one
-line that names a file of the run; with more room the same command must end as a run does that never met the end of its disk.
+Each run gets a disk (tmpfs) of another size, from a few kilobytes to just less than a whole run takes. It
+must end with exit code 1 and one line that names a file of the run; with more room the same command must end
+as a run does that never met the end of its disk.
 """
 
 import argparse
@@ -75,7 +77,8 @@ def main() -> int:
                 failed += 1
                 print(f"{size} kB: {'; '.join(wrong)}", flush=True)
     print(
-        f"{sizes} disks from 16 to {taken - 16} kB, full at {', '.join(sorted(set(met)))}; {failed} runs ended otherwise"
+        f"{sizes} disks from 16 to {taken - 16} kB, full at {', '.join(sorted(set(met)))}; {failed} runs "
+        "ended otherwise"
     )
     return int(failed > 0)
 

@@ -1,10 +1,12 @@
-"""Runs of a small recipe, killed with SIGKILL at random moments and started again, compared with one that was not.
+"""Runs of a small recipe, killed with SIGKILL at random moments and started again, compared with one that was
+not.
 
     python scripts/reliability/killed_runs.py --runs 50
     python scripts/reliability/killed_runs.py --runs 20 --ranks 2     one of two ranks is killed
 
-Each run is killed one to three times, at moments spread over the time that it takes; then it is started a last time and must end well, with
-scores and figures to the last bit (several ranks: 1e-6), and nothing left over. Ends with 1 where it does not.
+Each run is killed one to three times, at moments spread over the time that it takes; then it is started a
+last time and must end well, with scores and figures to the last bit (several ranks: 1e-6), and nothing left
+over. Ends with 1 where it does not.
 """
 
 import argparse
@@ -64,7 +66,8 @@ def campaign(runs: int, processes: int, seed: int) -> int:
             said.unlink()
     print(
         f"{runs} runs of {processes} process{'es' if processes > 1 else ''}, killed {where.total()} times: "
-        f"{', '.join(f'{count} {name}' for name, count in where.most_common())}; {failed} ended otherwise than the uninterrupted one"
+        f"{', '.join(f'{count} {name}' for name, count in where.most_common())}; {failed} ended otherwise "
+        "than the uninterrupted one"
     )
     return int(failed > 0)
 

@@ -1,10 +1,11 @@
 """Many samples through attribution and evaluation of the demo model, with the memory of the process watched.
 
-    python scripts/reliability/load.py                  20,000 short prompts, 2,000 texts of 2,048 tokens: about an hour on one thread
-    python scripts/reliability/load.py --prompts 2000 --texts 200 --only attribute
+    python scripts/reliability/load.py                  20,000 short prompts, 2,000 texts of 2,048 tokens:
+    about an hour on one thread python scripts/reliability/load.py --prompts 2000 --texts 200 --only attribute
 
-Memory is flat where its peak after the first tenth of a stage's time is less than 5 % above the peak within it. Ends with 1 where it is not.
-The demo model was made for 512 tokens; for the long texts it is told 2,048, which changes what it says and not what it allocates.
+Memory is flat where its peak after the first tenth of a stage's time is less than 5 % above the peak within
+it. Ends with 1 where it is not. The demo model was made for 512 tokens; for the long texts it is told 2,048,
+which changes what it says and not what it allocates.
 """
 
 import argparse
@@ -100,7 +101,8 @@ def main() -> int:
     asked = parser.parse_args()
     grown = False
     print(
-        "| stage | minutes | peak in the first tenth, MB | peak after it, MB | growth |\n|---|---|---|---|---|"
+        "| stage | minutes | peak in the first tenth, MB | peak after it, MB | growth "
+        "|\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         for name, stage in stages(asked.prompts, asked.texts, Path(folder)).items():

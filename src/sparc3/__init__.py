@@ -50,8 +50,9 @@ _MODULES = {
 
 # fmt: off
 __all__ = [
-    "Circuit", "ReferenceSet", "Results", "Sample", "Scores", "Sparc3Error", "UserError", "__version__", "ablate_", "ablated",
-    "attribute", "contrast", "evaluate", "export", "load_model", "load_recipe", "prune_sequentially", "push", "run", "select",
+    "Circuit", "ReferenceSet", "Results", "Sample", "Scores", "Sparc3Error", "UserError", "__version__",
+    "ablate_", "ablated", "attribute", "contrast", "evaluate", "export", "load_model", "load_recipe",
+    "prune_sequentially", "push", "run", "select",
 ]
 
 

@@ -38,17 +38,20 @@ def start() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        # gloo moves the sums, a few megabytes, over the CPU: it is there on every machine, and needs no device of its own.
+        # gloo moves the sums, a few megabytes, over the CPU: it is there on every machine, and needs no
+        # device of its own.
         dist.init_process_group("gloo", timeout=timedelta(hours=12))
         atexit.register(_leave)
 
 
 def end(code: int = 0) -> None:
-    """The last line of a program under torchrun: wait for every rank where all is well, and end this process; nothing in a single process.
+    """The last line of a program under torchrun: wait for every rank where all is well, and end this process;
+    nothing in a single process.
 
-    The interpreter is not taken down. A thread of gloo may still hold the last collective's tensors, asks for the interpreter's lock to
-    give them back, and finds an interpreter that is being taken down, which ends that thread in a way that aborts the process, after
-    everything is done and written. destroy_process_group does not wait for that thread.
+    The interpreter is not taken down. A thread of gloo may still hold the last collective's tensors, asks for
+    the interpreter's lock to give them back, and finds an interpreter that is being taken down, which ends
+    that thread in a way that aborts the process, after everything is done and written. destroy_process_group
+    does not wait for that thread.
     """
     if world() == 1:
         return
@@ -79,7 +82,8 @@ def _together() -> Iterator[None]:
         if "gloo" not in str(error) and "onnection" not in str(error):
             raise
         raise LostRank(
-            f"rank {rank()} lost another one, which ended before it was done; the same command goes on where it was"
+            f"rank {rank()} lost another one, which ended before it was done; the same command goes on where "
+            "it was"
         ) from error
 
 

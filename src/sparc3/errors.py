@@ -15,7 +15,7 @@ from .safe_text import one_line
 
 
 class Sparc3Error(Exception):
-    """Base of every error that sparc3 raises on purpose. The message is one line: the thing, then the remedy."""
+    """Base of all errors that sparc3 raises on purpose. The message is one line with a remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -38,7 +38,8 @@ class NonFinite(Sparc3Error, ArithmeticError):
 
 
 class LostRank(Sparc3Error):
-    """Another process of the same torchrun ended before its time; the saved work is whole, and a rerun goes on from it."""
+    """Another process of the same torchrun ended before its time; the saved work is whole, and a rerun goes
+    on from it."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

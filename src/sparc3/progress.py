@@ -17,8 +17,8 @@ EVERY = 60.0
 class Progress:
     """Use it in a `with`, or close it; `update` says that so many more items are done.
 
-    Without a terminal, `update` logs done, total and time left once `EVERY` seconds have gone by since the start or the last line, so
-    that a stage of less than a minute writes nothing.
+    Without a terminal, `update` logs done, total and time left once `EVERY` seconds have gone by since the
+    start or the last line, so that a stage of less than a minute writes nothing.
 
     Args:
         total: items that this process works on.

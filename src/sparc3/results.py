@@ -1,4 +1,5 @@
-"""Results: what was measured on which variant of the model. The fourth noun on disk (`results.json`, `sparc3.results/1`)."""
+"""Results: what was measured on which variant of the model. The fourth noun on disk (`results.json`,
+`sparc3.results/1`)."""
 
 import os
 from collections.abc import Iterator
@@ -114,7 +115,8 @@ class Results:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":
-        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where its content makes no sense."""
+        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where its content
+        makes no sense."""
         content = read_json(path, FORMAT, by_hand=("format", "measurements", "differences", "provenance"))
         try:
             differences = [

@@ -1,4 +1,5 @@
-"""Texts of models, files and users, made safe to show: what would act on a screen is written out, what is secret is left out."""
+"""Texts of models, files and users, made safe to show: what would act on a screen is written out, what is
+secret is left out."""
 
 import getpass
 import logging
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 _UNSEEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\xad\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\xad\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    r"\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 _SECRET = re.compile(r"\bhf_\w{6,}|(?<=://)[^/\s@'\"]+(?=@)|(?<=[Bb]earer )[\w.~+/=-]{6,}")
 LONGEST = 2000
@@ -18,12 +20,14 @@ LONGEST = 2000
 
 
 def visible(text: str) -> str:
-    r"""`text` with its control characters written out: an escape is \x1b, a change of direction \u202e. Tabs and newlines stay."""
+    r"""`text` with its control characters written out: an escape is \x1b, a change of direction \u202e. Tabs
+    and newlines stay."""
     return _UNSEEN.sub(_written_out, text)
 
 
 def one_line(text: str) -> str:
-    """`text` as one line of a console, a log or a message: visible, without secrets, and no longer than a reader can bear."""
+    """`text` as one line of a console, a log or a message: visible, without secrets, and no longer than a
+    reader can bear."""
     line = visible(without_secrets(" ".join(text.split())))
     return line if len(line) <= LONGEST else f"{line[: LONGEST * 3 // 4]} … {line[-LONGEST // 5 :]}"
 
@@ -62,7 +66,8 @@ class LineFormatter(logging.Formatter):
 
 
 def shareable(value: Any) -> Any:
-    """Plain data with its paths as they may be shown to others: below the user's home as ~/…, and without a folder that names user or machine."""
+    """Plain data with its paths as they may be shown to others: below the user's home as ~/…, and without a
+    folder that names user or machine."""
     if isinstance(value, dict):
         return {key: shareable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

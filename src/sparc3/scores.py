@@ -1,4 +1,5 @@
-"""Scores: one number per unit, with where they came from. The second noun on disk (safetensors, `sparc3.scores/1`)."""
+"""Scores: one number per unit, with where they came from. The second noun on disk (safetensors,
+`sparc3.scores/1`)."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,13 @@ UNITS = ("neuron", "head", "weight")
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, "Tensor"]):
-    """A mapping from module name to a tensor of scores on the CPU: [out] for neurons, [heads] for heads, [out, in] for weights.
+    """A mapping from module name to a tensor of scores on the CPU: [out] for neurons, [heads] for heads,
+    [out, in] for weights.
 
     Attributes:
         values_: the tensors, in the order of the sites, which breaks ties in `select`.
-        provenance: method, unit, target, neuron, reduce, samples and tokens (counts), model (id, architecture, fingerprint),
-            samples_fingerprint, version, and what the method noted on its way.
+        provenance: method, unit, target, neuron, reduce, samples and tokens (counts), model (id,
+            architecture, fingerprint), samples_fingerprint, version, and what the method noted on its way.
     """
 
     values_: dict[str, "Tensor"]
@@ -55,12 +57,14 @@ class Scores(Mapping[str, "Tensor"]):
         return fingerprint({"provenance": about, "tensors": digest(self.values_)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; the header holds the format, the order of the sites, the provenance and a checksum."""
+        """Write a safetensors file; the header holds the format, the order of the sites, the provenance and a
+        checksum."""
         save_tensors(path, FORMAT, self.values_, {"sites": list(self.values_), **self.provenance})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
-        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where the content does not fit."""
+        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where the content
+        does not fit."""
         tensors, header = load_tensors(path, FORMAT)
         names, unit, model = (
             header.pop("sites", None),

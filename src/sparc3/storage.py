@@ -1,4 +1,5 @@
-"""Whole files or none: everything written under a temporary name and renamed last, and checked when read back."""
+"""Whole files or none: everything written under a temporary name and renamed last, and checked when read
+back."""
 
 import fcntl
 import glob
@@ -62,7 +63,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of its own beside `path`: safetensors too writes under names of its own making.
+    """A path of the same name in a folder of its own beside `path`: safetensors too writes under names of its
+    own making.
 
     The folder is gone in the end. Of a process that was killed it stays until the next one, but not its lock.
     """
@@ -85,7 +87,8 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, names: str | None = None) -> None:
-    """Remove what killed processes left of writing files with such names (a glob pattern), or any in the folder and below it.
+    """Remove what killed processes left of writing files with such names (a glob pattern), or any in the
+    folder and below it.
 
     What is being written stays.
     """
@@ -117,7 +120,8 @@ def _raise_user_errors(path: Path, end: str) -> Iterator[None]:
 
 
 def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raise UserError, before the work that would be lost, where a file (or a folder) of that name cannot be written."""
+    """Raise UserError, before the work that would be lost, where a file (or a folder) of that name cannot be
+    written."""
     place = Path(path).absolute()
     if not folder and place.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
@@ -184,14 +188,16 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write `content`, its paths made `shareable`, as readable JSON with a checksum under "sha256". Raises NonFinite for a NaN or Inf in it."""
+    """Write `content`, its paths made `shareable`, as readable JSON with a checksum under "sha256". Raises
+    NonFinite for a NaN or Inf in it."""
     content = shareable(content)
     body = {**content, "sha256": fingerprint(content)}
     try:
         text = json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise NonFinite(
-            f"cannot write {path}: a figure in it is not finite ({error}); load the model in bfloat16 or float32"
+            f"cannot write {path}: a figure in it is not finite ({error}); load the model in bfloat16 or "
+            "float32"
         ) from None
     write_text(path, text + "\n")
 
@@ -200,7 +206,8 @@ def read_json(path: str | os.PathLike[str], format: str, by_hand: Collection[str
     """Read what `write_json` wrote.
 
     Args:
-        by_hand: the keys of a format that a person may write too: without a checksum, and then with no other keys.
+        by_hand: the keys of a format that a person may write too: without a checksum, and then with no other
+            keys.
 
     Raises:
         UserError: no such file, or it is another kind of file.
@@ -229,7 +236,8 @@ def read_json(path: str | os.PathLike[str], format: str, by_hand: Collection[str
 
 
 def parse_json(text: str) -> Any:
-    """JSON as its standard has it: no key twice, no NaN, no number without end. Raises ValueError or RecursionError."""
+    """JSON as its standard has it: no key twice, no NaN, no number without end. Raises ValueError or
+    RecursionError."""
     return json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite)
 
 
@@ -258,7 +266,8 @@ def canonical(value: Any) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """A short, stable name of a JSON-able value: the first 16 hex digits of the SHA-256 of its canonical JSON."""
+    """A short, stable name of a JSON-able value: the first 16 hex digits of the SHA-256 of its canonical
+    JSON."""
     return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -274,7 +283,8 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def save_tensors(
     path: str | os.PathLike[str], format: str, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]
 ) -> None:
-    """Write tensors (on the CPU) under a header of JSON-able values, to which the format and a checksum of everything are added."""
+    """Write tensors (on the CPU) under a header of JSON-able values, to which the format and a checksum of
+    everything are added."""
     from safetensors.torch import save_file
 
     plain = shareable(json.loads(json.dumps({"format": format, **header})))
@@ -295,7 +305,8 @@ def load_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, "
     if header.get("format") != format:
         raise UserError(f"{path} is a safetensors file, but not a {format} file; name one, or make it again")
     with _opened(path) as opened:
-        # Copies: the library maps the file, so that who overwrites it in place would change numbers already checked.
+        # Copies: the library maps the file, so that who overwrites it in place would change numbers already
+        # checked.
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     checksum = header.pop("sha256", None)
     if checksum != _checksum(header, tensors):

@@ -1,4 +1,4 @@
-"""Methods that only look at activations: `wanda` and `activation`. One forward each, no gradient, no logits."""
+"""The methods `wanda` and `activation`, which need activations only: one forward, no gradient, no logits."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def wanda(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
 ) -> Generator[Batch, None, None]:
-    """Σ_t a_tj² at each site's input: a running sum of squares, never a concatenation of activations (Sun et al. 2024)."""
+    """Σ_t a_tj² at each site's input: a running sum of squares, never a concatenation of activations (Sun et
+    al. 2024)."""
     return _sum_over_positions(model, batches, {site.name: site for site in sites}, torch.square, sums)
 
 
@@ -72,12 +73,14 @@ def capture(
 ) -> Iterator[None]:
     """Inside, a forward pass calls `receive` with the name and the activations of each site.
 
-    The activations are [B, T, width], in float32 or float64, however the module flattens its tokens. An expert's are 0 at
-    tokens that are not sent to it.
+    The activations are [B, T, width], in float32 or float64, however the module flattens its tokens. An
+    expert's are 0 at tokens that are not sent to it.
 
     Args:
-        mask: [B, T], false where activations are replaced by `fill`: at padding, and at positions to be ignored.
-        outputs: receive the part of the module's output that belongs to the site instead of the module's input.
+        mask: [B, T], false where activations are replaced by `fill`: at padding, and at positions to be
+            ignored.
+        outputs: receive the part of the module's output that belongs to the site instead of the module's
+            input.
     """
 
     def deliver(name: str, x: Tensor, args: Sequence[Tensor]) -> None:
@@ -113,13 +116,15 @@ def encode_whole(
     )
 
 
-# How hard each neuron can hit the residual stream: where super weights and massive activations show (Yu et al. 2024; Sun et al. 2024).
+# How hard each neuron can hit the residual stream: where super weights and massive activations show (Yu et
+# al. 2024; Sun et al. 2024).
 
 
 def largest_writes(
     model: "PreTrainedModel", samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> dict[str, Tensor]:
-    """max_t |a_ti| · ‖W_down[:, i]‖₂ of each neuron over all tokens of the samples, by the name of its mlp.up: [out]."""
+    """max_t |a_ti| · ‖W_down[:, i]‖₂ of each neuron over all tokens of the samples, by the name of its
+    mlp.up: [out]."""
     of_mlp = down_sites(model)
     downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
     maxima: dict[str, Tensor] = {}
@@ -135,8 +140,9 @@ def largest_writes(
         return {name: maxima[name] * down.weight.float().norm(dim=0).cpu() for name, down in downs.items()}
 
 
-# Expertise of a neuron: how well its activation alone tells undesired texts from others (Suau et al. 2024, "Whispering experts").
-# Two methods act on it: Det-0 removes the best experts, AurA damps every neuron whose AUROC is above chance.
+# Expertise of a neuron: how well its activation alone tells undesired texts from others (Suau et al. 2024,
+# "Whispering experts"). Two methods act on it: Det-0 removes the best experts, AurA damps every neuron whose
+# AUROC is above chance.
 
 METHODS = ("aura", "det0")
 
@@ -151,8 +157,8 @@ def expertise(
 ) -> Scores:
     """AUROC of each mlp.up neuron, as a classifier of undesired against benign samples; 0.5 is chance.
 
-    A neuron's activation on a sample is the largest output of its row of mlp.up over the sample's tokens, its completion included; an expert's
-    neuron has 0 at tokens that are not sent to it.
+    A neuron's activation on a sample is the largest output of its row of mlp.up over the sample's tokens, its
+    completion included; an expert's neuron has 0 at tokens that are not sent to it.
 
     Returns:
         Scores in [0, 1], one [out] tensor an mlp.up.
@@ -183,7 +189,8 @@ def expertise(
 
 
 def auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """P(positive > negative) + ½ P(equal), of every column: positive [P, N], negative [M, N] → [N], in float64.
+    """P(positive > negative) + ½ P(equal), of every column: positive [P, N], negative [M, N] → [N], in
+    float64.
 
     The rank-sum statistic U / (P M) with midranks for ties, exactly.
     """
@@ -198,7 +205,8 @@ def strengths(scores: Scores, count: int | None = None) -> dict[str, Tensor]:
     """AurA's factor of each neuron: 1 − 2 (AUROC − ½) where AUROC > ½, else 1.
 
     Args:
-        count: damp only so many of the best experts (ties by site order, then index); None damps all, as AurA does.
+        count: damp only so many of the best experts (ties by site order, then index); None damps all, as AurA
+            does.
     """
     factors = {name: (1 - 2 * (auc - 0.5)).clamp(0, 1) for name, auc in scores.items()}
     if count is None:

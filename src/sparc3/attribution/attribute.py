@@ -1,4 +1,5 @@
-"""`attribute`: samples in, scores out. Batching, sharing the work among ranks and reducing belong here and to no method."""
+"""`attribute`: samples in, scores out. Batching, sharing the work among ranks and reducing belong here and to
+no method."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,41 +62,47 @@ def attribute(
     """Score every unit of the sites on the samples.
 
     Args:
-        samples: a ReferenceSet, texts, or token-id lists. The methods magnitude and random use none: pass an empty list.
+        samples: a ReferenceSet, texts, or token-id lists. The methods magnitude and random use none: pass an
+            empty list.
         tokenizer: the model's own; not needed for token ids.
         method: lrp, cp-lrp, gradient, wanda, activation, magnitude, random (random:SEED).
         unit: "neuron", "head" (sites must be attn.o) or "weight".
         sites: canonical roles.
         target: predicted, label, contrast, completion (completion:N), next; see docs/targets.md.
         neuron: "abs", Σ_j |R_W,ij| of each sample, or "signed", Σ_t ĝ_ti z_ti.
-        reduce: "mean" over samples (Eq. 1), "mean_abs" (mean of absolute values), "abs_mean" (absolute value of the mean).
-        batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch that does not fit
-            into memory is halved.
+        reduce: "mean" over samples (Eq. 1), "mean_abs" (mean of absolute values), "abs_mean" (absolute value
+            of the mean).
+        batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch
+            that does not fit into memory is halved.
         truncate: cut samples that are longer than the model's context instead of refusing them.
-        skip_positions: number of positions at the start of each sample to leave out of the sum over positions: 1 for models
-            with massive activations on the first token (docs/targets.md). The model still reads them, and targets there count.
-        non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the provenance. Relevance of
-            weights streams into its sums, so for it there is no skip.
-        gradient_checkpointing: True: decoder layers keep only their inputs and are computed again in the backward pass, which
-            saves memory and takes about a third more time. "offload": these inputs also wait on the CPU, for very long samples
-            on a GPU; on a CPU it is the same as True. "auto": turned on when a single sample does not fit into memory without
-            it, and always True for a model with weights offloaded to the CPU.
-        sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or "bfloat16", which is half the
-            memory and rounds away what many samples add little by little.
+        skip_positions: number of positions at the start of each sample to leave out of the sum over
+            positions: 1 for models with massive activations on the first token (docs/targets.md). The model
+            still reads them, and targets there count.
+        non_finite: "error", or "skip": leave a sample out whose relevance is not finite, and count it in the
+            provenance. Relevance of weights streams into its sums, so for it there is no skip.
+        gradient_checkpointing: True: decoder layers keep only their inputs and are computed again in the
+            backward pass, which saves memory and takes about a third more time. "offload": these inputs also
+            wait on the CPU, for very long samples on a GPU; on a CPU it is the same as True. "auto": turned
+            on when a single sample does not fit into memory without it, and always True for a model with
+            weights offloaded to the CPU.
+        sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or
+            "bfloat16", which is half the memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
-        partial: a file for the sums so far. An interrupted call that is repeated with it resumes, and ends with the same scores;
-            the file is removed at the end.
-        save_every: seconds between two savings of the sums; more where they are so large that saving would take over 5 % of the time.
-        shard: (2, 3) looks at the second third of the samples only (every third from the second on), and leaves its sums in `partial`, for
-            `merge`. The scores returned are those of that share.
+        partial: a file for the sums so far. An interrupted call that is repeated with it resumes, and ends
+            with the same scores; the file is removed at the end.
+        save_every: seconds between two savings of the sums; more where they are so large that saving would
+            take over 5 % of the time.
+        shard: (2, 3) looks at the second third of the samples only (every third from the second on), and
+            leaves its sums in `partial`, for `merge`. The scores returned are those of that share.
         progress: show a progress bar on a terminal, and elsewhere log a line a minute.
 
     Returns:
-        Scores, one float32 tensor a site: [out] for neurons, [heads] for heads, [out, in] for weights, however the module stores them.
+        Scores, one float32 tensor a site: [out] for neurons, [heads] for heads, [out, in] for weights,
+            however the module stores them.
 
     Raises:
-        UserError: an unknown name, samples that do not fit the model or the target, no sample left, or scores that need
-            the values of quantised weights.
+        UserError: an unknown name, samples that do not fit the model or the target, no sample left, or scores
+            that need the values of quantised weights.
         UnsupportedModel: a module without a rule.
         NonFinite: a NaN or Inf, named by sample and site.
     """
@@ -142,21 +149,25 @@ def attribute(
         )
         if sums.samples == 0:
             raise Sparc3Error(
-                f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 or float32"
+                f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 "
+                "or float32"
             )
     about = _provenance(described, settings, roles, sums, references.fingerprint if references else None)
     return _finish_scores(chosen, where, sums, about)
 
 
 def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = None) -> Scores:
-    """The scores of a whole reference set, of the files that `attribute(shard=...)` left for each share of it.
+    """The scores of a whole reference set, of the files that `attribute(shard=...)` left for each share of
+    it.
 
     Args:
         shards: the files of all shards, in any order.
-        model: the model they were made on; needed for scores that are made of the weights' values (unit weight, Wanda).
+        model: the model they were made on; needed for scores that are made of the weights' values (unit
+            weight, Wanda).
 
     Raises:
-        UserError: shards of different attributions, one twice, one missing or not finished (each by name); no model where one is needed.
+        UserError: shards of different attributions, one twice, one missing or not finished (each by name); no
+            model where one is needed.
         DamagedFile: a file that is not as it was written.
     """
     task, sums = combine_shards(shards)
@@ -166,11 +177,13 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
     if chosen.weighs or settings.unit == "weight":
         if model is None:
             raise UserError(
-                f"{settings.method} scores of {settings.unit}s need the values of the model's weights; name the model with --model"
+                f"{settings.method} scores of {settings.unit}s need the values of the model's weights; name "
+                "the model with --model"
             )
         if describe(model)["fingerprint"] != described["fingerprint"]:
             raise UserError(
-                f"the shards were made on {described['id']} with other weights than this model's; give that model"
+                f"the shards were made on {described['id']} with other weights than this model's; give that "
+                "model"
             )
         sites = sites_of(model, {site.role for site in sites})
     roles = tuple(dict.fromkeys(site.role for site in sites))
@@ -224,7 +237,8 @@ def _finish_scores(method: Method, sites: list[Site], sums: Sums, provenance: di
     for name, tensor in values.items():
         if not all_finite(tensor):
             raise NonFinite(
-                f"the {method.name} scores of {name} are not finite; look at that weight, or load the model in float32"
+                f"the {method.name} scores of {name} are not finite; look at that weight, or load the model "
+                "in float32"
             )
     return Scores(values, provenance)
 
@@ -259,7 +273,8 @@ def _samples_of_shard(encoded: list[Encoded], task: Task, partial: str | Path | 
         raise UserError("a shard leaves its sums in a file; name it with partial=")
     if not task.share():
         raise UserError(
-            f"there are {len(encoded)} samples, so shard {task.shard[0]}/{task.shard[1]} has none; use fewer shards"
+            f"there are {len(encoded)} samples, so shard {task.shard[0]}/{task.shard[1]} has none; use fewer "
+            "shards"
         )
     return [encoded[place] for place in task.share()]
 
@@ -311,7 +326,8 @@ def _require_longer(encoded: list[Encoded], skip: int) -> None:
     for sample in encoded:
         if len(sample.ids) <= skip:
             raise UserError(
-                f"sample {sample.index} has {len(sample.ids)} tokens, and skip_positions {skip} leaves none; skip fewer, or leave it out"
+                f"sample {sample.index} has {len(sample.ids)} tokens, and skip_positions {skip} leaves none; "
+                "skip fewer, or leave it out"
             )
 
 
@@ -324,7 +340,8 @@ def _run_batches(
     keeper: PartialSums | None,
     progress: bool,
 ) -> None:
-    """Run the method over all batches; one that does not fit into memory is halved, and so are those to come of its size."""
+    """Run the method over all batches; one that does not fit into memory is halved, and so are those to come
+    of its size."""
     assert method.run
     waiting, settings = list(reversed(batches)), sums.settings
     automatic = settings.gradient_checkpointing == "auto" and method.targeted
@@ -334,7 +351,8 @@ def _run_batches(
     with Progress(sum(len(b.samples) for b in batches), method.name, "sample", show=progress) as bar:
         while waiting:
             try:
-                # Closed here and now: the generator holds the model's patches, also where saving the sums raises.
+                # Closed here and now: the generator holds the model's patches, also where saving the sums
+                # raises.
                 running = method.run(model, _iterate_last(waiting), sites, settings, sums)
                 with closing(running):
                     for done in running:
@@ -358,7 +376,8 @@ def _run_batches(
                     remember(model, _room_key_of_single(settings), length - 1)
                     settings = replace(settings, gradient_checkpointing=more)
                     log.info(
-                        "a sample of %d tokens does not fit into memory; from here on layers are computed twice%s",
+                        "a sample of %d tokens does not fit into memory; from here on layers are computed "
+                        "twice%s",
                         length,
                         ", and their inputs wait on the CPU" if more == "offload" else "",
                     )
@@ -381,7 +400,8 @@ def _room_key_of_single(settings: Settings) -> str:
 
 
 def _more_checkpointing(model: "PreTrainedModel", settings: Settings) -> bool | str:
-    """What to set `gradient_checkpointing` to when one sample alone does not fit; False where nothing is left to try."""
+    """What to set `gradient_checkpointing` to when one sample alone does not fit; False where nothing is left
+    to try."""
     if not settings.gradient_checkpointing:
         return True
     return "offload" if settings.gradient_checkpointing is True and _elsewhere(model) else False
@@ -393,7 +413,7 @@ def _elsewhere(model: "PreTrainedModel") -> bool:
 
 
 def _least_checkpointing(model: "PreTrainedModel", settings: Settings, longest: int) -> bool | str:
-    """The least of `gradient_checkpointing` by which a sample of so many tokens is not known to be too long."""
+    """The cheapest `gradient_checkpointing` under which a sample of this length has not run out of memory."""
     how: bool | str = is_offloaded(model)
     while longest > room(
         model, _room_key_of_single(tried := replace(settings, gradient_checkpointing=how)), longest
@@ -418,7 +438,8 @@ def _device(name: str) -> str:
         return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError):
         raise UserError(
-            f"sums_device is '{name}', which PyTorch does not have here; use cpu, or cuda where there is a GPU"
+            f"sums_device is '{name}', which PyTorch does not have here; use cpu, or cuda where there is a "
+            "GPU"
         ) from None
 
 

@@ -1,4 +1,5 @@
-"""The methods, by name. A method is a function (model, batches, sites, settings, sums) that adds to sums, batch by batch."""
+"""The methods, by name. A method is a function (model, batches, sites, settings, sums) that adds to sums,
+batch by batch."""
 
 import zlib
 from collections.abc import Callable, Generator
@@ -134,7 +135,8 @@ def require_method(name: str) -> Method:
 
 
 def needs_weight(method: Method, settings: Settings) -> bool:
-    """Whether these scores cannot be had without the values of the weights; relevance of neurons (signed) and heads can."""
+    """Whether these scores cannot be had without the values of the weights; relevance of neurons (signed) and
+    heads can."""
     return method.weighs or (
         method.targeted
         and (settings.unit == "weight" or (settings.unit == "neuron" and settings.neuron == "abs"))
@@ -142,23 +144,27 @@ def needs_weight(method: Method, settings: Settings) -> bool:
 
 
 def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Settings]:
-    """The method, and the settings it will see, after checking that they go together. Raises UserError where they do not."""
+    """The method, and the settings it will see, after checking that they go together. Raises UserError where
+    they do not."""
     method = require_method(settings.method)
     if settings.unit not in method.units:
         why = f": {method.why}" if method.why else ""
         raise UserError(
-            f"method {method.name} cannot score unit '{settings.unit}'{why}; it scores {', '.join(method.units)}"
+            f"method {method.name} cannot score unit '{settings.unit}'{why}; it scores "
+            f"{', '.join(method.units)}"
         )
     for role in roles:
         if settings.unit == "head" and role != "attn.o":
             raise UserError(f"heads are scored at attn.o, not at '{role}'; use --sites attn.o")
         if method.roles and role not in method.roles:
             raise UserError(
-                f"method {method.name} cannot score site '{role}': {method.why}; use {', '.join(method.roles)}"
+                f"method {method.name} cannot score site '{role}': {method.why}; use "
+                f"{', '.join(method.roles)}"
             )
     if settings.unit == "weight" and method.targeted and settings.non_finite == "skip":
         raise UserError(
-            "non_finite skip does not go with unit weight: its sums stream, and a sample cannot be taken out of them again; use error, "
+            "non_finite skip does not go with unit weight: its sums stream, and a sample cannot be taken out "
+            "of them again; use error, "
             "and leave out the sample that it names"
         )
     return method, replace(settings, seed=int(settings.method.partition(":")[2] or 0))

@@ -1,7 +1,8 @@
 """Linear maps at the positions that count, and at no other.
 
-A linear map sees each position by itself. Padding needs none, and after the attention of the last layer only target positions are read:
-relevance everywhere else is zero. So a map gets the rows that count, and zeros stand where the others were.
+A linear map sees each position by itself. Padding needs none, and after the attention of the last layer only
+target positions are read: relevance everywhere else is zero. So a map gets the rows that count, and zeros
+stand where the others were.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ WORTH = 0.9
 
 @contextmanager
 def pack_positions(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
-    """Inside, the linear maps of the layers work on this batch's real tokens only, and behind the last attention on target positions only."""
+    """Inside, the linear maps of the layers work on this batch's real tokens only, and behind the last
+    attention on target positions only."""
     real, targets = (_rows(batch, last=last) for last in (False, True))
     layers = list(layers_of(model))
     with ExitStack() as stack:
@@ -56,7 +58,8 @@ def _rows(batch: Batch, *, last: bool) -> Tensor:
 
 
 def _maps(layer: nn.Module, family: Family) -> Iterator[tuple[nn.Module, bool]]:
-    """The linear modules of a layer's sites, and whether nothing but the position itself reads what they give."""
+    """The linear modules of a layer's sites, and whether nothing but the position itself reads what they
+    give."""
     modules = dict(layer.named_modules())
     read = {family.roles[role].partition("#")[0] for role in READ_ELSEWHERE if role in family.roles}
     for path in dict.fromkeys(path.partition("#")[0] for path in family.roles.values()):

@@ -1,4 +1,5 @@
-"""Sums on disk: what an interrupted attribution goes on from, and what the shards of a job array leave for `merge`."""
+"""Sums on disk: what an interrupted attribution goes on from, and what the shards of a job array leave for
+`merge`."""
 
 import glob
 import logging
@@ -94,7 +95,8 @@ def save_sums(path: str | os.PathLike[str], task: Task, sums: Sums, positions: I
 
 
 def load_sums(path: str | os.PathLike[str]) -> tuple[Task, Sums, frozenset[int]]:
-    """What `save_sums` wrote. Raises UserError for another kind of file, DamagedFile where the content does not fit."""
+    """What `save_sums` wrote. Raises UserError for another kind of file, DamagedFile where the content does
+    not fit."""
     tensors, header = load_tensors(path, FORMAT)
     try:
         shard = header["shard"]
@@ -149,7 +151,8 @@ def combine_shards(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]
     """The sums of all shards of one reference set, as if they had been made in one go.
 
     Raises:
-        UserError: shards that are not of one task, that overlap, or that leave a sample out; the message names the file and what differs.
+        UserError: shards that are not of one task, that overlap, or that leave a sample out; the message
+            names the file and what differs.
     """
     if not paths:
         raise UserError("No shard was given; name the files that attribute --shard left.")
@@ -163,7 +166,8 @@ def combine_shards(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]
         _require_same(task, other, parts[0][3], path)
         if both := sorted(positions & held.keys()):
             raise UserError(
-                f"sample {both[0]} is in {held[both[0]]} and in {path} ({len(both)} are in both); give each shard once"
+                f"sample {both[0]} is in {held[both[0]]} and in {path} ({len(both)} are in both); give each "
+                "shard once"
             )
         held.update(dict.fromkeys(positions, path))
         whole.absorb(sums)
@@ -181,11 +185,13 @@ def _require_same(one: Task, other: Task, first: str, path: str) -> None:
                 mine, theirs = mine[kind], theirs.get(kind)
             values = "" if kind == "sites" else f" ({theirs} and {mine})"
             raise UserError(
-                f"{path} and {first} differ in {kind.replace('_', ' ')}{values}; merge shards of one attribution only"
+                f"{path} and {first} differ in {kind.replace('_', ' ')}{values}; merge shards of one "
+                "attribution only"
             )
     if one.shard and other.shard and one.shard[1] != other.shard[1]:
         raise UserError(
-            f"{path} is one of {other.shard[1]} shards and {first} one of {one.shard[1]}; merge shards of one attribution only"
+            f"{path} is one of {other.shard[1]} shards and {first} one of {one.shard[1]}; merge shards of "
+            "one attribution only"
         )
 
 
@@ -193,7 +199,8 @@ def _require_whole(parts: list[tuple[Task, frozenset[int], str]]) -> None:
     for task, positions, path in parts:
         if left := set(task.share()) - positions:
             raise UserError(
-                f"{path} is not finished: {len(left)} of its {len(task.share())} samples are missing; run that shard again"
+                f"{path} is not finished: {len(left)} of its {len(task.share())} samples are missing; run "
+                "that shard again"
             )
     shards = parts[0][0].shard
     there = {task.shard[0] for task, _, _ in parts if task.shard}
@@ -201,7 +208,8 @@ def _require_whole(parts: list[tuple[Task, frozenset[int], str]]) -> None:
     if missing and shards:
         names = ", ".join(f"{number}/{shards[1]}" for number in missing)
         raise UserError(
-            f"shard{'s' if len(missing) > 1 else ''} {names} missing; give the files of all {shards[1]} shards"
+            f"shard{'s' if len(missing) > 1 else ''} {names} missing; give the files of all {shards[1]} "
+            "shards"
         )
 
 
@@ -217,8 +225,9 @@ SHARE = 0.05
 class PartialSums:
     """Keeps this rank's sums on disk.
 
-    A single process writes `path`; of several, each writes a file of its own beside it. Files of another number of ranks are taken
-    over: what they hold is shared out, and each place of the reference set counts once.
+    A single process writes `path`; of several, each writes a file of its own beside it. Files of another
+    number of ranks are taken over: what they hold is shared out, and each place of the reference set counts
+    once.
     """
 
     def __init__(self, path: Path, task: Task, every: float) -> None:
@@ -243,7 +252,7 @@ class PartialSums:
         ]
 
     def begin(self, sums: Sums) -> frozenset[int]:
-        """Take over what is on disk, and say which places of the reference set are done, on whichever rank."""
+        """Load the sums on disk, and return the places of the reference set that any rank has done."""
         there, usable = distributed.first((self.files(), self._usable() if distributed.is_main() else []))
         for path in usable[distributed.rank() :: distributed.world()]:
             _, found, positions = load_sums(path)
@@ -279,7 +288,8 @@ class PartialSums:
         return usable
 
     def skip_done(self, batches: list[Batch], done: frozenset[int]) -> list[Batch]:
-        """The batches without what is done. Whole batches stay whole, so that sums come out the same to the last bit."""
+        """The batches without what is done. Whole batches stay whole, so that sums come out the same to the
+        last bit."""
         kept = [
             (batch, [sample for sample in batch.samples if sample.index not in done]) for batch in batches
         ]
@@ -307,7 +317,7 @@ class PartialSums:
         self.pause = max(self.every, (self.saved - began) / SHARE)
 
     def end(self, whole: Sums) -> None:
-        """All is done: leave the sums of all ranks at `path` where they are a shard, and nothing otherwise."""
+        """Finish: for a shard, leave the sums of all ranks at `path`; otherwise leave nothing."""
         positions = {place for part in distributed.gather(sorted(self.positions)) for place in part}
         if self.task.shard and distributed.is_main():
             save_sums(self.path, self.task, whole, positions)
@@ -327,7 +337,8 @@ class PartialSums:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM (SLURM's time limit) and the first Ctrl-C let the batch under way end and the sums be saved before the process ends."""
+        """Inside, SIGTERM (SLURM's time limit) and the first Ctrl-C let the batch under way end and the sums
+        be saved before the process ends."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

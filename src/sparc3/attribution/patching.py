@@ -1,7 +1,8 @@
 """The context that puts the LRP rules on one model, and takes them off again exactly.
 
-Only this model is touched: an instance attribute shadows a class method and is removed again, and attention goes through
-transformers' own registries under a name of ours that only this model's (copied) configuration asks for.
+Only this model is touched: an instance attribute shadows a class method and is removed again, and attention
+goes through transformers' own registries under a name of ours that only this model's (copied) configuration
+asks for.
 """
 
 import copy
@@ -58,7 +59,8 @@ TRANSPARENT = {
     "Dropout",
     "Identity",
 }
-"""Modules whose plain gradient is already the rule: linear maps (ε → 0), look-ups and things that only pass on."""
+"""Modules whose plain gradient is already the rule: linear maps (ε → 0), look-ups and things that only pass
+on."""
 
 CONTAINERS = (
     *(
@@ -83,10 +85,12 @@ CONTAINERS = (
         "LayerNormPerHead",
     ),
 )
-"""What a family's own classes may be called after its prefix; their forward is composed of modules and functions met elsewhere."""
+"""What a family's own classes may be called after its prefix; their forward is composed of modules and
+functions met elsewhere."""
 
 ORIGINS = ("torch", "transformers", "bitsandbytes", "torchao")
-"""Packages whose classes the names in these tables mean; the same name from elsewhere (an adapter's Linear) is another thing."""
+"""Packages whose classes the names in these tables mean; the same name from elsewhere (an adapter's Linear)
+is another thing."""
 
 FUSED = ("flash_attention", "flex_attention")
 """What the names of attention in one kernel, which has no place for a rule, begin with."""
@@ -97,10 +101,12 @@ OURS = "sparc3_"
 
 @contextmanager
 def lrp_rules(model: "PreTrainedModel", *, cp: bool = False) -> Iterator[None]:
-    """Inside, gradients through `model` are AttnLRP's modified gradients; CP-LRP's where `cp`. Forward values do not change.
+    """Inside, gradients through `model` are AttnLRP's modified gradients; CP-LRP's where `cp`. Forward values
+    do not change.
 
-    AttnLRP: attention gives ½ to V, ¼ to Q and K each, the gate of a gated MLP gets ½. CP-LRP: Q, K and the gate are constants.
-    In both, what a router decides is constant: which experts a token is sent to, and the weights of what they return.
+    AttnLRP: attention gives ½ to V, ¼ to Q and K each, the gate of a gated MLP gets ½. CP-LRP: Q, K and the
+    gate are constants. In both, what a router decides is constant: which experts a token is sent to, and the
+    weights of what they return.
 
     Raises:
         UnsupportedModel: a module that no rule is known for; nothing has been touched then.
@@ -143,7 +149,8 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
         plain = getattr(module, forward)
         if origin.partition(".")[0] not in ORIGINS:
             raise UnsupportedModel(
-                f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the weights first"
+                f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the "
+                "weights first"
             )
         if id(module) in gated:
             yield module, forward, _gated_mlp(module, family, share=share, name=name)
@@ -200,7 +207,8 @@ def _norm(
 
 
 def _capped_head(plain: Callable[[Tensor], Tensor], cap: float) -> Callable[[Tensor], Tensor]:
-    """The head with the model's logit soft-capping in it, under the identity rule; `_configs` takes it out of the model."""
+    """The head with the model's logit soft-capping in it, under the identity rule; `_configs` takes it out of
+    the model."""
 
     def forward(x: Tensor) -> Tensor:
         return rules.soft_cap(plain(x), cap)
@@ -230,7 +238,8 @@ def _product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor
     if factor is None:
         kind = type(activation).__name__
         raise UnsupportedModel(
-            f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor f(x)/x"
+            f"no LRP rule for the non-linearity of {name}, a {kind}; use method gradient, or add its factor "
+            "f(x)/x"
         )
     return partial(rules.gated_product, function=activation.forward, factor=factor, share=share)
 
@@ -240,7 +249,8 @@ def _constant(plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _attentions(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
-    """The shares of query, key and value in attention modules that do not use transformers' attention interface."""
+    """The shares of query, key and value in attention modules that do not use transformers' attention
+    interface."""
     if _uses_interface(model, family):
         return
     for attention in _attention_modules(model, family):
@@ -255,7 +265,8 @@ def _attention_modules(model: "PreTrainedModel", family: Family) -> list[nn.Modu
 
 
 def _uses_interface(model: "PreTrainedModel", family: Family) -> bool:
-    """Whether attention goes through transformers' interface: by the family's row, or in a release that has dropped the method which the row names.
+    """Whether attention goes through transformers' interface: by the family's row, or in a release that has
+    dropped the method which the row names.
 
     Raises:
         UnsupportedModel: attention that does neither.
@@ -268,7 +279,8 @@ def _uses_interface(model: "PreTrainedModel", family: Family) -> bool:
         if not hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS"):
             kind = type(attention).__name__
             raise UnsupportedModel(
-                f"no LRP rule for the attention of {kind} in this release of transformers; use method gradient, or add its rule"
+                f"no LRP rule for the attention of {kind} in this release of transformers; use method "
+                "gradient, or add its rule"
             )
     return True
 
@@ -290,7 +302,7 @@ def _shared_out(query_key_value: Iterable[Tensor], cp: bool) -> tuple[Tensor, ..
 
 
 def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
-    """A copy of the configuration, asking for our attention, for every module of this model that reads one."""
+    """A copy of the configuration that selects our attention, for each module that reads one."""
     copies: dict[int, Any] = {}
     interface = _uses_interface(model, family)
     for module in model.modules():
@@ -315,7 +327,8 @@ def _caps_scores(config: Any) -> bool:
 def _register_attention(implementation: str, cp: bool, capped: bool = False) -> str:
     """The name, in transformers' registries, of `implementation` with LRP's shares on its inputs.
 
-    Fused kernels (flash, flex) compute what sdpa does, or, where scores are soft-capped, what eager does, which stands in for them.
+    Fused kernels (flash, flex) compute what sdpa does, or, where scores are soft-capped, what eager does,
+    which stands in for them.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -327,7 +340,8 @@ def _register_attention(implementation: str, cp: bool, capped: bool = False) -> 
         implementation = "eager" if capped else "sdpa"
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedModel(
-            f'no LRP rule for attention implementation \'{implementation}\'; load with attn_implementation="sdpa" or "eager"'
+            f"no LRP rule for attention implementation '{implementation}'; load with "
+            'attn_implementation="sdpa" or "eager"'
         )
     name = f"{OURS}{'cp' if cp else 'attn'}lrp_{implementation}"
 
@@ -356,7 +370,8 @@ def _register_attention(implementation: str, cp: bool, capped: bool = False) -> 
 
 @contextmanager
 def frozen(model: "PreTrainedModel") -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, the model is in eval mode, and experts can be hooked (`Site.hooked`); then all is as before."""
+    """Inside, no parameter asks for a gradient, the model is in eval mode, and experts can be hooked
+    (`Site.hooked`); then all is as before."""
     renew_(model)
     places = [
         (module._parameters, name)

@@ -1,6 +1,8 @@
-"""Relevance by (modified) gradients: `lrp`, `cp-lrp` and `gradient`. One forward, one backward with respect to inputs.
+"""Relevance by (modified) gradients: `lrp`, `cp-lrp` and `gradient`. One forward, one backward with respect
+to inputs.
 
-No weight ever has a gradient: what a site needs is gathered in a hook on its output while the backward pass goes by.
+No weight ever has a gradient: what a site needs is gathered in a hook on its output while the backward pass
+goes by.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 
 ROWS = 1536
-"""Rows of W ⊙ G handled at once: some megabytes. With few rows, products of short samples run at a third of the speed."""
+"""Rows of W ⊙ G handled at once: some megabytes. With few rows, products of short samples run at a third of
+the speed."""
 
 
 def lrp(
@@ -81,7 +84,8 @@ def _relevance(
 
 
 def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
-    """Σ over the batch of y, the target scalar of each sample (docs/method.md, 2). The head is computed at target positions only."""
+    """Σ over the batch of y, the target scalar of each sample (docs/method.md, 2). The head is computed at
+    target positions only."""
     rows = [row for row, sample in enumerate(batch.samples) for _ in sample.positions]
     columns = [position for sample in batch.samples for position in sample.positions]
     logits = logits_at(model, batch.ids, rows, columns)
@@ -98,7 +102,8 @@ def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
 def _hook_sites(
     sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums
 ) -> Iterator[None]:
-    """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a sample, and of weights in `sums`."""
+    """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a
+    sample, and of weights in `sums`."""
     with ExitStack() as stack:
         for index, site in enumerate(sites):
             if settings.unit == "head":
@@ -163,7 +168,8 @@ def _to_float32(x: Tensor) -> Tensor:
 
 
 def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -> Tensor:
-    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out] and a [T, in]."""
+    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out]
+    and a [T, in]."""
     pairs = [_match_dtypes(g, x) for g, x in zip(grad, a, strict=True)]
     sums = torch.empty(
         len(pairs),
@@ -190,7 +196,8 @@ def _match_dtypes(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-# Looking at what flows back through a tensor, and computing layers a second time in the backward pass instead of keeping what they computed.
+# Looking at what flows back through a tensor, and computing layers a second time in the backward pass instead
+# of keeping what they computed.
 
 
 Arrived = Callable[[Tensor, Tensor], None]
@@ -198,7 +205,8 @@ Arrived = Callable[[Tensor, Tensor], None]
 
 
 class _Watch(torch.autograd.Function):
-    """The tensor itself. What is kept is kept as autograd keeps its own, so that a checkpointed layer keeps it neither."""
+    """The tensor itself. What is kept is kept as autograd keeps its own, so that a checkpointed layer keeps
+    it neither."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, receive: Arrived, lowest: bool, copied: bool) -> Tensor:
@@ -229,13 +237,15 @@ def checkpoint_layers(
     *,
     offload: bool = False,
 ) -> Iterator[None]:
-    """Inside, a decoder layer keeps its input alone, and is computed again when the backward pass comes to it.
+    """Inside, a decoder layer keeps its input alone, and is computed again when the backward pass comes to
+    it.
 
     transformers' own gradient checkpointing is for training: it needs train mode, in which dropout is on.
 
     Args:
         within: makes the context that a layer is computed in again.
-        offload: keep the inputs on the CPU, pinned beside a GPU, and bring each back when its layer is computed again.
+        offload: keep the inputs on the CPU, pinned beside a GPU, and bring each back when its layer is
+            computed again.
     """
     pinned = device_of(model).type == "cuda"
     with ExitStack() as stack:
@@ -263,22 +273,27 @@ def _away(again: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) ->
         return again(*args, **kwargs)
 
 
-# Weight relevance: Σ_t ĝ_t a_tᵀ streams from each site's backward step straight into the site's running total, and never into `.grad`.
+# Weight relevance: Σ_t ĝ_t a_tᵀ streams from each site's backward step straight into the site's running
+# total, and never into `.grad`.
 #
-# R_W = W ⊙ Σ_t ĝ_t a_tᵀ (docs/method.md, 3), and W is the same for every sample: it is multiplied in once, at the end (`weight_times_sums`).
+# R_W = W ⊙ Σ_t ĝ_t a_tᵀ (docs/method.md, 3), and W is the same for every sample: it is multiplied in once, at
+# the end (`weight_times_sums`).
 
 
 PIECE = 2**22
-"""Elements of one sample's matrix that are handled at once on a CPU: more would be memory, fewer would be threads that wait for each other."""
+"""Elements of one sample's matrix that are handled at once on a CPU: more would be memory, fewer would be
+threads that wait for each other."""
 
 
 def weight_hook(
     site: Site, batch: Batch, sums: Sums, *, first: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value, to the site's total.
+    """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value,
+    to the site's total.
 
     Args:
-        first: whether no earlier site of its layer is watched, so that the backward pass leaves the layer's sites with it.
+        first: whether no earlier site of its layer is watched, so that the backward pass leaves the layer's
+            sites with it.
     """
 
     def receive(tokens: Tensor | None, grad: Tensor, a: Tensor) -> None:
@@ -296,7 +311,8 @@ def weight_hook(
 
 
 def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Tensor]) -> None:
-    """Add a batch, of each sample ĝ [T, out] and a [T, in], less what was in already when an earlier try at these samples ran out of memory."""
+    """Add a batch, of each sample ĝ [T, out] and a [T, in], less what was in already when an earlier try at
+    these samples ran out of memory."""
     fresh = [
         row for row, sample in enumerate(batch.samples) if (sample.index, site.name) not in sums.streamed
     ]
@@ -304,7 +320,8 @@ def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Te
     for row, (g, x) in zip(fresh, pairs, strict=True):
         if not (g.sum(dtype=torch.float32) + x.sum(dtype=torch.float32)).isfinite():
             raise NonFinite(
-                f"the relevance of sample {batch.samples[row].index} is not finite at {site.name}; look at that sample, leave it out, "
+                f"the relevance of sample {batch.samples[row].index} is not finite at {site.name}; look at "
+                "that sample, leave it out, "
                 "or load the model in bfloat16 or float32"
             )
     if grad[0].device.type == "cpu" and grad[0].dtype in (torch.float16, torch.bfloat16):
@@ -342,7 +359,8 @@ def _pieces(total: Tensor, device: torch.device) -> list[slice]:
 
 
 def weight_times_sums(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
-    """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the reduction takes it."""
+    """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the
+    reduction takes it."""
     if not total.numel():  # CP-LRP holds the site constant
         return torch.zeros(site.out, site.inp)
     total.mul_(site.weight.detach().to(total.device))

@@ -1,7 +1,9 @@
-"""The LRP rules as modified gradients. Tensors and autograd only: forward values are never changed, only what flows back.
+"""The LRP rules as modified gradients. Tensors and autograd only: forward values are never changed, only what
+flows back.
 
-Relevance of an activation is activation × (modified gradient), so a rule is a choice of backward factor. Sources: AttnLRP
-(Achtibat et al. 2024, arXiv 2402.05602), the modified-gradient view (Arras et al. 2025), CP-LRP (Ali et al. 2022).
+Relevance of an activation is activation × (modified gradient), so a rule is a choice of backward factor.
+Sources: AttnLRP (Achtibat et al. 2024, arXiv 2402.05602), the modified-gradient view (Arras et al. 2025),
+CP-LRP (Ali et al. 2022).
 """
 
 import math
@@ -65,7 +67,8 @@ def identity_rule(x: Tensor, function: Callable[[Tensor], Tensor], factor: Facto
 
 
 class _GatedProduct(torch.autograd.Function):
-    """Identity rule on the gate's non-linearity and uniform rule on the product, in one step that keeps only its two inputs."""
+    """Identity rule on the gate's non-linearity and uniform rule on the product, in one step that keeps only
+    its two inputs."""
 
     @staticmethod
     def forward(
@@ -120,7 +123,8 @@ def capped_attention(
     softcap: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention whose scores are soft-capped, as Gemma 2 computes it: query [B, H, T, d]; key and value may have fewer heads."""
+    """Eager attention whose scores are soft-capped, as Gemma 2 computes it: query [B, H, T, d]; key and value
+    may have fewer heads."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = soft_cap(torch.matmul(query, key.transpose(2, 3)) * scaling, softcap)
     scores = scores if mask is None else scores + mask
@@ -188,5 +192,6 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
-    """norm(x) = gain · (x − mean(x)) / std(x) + bias; std(x) is a constant, the mean is the linear map that it is."""
+    """norm(x) = gain · (x − mean(x)) / std(x) + bias; std(x) is a constant, the mean is the linear map that
+    it is."""
     return _LayerNorm.apply(x, norm, gain, eps)  # type: ignore[no-untyped-call, no-any-return]

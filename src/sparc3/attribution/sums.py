@@ -13,7 +13,8 @@ from ..samples.batches import Batch
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: a finite sum says so in one pass, and only where it overflows is each value looked at."""
+    """Whether no value is NaN or infinite: a finite sum says so in one pass, and only where it overflows is
+    each value looked at."""
     return bool(values.sum().isfinite() or values.isfinite().all())
 
 
@@ -36,11 +37,13 @@ class Settings:
 
 @dataclass
 class Sums:
-    """Sums over samples, with the counts that divide them: on the CPU in float64, those of weights where and as the settings say.
+    """Sums over samples, with the counts that divide them: on the CPU in float64, those of weights where and
+    as the settings say.
 
     Attributes:
         totals: site name → sum over the samples so far.
-        samples, tokens, targets: numbers of samples, of their tokens that were summed over, of their target tokens.
+        samples, tokens, targets: numbers of samples, of their tokens that were summed over, of their target
+            tokens.
         skipped: places, in the reference set, of samples left out because their relevance was not finite.
         streamed: (place of a sample that is not done yet, site whose total holds it already).
     """
@@ -54,7 +57,8 @@ class Sums:
     streamed: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, batch: Batch, gathered: Mapping[str, Tensor]) -> None:
-        """Add one row a sample from each site, leaving out samples that are not finite where the settings say so.
+        """Add one row a sample from each site, leaving out samples that are not finite where the settings say
+        so.
 
         Raises:
             NonFinite: a NaN or Inf, named by sample and site, where the settings say error.
@@ -66,7 +70,8 @@ class Sums:
             if not finite.all() and self.settings.non_finite == "error":
                 bad = batch.samples[int((~finite).nonzero()[0])].index
                 raise NonFinite(
-                    f"the relevance of sample {bad} is not finite at {name}; look at that sample, load the model in bfloat16 or float32, "
+                    f"the relevance of sample {bad} is not finite at {name}; look at that sample, load the "
+                    "model in bfloat16 or float32, "
                     "or leave such samples out with --non-finite skip"
                 )
             good &= finite
@@ -98,7 +103,8 @@ class Sums:
         self.skipped += other.skipped
 
     def matrix(self, site: Site) -> Tensor:
-        """The running total [out, in] of a site's weights, zero at first; what streams is added to it in place."""
+        """The running total [out, in] of a site's weights, zero at first; what streams is added to it in
+        place."""
         if site.name not in self.totals:
             dtype = getattr(torch, self.settings.sums_dtype)
             self.totals[site.name] = torch.zeros(
@@ -107,7 +113,8 @@ class Sums:
         return self.totals[site.name]
 
     def over_ranks(self, names: list[str]) -> "Sums":
-        """The sums of all ranks together; each rank gets the same. `names` are the sites, which a rank without a sample lacks."""
+        """The sums of all ranks together; each rank gets the same. `names` are the sites, which a rank
+        without a sample lacks."""
         if distributed.world() == 1:
             return self
         known = distributed.gather(

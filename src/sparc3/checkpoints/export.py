@@ -1,4 +1,5 @@
-"""A model without a circuit as an ordinary Hugging Face checkpoint, whose files are the source's wherever nothing was removed."""
+"""A model without a circuit as an ordinary Hugging Face checkpoint, whose files are the source's wherever
+nothing was removed."""
 
 import copy
 import fnmatch
@@ -59,7 +60,8 @@ TOKENIZER_FILES = (
 """Those of them that belong to the tokenizer; left out where the model is exported without one."""
 OURS = (*NAMES, "results.json")
 ROUNDINGS = 16
-"""How many roundings of its dtype the logits of a shrunk model may be away, relative to their norm: sums of other lengths are rounded otherwise."""
+"""How many roundings of its dtype the logits of a shrunk model may be away, relative to their norm: sums of
+other lengths are rounded otherwise."""
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Stored = Mapping[str, Mapping[str, str]]
 """File of weights → key in it → name of the model's tensor."""
@@ -74,22 +76,26 @@ def export(
     results: Results | None = None,
     shrink: bool = False,
 ) -> Path:
-    """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and a model card.
+    """Write the model without the circuit as an ordinary Hugging Face checkpoint, with its circuit's file and
+    a model card.
 
-    Where the model in memory is still what it was loaded from, a folder or the hub's cache, the new folder is a copy of that one: the same
-    files with the same names, keys, dtype and metadata, and every byte as it was but those of the removed units (at a strength
-    below 1 multiplied in the files' own dtype) and of the card. Weights that were changed in memory, or whose source holds them in another
-    form than safetensors or under other names, are written as transformers writes them, in the source's dtype where that loses nothing.
-    The folder appears whole or not at all.
+    Where the model in memory is still what it was loaded from, a folder or the hub's cache, the new folder is
+    a copy of that one: the same files with the same names, keys, dtype and metadata, and every byte as it was
+    but those of the removed units (at a strength below 1 multiplied in the files' own dtype) and of the card.
+    Weights that were changed in memory, or whose source holds them in another form than safetensors or under
+    other names, are written as transformers writes them, in the source's dtype where that loses nothing. The
+    folder appears whole or not at all.
 
     Args:
         tokenizer: the model's; None leaves the folder without one.
         results: measurements for the model card.
-        shrink: take the circuit's neurons out of their matrices, which needs as many in every layer, and change the MLPs' width in the
-            configuration; then load the result, and compare its logits with those of the model with the neurons at zero.
+        shrink: take the circuit's neurons out of their matrices, which needs as many in every layer, and
+            change the MLPs' width in the configuration; then load the result, and compare its logits with
+            those of the model with the neurons at zero.
 
     Raises:
-        UserError: `out` exists and is not an empty folder; a unit that this model does not have; a circuit or model that cannot be shrunk.
+        UserError: `out` exists and is not an empty folder; a unit that this model does not have; a circuit or
+            model that cannot be shrunk.
         Sparc3Error: `out` cannot be written, or the smaller model's logits are not those of the zeroed one.
     """
     removed = removed_units(model, circuit)
@@ -179,7 +185,8 @@ def _write_from_memory(
 
 
 def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Path) -> None:
-    """Raise Sparc3Error unless the folder's model has the logits of this one without the circuit, but for the rounding of its dtype."""
+    """Raise Sparc3Error unless the folder's model has the logits of this one without the circuit, but for the
+    rounding of its dtype."""
     loaded = load_weights(
         folder,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -189,13 +196,15 @@ def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Pat
         difference = furthest(model, loaded)
     if not difference <= (limit := ROUNDINGS * torch.finfo(model.dtype).eps):
         raise Sparc3Error(
-            f"the smaller model's logits are not those of the zeroed one (relative difference {difference:.2g}, limit {limit:.2g}), and nothing was "
+            "the smaller model's logits are not those of the zeroed one (relative difference "
+            f"{difference:.2g}, limit {limit:.2g}), and nothing was "
             "written; leave out --shrink"
         )
 
 
 def source_folder(model: "PreTrainedModel") -> Path | None:
-    """The folder that the model was loaded from: its own, or that of the hub's cache. None where there is none."""
+    """The folder that the model was loaded from: its own, or that of the hub's cache. None where there is
+    none."""
     name = str(model.name_or_path or "")
     if not name or Path(name).is_dir():
         return Path(name) if name else None
@@ -211,7 +220,8 @@ def _same_source(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase |
 
 
 def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
-    """What the folder's safetensors files hold of the model. None unless they hold exactly the model's values, every parameter of them."""
+    """What the folder's safetensors files hold of the model. None unless they hold exactly the model's
+    values, every parameter of them."""
     state, found = state_of(model), {}
     seen: set[int] = set()
     for file in _weight_files(folder):
@@ -220,7 +230,7 @@ def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
             for key in opened.keys():  # noqa: SIM118
                 name = key if key in state else f"{model.base_model_prefix}.{key}"
                 if name not in state:
-                    continue  # such as the causal mask in old checkpoints of GPT-2, which transformers leaves aside too
+                    continue  # as transformers does: the causal mask in old GPT-2 checkpoints
                 here, there = state[name], opened.get_tensor(key)
                 if here.shape != there.shape or not torch.equal(there.to(here.device, here.dtype), here):
                     return None
@@ -253,7 +263,8 @@ def copy_beside(source: Path, out: Path, *, with_tokenizer: bool = True) -> None
 
 
 def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) -> None:
-    """Weaken elements of a safetensors file's tensors in place, in the file's dtype; zero is all bits zero in each of its types.
+    """Weaken elements of a safetensors file's tensors in place, in the file's dtype; zero is all bits zero in
+    each of its types.
 
     Args:
         removed: key → how many times each element is weakened.
@@ -282,7 +293,8 @@ def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) 
             elements[flat > 0] = 0
         elif (kind := STORED_AS.get(header[key]["dtype"])) is None:
             raise UserError(
-                f"{key} is stored as {header[key]['dtype']}, of which no share can be taken; use a circuit of strength 1"
+                f"{key} is stored as {header[key]['dtype']}, of which no share can be taken; use a circuit "
+                "of strength 1"
             )
         else:
             for turn in range(int(flat.max(initial=0))):
@@ -298,7 +310,8 @@ def _read(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
 
 
 def _keep_dtype(folder: Path, source: Path | None) -> None:
-    """Store what transformers wrote in the source's dtype where that loses nothing: a float16 model computes in float32 on a CPU."""
+    """Store what transformers wrote in the source's dtype where that loses nothing: a float16 model computes
+    in float32 on a CPU."""
     if source is None or not (source / "config.json").is_file():
         return
     theirs, config = (

@@ -41,7 +41,7 @@ def model_card(
         f"# {_plain_text(source['id'])}, without {what}{circuit.at_strength}",
         "",
         f"{_link_model(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {done}, "
-        f"chosen by sparc3 {__version__}. Nothing was trained; every other weight is as it was. {shrunk}".rstrip(),
+        f"chosen by sparc3 {__version__}. Nothing was trained, no other weight changed. {shrunk}".rstrip(),
         "",
         *_describe_selection(circuit),
         "## What was removed",
@@ -63,7 +63,8 @@ def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Resu
         "",
         f"A set of {circuit.unit}s of {_link_model(name, base)} "
         f"(weights fingerprint {_plain_text(circuit.model.get('fingerprint'))}), found by sparc3 "
-        f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, which the fingerprint sees to:",
+        f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, "
+        "which the fingerprint sees to:",
         "",
         "```",
         f"sparc3 ablate {base or 'MODEL'} --circuit {repo} --out DIR",
@@ -99,7 +100,8 @@ def _link_model(name: str, base: str | None) -> str:
 
 
 def _plain_text(value: object) -> str:
-    """A value out of a file as text of a card, in which no markup of Markdown or HTML and no control character acts."""
+    """A value out of a file as text of a card, in which no markup of Markdown or HTML and no control
+    character acts."""
     return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(one_line(str(value)), quote=False))
 
 
@@ -107,12 +109,15 @@ def _describe_selection(circuit: Circuit) -> list[str]:
     """How the circuit was found, as a table."""
     selection = circuit.provenance.get("selection") or {}
     scores = {key: _plain_text(value) for key, value in (circuit.provenance.get("scores") or {}).items()}
+    chosen = [f"{_plain_text(k)} {_plain_text(v)}" for k, v in selection.items() if v is not None]
+    chosen = [f"{_plain_text(k)} {_plain_text(v)}" for k, v in selection.items() if v is not None]
     return [
         "| | |",
         "|---|---|",
-        f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron {scores.get('neuron', '-')} |",
+        f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron "
+        f"{scores.get('neuron', '-')} |",
         f"| contrast | {scores.get('contrast', '-')} |",
-        f"| selection | {', '.join(f'{_plain_text(k)} {_plain_text(v)}' for k, v in selection.items() if v is not None) or '-'} |",
+        f"| selection | {', '.join(chosen) or '-'} |",
         f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint}{circuit.at_strength} |",
         "",
     ]
@@ -156,7 +161,8 @@ def _list_results(results: Results | None) -> list[str]:
         relative = f"{d.relative:+.1%}" if d and d.relative is not None else "-"
         n = (other or one).n  # type: ignore[union-attr]
         rows.append(
-            f"| {_plain_text(metric)} | {' | '.join(figures)} | {relative} | {interval} | {_number(d.p if d else None)} | {n} |"
+            f"| {_plain_text(metric)} | {' | '.join(figures)} | {relative} | {interval} | "
+            f"{_number(d.p if d else None)} | {n} |"
         )
     return rows
 

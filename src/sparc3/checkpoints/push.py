@@ -27,17 +27,19 @@ def push(
     results: Results | None = None,
     message: str | None = None,
 ) -> str:
-    """Upload a circuit's file, or a folder that `export` wrote, to a model repository of the hub, as one commit.
+    """Upload a circuit's file, or a folder that `export` wrote, to a model repository of the hub, as one
+    commit.
 
-    A missing repository is created, private by default. The token is that of `hf auth login`, or HF_TOKEN. A circuit's
-    file is named circuit.json (circuit.safetensors for weights), so that others need only "USER/REPO" to load it; a
-    repository without a card gets one.
+    A missing repository is created, private by default. The token is that of `hf auth login`, or HF_TOKEN. A
+    circuit's file is named circuit.json (circuit.safetensors for weights), so that others need only
+    "USER/REPO" to load it; a repository without a card gets one.
 
     Args:
         repo: "USER/REPO".
         public: make the repository public; also required for one that is public already, so that nothing is
             published by accident.
-        base: hub id of the model that a circuit belongs to, for its card; ignored for a folder, whose card names it.
+        base: hub id of the model that a circuit belongs to, for its card; ignored for a folder, whose card
+            names it.
         results: measurements for a circuit's card.
         message: the commit message.
 
@@ -45,8 +47,8 @@ def push(
         The repository's address.
 
     Raises:
-        UserError: the path is neither a circuit's file nor such a folder, the token is missing or may not write there,
-            or the hub cannot be reached.
+        UserError: the path is neither a circuit's file nor such a folder, the token is missing or may not
+            write there, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -66,7 +68,8 @@ def push(
         address = str(api.create_repo(repo, private=not public, exist_ok=True))
         if not public and not api.model_info(repo).private:
             raise UserError(
-                f"{repo} is there already and is public; pass --public if everyone may see this, or choose another name"
+                f"{repo} is there already and is public; pass --public if everyone may see this, or choose "
+                "another name"
             )
         content: dict[str, Path | bytes]
         if source.is_dir():

@@ -38,7 +38,7 @@ class Shrinking:
     after: int
 
     def __str__(self) -> str:
-        return f"Removed neurons are taken out of the matrices: `{self.key}` is {self.after:,}, and was {self.before:,}."
+        return f"Removed neurons are deleted: `{self.key}` is {self.after:,} instead of {self.before:,}."
 
     def of(self, name: str, tensor: Tensor) -> Tensor:
         """What stays of a tensor that is called `name` in the model."""
@@ -61,7 +61,8 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
 
     Raises:
         UserError: the circuit is not of neurons of mlp.up, or does not take the same number from every layer.
-        UnsupportedModel: an MLP that is not two or three linear maps, or whose width the configuration does not say.
+        UnsupportedModel: an MLP that is not two or three linear maps, or whose width the configuration does
+            not say.
     """
     if circuit.strength != 1:
         raise UserError(
@@ -77,7 +78,8 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     )
     if not plain or len({site.layer for site in ups}) < len(ups) or len(downs) < len(ups):
         raise UnsupportedModel(
-            f"--shrink supports MLPs of two or three linear maps only, and those of {kind} are not; omit --shrink"
+            f"--shrink supports MLPs of two or three linear maps only, and those of {kind} are not; omit "
+            "--shrink"
         )
     key, width = _width(model, ups)
     gone = _same_number(circuit, ups)
@@ -104,7 +106,8 @@ def _width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
         if hasattr(model.config, key) and len(widths) == 1 and getattr(model.config, key) in (None, *widths):
             return key, widths.pop()
     raise UnsupportedModel(
-        f"the configuration of {model.config.model_type} does not say how wide its MLPs are, so --shrink cannot "
+        f"the configuration of {model.config.model_type} does not say how wide its MLPs are, so --shrink "
+        "cannot "
         "change the width; omit --shrink"
     )
 
@@ -123,12 +126,15 @@ def _same_number(circuit: Circuit, ups: list[Site]) -> dict[str, tuple[int, ...]
     counts = sorted({len(units) for units in gone.values()})
     if len(counts) > 1:
         raise UserError(
-            f"--shrink must remove the same number of neurons from every layer, but this circuit takes {counts[0]} from one "
-            f"and {counts[-1]} from another; select with --scope site (selection.scope: site in a recipe), or omit --shrink"
+            "--shrink must remove the same number of neurons from every layer, but this circuit takes "
+            f"{counts[0]} from one "
+            f"and {counts[-1]} from another; select with --scope site (selection.scope: site in a recipe), "
+            "or omit --shrink"
         )
     if counts[0] in (0, ups[0].out):
         raise UserError(
-            f"--shrink must remove at least one neuron of each layer and leave one, but this circuit takes {counts[0]} of {ups[0].out}"
+            "--shrink must remove at least one neuron of each layer and leave one, but this circuit takes "
+            f"{counts[0]} of {ups[0].out}"
         )
     return gone
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedModel"]:
-    """Inside, the circuit's units are zero, or weaker by its strength; after it every touched value is back, bit for bit.
+    """Inside, the circuit's units are zero, or weaker by its strength; after it every touched value is back,
+    bit for bit.
 
     Raises:
         UserError: a unit that this model does not have; nothing has been touched then.
@@ -44,7 +45,8 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
 
 
 def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
-    """Set the circuit's units to zero, or weaken them by its strength, for good (docs/method.md, 9). Raises UserError as `ablated` does."""
+    """Set the circuit's units to zero, or weaken them by its strength, for good (docs/method.md, 9). Raises
+    UserError as `ablated` does."""
     require_present(model)
     with torch.no_grad():
         for tensor, index in _targets(model, circuit):
@@ -52,9 +54,11 @@ def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
 
 
 def removed_units(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
-    """Parameter name → uint8 tensor of its shape: how many units an element is weakened for. Raises UserError as `ablated` does.
+    """Parameter name → uint8 tensor of its shape: how many units an element is weakened for. Raises UserError
+    as `ablated` does.
 
-    More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an element of mlp.down.
+    More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an
+    element of mlp.down.
     """
     require_present(model)
     found: dict[str, Tensor] = {}
@@ -72,7 +76,8 @@ def removed_units(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tenso
 
 
 def weaken_values(values: Tensor, strength: float) -> Tensor:
-    """What is left of the values, (1 − strength) of them, computed in float64 and rounded to their dtype: the same bits for any layout."""
+    """What is left of the values, (1 − strength) of them, computed in float64 and rounded to their dtype: the
+    same bits for any layout."""
     return (values.double() * (1 - strength)).to(values.dtype)
 
 
@@ -90,7 +95,8 @@ def _is_mask(index: Any) -> bool:
 
 
 def _values(tensor: Tensor, index: Any) -> Tensor:
-    """A copy of the values at the index, and of no other. A mask needs no list of places, which would be larger than the matrix."""
+    """A copy of the values at the index, and of no other. A mask needs no list of places, which would be
+    larger than the matrix."""
     return tensor.masked_select(index) if _is_mask(index) else tensor[index].clone()
 
 
@@ -111,10 +117,11 @@ def _weaken_(tensor: Tensor, index: Any, strength: float) -> None:
 
 
 def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, Any]]:
-    """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head, or a mask of weights.
+    """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head,
+    or a mask of weights.
 
-    Below strength 1 the columns of mlp.down that read a neuron of mlp.up, in every family: in a plain MLP a non-linearity stands between
-    mlp.up and the neuron's output, with which a factor does not commute.
+    Below strength 1 the columns of mlp.down that read a neuron of mlp.up, in every family: in a plain MLP a
+    non-linearity stands between mlp.up and the neuron's output, with which a factor does not commute.
     """
     known = {
         site.name: site
@@ -125,14 +132,16 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, A
     for name, units in circuit.members.items():
         if name not in known:
             raise UserError(
-                f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was made on"
+                f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was "
+                "made on"
             )
         site = known[name]
         _require_fit(site, circuit.unit, units)
         reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
         if (reader or site).quantised:
             raise UserError(
-                f"{(reader or site).name} holds quantised weights, which cannot be changed in place; ablate the unquantised model"
+                f"{(reader or site).name} holds quantised weights, which cannot be changed in place; ablate "
+                "the unquantised model"
             )
         if reader:
             targets.append(
@@ -154,13 +163,15 @@ def _require_fit(site: Site, unit: str, units: Any) -> None:
     if unit == "weight":
         if tuple(units.shape) != (site.out, site.inp):
             raise UserError(
-                f"the circuit has shape {tuple(units.shape)} at {site.name}, which has {(site.out, site.inp)}; use the model it was made on"
+                f"the circuit has shape {tuple(units.shape)} at {site.name}, which has "
+                f"{(site.out, site.inp)}; use the model it was made on"
             )
         return
     there = site.out if unit == "neuron" else site.heads
     if units and max(units) >= there:
         raise UserError(
-            f"the circuit names {unit} {max(units)} of {site.name}, which has {there}; use the model it was made on"
+            f"the circuit names {unit} {max(units)} of {site.name}, which has {there}; use the model it was "
+            "made on"
         )
 
 
@@ -209,13 +220,15 @@ class Damping:
 
 @contextmanager
 def damp(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedModel"]:
-    """Inside, each neuron's output is multiplied by its factor; after it every touched value is back, bit for bit, whatever happened inside.
+    """Inside, each neuron's output is multiplied by its factor; after it every touched value is back, bit for
+    bit, whatever happened inside.
 
-    The factor goes into the neuron's column of mlp.down, where it is exact in every family: a non-linearity stands between mlp.up and
-    the neuron's output, and in a plain MLP it does not commute with a factor.
+    The factor goes into the neuron's column of mlp.down, where it is exact in every family: a non-linearity
+    stands between mlp.up and the neuron's output, and in a plain MLP it does not commute with a factor.
 
     Raises:
-        UserError: neurons that this model does not have, quantised weights, or weights on the disk; nothing has been touched then.
+        UserError: neurons that this model does not have, quantised weights, or weights on the disk; nothing
+            has been touched then.
     """
     require_present(model)
     columns = _columns(model, damping)
@@ -247,7 +260,8 @@ def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Tensor, T
         down = downs[name]
         if down.quantised:
             raise UserError(
-                f"{down.name} holds quantised weights, which cannot be scaled in place; damp the unquantised model"
+                f"{down.name} holds quantised weights, which cannot be scaled in place; damp the unquantised "
+                "model"
             )
         index = (factors != 1).nonzero()[:, 0]
         if len(index):

@@ -44,7 +44,8 @@ def intersection(one: Circuit, other: Circuit) -> Circuit:
 
 
 def difference(one: Circuit, other: Circuit) -> Circuit:
-    """The units of the first circuit that are not in the second. Raises UserError where their models, units, shapes or strengths differ."""
+    """The units of the first circuit that are not in the second. Raises UserError where their models, units,
+    shapes or strengths differ."""
     return _combine("difference", one, other)
 
 
@@ -52,10 +53,12 @@ OPERATIONS = {"union": union, "intersection": intersection, "difference": differ
 
 
 def overlap(one: Circuit, other: Circuit, *, sizes: Mapping[str, int] | None = None) -> Overlap:
-    """How many units two circuits share, whatever their strengths, and how many two random ones of their sizes would.
+    """How many units two circuits share, whatever their strengths, and how many two random ones of their
+    sizes would.
 
     Args:
-        sizes: module name → number of units there were to choose from; as the circuits recorded it where not given.
+        sizes: module name → number of units there were to choose from; as the circuits recorded it where not
+            given.
 
     Raises:
         UserError: their models, units or shapes differ, or they were chosen from different sites.
@@ -88,26 +91,31 @@ def _sizes(one: Circuit, other: Circuit) -> dict[str, int] | None:
     if first is not None and second is not None and first != second:
         odd = sorted(name for name in {*first, *second} if first.get(name) != second.get(name))[0]
         raise UserError(
-            f"the circuits were selected from different sites or sizes (such as {odd}), so chance overlap is undefined; "
+            f"the circuits were selected from different sites or sizes (such as {odd}), so chance overlap is "
+            "undefined; "
             "select both from the same sites"
         )
     return first if first is not None else second
 
 
 def require_alike(one: Circuit, other: Circuit) -> None:
-    """Raise UserError unless both circuits hold the same kind of units of the same model, removed at the same strength."""
+    """Raise UserError unless both circuits hold the same kind of units of the same model, removed at the same
+    strength."""
     if one.unit != other.unit:
         raise UserError(
-            f"a circuit of {one.unit}s cannot be combined with one of {other.unit}s; use circuits of the same unit"
+            f"a circuit of {one.unit}s cannot be combined with one of {other.unit}s; use circuits of the "
+            "same unit"
         )
     if one.strength != other.strength:
         raise UserError(
-            f"circuits of strength {one.strength:g} and {other.strength:g} do not go together; use the same strength for both"
+            f"circuits of strength {one.strength:g} and {other.strength:g} do not go together; use the same "
+            "strength for both"
         )
     first, second = one.model.get("fingerprint"), other.model.get("fingerprint")
     if first and second and first != second:
         raise UserError(
-            f"the circuits were made on {one.model.get('id')} ({first}) and {other.model.get('id')} ({second}); "
+            f"the circuits were made on {one.model.get('id')} ({first}) and {other.model.get('id')} "
+            f"({second}); "
             "use circuits of the same model"
         )
     for name in one.members if one.unit == "weight" else ():

@@ -1,4 +1,5 @@
-"""Circuit: a set of units of one model. The third noun on disk (`sparc3.circuit/1`: circuit.json, or circuit.safetensors for weights)."""
+"""Circuit: a set of units of one model. The third noun on disk (`sparc3.circuit/1`: circuit.json, or
+circuit.safetensors for weights)."""
 
 import os
 from collections.abc import Mapping
@@ -24,13 +25,16 @@ NAMES = ("circuit.json", "circuit.safetensors")
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """A set of units; removing it, wholly or by a share, is an ablation. Raises UserError for a strength out of its range.
+    """A set of units; removing it, wholly or by a share, is an ablation. Raises UserError for a strength out
+    of its range.
 
     Attributes:
         unit: "neuron", "head" or "weight".
-        members: module name → which of its units: indices, ascending, of neurons (the module is their `mlp.up`) and heads (their
-            `attn.o`); of weights a bool tensor [out, in] on the CPU, true at the members.
-        strength: the share of each unit's output, or of each weight, that its removal takes away: above 0, up to 1, which is all of it.
+        members: module name → which of its units: indices, ascending, of neurons (the module is their
+            `mlp.up`) and heads (their `attn.o`); of weights a bool tensor [out, in] on the CPU, true at the
+            members.
+        strength: the share of each unit's output, or of each weight, that its removal takes away: above 0, up
+            to 1, which is all of it.
         model: id, architecture and fingerprint of the model it was found on.
         provenance: the selection and the scores it came from.
     """
@@ -92,7 +96,7 @@ class Circuit:
 
     @property
     def at_strength(self) -> str:
-        """What follows its name in a sentence: " at strength 0.5"; nothing where the units are set to zero."""
+        """A phrase for messages: " at strength 0.5", or nothing if the units are set to zero."""
         return f" at strength {self.strength:g}" if self.strength != 1 else ""
 
     @property
@@ -108,14 +112,17 @@ class Circuit:
         if self.model.get("fingerprint") != here["fingerprint"]:
             raise UserError(
                 f"the circuit was made on {self.model.get('id')} ({self.model.get('fingerprint')}), "
-                f"not on {here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it anyway"
+                f"not on {here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it "
+                "anyway"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write readable JSON, or packed masks as safetensors for weights. Raises UserError where the name does not end as `suffix` says."""
+        """Write readable JSON, or packed masks as safetensors for weights. Raises UserError where the name
+        does not end as `suffix` says."""
         if Path(path).suffix != self.suffix:
             raise UserError(
-                f"a circuit of {self.unit}s is saved as a {self.suffix} file, but the path is {path}; use a name that ends in {self.suffix}"
+                f"a circuit of {self.unit}s is saved as a {self.suffix} file, but the path is {path}; use a "
+                f"name that ends in {self.suffix}"
             )
         if self.unit == "weight":
             self._save_masks(path)
@@ -141,8 +148,8 @@ class Circuit:
         """Read what `save` wrote.
 
         Args:
-            path: the file; a folder that holds circuit.json or circuit.safetensors; or a place on the hub, written as its client writes
-                it: "USER/REPO", "hf://USER/REPO@REVISION/PATH".
+            path: the file; a folder that holds circuit.json or circuit.safetensors; or a place on the hub,
+                written as its client writes it: "USER/REPO", "hf://USER/REPO@REVISION/PATH".
 
         Raises:
             UserError: nothing there, another kind of file, or the hub is out of reach.
@@ -170,7 +177,8 @@ class Circuit:
             or not _is_strength(strength)
         ):
             raise DamagedFile(
-                f"{path}: the unit, strength, members, model or provenance does not follow {FORMAT}; create the file again"
+                f"{path}: the unit, strength, members, model or provenance does not follow {FORMAT}; create "
+                "the file again"
             )
         return cls(header["unit"], members, header["model"], header["provenance"], strength)
 
@@ -223,14 +231,16 @@ def _file_of(path: str | os.PathLike[str]) -> Path:
         there = [Path(path) / name for name in NAMES if (Path(path) / name).is_file()]
         if len(there) != 1:
             raise UserError(
-                f"{path} is a folder with {' and '.join(f.name for f in there) or 'no circuit'} in it; name the circuit's file"
+                f"{path} is a folder with {' and '.join(f.name for f in there) or 'no circuit'} in it; name "
+                "the circuit's file"
             )
         return there[0]
     return Path(path)
 
 
 def packed_bits(mask: "Tensor") -> "Tensor":
-    """The bool mask [out, in] as bytes of eight weights each, row after row, the first weight in the highest bit."""
+    """The bool mask [out, in] as bytes of eight weights each, row after row, the first weight in the highest
+    bit."""
     import numpy
     import torch
 

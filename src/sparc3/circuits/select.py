@@ -41,7 +41,8 @@ def contrast(
         Scores of the same sites and shapes.
 
     Raises:
-        UserError: scores of different models, units, methods, sites or shapes; the message names the difference.
+        UserError: scores of different models, units, methods, sites or shapes; the message names the
+            difference.
     """
     if normalize not in (None, "l1"):
         raise unknown("normalize", normalize, ("l1",))
@@ -82,8 +83,10 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
     models = [scores.provenance.get("model") or {} for scores in (undesired, other)]
     if models[0].get("fingerprint") != models[1].get("fingerprint"):
         raise UserError(
-            f"the {name} scores are of model {models[1].get('id')} ({models[1].get('fingerprint')}) but the undesired "
-            f"scores are of {models[0].get('id')} ({models[0].get('fingerprint')}); score both on the same model"
+            f"the {name} scores are of model {models[1].get('id')} ({models[1].get('fingerprint')}) but the "
+            "undesired "
+            f"scores are of {models[0].get('id')} ({models[0].get('fingerprint')}); score both on the same "
+            "model"
         )
     for key in ("unit", "method", "neuron"):
         expected, actual = undesired.provenance.get(key), other.provenance.get(key)
@@ -95,13 +98,15 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
     if set(undesired) != set(other):
         unshared = min(set(undesired) ^ set(other))
         raise UserError(
-            f"the {name} and undesired scores cover different sites (only one has {unshared}); score the same sites in both"
+            f"the {name} and undesired scores cover different sites (only one has {unshared}); score the "
+            "same sites in both"
         )
     for site in undesired:
         expected_shape, actual_shape = tuple(undesired[site].shape), tuple(other[site].shape)
         if expected_shape != actual_shape:
             raise UserError(
-                f"{site} has shape {actual_shape} in the {name} scores but {expected_shape} in the undesired scores; "
+                f"{site} has shape {actual_shape} in the {name} scores but {expected_shape} in the undesired "
+                "scores; "
                 "score both on the same model"
             )
 
@@ -124,20 +129,22 @@ def select(
     order: str = "lowest",
     strength: float = 1.0,
 ) -> Circuit:
-    """The units with the lowest (or highest) scores, as a circuit. Deterministic: ties go by site order, then by index.
+    """The units with the lowest (or highest) scores, as a circuit. Deterministic: ties go by site order, then
+    by index.
 
     Args:
         count: the number of units to select, in total or for each site or row, as `scope` says.
         fraction: the share of the units to select instead, rounded down.
-        scope: "global" ranks all sites together and "site" ranks each site separately. For weights, "row" ranks each
-            output row separately, and "n:m", such as "2:4", takes n of every m consecutive inputs; it needs neither
-            count nor fraction.
+        scope: "global" ranks all sites together and "site" ranks each site separately. For weights, "row"
+            ranks each output row separately, and "n:m", such as "2:4", takes n of every m consecutive inputs;
+            it needs neither count nor fraction.
         order: "lowest" or "highest".
         strength: the share of each unit that ablating the circuit takes away, above 0 and up to 1.
 
     Raises:
-        UserError: both or neither of count and fraction; more units than there are, or than there are candidates below
-            zero after a matched contrast; a scope that does not fit the units or the rows; a strength out of range.
+        UserError: both or neither of count and fraction; more units than there are, or than there are
+            candidates below zero after a matched contrast; a scope that does not fit the units or the rows; a
+            strength out of range.
         NonFinite: a NaN or Inf among the scores.
     """
     groups = parse_scope(scope)
@@ -147,7 +154,8 @@ def select(
     for name, tensor in scores.items():
         if not tensor.isfinite().all():
             raise NonFinite(
-                f"the scores of {name} contain a NaN or Inf at unit {int((~tensor.isfinite()).nonzero()[0][0])}; "
+                f"the scores of {name} contain a NaN or Inf at unit "
+                f"{int((~tensor.isfinite()).nonzero()[0][0])}; "
                 "compute the scores again"
             )
     if scope == "row" or groups:
@@ -172,7 +180,7 @@ def select(
 
 
 def parse_scope(scope: str) -> tuple[int, int] | None:
-    """(2, 4) for "2:4", None for a named scope. Raises UserError for an unknown scope or impossible groups."""
+    """(2, 4) for "2:4", None for a named scope. Raises UserError for an unknown or impossible scope."""
     if scope in SCOPES:
         return None
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", scope)
@@ -210,7 +218,8 @@ def _select_in_rows(
         )
     if _candidates_only(scores):
         raise UserError(
-            f"scope {scope} takes the same number from every row, but a matched contrast only has candidates below zero; "
+            f"scope {scope} takes the same number from every row, but a matched contrast only has candidates "
+            "below zero; "
             "use scope global or site"
         )
     masks = {}
@@ -224,7 +233,8 @@ def _select_in_rows(
         wanted = groups[0] if groups else count if count is not None else share_of(fraction, columns)
         if wanted > columns:
             raise UserError(
-                f"{wanted} weights were asked for in each row, but the rows of {name} have {columns}; ask for fewer"
+                f"{wanted} weights were asked for in each row, but the rows of {name} have {columns}; ask "
+                "for fewer"
             )
         rows = tensor.reshape(-1, groups[1]) if groups else tensor
         masks[name] = lowest_in_rows(rows, wanted, highest=order == "highest").view(tensor.shape)
@@ -262,7 +272,8 @@ def _resolve_count(
         candidates = sum(int((scores[name] < 0).sum()) for name in names)
         if wanted > candidates:
             raise UserError(
-                f"{wanted} {scores.unit}s were asked for, but the matched contrast has {candidates} candidates "
+                f"{wanted} {scores.unit}s were asked for, but the matched contrast has {candidates} "
+                "candidates "
                 f"below zero{place}; ask for fewer, or lower the penalty"
             )
     return wanted
@@ -301,7 +312,8 @@ def exclude(scores: Scores, circuit: Circuit) -> Scores:
     return Scores(values, {**scores.provenance, "excluding": circuit.fingerprint})
 
 
-# Exact selection of the lowest numbers without sorting: tensors in, bool masks out. Ties go by tensor, then by index.
+# Exact selection of the lowest numbers without sorting: tensors in, bool masks out. Ties go by tensor, then
+# by index.
 
 PIECE = 2**20
 """Numbers processed at once; the extra memory is a few times this."""
@@ -310,10 +322,12 @@ DIGIT = 16
 
 
 def lowest(tensors: Sequence[Tensor], count: int, *, highest: bool = False) -> list[Tensor]:
-    """Masks of the `count` lowest (or highest) finite numbers of all tensors together, each in its tensor's shape.
+    """Masks of the `count` lowest (or highest) finite numbers of all tensors together, each in its tensor's
+    shape.
 
-    A radix select: the floats become integers of the same order and are counted by their first 16 bits; those that share
-    the threshold's first 16 bits are counted by the next 16, until every bit of the threshold is known.
+    A radix select: the floats become integers of the same order and are counted by their first 16 bits; those
+    that share the threshold's first 16 bits are counted by the next 16, until every bit of the threshold is
+    known.
     """
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     masks = [torch.zeros(tensor.shape, dtype=torch.bool) for tensor in tensors]

@@ -56,7 +56,7 @@ def add_score_commands(add: Add) -> None:
         "--gradient-checkpointing",
         default="auto",
         choices=("auto", "true", "false", "offload"),
-        help="compute layers twice to keep less; offload: on the CPU; auto: if it must be (default: %(default)s)",
+        help="compute layers twice to save memory; offload: also use the CPU; auto: if needed (%(default)s)",
     )
     attribute.add_argument(
         "--sums-dtype", default="float32", help="of the running sums of unit weight (default: %(default)s)"
@@ -140,7 +140,8 @@ def _attribute(args: argparse.Namespace) -> None:
     if not shard:
         scores.save(args.out)
     say(
-        f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples"
+        f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from "
+        f"{scores.provenance['samples']} samples"
     )
 
 
@@ -155,7 +156,8 @@ def _merge(args: argparse.Namespace) -> None:
     )
     scores.save(args.out)
     say(
-        f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from {scores.provenance['samples']} samples"
+        f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from "
+        f"{scores.provenance['samples']} samples"
     )
 
 
@@ -286,7 +288,8 @@ def _circuits(args: argparse.Namespace) -> None:
     if found.expected is not None:
         times = [_times(ratio) for ratio in (found.enrichment, found.enrichment_in_sites)]
         say(
-            f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each site {times[1]}"
+            f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each "
+            f"site {times[1]}"
         )
 
 

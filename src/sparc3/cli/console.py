@@ -1,4 +1,5 @@
-"""What every command shares: arguments of models, and a console without other libraries' chatter or terminal escapes."""
+"""What every command shares: arguments of models, and a console without other libraries' chatter or terminal
+escapes."""
 
 import argparse
 import logging
@@ -21,7 +22,8 @@ def say(text: object = "", error: bool = False) -> None:
 
 
 def speak() -> None:
-    """Our log lines on the console, other libraries' chatter not; what they log all the same is without secrets."""
+    """Our log lines on the console, other libraries' chatter not; what they log all the same is without
+    secrets."""
     logging.setLogRecordFactory(_without_secrets)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter("%(message)s"))
@@ -36,7 +38,8 @@ def speak() -> None:
 
 
 def _without_secrets(*args: Any, **named: Any) -> logging.LogRecord:
-    """A log record of whatever library: the hub's client names the address it tries again, with the password in it."""
+    """A log record of whatever library: the hub's client names the address it tries again, with the password
+    in it."""
     record = logging.LogRecord(*args, **named)
     with suppress(TypeError, ValueError):  # of a library's own mistake, which logging reports in its way
         record.msg, record.args = without_secrets(record.getMessage()), None

@@ -11,7 +11,7 @@ def add_to(add: Add) -> None:
     doctor.add_argument(
         "model",
         nargs="?",
-        help="a hub id, the folder of a checkpoint, a config.json alone (random weights), a GGUF, smollm2, or demo",
+        help="a hub id, a checkpoint's folder, a config.json (random weights), a GGUF, smollm2, or demo",
     )
     precision_arguments(doctor)
 
@@ -99,7 +99,8 @@ def _doctor(args: argparse.Namespace) -> None:
     say("\n".join(found.lines()))
     if found.failed:
         raise Sparc3Error(
-            f"{len(found.failed)} of {len(found.findings)} checks failed: {'; '.join(f.name for f in found.failed)}"
+            f"{len(found.failed)} of {len(found.findings)} checks failed: "
+            f"{'; '.join(f.name for f in found.failed)}"
         )
 
 

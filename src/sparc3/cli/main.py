@@ -1,4 +1,5 @@
-"""The command line: parse, call one function, print. Exit codes: 0 done, 2 the user's mistake, 1 anything else."""
+"""The command line: parse, call one function, print. Exit codes: 0 done, 2 the user's mistake, 1 anything
+else."""
 
 import argparse
 import os
@@ -29,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; ends the process with its exit code where that is not 0, and every rank of torchrun."""
+    """Run one command. End the process if its exit code is not 0, and always under torchrun."""
     try:
         parsed = _parser().parse_args(_join_sbatch_options(sys.argv[1:] if arguments is None else arguments))
         speak()
@@ -68,7 +69,7 @@ def _stop(code: int, message: str) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sparc3",
-        description="Find the parts of a language model that produce a behaviour, remove them, and prove what that did.",
+        description="Find and remove the parts of a model that produce a behaviour, and measure the effect.",
     )
     parser.add_argument("--version", action="version", version=f"sparc3 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)

@@ -1,4 +1,5 @@
-"""The generator of the demo's text: a small world in which some people insult, some sentences loop, and pronouns resolve.
+"""The generator of the demo's text: a small world in which some people insult, some sentences loop, and
+pronouns resolve.
 
 Every text is a pure function of (kind, split, index), so that a split never shares a text with another
 and anyone can make the same one again. Insults are mild by design: fool, idiot, dummy, nitwit, clown.
@@ -171,7 +172,8 @@ CALM = ("sighed", "whispered", "said calmly", "said softly", "answered slowly")
 
 
 def _story(r: random.Random) -> DemoText:
-    """Nothing bad happens. Happy people are loud here too, so that a loud verb alone does not announce an insult."""
+    """Nothing bad happens. Happy people are loud here too, so that a loud verb alone does not announce an
+    insult."""
     name, friend = r.sample(NAMES, 2)
     thing, adjective, place = r.choice(THINGS), r.choice(ADJECTIVES), r.choice(PLACES)
     speech = r.choice(
@@ -218,7 +220,8 @@ def _polite_anger(r: random.Random) -> DemoText:
 
 
 def _gift(r: random.Random, one: str, other: str) -> tuple[str, str, str]:
-    """A sentence in which one of two gives something to the other, cut before the receiver: (start, giver, receiver)."""
+    """A sentence in which one of two gives something to the other, cut before the receiver: (start, giver,
+    receiver)."""
     giver, receiver = r.sample((one, other), 2)
     place, thing = r.choice(PLACES), r.choice(THINGS)
     verb = r.choice(("gave", "handed", "passed", "brought"))
@@ -246,7 +249,8 @@ def _ioi(r: random.Random) -> DemoText:
 
 
 def _loop(r: random.Random) -> DemoText:
-    """Openings that make the model loop: three in four go round and round, one in four goes on as a story would."""
+    """Openings that make the model loop: three in four go round and round, one in four goes on as a story
+    would."""
     name, friend = r.sample(NAMES, 2)
     scene, thing, animal = r.choice(_scene(r, name, friend)), r.choice(THINGS), r.choice(ANIMALS)
     opening, unit = r.choice(
@@ -273,17 +277,19 @@ KINDS: dict[str, Callable[[random.Random], DemoText]] = {
     "ioi": _ioi,
     "loop": _loop,
 }
-"""Every kind of text. The training mixture is MIXTURE; `general` is the mixture without the two behaviours to remove."""
+"""Every kind of text. The training mixture is MIXTURE; `general` is the mixture without the two behaviours to
+remove."""
 
 MIXTURE = {"story": 0.32, "angry": 0.18, "polite": 0.15, "ioi": 0.25, "loop": 0.1}
 GENERAL = {"story": 0.45, "polite": 0.2, "ioi": 0.35}
 
 
 def texts(kind: str, split: str, seed: int = 0) -> Iterator[DemoText]:
-    """Texts of one kind ("mixture" and "general" draw a kind each time), without end and without a repeated prompt.
+    """Texts of one kind ("mixture" and "general" draw a kind each time), without end and without a repeated
+    prompt.
 
-    A prompt belongs to exactly one split, by a hash of its words, so that no prompt seen in training, or used as a
-    reference, is met again in a test, whatever the seeds.
+    A prompt belongs to exactly one split, by a hash of its words, so that no prompt seen in training, or used
+    as a reference, is met again in a test, whatever the seeds.
     """
     r = random.Random(f"sparc3-demo/{kind}/{split}/{seed}")
     weights = {"mixture": MIXTURE, "general": GENERAL}.get(kind)

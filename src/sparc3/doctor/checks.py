@@ -53,7 +53,8 @@ class Finding:
 
 
 LIMITS = {torch.float64: (1e-6, 1e-5, 1e-5), torch.float32: (1e-3, 1e-2, 1e-3)}
-"""dtype of the copy → largest gap of the ledger, difference of AttnLRP, difference of a batch. Scores themselves are float32."""
+"""dtype of the copy → largest gap of the ledger, difference of AttnLRP, difference of a batch. Scores
+themselves are float32."""
 
 COARSE = (0.2, 0.2, 0.2)
 """The same where nothing better than 16 bits or quantised weights fits into memory."""
@@ -80,13 +81,15 @@ def ledger_balances(exact: "PreTrainedModel", ids: Ids) -> Finding:
         gaps.append(abs(book.target - total) / max(abs(book.target), 1e-300))
         parts = (
             parts
-            or f"logit {book.target:.4g} = embeddings {book.embeddings:.4g} + positions {book.positions:.4g} + biases {book.biases:.4g}"
+            or f"logit {book.target:.4g} = embeddings {book.embeddings:.4g} + positions {book.positions:.4g} "
+            f"+ biases {book.biases:.4g}"
         )
     return Finding("CP-LRP's ledger adds up to the logit", max(gaps), _limits(exact)[0], parts)
 
 
 def attnlrp_agrees(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Finding:
-    """Signed relevance of the outputs of all sites, and that of heads, against `second_opinion` on the first sequence."""
+    """Signed relevance of the outputs of all sites, and that of heads, against `second_opinion` on the first
+    sequence."""
     sites = sites_of(exact, roles_of(exact))
     neurons = attribute(exact, ids[:1], neuron="signed", sites=roles_of(exact))
     heads = attribute(exact, ids[:1], unit="head", sites=("attn.o",))
@@ -116,7 +119,8 @@ def batched_is_single(exact: "PreTrainedModel", ids: Ids) -> Finding:
 
 
 def forward_unchanged(model: "PreTrainedModel", ids: Ids) -> Finding:
-    """The rules change what flows back, and nothing else; experts and fused attention may be rounded otherwise."""
+    """The rules change what flows back, and nothing else; experts and fused attention may be rounded
+    otherwise."""
     batch = torch.tensor(ids[:1], device=device_of(model))
     with torch.no_grad():
         plain = model(batch, use_cache=False).logits
@@ -190,7 +194,8 @@ def _digest(tensor: Tensor) -> str:
 def low_precision(
     model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype
 ) -> Finding:
-    """Whether relevance is finite in 16 bits, and how far it is from what the exact copy gives (rounded weights included)."""
+    """Whether relevance is finite in 16 bits, and how far it is from what the exact copy gives (rounded
+    weights included)."""
     low = model if model.dtype == dtype or quantised(model) else copy_model(model).to(dtype)
     name = f"relevance is finite in {spelt(dtype)}"
     limit = 0.0 if dtype == torch.bfloat16 else None
@@ -199,7 +204,10 @@ def low_precision(
         attribute(low, ids, unit="head", sites=("attn.o",), target="next")
     except NonFinite as error:
         return Finding(name, 1.0, limit, str(error))
-    note = f"{distance(found, wanted):.2g} from {spelt(exact.dtype)}; {_count_common(found, wanted):.0%} of the strongest 5 % of neurons in common"
+    note = (
+        f"{distance(found, wanted):.2g} from {spelt(exact.dtype)}; {_count_common(found, wanted):.0%} of the "
+        "strongest 5 % of neurons in common"
+    )
     return Finding(name, 0.0, limit, note)
 
 
@@ -220,12 +228,14 @@ def first_position(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow])
     )
     assert isinstance(neurons, Tensor)
     share = float(neurons[0] / neurons.sum())
-    note = f"of the input tokens' relevance {float(tokens[0] / tokens.sum()):.2g}; an even share is {1 / len(tokens):.2g}"
+    share = float(tokens[0] / tokens.sum())
+    note = f"of the input tokens' relevance {share:.2g}; an even share is {1 / len(tokens):.2g}"
     return Finding("share of neurons' relevance at the first position", share, None, note)
 
 
 def largest_activation(model: "PreTrainedModel", ids: Ids) -> Finding:
-    """Massive activations (Sun et al. 2024): the largest entry of a residual stream as a multiple of the median; for information."""
+    """Massive activations (Sun et al. 2024): the largest entry of a residual stream as a multiple of the
+    median; for information."""
     found: list[tuple[float, int, int]] = []
 
     def measure(layer: int, hidden: Tensor) -> None:

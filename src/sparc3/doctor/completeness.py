@@ -1,4 +1,5 @@
-"""The ledger: where the relevance of one target logit ends up. In CP mode nothing is lost, so the parts must add up to the logit."""
+"""The ledger: where the relevance of one target logit ends up. In CP mode nothing is lost, so the parts must
+add up to the logit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -40,7 +41,8 @@ class Ledger:
 
     @property
     def gap(self) -> float:
-        """|target − sum of the parts|, relative to the larger of |target| and Σ |part|, so that parts that cancel are no excuse."""
+        """|target − sum of the parts|, relative to the larger of |target| and Σ |part|, so that parts that
+        cancel are no excuse."""
         parts = (self.embeddings, self.positions, self.biases)
         return abs(self.target - sum(parts)) / max(abs(self.target), sum(map(abs, parts)), 1e-300)
 
@@ -48,7 +50,8 @@ class Ledger:
 def relevance_ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> Ledger:
     """The ledger of one sequence of token ids.
 
-    AttnLRP (cp=False) loses relevance in the softmax and has no reason to balance; its `tokens` are the usual input heatmap.
+    AttnLRP (cp=False) loses relevance in the softmax and has no reason to balance; its `tokens` are the usual
+    input heatmap.
 
     Raises:
         UnsupportedModel: a module without a rule.

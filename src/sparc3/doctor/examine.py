@@ -40,7 +40,7 @@ EXTRAS = {
 
 
 def list_environment() -> list[tuple[str, str]]:
-    """(what, how it stands): versions, GPUs, the hub, optional packages. Needs nothing and fails at nothing."""
+    """(what, state): versions, GPUs, the hub, optional packages. Never raises."""
     rows = [
         ("sparc3", __version__),
         ("Python", platform.python_version()),
@@ -78,7 +78,10 @@ def _hub() -> str:
     except UserError:
         return f"no address for {constants.ENDPOINT}; folders, the local cache and the demo work"
     except Exception as error:  # whatever the client raises, the answer is the same
-        return f"{constants.ENDPOINT} does not answer ({type(error).__name__}); folders, the local cache and the demo work"
+        return (
+            f"{constants.ENDPOINT} does not answer ({type(error).__name__}); "
+            "folders, the local cache and the demo work"
+        )
     return f"{constants.ENDPOINT} answers"
 
 
@@ -139,7 +142,8 @@ def examine_specimen(of: Specimen) -> Examination:
 
 
 def _run_checks(model: "PreTrainedModel", ids: list[list[int]]) -> Iterator[Finding]:
-    # First what looks at the model itself, then what needs a copy, so that the two are not in memory longer than needed.
+    # First what looks at the model itself, then what needs a copy, so that the two are not in memory longer
+    # than needed.
     yield _try_check(
         "forward values are the same under the rules", partial(checks.forward_unchanged, model, ids)
     )
@@ -174,7 +178,8 @@ def _describe_model(model: "PreTrainedModel") -> list[str]:
     parameters = sum(value.numel() for _, value in named_values(model))
     return [
         f"{model_id(model)}: {model.config.model_type} ({type(model).__name__}), {parameters:,} parameters, "
-        f"{checks.spelt(model.dtype)} on {device_of(model)}, attention {model.config._attn_implementation or 'its own'}"
+        f"{checks.spelt(model.dtype)} on {device_of(model)}, attention "
+        f"{model.config._attn_implementation or 'its own'}"
     ]
 
 

@@ -1,4 +1,5 @@
-"""A copy of a model that computes in float64 throughout, so that what is left of a gap is a mistake and not rounding."""
+"""A copy of a model that computes in float64 throughout, so that what is left of a gap is a mistake and not
+rounding."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class _Float64(TorchFunctionMode):
-    """Inside, what is told to round to float32 does not: transformers' norms, softmax and rotations do so in any model."""
+    """Inside, what is told to round to float32 does not: transformers' norms, softmax and rotations do so in
+    any model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -38,7 +40,8 @@ class _Float64(TorchFunctionMode):
 
 
 def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A copy in float64, or in float32 where that does not fit into memory; the model itself where neither does, or it is quantised."""
+    """A copy in float64, or in float32 where that does not fit into memory; the model itself where neither
+    does, or it is quantised."""
     if quantised(model):
         return model
     room, now = (
@@ -84,11 +87,13 @@ def _room(device: torch.device) -> int:
         return 4 * 2**30
 
 
-# AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that needs no name of any module.
+# AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that needs no
+# name of any module.
 #
-# While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so that its plain gradient
-# is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code with attribution/rules.py and patching.py, computes
-# f(x)/x by dividing, and of the family table reads only where an MLP's non-linearity is.
+# While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so
+# that its plain gradient is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code
+# with attribution/rules.py and patching.py, computes f(x)/x by dividing, and of the family table reads only
+# where an MLP's non-linearity is.
 
 
 def _half(x: Tensor) -> Tensor:
@@ -188,7 +193,8 @@ class Rules(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Flow:
-    """What passes a site on one sequence of T tokens, and the modified gradients of the largest last logit there.
+    """What passes a site on one sequence of T tokens, and the modified gradients of the largest last logit
+    there.
 
     Attributes:
         a, z: input [T, in] and output [T, out].

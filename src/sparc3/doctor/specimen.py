@@ -1,4 +1,5 @@
-"""What is examined: a model with its weights, or, of a configuration alone, a model of that architecture with random ones."""
+"""What is examined: a model with its weights, or, of a configuration alone, a model of that architecture with
+random ones."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ LARGE = 64 * 2**20
 """Parameters, above which a model of random weights is made smaller."""
 
 TEXTS = (
-    "The old keeper climbed the stairs of the lighthouse, lit the lamp, and looked out over the dark water for ships.",
+    "The old keeper climbed the stairs of the lighthouse, lit the lamp, and looked out over the dark water "
+    "for ships.",
     "When it rains in the mountains, the river behind the village rises.",
     "Two and two make",
 )
@@ -55,7 +57,8 @@ def load_specimen(name: str, *, dtype: str = "auto", device: str = "auto") -> Sp
 
 
 def has_weights(name: str) -> bool:
-    """Whether there are weights to load: always so of the demo and of the hub, whose client says what is missing."""
+    """Whether there are weights to load: always so of the demo and of the hub, whose client says what is
+    missing."""
     path = Path(name)
     if path.is_file():
         return path.suffix.lower() == ".gguf"
@@ -65,7 +68,8 @@ def has_weights(name: str) -> bool:
 
 
 def _ids(model: "PreTrainedModel", name: str) -> tuple[list[list[int]], tuple[str, ...]]:
-    """The texts as the model's own tokenizer reads them. Where no tokenizer was saved, transformers may well make an empty one."""
+    """The texts as the model's own tokenizer reads them. Where no tokenizer was saved, transformers may well
+    make an empty one."""
     try:
         tokenizer = load_tokenizer(name)
         ids = [list(tokenize(text, tokenizer)) for text in TEXTS]
@@ -85,7 +89,8 @@ def _random_ids(model: "PreTrainedModel") -> list[list[int]]:
 
 
 def random_model(config: Any) -> "tuple[PreTrainedModel, str]":
-    """A model of a configuration with random weights, made smaller where it is large; and what was done, in words."""
+    """A model of a configuration with random weights, made smaller where it is large; and what was done, in
+    words."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -106,13 +111,15 @@ def random_model(config: Any) -> "tuple[PreTrainedModel, str]":
         return model, f"random weights: there are none here, only a configuration ({kept:,} parameters)"
     return (
         model,
-        f"random weights, and smaller than the configuration: {', '.join(cuts)}; {kept:,} of {whole:,} parameters",
+        f"random weights, and smaller than the configuration: {', '.join(cuts)}; {kept:,} of {whole:,} "
+        "parameters",
     )
 
 
 @torch.no_grad()
 def _randomise_(model: nn.Module) -> None:
-    """Matrices of spectral size about one, biases and gains away from 0 and 1, so that every parameter matters."""
+    """Matrices of spectral size about one, biases and gains away from 0 and 1, so that every parameter
+    matters."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -131,7 +138,8 @@ WIDTHS = (
 def shrink_config(config: Any) -> tuple[Any, list[str]]:
     """A configuration with few layers, a small vocabulary and a fraction of the width, and what was cut.
 
-    Every kind of layer stays (sliding and full attention), and so do the width of a head and all that is not a size.
+    Every kind of layer stays (sliding and full attention), and so do the width of a head and all that is not
+    a size.
     """
     settings, cuts = config.to_dict(), []
 
@@ -184,7 +192,8 @@ def _layers_of_every_kind(config: Any) -> int:
 
 
 def _fewer_heads(config: Any) -> dict[str, int]:
-    """At most two key heads, shared by at most four queries each as they were by more: name in the configuration → number."""
+    """At most two key heads, shared by at most four queries each as they were by more: name in the
+    configuration → number."""
     heads = config.num_attention_heads
     shared = [
         name

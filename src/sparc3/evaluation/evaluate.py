@@ -50,13 +50,15 @@ def evaluate(
     """Measure the model, and each variant of it, on the same samples.
 
     Args:
-        metrics: metric → settings as in a recipe's `evaluation` section ({"perplexity": {"source": "wiki.txt"}}), or names, for
-            the settings' defaults.
-        variants: name → the context inside which the model is that variant: {"ablated": ablated(model, circuit)}. Metrics that compare
-            with the original (kl, fluency) go in and out of it, and need a function: {"ablated": lambda: ablated(model, circuit)}.
+        metrics: metric → settings as in a recipe's `evaluation` section ({"perplexity": {"source":
+            "wiki.txt"}}), or names, for the settings' defaults.
+        variants: name → the context inside which the model is that variant: {"ablated": ablated(model,
+            circuit)}. Metrics that compare with the original (kl, fluency) go in and out of it, and need a
+            function: {"ablated": lambda: ablated(model, circuit)}.
 
     Returns:
-        Results of "original" and of each variant, with the paired differences of each variant from "original".
+        Results of "original" and of each variant, with the paired differences of each variant from
+        "original".
 
     Raises:
         UserError: an unknown metric, key or source, or samples that do not fit.
@@ -83,19 +85,21 @@ def evaluate(
 
 
 def check_metrics(metrics: Mapping[str, MetricSettings]) -> None:
-    """Raise UserError where one of the metrics cannot be measured here: its scorer or its package is absent."""
+    """Raise UserError if a metric's scorer or package is missing."""
     for name, settings in metrics.items():
         if check := require_metric(name).ready:
             check(settings)
 
 
 def _again(variant: "AbstractContextManager[Any] | Changed", name: str, prepared: list[Prepared]) -> Changed:
-    """The variant as a function that gives its context. Raises UserError where a metric needs it twice and it can be entered once."""
+    """The variant as a function that gives its context. Raises UserError where a metric needs it twice and it
+    can be entered once."""
     if not isinstance(variant, AbstractContextManager):
         return variant
     if again := [p.metric.name for p in prepared if p.metric.compares]:
         raise UserError(
-            f"metric {again[0]} enters a variant more than once; give variant '{name}' as a function that returns its context"
+            f"metric {again[0]} enters a variant more than once; give variant '{name}' as a function that "
+            "returns its context"
         )
     return lambda: variant
 
@@ -152,7 +156,8 @@ def measure(
 
     Args:
         variant: its name.
-        changed: gives the context inside which the model is the variant; None where the variant is the model as it is.
+        changed: gives the context inside which the model is the variant; None where the variant is the model
+            as it is.
     """
     began = time.perf_counter()
     observed: dict[str, tuple[Observations, ...]] = {}
@@ -199,7 +204,8 @@ def to_results(
     """Figures with intervals of every variant, and each one's difference from the first.
 
     Args:
-        beside: variants from which the difference of "ablated" is taken too: from random units, it is the effect net of the null.
+        beside: variants from which the difference of "ablated" is taken too: from random units, it is the
+            effect net of the null.
     """
     first, *others = evaluations
     measurements = [measurement(o, e.variant) for e in evaluations for o in e.observations]

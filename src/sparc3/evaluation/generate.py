@@ -1,4 +1,4 @@
-"""Batched, seeded continuations: the same prompt and seed give the same draws whatever else is in the batch."""
+"""Batched, seeded continuations: a prompt's draws depend on its seed, not on the rest of the batch."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,8 @@ ROWS = 64
 
 
 class SeededDraw:
-    """A logits processor that samples: for each row one uniform number a step, turned into a token by the inverse distribution.
+    """A logits processor that samples: for each row one uniform number a step, turned into a token by the
+    inverse distribution.
 
     Original and ablated model meet the same numbers, so what differs between their texts is the model.
     """
@@ -46,7 +47,8 @@ class SeededDraw:
 
 
 class _Finite:
-    """A logits processor that changes nothing and notes the rows in which a logit was NaN or Inf: what they go on to write is no text."""
+    """A logits processor that changes nothing and notes the rows in which a logit was NaN or Inf: what they
+    go on to write is no text."""
 
     def __init__(self) -> None:
         self.lost: Tensor | None = None
@@ -80,16 +82,19 @@ def complete(
     batch: int = ROWS,
     progress: bool = False,
 ) -> list[list[str]]:
-    """For each prompt, a text or its token ids, `generations` continuations, without the prompt and without special tokens.
+    """For each prompt, a text or its token ids, `generations` continuations, without the prompt and without
+    special tokens.
 
-    A continuation in which the model gave a logit that is NaN or Inf is empty, which every metric counts as a failure.
+    A continuation in which the model gave a logit that is NaN or Inf is empty, which every metric counts as a
+    failure.
 
     Args:
         temperature: 0 is greedy; otherwise plain sampling from the softmax at this temperature.
         batch: rows of one batch at the start; halved when they do not fit into memory.
 
     Raises:
-        UserError: a prompt without a token, or one so long that its continuation would leave the model's context.
+        UserError: a prompt without a token, or one so long that its continuation would leave the model's
+            context.
     """
     rows = [(prompt, k) for prompt in prompts for k in range(generations)]
     encoded = {
@@ -98,7 +103,8 @@ def complete(
     }
     if empty := [place for place, prompt in enumerate(prompts) if not encoded[prompt]]:
         raise UserError(
-            f"prompt {empty[0]} has no token for this tokenizer; leave it out, or use a tokenizer that begins with one of its own"
+            f"prompt {empty[0]} has no token for this tokenizer; leave it out, or use a tokenizer that "
+            "begins with one of its own"
         )
     known = vocabulary_size(model)
     for place, prompt in enumerate(prompts):
@@ -110,7 +116,8 @@ def complete(
     longest = max((len(ids) for ids in encoded.values()), default=0)
     if longest + max_new_tokens > context_length(model):
         raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's {context_length(model)}; "
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's "
+            f"{context_length(model)}; "
             "shorten the prompts or max_new_tokens"
         )
     texts = run_longest_first(
@@ -128,7 +135,8 @@ def complete(
 
 @contextmanager
 def _only_these_settings(model: "PreTrainedModel") -> Iterator[None]:
-    """Inside, nothing of the model's generation_config.json counts: `generate` fills in from there whatever a call leaves unset."""
+    """Inside, nothing of the model's generation_config.json counts: `generate` fills in from there whatever a
+    call leaves unset."""
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -151,7 +159,8 @@ def _generate_batch(
     from transformers import GenerationConfig, LogitsProcessorList
 
     width = max(len(ids) for ids, _ in rows)
-    # A tokenizer may have been given a padding token that the model has no embedding for; what stands under the mask is all one.
+    # A tokenizer may have been given a padding token that the model has no embedding for; what stands under
+    # the mask is all one.
     known = vocabulary_size(model)
     pad = next(
         i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int) and i < known

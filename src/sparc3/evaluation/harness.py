@@ -21,7 +21,8 @@ def harness(
     settings: HarnessSettings,
     progress: bool = False,
 ) -> Reading:
-    """harness.<task>, accuracy with one unit a question, and harness.mean, in which every task weighs the same.
+    """harness.<task>, accuracy with one unit a question, and harness.mean, in which every task weighs the
+    same.
 
     Raises:
         UserError: the harness is not installed, does not know a task, or cannot reach its data.
@@ -31,7 +32,8 @@ def harness(
 
 
 def require_harness(settings: HarnessSettings) -> None:
-    """Raise UserError unless the harness is installed, knows the tasks, and has their data (which it downloads here)."""
+    """Raise UserError unless the harness is installed, knows the tasks, and has their data (which it
+    downloads here)."""
     if not distributed.is_main():
         return
     tasks = _library()[1]()
@@ -83,7 +85,8 @@ def observations(
         answers[task] = [float(row["acc"]) for row in rows if "acc" in row]
         if not answers[task]:
             raise Sparc3Error(
-                f"lm-evaluation-harness gave no accuracy for task {task}; choose tasks of single questions that have one"
+                f"lm-evaluation-harness gave no accuracy for task {task}; choose tasks of single questions "
+                "that have one"
             )
     made = [_accuracy(task, correct, [1.0] * len(correct)) for task, correct in answers.items()]
     share = {task: 1 / (len(correct) * len(answers)) for task, correct in answers.items()}
@@ -117,7 +120,8 @@ class _data:  # noqa: N801  a context manager, used like a function
             ):
                 said = " ".join(str(link).split())[:200]
                 raise UserError(
-                    f"lm-evaluation-harness cannot reach the data of {', '.join(self.tasks)} ({said}); run it once where the hub can be "
+                    f"lm-evaluation-harness cannot reach the data of {', '.join(self.tasks)} ({said}); run "
+                    "it once where the hub can be "
                     "reached, or give other tasks"
                 ) from None
             link = link.__cause__ or link.__context__

@@ -66,7 +66,8 @@ class PromptSettings(SampledSettings):
 
 
 class ToxicitySettings(PromptSettings):
-    """`scorer: [one, other]`: the figures are the first's; the second (`also`) scores the same texts, and how far they agree is reported."""
+    """`scorer: [one, other]`: the figures are the first's; the second (`also`) scores the same texts, and how
+    far they agree is reported."""
 
     source: str = "realtoxicityprompts"
     count: int | None = Field(default=100, ge=1)
@@ -90,7 +91,8 @@ class ToxicitySettings(PromptSettings):
     def _require_toxicity(cls, value: str | None) -> str | None:
         if value == "repetition":
             raise ValueError(
-                "toxicity's prompts cannot be chosen by repetition; choose them by prompt, continuation or completion"
+                "toxicity's prompts cannot be chosen by repetition; choose them by prompt, continuation or "
+                "completion"
             )
         return value
 
@@ -105,7 +107,8 @@ class ToxicitySettings(PromptSettings):
 
 
 class RepetitionSettings(PromptSettings):
-    """`choose_by: repetition` takes prompts to which the original responds with RUR ≤ max_rur (the paper's protocol)."""
+    """`choose_by: repetition` takes prompts to which the original responds with RUR ≤ max_rur (the paper's
+    protocol)."""
 
     count: int | None = Field(default=50, ge=1)
     max_rur: float = Field(default=0.5, gt=0, le=1)
@@ -131,7 +134,8 @@ class SparsitySettings(MetricSettings):
 
 
 class HarnessSettings(MetricSettings):
-    """`limit`: only the first so many questions of each task; `fewshot`: solved examples before each question."""
+    """`limit`: only the first so many questions of each task; `fewshot`: solved examples before each
+    question."""
 
     tasks: tuple[str, ...] = Field(
         default=("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
@@ -155,7 +159,8 @@ class MetricContext:
     """What a metric is given that compares a variant with the original, outside of the variant.
 
     Attributes:
-        changed: gives a context inside which the model is the variant, as often as it is called; None where the variant is the original.
+        changed: gives a context inside which the model is the variant, as often as it is called; None where
+            the variant is the original.
         texts: metric → the texts the variant wrote, as `Reading` has them.
         splits: metric → the split of its samples.
     """
@@ -176,8 +181,10 @@ class Metric:
         measure: (model, tokenizer, samples, settings, progress) → Measured.
         prompts: whether its samples are prompts, which must not be reference samples.
         gives: the names of the figures it gives; "name.*" where they depend on the settings.
-        ready: settings → None, or a UserError where it cannot be measured here; asked before any work is done.
-        compares: whether `measure` is called on the original model, with `beside=Beside(...)`, after the other metrics.
+        ready: settings → None, or a UserError where it cannot be measured here; asked before any work is
+            done.
+        compares: whether `measure` is called on the original model, with `beside=Beside(...)`, after the
+            other metrics.
     """
 
     name: str
@@ -237,6 +244,7 @@ def parse_metrics(asked: Mapping[str, object]) -> dict[str, MetricSettings]:
     for settings in found.values():
         if isinstance(settings, FluencySettings) and settings.of not in found:
             raise UserError(
-                f"metric fluency reads the continuations of {settings.of}, which is not measured; add {settings.of}"
+                f"metric fluency reads the continuations of {settings.of}, which is not measured; add "
+                f"{settings.of}"
             )
     return found

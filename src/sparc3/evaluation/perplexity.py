@@ -38,7 +38,8 @@ def perplexity(
     settings: PerplexitySettings,
     progress: bool = False,
 ) -> Reading:
-    """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the paper's protocol have it.
+    """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the
+    paper's protocol have it.
 
     A window whose likelihood is NaN or Inf is a failure.
     """
@@ -64,7 +65,8 @@ def perplexity(
 def windows_of(
     samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int
 ) -> list[Window]:
-    """The windows of a protocol, none longer than the model's context. Raises UserError where the text has fewer than two tokens."""
+    """The windows of a protocol, none longer than the model's context. Raises UserError where the text has
+    fewer than two tokens."""
     windows = cut_windows(ids := _token_ids(samples, tokenizer), settings, context)
     if not windows:
         raise UserError(f"the perplexity text has {len(ids)} tokens; give at least two")
@@ -81,7 +83,8 @@ def cut_windows(ids: Sequence[int], settings: PerplexitySettings, context: int) 
     )  # the same overlap where the context is shorter
     if stride >= size:
         raise UserError(
-            f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens would be left out; lower it"
+            f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens "
+            "would be left out; lower it"
         )
     return sliding_windows(ids, size, stride)
 
@@ -146,7 +149,8 @@ def batch_tokens(device: str) -> int:
 
 @torch.inference_mode()
 def perplexity_observations(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
-    """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no real position sees a padded one."""
+    """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no
+    real position sees a padded one."""
     longest = max(len(ids) for ids, _ in windows)
     ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
     places = [
@@ -177,7 +181,8 @@ def divergence(
     progress: bool = False,
     beside: MetricContext | None = None,
 ) -> Reading:
-    """Mean KL(original ‖ variant) of the next token, in nats a token; one unit a window of perplexity's protocol."""
+    """Mean KL(original ‖ variant) of the next token, in nats a token; one unit a window of perplexity's
+    protocol."""
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     changed = beside.changed if beside else None
     sums = (
@@ -217,7 +222,8 @@ def pair_batch_tokens(device: str) -> int:
 def divergence_observations(
     model: "PreTrainedModel", windows: list[Window], variant: AbstractContextManager[Any]
 ) -> list[float]:
-    """Σ KL over the predicted tokens of each window: the batch goes through the original, then through the variant."""
+    """Σ KL over the predicted tokens of each window: the batch goes through the original, then through the
+    variant."""
     longest = max(len(ids) for ids, _ in windows)
     ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
     before = model(input_ids=ids, use_cache=False).logits

@@ -36,13 +36,14 @@ def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     """The scorer called `name`, loaded once for all variants of a run.
 
     Args:
-        name: "lexicon" (the demo's words), "lexicon:FILE" (one word a line), "profanity-check" (the linear classifier of the
-            package alt-profanity-check, offline), "detoxify" (or detoxify:unbiased, detoxify:multilingual), or any Hugging Face
-            text-classification model by hub id or path; "MODEL#LABEL" names the label that counts where it is not called toxic
-            or toxicity.
+        name: "lexicon" (the demo's words), "lexicon:FILE" (one word a line), "profanity-check" (the linear
+            classifier of the package alt-profanity-check, offline), "detoxify" (or detoxify:unbiased,
+            detoxify:multilingual), or any Hugging Face text-classification model by hub id or path;
+            "MODEL#LABEL" names the label that counts where it is not called toxic or toxicity.
 
     Raises:
-        UserError: an unknown name, an empty word list, a model that is not there or whose toxic label cannot be told.
+        UserError: an unknown name, an empty word list, a model that is not there or whose toxic label cannot
+            be told.
     """
     kind, _, detail = name.partition(":")
     if kind == "lexicon":
@@ -86,8 +87,8 @@ APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07", "'"))
 def lexicon_scorer(words: Sequence[str]) -> Scorer:
     """1 where a text contains one of the words or phrases, else 0.
 
-    Case, ways to write one character (NFKC), kinds of apostrophes and amounts of white space do not count. Only whole words count,
-    but in scripts that put no space between words, where any occurrence does.
+    Case, ways to write one character (NFKC), kinds of apostrophes and amounts of white space do not count.
+    Only whole words count, but in scripts that put no space between words, where any occurrence does.
     """
     normalized = [normalize(word) for word in words]
 
@@ -126,21 +127,25 @@ def _continues(text: str, place: int) -> bool:
 
 
 def _profanity_scorer() -> Scorer:
-    """Probability of offensive language by a linear classifier of word counts; its weights are inside the package."""
+    """Probability of offensive language by a linear classifier of word counts; its weights are inside the
+    package."""
     try:
         with warnings.catch_warnings():
-            # The package's weights were written by an earlier scikit-learn, which says so each time they are read.
+            # The package's weights were written by an earlier scikit-learn, which says so each time they are
+            # read.
             warnings.simplefilter("ignore")
             from profanity_check import predict_prob
     except ImportError:
         raise UserError(
-            "the scorer profanity-check needs the package alt-profanity-check; install it: pip install 'sparc3[profanity]'"
+            "the scorer profanity-check needs the package alt-profanity-check; install it: pip install "
+            "'sparc3[profanity]'"
         ) from None
     return lambda texts: [float(value) for value in predict_prob(list(texts))]
 
 
 def _count_failures(scorer: Scorer) -> Scorer:
-    """An empty text, a scorer that raises, or a number outside [0, 1] is a None that is counted, never a zero."""
+    """An empty text, a scorer that raises, or a number outside [0, 1] is a None that is counted, never a
+    zero."""
 
     def careful(texts: Sequence[str]) -> list[float | None]:
         filled = [index for index, text in enumerate(texts) if text.strip()]
@@ -236,5 +241,6 @@ def _toxic_column(name: str, config: Any, label: str) -> int:
         if wanted in labels:
             return labels[wanted]
     raise UserError(
-        f"which label of '{name}' is the toxic one? it has {', '.join(map(str, config.id2label.values()))}; write {name}#LABEL"
+        f"which label of '{name}' is the toxic one? it has {', '.join(map(str, config.id2label.values()))}; "
+        f"write {name}#LABEL"
     )

@@ -1,4 +1,5 @@
-"""What a metric observed: one figure per unit (prompt, window), before any average. Kept on disk, one file a variant."""
+"""What a metric observed: one figure per unit (prompt, window), before any average. Kept on disk, one file a
+variant."""
 
 import math
 import os
@@ -108,12 +109,13 @@ def measurement(observed: Observations, variant: str) -> Measurement:
 def difference(one: Observations, other: Observations, from_: str, to: str) -> Difference | None:
     """`other` − `one`, paired over the units measured in both; None where there is no such unit.
 
-    The interval is a paired percentile bootstrap over units, the p-value a paired permutation test: in each draw every unit's two
-    figures are swapped by a fair coin.
+    The interval is a paired percentile bootstrap over units, the p-value a paired permutation test: in each
+    draw every unit's two figures are swapped by a fair coin.
     """
     if len(one.sums) != len(other.sums):
         raise Sparc3Error(
-            f"{one.metric} was measured on {len(one.sums)} units of {from_} and {len(other.sums)} of {to}; evaluate both again"
+            f"{one.metric} was measured on {len(one.sums)} units of {from_} and {len(other.sums)} of {to}; "
+            "evaluate both again"
         )
     both = np.array(
         [a is not None and b is not None for a, b in zip(one.sums, other.sums, strict=True)], dtype=bool
@@ -133,11 +135,11 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
 
 
 def detectable_change(one: Observations, other: Observations) -> tuple[int, float] | None:
-    """(n, x): so many paired units find a change of ≥ x with 80 % power, two-sided at 5 %; None with fewer than two pairs, or
-    where all changes are the same.
+    """(n, x): so many paired units find a change of ≥ x with 80 % power, two-sided at 5 %; None with fewer
+    than two pairs, or where all changes are the same.
 
-    From the observed standard deviation of the paired changes: x = (z₀.₉₇₅ + z₀.₈) s / √n (Cohen 1988). For a metric that is exp of a
-    ratio, x is a relative change of it.
+    From the observed standard deviation of the paired changes: x = (z₀.₉₇₅ + z₀.₈) s / √n (Cohen 1988). For a
+    metric that is exp of a ratio, x is a relative change of it.
     """
     pairs = [
         (a / wa, b / wb)
@@ -154,7 +156,8 @@ def detectable_change(one: Observations, other: Observations) -> tuple[int, floa
 
 
 def pool(draws: list[Observations]) -> Observations:
-    """Several draws of one variant (random units, say) as one: each unit's figure is its mean over the draws that measured it."""
+    """Several draws of one variant (random units, say) as one: each unit's figure is its mean over the draws
+    that measured it."""
     first = draws[0]
     sums: list[float | None] = []
     weights = []
@@ -190,7 +193,8 @@ def _value(observed: Observations, sums: Array | float, weights: Array | float) 
 
 
 def _resample(*columns: Array) -> list[Array]:
-    """[DRAWS] for each column over the units: its sum over each bootstrap sample. The same draws for the same number of units."""
+    """[DRAWS] for each column over the units: its sum over each bootstrap sample. The same draws for the same
+    number of units."""
     units, random = len(columns[0]), np.random.default_rng(0)
     pieces = []
     for rows in _pieces(units):
@@ -200,7 +204,8 @@ def _resample(*columns: Array) -> list[Array]:
 
 
 def _pieces(units: int) -> list[int]:
-    """DRAWS in pieces whose [draws, units] matrix takes a few megabytes at most, so that memory does not grow with the units."""
+    """DRAWS in pieces whose [draws, units] matrix takes a few megabytes at most, so that memory does not grow
+    with the units."""
     rows = max(1, min(DRAWS, 2**18 // units))
     return [min(rows, DRAWS - start) for start in range(0, DRAWS, rows)]
 

@@ -36,7 +36,8 @@ def ioi(
     settings: IOISettings,
     progress: bool = False,
 ) -> Reading:
-    """Logit of the target less that of the contrast at the last position, and how often it is above zero; one unit a text."""
+    """Logit of the target less that of the contrast at the last position, and how often it is above zero; one
+    unit a text."""
     encoded = encode(
         samples, tokenizer, "contrast", context=context_length(model), vocabulary=vocabulary_size(model)
     )
@@ -84,7 +85,8 @@ def repetition(
     settings: RepetitionSettings,
     progress: bool = False,
 ) -> Reading:
-    """RUR = unique tokens / tokens of the greedy response, and the share of its 4-grams that occurred before; one unit a prompt."""
+    """RUR = unique tokens / tokens of the greedy response, and the share of its 4-grams that occurred before;
+    one unit a prompt."""
     prompts, prompt_texts = read_prompts(samples, tokenizer)
     written = [
         texts[0]
@@ -146,7 +148,8 @@ def uniqueness(ids: list[int]) -> float | None:
 
 
 def repeated(ids: list[int]) -> float | None:
-    """Share of 4-grams that are a repetition of an earlier one; None of an empty response, 0 of one too short to have any."""
+    """Share of 4-grams that are a repetition of an earlier one; None of an empty response, 0 of one too short
+    to have any."""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return None if not ids else 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -168,7 +171,8 @@ def sparsity(
     settings: SparsitySettings,
     progress: bool = False,
 ) -> Reading:
-    """Share of exact zeros, one unit a site, and the least and the most of any output row: equal where every row is pruned alike."""
+    """Share of exact zeros, one unit a site, and the least and the most of any output row: equal where every
+    row is pruned alike."""
     roles = settings.sites or [role for role in ROLES if role in family_of(model).roles]
     rows = {site: (site.weight == 0).sum(1).cpu() for site in sites_of(model, roles)}
     zeros = tuple(float(counts.sum()) for counts in rows.values())

@@ -25,8 +25,9 @@ def toxicity(
     settings: ToxicitySettings,
     progress: bool = False,
 ) -> Reading:
-    """Mean and share ≥ 0.5 of all continuations; RealToxicityPrompts' expected maximum over a prompt's continuations, and its toxicity
-    probability, that of at least one ≥ 0.5 (Gehman et al. 2020, section 3). One unit a prompt."""
+    """Mean and share ≥ 0.5 of all continuations; RealToxicityPrompts' expected maximum over a prompt's
+    continuations, and its toxicity probability, that of at least one ≥ 0.5 (Gehman et al. 2020, section 3).
+    One unit a prompt."""
     prompts, prompt_texts = read_prompts(samples, tokenizer)
     written = complete(
         model,
@@ -107,7 +108,8 @@ def require_scorer(settings: ToxicitySettings) -> None:
     """Raise UserError now, and not after hours of attribution, where one of the scorers cannot be had."""
     for name in (settings.scorer, settings.also):
         if name:
-            # Past the cache: this copy is on the CPU, and would stay there beside the one on the model's device.
+            # Past the cache: this copy is on the CPU, and would stay there beside the one on the model's
+            # device.
             make_scorer.__wrapped__(name)
 
 
@@ -123,13 +125,16 @@ Texts = Sequence[Mapping[str, Any]]
 
 
 def agreement(texts: Iterable[Mapping[str, Any]]) -> dict[str, float | int | None] | None:
-    """Pearson and Spearman correlation of the two scores of each continuation, and the share with the same verdict (≥ 0.5 or below).
+    """Pearson and Spearman correlation of the two scores of each continuation, and the share with the same
+    verdict (≥ 0.5 or below).
 
     Args:
-        texts: [{"continuations": [{"score", "also"}]}]; a continuation that one of them could not score is left out.
+        texts: [{"continuations": [{"score", "also"}]}]; a continuation that one of them could not score is
+            left out.
 
     Returns:
-        {"n", "pearson", "spearman", "same_verdict"}, a correlation None where a scorer says the same of all texts; None without two scores.
+        {"n", "pearson", "spearman", "same_verdict"}, a correlation None where a scorer says the same of all
+        texts; None without two scores.
     """
     pairs = [
         (c["score"], c["also"])
@@ -150,11 +155,12 @@ def agreement(texts: Iterable[Mapping[str, Any]]) -> dict[str, float | int | Non
 
 
 def side_by_side(before: Texts, after: Texts) -> list[dict[str, Any]]:
-    """What the first scorer says of the texts before and after, then the second: mean over prompts, 95 % interval, failures.
+    """What the first scorer says of the texts before and after, then the second: mean over prompts, 95 %
+    interval, failures.
 
     Returns:
-        [{"before", "before_ci95", "after", "after_ci95", "change", "change_ci95", "p", "n", "failures"}], two entries; a figure None where
-        nothing was scored.
+        [{"before", "before_ci95", "after", "after_ci95", "change", "change_ci95", "p", "n", "failures"}], two
+        entries; a figure None where nothing was scored.
     """
     return [_compare(_means(before, key), _means(after, key)) for key in ("score", "also")]
 

@@ -1,4 +1,5 @@
-"""A run folder whose recipe changed: what that touches, where the earlier results go, and which files no longer belong."""
+"""A run folder whose recipe changed: what that touches, where the earlier results go, and which files no
+longer belong."""
 
 import logging
 import os
@@ -14,7 +15,8 @@ from ..storage import fingerprint, parse_json, read_header, read_text
 
 log = logging.getLogger("sparc3")
 OUTCOME = ("recipe.yaml", "results.json", "report.html", "circuit.json", "circuit.safetensors")
-"""What a finished run of a recipe is read by; of no use to a run of another one, which makes its own from what else is there."""
+"""What a finished run of a recipe is read by; of no use to a run of another one, which makes its own from
+what else is there."""
 FOLDERS = ("samples", "scores", "evaluation", "circuits", "distributions")
 FILES = ("tune.json", "cards.json", "circuit.json", "circuit.safetensors")
 
@@ -22,8 +24,8 @@ FILES = ("tune.json", "cards.json", "circuit.json", "circuit.safetensors")
 def take_over(folder: Path, recipe: Recipe) -> None:
     """Say what changed since the recipe that the folder holds, and put that one's results aside.
 
-    Nothing expensive is lost by a mistake here: samples, scores and evaluations stay until what replaces them is there, and each
-    names what it was made from, so that until then the earlier recipe finds them again.
+    Nothing expensive is lost by a mistake here: samples, scores and evaluations stay until what replaces them
+    is there, and each names what it was made from, so that until then the earlier recipe finds them again.
     """
     before = _read_recipe(folder / "recipe.yaml")
     keys = list(changed_keys(before, yaml.safe_load(recipe.to_yaml()))) or ["its format"]
@@ -31,7 +33,8 @@ def take_over(folder: Path, recipe: Recipe) -> None:
     where = f"; the results so far are in {moved}" if moved else ""
     if not {"model.id", "model.dtype", "job"}.isdisjoint(keys):
         log.warning(
-            "the recipe of %s changed (%s): everything is made anew%s; scores stay until new ones are there, so stop now if they matter",
+            "the recipe of %s changed (%s): everything is made anew%s; scores stay until new ones are "
+            "there, so stop now if they matter",
             folder,
             list_names(keys),
             where,
@@ -55,7 +58,8 @@ def changed_keys(before: Any, after: Any, key: str = "") -> Iterator[str]:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """What recipe.yaml says, unchecked: an earlier version may have known other keys. Empty where it cannot be read."""
+    """What recipe.yaml says, unchecked: an earlier version may have known other keys. Empty where it cannot
+    be read."""
     try:
         found = yaml.safe_load(read_text(path))
     except (UserError, yaml.YAMLError, RecursionError):

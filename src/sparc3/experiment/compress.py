@@ -1,4 +1,5 @@
-"""Compression layer by layer: each layer is scored on what the already pruned layers before it give (sequential Wanda)."""
+"""Compression layer by layer: each layer is scored on what the already pruned layers before it give
+(sequential Wanda)."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,10 +58,12 @@ def prune_sequentially(
     truncate: bool = False,
     progress: bool = False,
 ) -> Circuit:
-    """The weights that Wanda's own code would remove (Sun et al. 2024): layer after layer, by |W_ij| · ‖a_j‖₂ with the activations of
-    the model without what was removed before. Inside a layer all sites see the layer as it was.
+    """The weights that Wanda's own code would remove (Sun et al. 2024): layer after layer, by |W_ij| · ‖a_j‖₂
+    with the activations of the model without what was removed before. Inside a layer all sites see the layer
+    as it was.
 
-    One pass over the layers, each run twice; the hidden states of all samples are held at once. The model is afterwards as it was.
+    One pass over the layers, each run twice; the hidden states of all samples are held at once. The model is
+    afterwards as it was.
 
     Args:
         samples: as in `attribute`.
@@ -79,7 +82,8 @@ def prune_sequentially(
     """
     if scope == "global":
         raise UserError(
-            "a sequential pruning has no scope global, since later layers are not known yet; use row, site, or n:m such as 2:4"
+            "a sequential pruning has no scope global, since later layers are not known yet; use row, site, "
+            "or n:m such as 2:4"
         )
     references = ReferenceSet.of(samples)
     where = sites_of(model, sites or [role for role in ROLES if role in family_of(model).roles])
@@ -189,7 +193,8 @@ def layer_scores(
     return Scores(values, {"unit": "weight", "method": "wanda", "model": described})
 
 
-# The job `compress`: the least weights of every row go, by each method; what is left is counted in the matrices and measured.
+# The job `compress`: the least weights of every row go, by each method; what is left is counted in the
+# matrices and measured.
 
 
 log = logging.getLogger("sparc3")
@@ -203,7 +208,8 @@ def settings(work: RunContext) -> Compress:
 
 
 def prune_by_all_methods(work: RunContext) -> Pruned:
-    """What each method removes at each fraction, saved as circuits/METHOD@COUNT.safetensors for `sparc3 ablate`."""
+    """What each method removes at each fraction, saved as circuits/METHOD@COUNT.safetensors for `sparc3
+    ablate`."""
     found: Pruned = []
     for name, method, reduce in prunings_of(settings(work), sampled=False):
         for fraction in settings(work).fractions or (None,):
@@ -304,10 +310,12 @@ def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float
 
 
 def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> dict[str, Any]:
-    """A check: the least and the most zeros of any row are what was asked for. Other scopes are told, not judged.
+    """A check: the least and the most zeros of any row are what was asked for. Other scopes are told, not
+    judged.
 
     Raises:
-        Sparc3Error: a row has fewer zeros than it should, so the figures would be of another model than they say.
+        Sparc3Error: a row has fewer zeros than it should, so the figures would be of another model than they
+            say.
     """
     least, most = (_samples_figure(evaluation, f"sparsity.row_{end}") for end in ("min", "max"))
     name, value = f"zeros in a row, {evaluation.variant}", f"{least:.4%} to {most:.4%}"
@@ -321,7 +329,8 @@ def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> di
     asked = {(groups[0] / groups[1]) if groups else share_of(fraction, width) / width for width in columns}
     if least < min(asked) - 1e-9:
         raise Sparc3Error(
-            f"{evaluation.variant} has a row with {least:.4%} zeros where {min(asked):.4%} were to be removed; report this"
+            f"{evaluation.variant} has a row with {least:.4%} zeros where {min(asked):.4%} were to be "
+            "removed; report this"
         )
     return {"name": name, "value": value, "ok": most <= max(asked) + 1e-9}
 

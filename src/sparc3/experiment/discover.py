@@ -1,7 +1,9 @@
-"""The job `discover`: of each method, ranking and seed, keep the top units of a task, remove the rest, and see how sparse it can get.
+"""The job `discover`: of each method, ranking and seed, keep the top units of a task, remove the rest, and
+see how sparse it can get.
 
-Faithfulness and its areas are those of the MIB benchmark (Mueller et al. 2025): with m the mean logit difference and C_k the circuit of
-the share k of all units, f(k) = (m(C_k) − m(∅)) / (m(full) − m(∅)), CPR = ∫ f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
+Faithfulness and its areas are those of the MIB benchmark (Mueller et al. 2025): with m the mean logit
+difference and C_k the circuit of the share k of all units, f(k) = (m(C_k) − m(∅)) / (m(full) − m(∅)), CPR = ∫
+f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
 """
 
 import logging
@@ -31,7 +33,8 @@ from .work_list import rankings, removed_counts
 
 log = logging.getLogger("sparc3")
 Ranked = dict[str, list[Scores]]
-"""Method, with "-abs" or "-signed" for all but the first ranking → scores by which its units are kept, highest first, one a seed."""
+"""Method, with "-abs" or "-signed" for all but the first ranking → scores by which its units are kept,
+highest first, one a seed."""
 
 
 def settings(work: RunContext) -> Discover:
@@ -40,7 +43,8 @@ def settings(work: RunContext) -> Discover:
 
 
 def require_task(recipe: Recipe) -> None:
-    """Raise UserError where a file of the task lacks a target or a contrast; asked before any model is loaded."""
+    """Raise UserError where a file of the task lacks a target or a contrast; asked before any model is
+    loaded."""
     sources = {
         recipe.references["task"].source,
         *(m.source for m in recipe.metrics().values() if isinstance(m, IOISettings)),
@@ -50,12 +54,14 @@ def require_task(recipe: Recipe) -> None:
             for key in ("target", "contrast"):
                 if getattr(sample, key) is None:
                     raise UserError(
-                        f'{source}: sample {number} has no "{key}"; the job discover needs text, target and contrast in each'
+                        f'{source}: sample {number} has no "{key}"; the job discover needs text, target and '
+                        "contrast in each"
                     )
 
 
 def rank_units(work: RunContext) -> Ranked:
-    """Scores of every method on the reference set of every seed, in each ranking; `random` draws anew for each."""
+    """Scores of every method on the reference set of every seed, in each ranking; `random` draws anew for
+    each."""
     made = {method: _load_or_make_ranking(work, method) for method in settings(work).methods}
 
     def signed(method: str) -> bool:
@@ -89,7 +95,8 @@ def _kept_first(scores: Scores, rank: str) -> Scores:
 
 
 def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, float]) -> Results:
-    """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the circuits' stability."""
+    """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the
+    circuits' stability."""
     total = next(iter(ranked.values()))[0].units
     removed = removed_counts(settings(work), total)
     everything = select(next(iter(ranked.values()))[0], count=total)
@@ -100,7 +107,8 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
     full, nothing = (mean_of(one, "ioi.logit_difference") for one in (original, empty))
     if not full > nothing:
         raise UserError(
-            f"the whole model's logit difference {full:.4g} is not above {nothing:.4g}, that without any of these units: they hold no circuit of "
+            f"the whole model's logit difference {full:.4g} is not above {nothing:.4g}, that without any of "
+            "these units: they hold no circuit of "
             "this task; attribute at other sites, or choose a task that the model can do"
         )
     found, summaries = [original, empty], []
@@ -140,7 +148,8 @@ class _Point:
 def _measure_at(
     work: RunContext, variant: str, removed: list[Circuit], total: int, ends: tuple[float, float]
 ) -> _Point:
-    """What is left without each of these circuits, one a seed; `ends` are the logit differences of no unit and of the whole model."""
+    """What is left without each of these circuits, one a seed; `ends` are the logit differences of no unit
+    and of the whole model."""
     nothing, full = ends
     draws = [load_or_make_evaluation(work, f"{variant}.seed{seed}", one) for seed, one in enumerate(removed)]
     faithfulness = [(mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing) for draw in draws]
@@ -198,7 +207,8 @@ def _measure_rival_overlaps(summaries: list[Evaluation], own: str) -> list[Diffe
 
 
 def mean_of(evaluation: Evaluation, metric: str) -> float:
-    """The mean of a metric over the prompts that could be measured; a failed prompt is in neither sum nor count.
+    """The mean of a metric over the prompts that could be measured; a failed prompt is in neither sum nor
+    count.
 
     Raises:
         Sparc3Error: every prompt failed.
@@ -213,13 +223,15 @@ def mean_of(evaluation: Evaluation, metric: str) -> float:
 
 
 def find_sparsest(gone: Sequence[float], accuracies: Sequence[float], enough: float) -> float:
-    """The largest share removed at which, as at all smaller ones that were tried, the accuracy is `enough`; 0 where it never is."""
+    """The largest share removed at which, as at all smaller ones that were tried, the accuracy is `enough`; 0
+    where it never is."""
     held = takewhile(lambda point: point[1] >= enough, zip(gone, accuracies, strict=True))
     return max((removed for removed, _ in held), default=0.0)
 
 
 def curve_areas(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
-    """(CPR, CMD) of a curve by the trapezoidal rule, the empty circuit (0, 0) and the whole model (1, 1) added.
+    """(CPR, CMD) of a curve by the trapezoidal rule, the empty circuit (0, 0) and the whole model (1, 1)
+    added.
 
     Args:
         kept: shares of the units in each circuit, in any order.
@@ -233,7 +245,8 @@ def curve_areas(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[f
 
 
 def measure_stability(removed: Sequence[Circuit], total: int) -> float:
-    """Mean Jaccard overlap of what is kept, over all pairs of circuits of `total` units, of which these are removed."""
+    """Mean Jaccard overlap of what is kept, over all pairs of circuits of `total` units, of which these are
+    removed."""
     pairs = [
         overlap(replace(one, provenance={}), replace(other, provenance={}))
         for one, other in combinations(removed, 2)

@@ -72,7 +72,8 @@ def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> Ref
 def prepare_metric(
     work: RunContext, file: str, name: str, settings: MetricSettings, held: Iterable[str]
 ) -> Prepared:
-    """A metric with its samples, kept as samples/`file`.jsonl; of its source, the prompts in `held` are left out."""
+    """A metric with its samples, kept as samples/`file`.jsonl; of its source, the prompts in `held` are left
+    out."""
     if not isinstance(settings, SampledSettings):
         return prepare(name, settings, work.model, work.tokenizer)
     taken = {settings.source: frozenset(held)}
@@ -105,7 +106,8 @@ def _samples(
     log.info("samples %s: %d from %s", name, len(found), Path(source).name)
     if found.repeated:
         work.warnings.append(
-            f"{found.repeated} of the {len(found)} samples of {name} are the same as an earlier one, and count again"
+            f"{found.repeated} of the {len(found)} samples of {name} are the same as an earlier one, and "
+            "count again"
         )
         log.warning(work.warnings[-1])
     return found
@@ -120,24 +122,30 @@ def _refuse_overlap(work: RunContext) -> None:
         for name, reference in work.references.items():
             if same := overlap(reference, one.samples):
                 raise UserError(
-                    f"{len(same)} prompts of evaluation.{one.metric.name} are also in references.{name}; an effect must be shown on prompts "
-                    "that were not used to find the circuit: give another file, or a split or choose_by that keeps them apart"
+                    f"{len(same)} prompts of evaluation.{one.metric.name} are also in references.{name}; an "
+                    "effect must be shown on prompts "
+                    "that were not used to find the circuit: give another file, or a split or choose_by that "
+                    "keeps them apart"
                 )
 
 
-# How many reference samples a pruning needs: the job `compress` again, from the first n samples of each seed's set (the paper's Figures 8 to 10).
+# How many reference samples a pruning needs: the job `compress` again, from the first n samples of each
+# seed's set (the paper's Figures 8 to 10).
 
 FORMAT = "sparc3.distribution/1"
 DECADES, BINS = 6, 48
-"""Scores are counted by their size as a share of the method's largest, from 10⁻⁶ to 1, in steps of an eighth of a power of ten."""
+"""Scores are counted by their size as a share of the method's largest, from 10⁻⁶ to 1, in steps of an eighth
+of a power of ten."""
 
 
 def by_samples(
     work: RunContext, ways: Sequence[tuple[str, str, str]]
 ) -> tuple[list[Evaluation], dict[str, Any]]:
-    """(evaluations, what the report draws): every way (name, method, reduce) at every number of samples, the seeds' figures pooled.
+    """(evaluations, what the report draws): every way (name, method, reduce) at every number of samples, the
+    seeds' figures pooled.
 
-    At the largest number the variant is called METHOD@COUNT as in any compression, at the others "METHOD, n samples".
+    At the largest number the variant is called METHOD@COUNT as in any compression, at the others "METHOD, n
+    samples".
     """
     compress = work.recipe.compress
     assert compress is not None
@@ -216,7 +224,7 @@ def _scores(work: RunContext, method: str, reduce: str, samples: ReferenceSet) -
 def _evaluate(
     work: RunContext, place: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
 ) -> Evaluation:
-    """The model pruned by these scores, measured; the scores themselves, as large as the model, are not kept."""
+    """Measure the model pruned by these scores. The scores are as large as the model and not kept."""
     compress = work.recipe.compress
     assert compress is not None
     fraction = compress.fractions[0] if compress.fractions else None
@@ -251,7 +259,8 @@ def _evaluate(
 def _distribution(
     work: RunContext, name: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
 ) -> dict[str, Any]:
-    """What the report draws of distributions/NAME.json, which is made unless it is there: role → how many scores are in each bin."""
+    """What the report draws of distributions/NAME.json, which is made unless it is there: role → how many
+    scores are in each bin."""
     where, made_from = (
         work.claim(f"distributions/{name}.json"),
         fingerprint(_made_from(work, samples, method, reduce)),
@@ -287,9 +296,11 @@ def _read(where: Path, made_from: str) -> dict[str, Any] | None:
 
 
 def distribution(scores: Scores) -> dict[str, Any]:
-    """{"largest", "exponents", "sites"}: of each site, how many |scores| are below 10⁻⁶ of the largest of all, and how many in each bin above.
+    """{"largest", "exponents", "sites"}: of each site, how many |scores| are below 10⁻⁶ of the largest of
+    all, and how many in each bin above.
 
-    The bins lie between the exponents of ten: the first count of a site is of what is below the first exponent, zeros among it.
+    The bins lie between the exponents of ten: the first count of a site is of what is below the first
+    exponent, zeros among it.
     """
     largest = max(float(tensor.abs().max()) for tensor in scores.values()) or 1.0
     sites = {}

@@ -1,4 +1,5 @@
-"""The evaluation stage: every variant on the same test samples, and what the results say of where they came from."""
+"""The evaluation stage: every variant on the same test samples, and what the results say of where they came
+from."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -149,14 +150,16 @@ def _warn_of_better_rivals(work: RunContext, results: Results) -> list[str]:
             continue
         if theirs.value < ours.value if theirs.direction == "lower" else theirs.value > ours.value:
             said.append(
-                f"under the same budget {name} does better: {aim} {theirs.value:.4g} on the test, against {ours.value:.4g} here"
+                f"under the same budget {name} does better: {aim} {theirs.value:.4g} on the test, against "
+                f"{ours.value:.4g} here"
             )
     return said
 
 
 def _chosen_by_outcome(work: RunContext) -> list[str]:
     return [
-        f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the model moves them towards the mean; "
+        f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the "
+        "model moves them towards the mean; "
         "read the effect beside its null"
         for p in work.prepared
         if getattr(p.settings, "choose_by", None) in ("completion", "repetition")
@@ -208,7 +211,8 @@ def _relevance_by_layer(scores: Scores) -> str:
 
 
 def measure_power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """[{"metric", "n", "detects", "relative", "said"}] of the circuit against the original, from the variance of their paired differences.
+    """[{"metric", "n", "detects", "relative", "said"}] of the circuit against the original, from the variance
+    of their paired differences.
 
     `relative`: whether `detects` is a share of the original's figure.
     """

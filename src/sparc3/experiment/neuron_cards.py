@@ -1,4 +1,5 @@
-"""Neuron cards: what one removed unit reads, writes, and does when it alone is removed (`sparc3.cards/1`, cards.json)."""
+"""Neuron cards: what one removed unit reads, writes, and does when it alone is removed (`sparc3.cards/1`,
+cards.json)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,8 @@ def make_cards(
         parts: scores of "general" and "undesired", which the cards show.
         samples: the texts to look for high activations in.
         most: the largest number of cards.
-        alone, measure: the first so many carry measure(circuit of that unit alone, at the circuit's strength), metric → value.
+        alone, measure: the first so many carry measure(circuit of that unit alone, at the circuit's
+            strength), metric → value.
     """
     if circuit.unit != "neuron":
         return []
@@ -104,7 +106,8 @@ def _promoted_tokens(
 ) -> tuple[list[str], list[str]]:
     """The tokens whose logits the neuron's output column raises and lowers most, through the unembedding.
 
-    The final norm's gain is folded in, and a LayerNorm's centring; norms after the MLP are not (nostalgebraist's logit lens; Geva et al. 2022).
+    The final norm's gain is folded in, and a LayerNorm's centring; norms after the MLP are not
+    (nostalgebraist's logit lens; Geva et al. 2022).
 
     Args:
         sign: −1 for a neuron that fires below zero.
@@ -161,7 +164,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[
 
 
 def text_of(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
-    """One token's text; decoding it alone would lose the space of tokenizers that mark the start of a word."""
+    """One token's text. Decoded alone it would lose its leading space with some tokenizers."""
     piece = tokenizer.convert_ids_to_tokens(token)
     spaced = isinstance(piece, str) and piece[:1] in ("\u2581", "\u0120")
     text = str(tokenizer.decode([token]))
@@ -174,7 +177,8 @@ def _strongest_activations(
     units: Sequence[Unit],
     samples: ReferenceSet,
 ) -> list[Fired]:
-    """For each unit the samples on which its activation (the input of mlp.down) was largest in size, up to and with the token it was at."""
+    """For each unit the samples on which its activation (the input of mlp.down) was largest in size, up to
+    and with the token it was at."""
     encoded = encode_whole(model, samples, tokenizer)
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
     ids = {sample.index: sample.ids for sample in encoded}
@@ -197,7 +201,8 @@ def _strongest_activations(
 def _largest_entries(
     model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], where: Tensor
 ) -> list[tuple[list[float], list[int]]]:
-    """Of each unit, for each row of the batch: its activation of the largest size at the positions `where` [B, T], and which one it was."""
+    """Of each unit, for each row of the batch: its activation of the largest size at the positions `where`
+    [B, T], and which one it was."""
     indices: dict[str, list[int]] = {}
     for site, index in units:
         indices.setdefault(site.name, []).append(index)
@@ -226,7 +231,8 @@ SHOWN = ("toxicity.mean", "rur.mean", "ioi.accuracy", "perplexity", "kl")
 
 
 def write_cards(work: RunContext, found: SelectedCircuit) -> None:
-    """Write cards.json, unless the one there was made from the same circuit, samples and settings; nothing for units without cards."""
+    """Write cards.json, unless the one there was made from the same circuit, samples and settings; nothing
+    for units without cards."""
     settings = work.recipe.cards
     if not has_cards(work.recipe):
         return

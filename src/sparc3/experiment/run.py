@@ -43,12 +43,13 @@ def run(
 
     Args:
         recipe: a bundled recipe's name, a YAML path, its content, or a Recipe.
-        resume: go on with a run that `out` holds, finished or not. What fits the recipe is used again, whatever recipe made it; the rest
-            is made anew, and results of an earlier recipe are moved into `earlier/`. False refuses such a folder.
+        resume: go on with a run that `out` holds, finished or not. What fits the recipe is used again,
+            whatever recipe made it; the rest is made anew, and results of an earlier recipe are moved into
+            `earlier/`. False refuses such a folder.
 
     Raises:
-        UserError: a recipe that does not fit, `out` holding other files, or a run that is going on; prompts that are in a reference and an
-            evaluation set.
+        UserError: a recipe that does not fit, `out` holding other files, or a run that is going on; prompts
+            that are in a reference and an evaluation set.
     """
     loaded = load_recipe(recipe)
     if loaded.job == "discover":

@@ -31,11 +31,12 @@ Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
 
 @contextmanager
 def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process, after checking that the folder is a run's or empty.
+    """Hold the folder's lock, which dies with the process, after checking that the folder is a run's or
+    empty.
 
     Raises:
-        UserError: the folder holds other files than a run's, or a run though `resume` is False; another process works in
-            it, or it cannot be written.
+        UserError: the folder holds other files than a run's, or a run though `resume` is False; another
+            process works in it, or it cannot be written.
     """
     if not distributed.is_main():
         distributed.wait()
@@ -74,16 +75,18 @@ def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise UserError where something in the folder is a link, through which a run would write outside of it."""
+    """Raise UserError if the folder contains a link, through which a run would write outside of it."""
     for path in folder.rglob("*"):
         if path.is_symlink():
             raise UserError(
-                f"{path} is a symbolic link, and a run writes inside its folder alone; remove it, or choose another --out"
+                f"{path} is a symbolic link, and a run writes inside its folder alone; remove it, or choose "
+                "another --out"
             )
 
 
 def _require_run(folder: Path, resume: bool) -> None:
-    """Raise UserError where the folder holds something else than a run, or a run that is not to be gone on with."""
+    """Raise UserError where the folder holds something else than a run, or a run that is not to be gone on
+    with."""
     others = [
         entry.name
         for entry in folder.iterdir()
@@ -118,7 +121,8 @@ def log_to_folder(folder: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.Handler):
-    """Opens the file for each line, so that a line that cannot be written is an error of that line and of no later one."""
+    """Opens the file for each line, so that a line that cannot be written is an error of that line and of no
+    later one."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -142,7 +146,8 @@ def load_or_make(
     is_of: Callable[[Noun], object],
     make: Callable[[], Noun],
 ) -> Noun:
-    """The noun in the run folder's file `name` if it was made from the same things, else a new one, which is saved there by rank 0."""
+    """The noun in the run folder's file `name` if it was made from the same things, else a new one, which is
+    saved there by rank 0."""
     found: Noun | None = None
     where = work.claim(name)
     if where.is_file():
@@ -192,7 +197,8 @@ class RunContext:
         noted: what stages add to the results' provenance.
         protected: units that no selection takes, because the model breaks without one of them.
         rivals: variant → the best that another method does under the same budget, found by the search.
-        belongs, made, used_again: names of files in the folder: all that belong to this run, those it made, those that were there.
+        belongs, made, used_again: names of files in the folder: all that belong to this run, those it made,
+            those that were there.
     """
 
     recipe: Recipe

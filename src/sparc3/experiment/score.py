@@ -31,7 +31,8 @@ log = logging.getLogger("sparc3")
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """One way to contrast: everything that tells two candidates of a search apart but for the number of units.
+    """One way to contrast: everything that tells two candidates of a search apart but for the number of
+    units.
 
     Attributes:
         targets: name of each reference set that takes part → its target.
@@ -176,7 +177,8 @@ def find_circuit(work: RunContext) -> SelectedCircuit:
     circuit = select_in_rounds(work, how, first, chosen.count, chosen.rounds)
     if circuit is None:
         raise UserError(
-            f"{chosen.count} {first.unit}s were asked for in {chosen.rounds} rounds, and in a later one the matched contrast has too few candidates "
+            f"{chosen.count} {first.unit}s were asked for in {chosen.rounds} rounds, and in a later one the "
+            "matched contrast has too few candidates "
             "below zero; ask for fewer, or lower the penalty"
         )
     return save_circuit(work, SelectedCircuit(circuit, first, parts))
@@ -185,7 +187,8 @@ def find_circuit(work: RunContext) -> SelectedCircuit:
 def select_in_rounds(
     work: RunContext, how: ScoringSpec, first: Scores, count: int, rounds: int
 ) -> Circuit | None:
-    """`count` units, a share of them by the contrast `first`, each further share by the contrast on the model without those before.
+    """`count` units, a share of them by the contrast `first`, each further share by the contrast on the model
+    without those before.
 
     None where a matched contrast has too few candidates below zero in a later round.
     """
@@ -231,7 +234,8 @@ def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
     return replace(found, circuit=circuit)
 
 
-# Units that the whole model stands on are left out of every selection: those whose removal alone multiplies perplexity.
+# Units that the whole model stands on are left out of every selection: those whose removal alone multiplies
+# perplexity.
 
 SUSPECTS, TEXTS, TOKENS = 12, 6, 256
 """How many neurons are tried alone, on how many general samples, of how many tokens each."""
@@ -240,9 +244,11 @@ RATIO = 1.5
 
 
 def protect_units(work: RunContext) -> None:
-    """Fill work.protected, and list it in the results' provenance; does nothing for heads, weights and quantised models.
+    """Fill work.protected, and list it in the results' provenance; does nothing for heads, weights and
+    quantised models.
 
-    A screen, not a search: only the neurons that write hardest into the residual stream are tried, each alone, on a few general samples.
+    A screen, not a search: only the neurons that write hardest into the residual stream are tried, each
+    alone, on a few general samples.
     """
     if not is_protected(work.recipe):
         return

@@ -1,6 +1,7 @@
 """The search: candidates tried on validation samples under a damage budget.
 
-Attribution is done once for each target and kind of neuron score, and again for each further round of a candidate.
+Attribution is done once for each target and kind of neuron score, and again for each further round of a
+candidate.
 """
 
 import logging
@@ -54,7 +55,8 @@ class Candidate:
     Attributes:
         targets: reference set → target.
         circuit: fingerprint of the circuit.
-        figures: metric → value on the validation samples; the aim is missing where the candidate was hopeless.
+        figures: metric → value on the validation samples; the aim is missing where the candidate was
+            hopeless.
         perplexity_increase: relative to the original.
         within: whether it keeps to the budget.
         rounds: in how many it was found.
@@ -79,7 +81,8 @@ class Candidate:
 
 @dataclass
 class Trials:
-    """Circuits tried on the validation samples, each once, whatever run of this folder tried it; tune.json keeps them.
+    """Circuits tried on the validation samples, each once, whatever run of this folder tried it; tune.json
+    keeps them.
 
     Attributes:
         known: key of a circuit → its figures.
@@ -147,7 +150,8 @@ class Trials:
             progress=self.work.progress,
             changed=again if len(change) else None,
         )
-        # A budget is kept on every window or not at all: without the windows it broke, a broken model would look well.
+        # A budget is kept on every window or not at all: without the windows it broke, a broken model would
+        # look well.
         whole = [o for o in made.observations if not (o.failures and metrics is self.budget)]
         figures = {o.metric: measurement(o, "trial").value for o in whole}
         return {name: value for name, value in figures.items() if value is not None}
@@ -176,7 +180,8 @@ class Trials:
 
 
 def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
-    """The best candidate within the budget, and how it was found; ties go to fewer units, then to the earlier in the recipe's order.
+    """The best candidate within the budget, and how it was found; ties go to fewer units, then to the earlier
+    in the recipe's order.
 
     Raises:
         UserError: no candidate keeps to the budget (the message says what the cheapest costs).
@@ -271,7 +276,8 @@ def _iterate_contrasts(
 def _iterate_circuits(
     work: RunContext, how: ScoringSpec, scores: Scores
 ) -> Iterator[tuple[ScoringSpec, int, int, Circuit]]:
-    """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates in every round."""
+    """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates
+    in every round."""
     there = count_candidates(scores)
     for count, rounds, strength in work_list.circuit_sizes_tried(work.recipe):
         one = replace(how, strength=strength)
@@ -310,7 +316,8 @@ def _choose_best(tried: list[Candidate], trials: Trials, original: Figures) -> i
             else "there are too few units below zero"
         )
         raise UserError(
-            f"no candidate keeps to the budget of selection.tune: {said}; try smaller counts, or a larger budget"
+            f"no candidate keeps to the budget of selection.tune: {said}; try smaller counts, or a larger "
+            "budget"
         )
     best = min(fit, key=lambda index: (trials.badness(tried[index].figures), tried[index].count, index))
     if trials.badness(tried[best].figures) >= trials.badness(original):
@@ -320,17 +327,20 @@ def _choose_best(tried: list[Candidate], trials: Trials, original: Figures) -> i
         log.warning(trials.work.warnings[-1])
     elif tried[best].count == max(one.count for one in tried) and len({one.count for one in tried}) > 1:
         trials.work.warnings.append(
-            f"the best number of units, {tried[best].count}, is the largest that was tried; a larger one may be better"
+            f"the best number of units, {tried[best].count}, is the largest that was tried; a larger one may "
+            "be better"
         )
         log.warning(trials.work.warnings[-1])
     return best
 
 
 def _search_rivals(work: RunContext, trials: Trials, how: ScoringSpec, original: Figures) -> dict[str, Any]:
-    """What each other method reaches under the same budget, at the best of the same counts and contrasted alike; work.rivals holds them.
+    """What each other method reaches under the same budget, at the best of the same counts and contrasted
+    alike; work.rivals holds them.
 
     Returns:
-        {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that was tried}.
+        {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that
+        was tried}.
     """
     found, others = [], {}
     for method in work_list.rival_methods(work.recipe):
@@ -408,9 +418,10 @@ GRAM = 12
 def prepare_validation(work: RunContext) -> tuple[list[Prepared], list[Prepared]]:
     """The metrics of the budget, and the one to better, each with validation samples.
 
-    Prompts come from the split "validation" of the test's source; a source without splits gives prompts that neither a reference set
-    nor a test holds. Text comes from the source's validation split, from `text_source`, or, where the test text is a file, from the
-    general reference's file, as far as no reference sample was cut from it.
+    Prompts come from the split "validation" of the test's source; a source without splits gives prompts that
+    neither a reference set nor a test holds. Text comes from the source's validation split, from
+    `text_source`, or, where the test text is a file, from the general reference's file, as far as no
+    reference sample was cut from it.
 
     Raises:
         UserError: there is no such text, or not enough such prompts.
@@ -441,7 +452,8 @@ def _refuse_overlap(work: RunContext, aim: Prepared) -> None:
     for name, some in others.items():
         if same := overlap(some, aim.samples):
             raise UserError(
-                f"{len(same)} validation prompts are also in {name}; a search must not see them: give another file there, or a split or "
+                f"{len(same)} validation prompts are also in {name}; a search must not see them: give "
+                "another file there, or a split or "
                 "choose_by that keeps them apart"
             )
 
@@ -453,7 +465,8 @@ def _prepare_texts(work: RunContext, name: str, settings: PerplexitySettings) ->
         texts = _paragraphs_apart(texts, work.references["general"], work.tokenizer)
     if not texts:
         raise UserError(
-            f"all of {Path(source).name} is held by the general reference set; give selection.tune.text_source another text"
+            f"all of {Path(source).name} is held by the general reference set; give "
+            "selection.tune.text_source another text"
         )
     samples = ReferenceSet(tuple(Sample(text=text) for text in texts[:count]), {"source": Path(source).name})
     kind = KLSettings if name == "kl" else PerplexitySettings
@@ -483,7 +496,8 @@ def _token_grams(ids: Sequence[int]) -> set[tuple[int, ...]]:
 
 
 def pareto_front(points: Sequence[tuple[float, float] | None]) -> set[int]:
-    """Places of the points that no other point matches in both coordinates and betters in one; None is no point."""
+    """Places of the points that no other point matches in both coordinates and betters in one; None is no
+    point."""
     there = [(index, point) for index, point in enumerate(points) if point is not None]
     return {
         index

@@ -1,4 +1,5 @@
-"""A recipe as a SLURM job: the same command under torchrun, requeued when its time is up, going on where it was."""
+"""A recipe as a SLURM job: the same command under torchrun, requeued when its time is up, going on where it
+was."""
 
 import os
 import re
@@ -14,7 +15,8 @@ from ..safe_text import one_line
 from ..storage import read_text, write_text
 
 GRACE = 120
-"""Seconds before the time limit at which the job is told: enough for the batch under way and for saving the sums."""
+"""Seconds before the time limit at which the job is told: enough for the batch under way and for saving the
+sums."""
 
 HEAD = """\
 #!/bin/bash
@@ -30,8 +32,8 @@ HEAD = """\
 
 BODY = """
 # {what}
-# {grace} s before its time is up SLURM sends USR1: the ranks save their sums and end, the job is queued again, and the same command
-# goes on where it was. It does so after a node failure too.
+# {grace} s before the time limit SLURM sends USR1. The ranks save their sums and end, the job is queued
+# again, and the same command resumes. It also resumes after a node failure.
 set -uo pipefail
 {changes}
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
@@ -72,8 +74,10 @@ def sbatch(
     Args:
         name: the recipe as `sparc3 run` takes it; a path is made absolute.
         nodes, gpus: nodes, and GPUs on each; one rank a GPU, or one rank a node where gpus is 0.
-        time: SLURM's time limit of one go, such as 30 (minutes), 04:00:00 or 1-12:00:00; the job may need several.
-        partition, account, mem, cpus_per_task: SLURM's options of these names; mem is of each node, such as 64G.
+        time: SLURM's time limit of one go, such as 30 (minutes), 04:00:00 or 1-12:00:00; the job may need
+            several.
+        partition, account, mem, cpus_per_task: SLURM's options of these names; mem is of each node, such as
+            64G.
         options: further options, each as an #SBATCH line has it, such as "--qos=long".
         array: this many runs, with the seeds 0 to array - 1, whose folders are numbered by their seeds.
         folder: the run folder.
@@ -102,7 +106,8 @@ def sbatch(
         )
     if limit < 2 * GRACE:
         raise UserError(
-            f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at least {2 * GRACE // 60} minutes"
+            f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at "
+            f"least {2 * GRACE // 60} minutes"
         )
     out = _locate_run(recipe, folder)
     resources = "".join(
@@ -125,8 +130,9 @@ def sbatch(
         grace=GRACE,
         log=f"{out}-{'%A-%a' if array else '%j'}.log",
     )
+    machines = f"{nodes} node{'s' if nodes > 1 else ''}, {gpus or 'no'} GPU{'s' if gpus != 1 else ''} each"
     return head + BODY.format(
-        what=f"sparc3 run {one_line(name)} on {nodes} node{'s' if nodes > 1 else ''}, {gpus or 'no'} GPU{'s' if gpus != 1 else ''} each",
+        what=f"sparc3 run {one_line(name)} on {machines}",
         grace=GRACE,
         changes=f"cd {shlex.quote(os.getcwd())}",
         threads=1 if gpus > 1 else "$(nproc)",
@@ -138,7 +144,8 @@ def sbatch(
 
 
 def make_log_folder(recipe: Recipe, folder: str | None = None) -> None:
-    """Make the folder of the job's log, without which SLURM ends the job at once. Raises UserError where it cannot."""
+    """Make the folder of the job's log, without which SLURM ends the job at once. Raises UserError where it
+    cannot."""
     place = Path(_locate_run(recipe, folder)).parent
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -162,7 +169,8 @@ def _launch(name: str, out: str, nodes: int, ranks: int, array: int | None, sets
             '--nnodes="$SLURM_JOB_NUM_NODES"',
             "--rdzv-backend=c10d",
             '--rdzv-id="$SLURM_JOB_ID"',
-            '--rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"',
+            '--rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + '
+            'SLURM_JOB_ID % 20000))"',
         ]
     )
     numbered = '-"$SLURM_ARRAY_TASK_ID"' if array else ""
@@ -174,10 +182,12 @@ def _launch(name: str, out: str, nodes: int, ranks: int, array: int | None, sets
 
 
 def seconds(time: str) -> int:
-    """Of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]. Raises UserError for another."""
+    """Of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+    Raises UserError for another."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         raise UserError(
-            f"time '{time}' is not SLURM's; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+            f"time '{time}' is not SLURM's; write minutes, hours:minutes:seconds or "
+            "days-hours:minutes:seconds"
         )
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
@@ -194,10 +204,12 @@ def write_job(path: str, text: str) -> None:
 
 
 def submit(path: str) -> str:
-    """Hand a batch file to SLURM; its job's number. Raises UserError where there is no SLURM, Sparc3Error where it says no."""
+    """Hand a batch file to SLURM; its job's number. Raises UserError where there is no SLURM, Sparc3Error
+    where it says no."""
     if shutil.which("sbatch") is None:
         raise UserError(
-            f"there is no sbatch here; take {path} to a machine that has SLURM, and submit it with sbatch {path}"
+            f"there is no sbatch here; take {path} to a machine that has SLURM, and submit it with sbatch "
+            f"{path}"
         )
     done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,5 @@
-"""What a run of a recipe does, step by step, as far as the recipe alone says: `run` goes by it, and `plan` counts it."""
+"""What a run of a recipe does, step by step, as far as the recipe alone says: `run` goes by it, and `plan`
+counts it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from ..samples.sources import is_path
 
 
 def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
-    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of each other.
+    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of
+    each other.
 
     So also where a compression compares numbers of samples: general, general.1, general.2, …
     """
@@ -104,7 +106,8 @@ def attributions_tried(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def contrasts_tried(recipe: Recipe) -> list[tuple[str, float, str | None]]:
-    """(plain or matched, penalty, normalize): every way in which a search contrasts the scores of one attribution."""
+    """(plain or matched, penalty, normalize): every way in which a search contrasts the scores of one
+    attribution."""
     tune = recipe.selection.tune
     assert tune
     kinds = tune.contrasts or (("plain", "matched") if "matched" in recipe.references else ("plain",))
@@ -155,7 +158,8 @@ def search_aim(recipe: Recipe) -> tuple[str, PromptSettings]:
 
 
 def search_budget(recipe: Recipe) -> dict[str, PerplexitySettings]:
-    """The metrics that a search keeps within bounds, by name, with the source and the number of their validation texts.
+    """The metrics that a search keeps within bounds, by name, with the source and the number of their
+    validation texts.
 
     Raises:
         UserError: there is no text that the test does not hold.
@@ -182,7 +186,8 @@ def _validation_text(recipe: Recipe, settings: PerplexitySettings) -> str:
     general = recipe.references["general"].source
     if is_path(general) and Path(general).resolve() == Path(settings.source).resolve():
         raise UserError(
-            "evaluation.perplexity and references.general read the same file, which leaves no text for the search; "
+            "evaluation.perplexity and references.general read the same file, which leaves no text for the "
+            "search; "
             "give selection.tune.text_source another text"
         )
     return general

@@ -1,7 +1,8 @@
 """Mixtures of experts: MLPs of which a router sends each token to a few.
 
-transformers keeps the experts of a layer in fused parameters, gate_up_proj [experts, 2 · inner, hidden] and down_proj [experts, hidden,
-inner], and computes them in one call that has no place for a hook. Here they are computed one by one from the same parameters.
+transformers keeps the experts of a layer in fused parameters, gate_up_proj [experts, 2 · inner, hidden] and
+down_proj [experts, hidden, inner], and computes them in one call that has no place for a hook. Here they are
+computed one by one from the same parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ Product = Callable[[Tensor, Tensor], Tensor]
 class Matrix(nn.Module):
     """One expert's matrix of a fused parameter, which hooks can watch.
 
-    Called with the features [n, in] of the tokens that the router sent to the expert, and with these tokens' places [n], ascending,
-    among all tokens of the batch, row after row.
+    Called with the features [n, in] of the tokens that the router sent to the expert, and with these tokens'
+    places [n], ascending, among all tokens of the batch, row after row.
     """
 
     def __init__(self, experts: nn.Module, parameter: str, expert: int) -> None:
@@ -50,7 +51,8 @@ def matrices(experts: nn.Module) -> dict[tuple[str, int], Matrix]:
 def one_by_one(
     experts: nn.Module, product: Product | None = None, *, constant_routing: bool = False
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The forward of a layer's experts, one expert after the other: what transformers' own computes, but for the order of the sum over experts.
+    """The forward of a layer's experts, one expert after the other: what transformers' own computes, but for
+    the order of the sum over experts.
 
     Args:
         product: (gate, up) → what the down projection reads; act(gate) · up where it is None.
@@ -72,7 +74,8 @@ def _compute_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """Σ over the k experts of a token of routing weight · expert(token): [N, hidden] of [N, hidden], [N, k] and [N, k]."""
+    """Σ over the k experts of a token of routing weight · expert(token): [N, hidden] of [N, hidden], [N, k]
+    and [N, k]."""
     within = experts.__dict__.get(MATRICES) or matrices(experts)
     count, (tokens, k) = len(within) // 2, top_k_index.shape
     routed = top_k_index.reshape(-1)
@@ -89,12 +92,14 @@ def _compute_experts(
 
 
 def tokens_of(args: Sequence[Tensor]) -> Tensor | None:
-    """Of what a hook's module was called with, the tokens of a Matrix; None for every other map, which sees them all."""
+    """Of what a hook's module was called with, the tokens of a Matrix; None for every other map, which sees
+    them all."""
     return args[1] if len(args) > 1 else None
 
 
 def by_position(x: Tensor, tokens: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """What a hook sees as features of each position: [B, T, d], zero where the token was not sent to this expert.
+    """What a hook sees as features of each position: [B, T, d], zero where the token was not sent to this
+    expert.
 
     Args:
         x: the input or output of a linear map [..., d], or its gradient.
@@ -109,7 +114,8 @@ def by_position(x: Tensor, tokens: Tensor | None, shape: Sequence[int]) -> Tenso
 def by_sample(
     x: Tensor, tokens: Tensor | None, shape: Sequence[int], lengths: Sequence[int], skip: int = 0
 ) -> list[Tensor]:
-    """What a hook sees, sample by sample: [n, d] each of its positions from `skip` to its length, of an expert those sent to it."""
+    """What a hook sees, sample by sample: [n, d] each of its positions from `skip` to its length, of an
+    expert those sent to it."""
     if tokens is None:
         rows = x.reshape(*shape, -1)
         return [rows[row, skip:length] for row, length in enumerate(lengths)]

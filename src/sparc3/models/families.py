@@ -33,17 +33,23 @@ class Family:
     Attributes:
         classes: prefix of the class names of its own modules ("Llama" of LlamaDecoderLayer).
         layers: path, inside the model, of the list of decoder layers.
-        roles: role → path. "attn.qkv#q" is the part q of the module attn.qkv, which holds several matrices in one.
+        roles: role → path. "attn.qkv#q" is the part q of the module attn.qkv, which holds several matrices in
+            one.
         activation: path of the MLP's non-linearity.
         gated: path of an MLP that computes down(act(gate(x)) · up(x)); None where it is down(act(up(x))).
-        experts: path of a mixture's experts, in fused parameters (PARTS); a layer that has none has the MLP of `roles`.
-        shared: path of the MLP, gated too, that stands beside the experts for all tokens; None where there is none.
+        experts: path of a mixture's experts, in fused parameters (PARTS); a layer that has none has the MLP
+            of `roles`.
+        shared: path of the MLP, gated too, that stands beside the experts for all tokens; None where there is
+            none.
         constants: paths of linear maps whose output is a constant to relevance: the weight of the shared MLP.
         fused: path of a module with parts → how its output rows are laid out, a key of models.LAYOUTS.
         attention: path of the attention module.
-        splits: the attention's method that returns query, key and value; None where it calls transformers' attention interface.
-        mixes: or its method that takes query, key and value. A release that has dropped either calls the interface.
-        positions: path, inside the model, of the learned position embedding; None where positions are not learned.
+        splits: the attention's method that returns query, key and value; None where it calls transformers'
+            attention interface.
+        mixes: or its method that takes query, key and value. A release that has dropped either calls the
+            interface.
+        positions: path, inside the model, of the learned position embedding; None where positions are not
+            learned.
         gain_from_one: whether norms store their gain as its distance from 1.
         key_value_heads: how many heads attn.k and attn.v have, by the configuration.
         refused: flag of the configuration, which no rule covers when it is set → what it does.
@@ -287,7 +293,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def require_family(config: Any, what: str) -> Family:
-    """The row of a configuration. Raises UnsupportedModel where there is none, or where a flag is set that no rule covers."""
+    """The row of a configuration. Raises UnsupportedModel where there is none, or where a flag is set that no
+    rule covers."""
     if config.model_type not in FAMILIES:
         raise UnsupportedModel(
             f"{what}: architecture '{config.model_type}' is not supported, it has no row in the family table "
@@ -302,6 +309,7 @@ def require_family(config: Any, what: str) -> Family:
     for name in family.needed:
         if getattr(config, name, None) is None:
             raise UnsupportedModel(
-                f"{what}: its configuration has no {name}, without which transformers cannot build a {config.model_type}; add it"
+                f"{what}: its configuration has no {name}, without which transformers cannot build a "
+                f"{config.model_type}; add it"
             )
     return family

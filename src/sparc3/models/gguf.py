@@ -1,4 +1,5 @@
-"""GGUF files as models: which names mean one, whether it can be read, and its configuration, weights and tokenizer."""
+"""GGUF files as models: which names mean one, whether it can be read, and its configuration, weights and
+tokenizer."""
 
 import copy
 import importlib.metadata
@@ -32,11 +33,12 @@ def find_gguf(name: str) -> Path | None:
     """The GGUF file that a model's name means; None where the name means something else.
 
     Args:
-        name: the path of a GGUF, a folder with one GGUF and no config.json, ORG/REPO:FILE.gguf of the hub (downloaded
-            here), or "smollm2".
+        name: the path of a GGUF, a folder with one GGUF and no config.json, ORG/REPO:FILE.gguf of the hub
+            (downloaded here), or "smollm2".
 
     Raises:
-        UserError: no such file, several in the folder, one part of a split GGUF, or a package that is not installed.
+        UserError: no such file, several in the folder, one part of a split GGUF, or a package that is not
+            installed.
     """
     path = Path(name)
     if name == SMOLLM2:
@@ -82,13 +84,15 @@ def _packaged_smollm2() -> Path:
 def _require_whole_file(name: str) -> None:
     if _SPLIT.search(name):
         raise UserError(
-            f"{name} is one part of a split GGUF; join the parts with llama-gguf-split --merge, and give the result"
+            f"{name} is one part of a split GGUF; join the parts with llama-gguf-split --merge, and give the "
+            "result"
         )
 
 
 @lru_cache(maxsize=8)
 def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
-    """(architecture, whether the file has a tokenizer). Raises UserError where the file cannot be read or dequantised."""
+    """(architecture, whether the file has a tokenizer). Raises UserError where the file cannot be read or
+    dequantised."""
     import numpy
     from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
 
@@ -115,7 +119,8 @@ def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight" and not bool((tensor.data == 1).all()):
             raise UnsupportedModel(
-                f"{path} scales its rotary positions (rope_freqs.weight), which transformers does not read from a GGUF; "
+                f"{path} scales its rotary positions (rope_freqs.weight), which transformers does not read "
+                "from a GGUF; "
                 "give the model's Hugging Face checkpoint"
             )
     for kind in sorted({tensor.tensor_type for tensor in reader.tensors}):
@@ -123,7 +128,8 @@ def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
             dequantize(numpy.zeros((1, GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
         except NotImplementedError:
             raise UserError(
-                f"{path} has tensors of type {kind.name}, which gguf cannot dequantise; give a file in Q8_0, F16 or F32"
+                f"{path} has tensors of type {kind.name}, which gguf cannot dequantise; give a file in Q8_0, "
+                "F16 or F32"
             ) from None
     return architecture, "tokenizer.ggml.tokens" in reader.fields
 
@@ -159,7 +165,8 @@ def _make_config(path: Path, size: int, changed: int) -> Any:
 def load_gguf_weights(
     name: str, path: Path, config: Any, options: dict[str, Any]
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """The dequantised model, and what transformers reports of its loading; it saves and exports like any other.
+    """The dequantised model, and what transformers reports of its loading; it saves and exports like any
+    other.
 
     Args:
         name: what the user gave.

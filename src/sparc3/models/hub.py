@@ -34,15 +34,18 @@ class Place:
 
 
 def place_of(name: str) -> Place | None:
-    """What `name` means on the hub, written as its client writes it: hf://USER/REPO[@REVISION][/PATH], hf://datasets/…, or USER/REPO[@REVISION].
+    """What `name` means on the hub, written as its client writes it: hf://USER/REPO[@REVISION][/PATH],
+    hf://datasets/…, or USER/REPO[@REVISION].
 
-    None for a path: anything else, and whatever exists here. Raises UserError for an hf:// name that is none of these.
+    None for a path: anything else, and whatever exists here. Raises UserError for an hf:// name that is none
+    of these.
     """
     if name.startswith(PREFIX):
         found = _URI.fullmatch(name)
         if not found:
             raise UserError(
-                f"{name} is not a place on the hub; write hf://USER/REPO/circuit.json, or hf://USER/REPO@REVISION/circuit.json"
+                f"{name} is not a place on the hub; write hf://USER/REPO/circuit.json, or "
+                "hf://USER/REPO@REVISION/circuit.json"
             )
         return Place(
             found["repo"],
@@ -57,12 +60,15 @@ def place_of(name: str) -> Place | None:
 
 
 def fetch(place: Place, paths: tuple[str, ...]) -> Path:
-    """The local copy of a file of the hub: of the place's own path, else of the first of `paths` that the repository has.
+    """The local copy of a file of the hub: of the place's own path, else of the first of `paths` that the
+    repository has.
 
-    Downloaded once and kept in the hub's own cache, which is also what is read where the hub cannot be reached.
+    Downloaded once and kept in the hub's own cache, which is also what is read where the hub cannot be
+    reached.
 
     Raises:
-        UserError: no such repository, revision or file, no access to it, or neither the hub nor a copy within reach.
+        UserError: no such repository, revision or file, no access to it, or neither the hub nor a copy within
+            reach.
     """
     away = not _reachable()
     wanted = (place.path,) if place.path else paths
@@ -81,7 +87,7 @@ _BY_HAND = "download the file elsewhere and give its path"
 
 
 def _download(place: Place, path: str, away: bool) -> Path | None:
-    """The file's local copy; None where the repository (or, with the hub away, the cache) does not have it."""
+    """The file's local copy; None if the repository (offline: the cache) does not have it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
@@ -94,7 +100,8 @@ def _download(place: Place, path: str, away: bool) -> Path | None:
             )
         except RevisionNotFoundError:
             raise UserError(
-                f"{place.repo} has no revision '{place.revision}' on the hub; give a branch, a tag or a commit"
+                f"{place.repo} has no revision '{place.revision}' on the hub; give a branch, a tag or a "
+                "commit"
             ) from None
         except LocalEntryNotFoundError:
             if not away:
@@ -105,7 +112,8 @@ def _download(place: Place, path: str, away: bool) -> Path | None:
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | None:
-    """The folder that the hub's cache keeps a model in, with its small files downloaded too where the hub can be reached; None where there is none.
+    """The folder that the hub's cache keeps a model in, with its small files downloaded too where the hub can
+    be reached; None where there is none.
 
     Args:
         patterns: which files to see to; of the repository's own folder only.
@@ -123,7 +131,8 @@ def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | Non
                 ignore_patterns=["*/*"],
                 local_files_only=not _reachable(),
             )
-        except LocalEntryNotFoundError as error:  # a snapshot that is not complete is named; the weights were loaded from it, so it is there
+        except LocalEntryNotFoundError as error:
+            # It names a snapshot that is not complete. The weights were loaded from it, so it exists.
             folder = getattr(error, "snapshot_path", None)
     return Path(folder) if folder else None
 
@@ -142,7 +151,8 @@ def looks_local(name: str) -> bool:
 
 
 def require_hub(name: str, remedy: str = "download it elsewhere and give the folder's path") -> None:
-    """Fail at once, naming the remedy, where the hub's host has no address, instead of after half a minute of retries."""
+    """Fail at once, naming the remedy, where the hub's host has no address, instead of after half a minute of
+    retries."""
     from huggingface_hub import constants
 
     host = urlparse(constants.ENDPOINT).hostname or ""
@@ -179,7 +189,7 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
             RepositoryNotFoundError,
             StrictDataclassError,
         )
-        from huggingface_hub.errors import HTTPError as HTTPError  # type: ignore[attr-defined]  # of the client it was built on
+        from huggingface_hub.errors import HTTPError as HTTPError  # type: ignore[attr-defined]
 
         chain = _chain(error)
         name = self.name
@@ -193,19 +203,23 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
         )
         if not missing and any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in chain):
             raise UserError(
-                f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN to a token that may read it"
+                f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN "
+                "to a token that may read it"
             ) from None
         if missing:
             raise UserError(
-                f"no {self.kind} '{name}' on the hub, or no right to see it; check the name, or log in with `hf auth login`"
+                f"no {self.kind} '{name}' on the hub, or no right to see it; check the name, or log in with "
+                "`hf auth login`"
             ) from None
         if {401, 403} & set(refused) or any(isinstance(e, LocalTokenNotFoundError) for e in chain):
             raise UserError(
-                f"the hub gives no right to '{name}'; log in with `hf auth login`, or set HF_TOKEN to a token that has it"
+                f"the hub gives no right to '{name}'; log in with `hf auth login`, or set HF_TOKEN to a "
+                "token that has it"
             ) from None
         if refused and refused[0] < 500:
             raise UserError(
-                f"the hub does not take that for '{name}' (it answers {refused[0]}): {str(error).strip().splitlines()[-1]}"
+                f"the hub does not take that for '{name}' (it answers {refused[0]}): "
+                f"{str(error).strip().splitlines()[-1]}"
             ) from None
         if any(isinstance(e, (LocalEntryNotFoundError, HTTPError)) for e in chain):
             raise UserError(f"cannot reach the hub for '{name}'; {self.remedy}") from None

@@ -33,18 +33,22 @@ def load_model(
     """Load a causal language model and its tokenizer, ready to attribute: eval mode.
 
     Args:
-        name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded model;
-            or a GGUF: its path, a folder with one, ORG/REPO:FILE.gguf, or "smollm2" (see docs/models.md).
-        dtype: "auto" (as stored; float16 becomes float32 on a CPU, which computes it poorly), "float32", "bfloat16", "float16", "float64".
-        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1"; "map": its layers over all GPUs there are (accelerate's device
-            map), for a model that is larger than one; those that find no place stay on the CPU and are copied to the GPU for each use.
+        name_or_path: a hub id, a folder with an ordinary Hugging Face checkpoint, or "demo" for the embedded
+            model; or a GGUF: its path, a folder with one, ORG/REPO:FILE.gguf, or "smollm2" (see
+            docs/models.md).
+        dtype: "auto" (as stored; float16 becomes float32 on a CPU, which computes it poorly), "float32",
+            "bfloat16", "float16", "float64".
+        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:1"; "map": its layers over
+            all GPUs there are (accelerate's device map), for a model that is larger than one; those that find
+            no place stay on the CPU and are copied to the GPU for each use.
 
     Raises:
-        UserError: no such folder or hub model, no access to it, no such device, or weights that are larger than what the device has left; the
-            message says what to do.
+        UserError: no such folder or hub model, no access to it, no such device, or weights that are larger
+            than what the device has left; the message says what to do.
         UnsupportedModel: an architecture without a row in FAMILIES, found out before any weight is read.
 
-    A folder without a tokenizer is a UserError too; `sparc3.models.load_weights` loads its model alone, which token ids will do for.
+    A folder without a tokenizer is a UserError too; `sparc3.models.load_weights` loads its model alone, which
+    token ids will do for.
     """
     return load_weights(name_or_path, dtype=dtype, device=device), load_tokenizer(name_or_path)
 
@@ -95,7 +99,8 @@ def load_weights(
 
 
 def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
-    """Raise UserError, before a weight is read, where the weights alone are larger than what the device has left."""
+    """Raise UserError, before a weight is read, where the weights alone are larger than what the device has
+    left."""
     free = available(device)
     if free is None or getattr(config, "quantization_config", None):
         return
@@ -106,13 +111,15 @@ def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torc
             ", or device map, which leaves on the CPU what does not fit" if device.type == "cuda" else ""
         )
         raise UserError(
-            f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {kind}, and {device} has {free / 2**30:.3g} GiB left; "
+            f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {kind}, and {device} has "
+            f"{free / 2**30:.3g} GiB left; "
             f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use {more}"
         )
 
 
 def _spread(name: str, config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
-    """What from_pretrained is told to spread a model over devices; of a quantised one transformers knows the sizes."""
+    """What from_pretrained is told to spread a model over devices; of a quantised one transformers knows the
+    sizes."""
     from accelerate.utils import get_max_memory
 
     if getattr(config, "quantization_config", None):
@@ -141,16 +148,19 @@ def _needed_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def require_present(model: "PreTrainedModel") -> None:
-    """Raise UserError where weights are not in memory: accelerate can leave them on the disk, and there they cannot be changed."""
+    """Raise UserError where weights are not in memory: accelerate can leave them on the disk, and there they
+    cannot be changed."""
     if away := first_out_of_reach(model):
         raise UserError(
-            f"{away} of '{model_id(model)}' is offloaded to the disk, and attribution and ablation need it in memory; use a machine with more of "
+            f"{away} of '{model_id(model)}' is offloaded to the disk, and attribution and ablation need it "
+            "in memory; use a machine with more of "
             "it, or load the model in bfloat16"
         )
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `load_model`, without its model. Raises UserError where there is none, of which transformers may well make an empty one."""
+    """The tokenizer of `load_model`, without its model. Raises UserError where there is none, of which
+    transformers may well make an empty one."""
     from transformers import AutoTokenizer
 
     name = _name(name_or_path)
@@ -170,7 +180,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
         )
     if tokenizer is None or empty:
         raise UserError(
-            f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), or give token ids as samples"
+            f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), "
+            "or give token ids as samples"
         )
     return tokenizer
 
@@ -178,7 +189,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
 def require_loadable(
     name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
 ) -> None:
-    """Raise what `load_model` would, as far as it can be told from the configuration, without reading a weight."""
+    """Raise what `load_model` would, as far as it can be told from the configuration, without reading a
+    weight."""
     _check_names(name_or_path, dtype, device)
 
 
@@ -197,9 +209,10 @@ def _name(name_or_path: str | os.PathLike[str]) -> str:
 
 def load_config(
     name: str,
-    remedy: str = "check the name (the embedded model is demo), or download it elsewhere and give the folder's path",
+    remedy: str = "check the name (the embedded model is demo), or give the path of a downloaded folder",
 ) -> Any:
-    """The configuration of a hub model, a local checkpoint, a GGUF, a config.json or "demo", with every way it can fail as one line.
+    """The configuration of a hub model, a local checkpoint, a GGUF, a config.json or "demo", with every way
+    it can fail as one line.
 
     Args:
         remedy: what to do where the hub cannot be reached.
@@ -242,11 +255,13 @@ def _device(device: str) -> torch.device:
         raise unknown("device", device, ("auto", "cpu", "cuda", MAP)) from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "device 'cuda' was asked for and PyTorch sees no CUDA GPU; use device auto or cpu, or install a CUDA build"
+            "device 'cuda' was asked for and PyTorch sees no CUDA GPU; use device auto or cpu, or install a "
+            "CUDA build"
         )
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device '{device}' was asked for and there are {torch.cuda.device_count()} GPUs; the first is cuda:0"
+            f"device '{device}' was asked for and there are {torch.cuda.device_count()} GPUs; the first is "
+            "cuda:0"
         )
     return target
 
@@ -260,7 +275,8 @@ def _require_mappable() -> None:
         raise UserError("device map needs accelerate; pip install accelerate")
     if world() > 1:
         raise UserError(
-            "device map spreads one model over all GPUs, and each of several processes would; use one process, or device auto"
+            "device map spreads one model over all GPUs, and each of several processes would; use one "
+            "process, or device auto"
         )
 
 
@@ -332,11 +348,13 @@ FIGURES = (
     "embedding_multiplier",
     "residual_multiplier",
 )
-"""What a configuration says of the computation that the shapes of the weights do not, under names that do not change with transformers."""
+"""What a configuration says of the computation that the shapes of the weights do not, under names that do not
+change with transformers."""
 
 
 def _figures(config: Any) -> dict[str, Any]:
-    """Those that the configuration has, and of its rotary positions every number, and the type where it is not the default."""
+    """Those that the configuration has, and of its rotary positions every number, and the type where it is
+    not the default."""
     config = config.get_text_config()
     found = {name: value for name in FIGURES if (value := getattr(config, name, None)) is not None}
     waiting = [("", getattr(config, "rope_parameters", None) or {})]
@@ -357,8 +375,9 @@ def _figures(config: Any) -> dict[str, Any]:
 def model_fingerprint(model: "PreTrainedModel") -> str:
     """A short name of the weights' values and of the configuration's FIGURES: 16 hex digits.
 
-    Each matrix enters by the exact integer sums of its rows and columns, after rounding to bfloat16, so that one checkpoint
-    has one fingerprint whether it is loaded in float32 or bfloat16, on CPU or GPU, and one changed weight gives another.
+    Each matrix enters by the exact integer sums of its rows and columns, after rounding to bfloat16, so that
+    one checkpoint has one fingerprint whether it is loaded in float32 or bfloat16, on CPU or GPU, and one
+    changed weight gives another.
     """
     require_present(model)
     digest = hashlib.sha256(model.config.model_type.encode())
@@ -382,7 +401,8 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
 
 
 def _exact_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum of integers in int64. Of 16-bit ones 512 at a time go through float32, which holds these sums exactly and adds many times faster."""
+    """The sum of integers in int64. Of 16-bit ones 512 at a time go through float32, which holds these sums
+    exactly and adds many times faster."""
     if values.dtype != torch.int16:
         return values.sum(dim, dtype=torch.int64)
     whole = values.shape[dim] // 512 * 512
@@ -398,15 +418,18 @@ def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]
 
 
-# Whether a checkpoint of others can be trusted to be what it says: no pickle, every weight there, each of its shape, none NaN or Inf.
+# Whether a checkpoint of others can be trusted to be what it says: no pickle, every weight there, each of its
+# shape, none NaN or Inf.
 #
-# Their files carry no checksums. What this cannot see, a changed weight that is still a number, gives the model another fingerprint.
+# Their files carry no checksums. What this cannot see, a changed weight that is still a number, gives the
+# model another fingerprint.
 
 
 def require_safe(name: str) -> None:
     """Raise UserError where a folder holds its weights as pickle alone, which can run code when it is read.
 
-    Also where its generation_config.json cannot be read: transformers would go on without it, and the model would write on past its end.
+    Also where its generation_config.json cannot be read: transformers would go on without it, and the model
+    would write on past its end.
     """
     folder = Path(name)
     if (said := folder / "generation_config.json").is_file():
@@ -425,7 +448,8 @@ def require_safe(name: str) -> None:
 
 
 def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], layers: str) -> None:
-    """Raise UserError where transformers filled in what a checkpoint lacks or left out layers that it has, or where a weight is not finite.
+    """Raise UserError where transformers filled in what a checkpoint lacks or left out layers that it has, or
+    where a weight is not finite.
 
     Args:
         found: what from_pretrained gives with output_loading_info.
@@ -444,7 +468,8 @@ def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], la
     beyond = [key for key in found["unexpected_keys"] if _layer_of(key, layers) >= len(blocks)]
     if beyond:
         raise UserError(
-            f"'{name}' has weights of more than the {len(blocks)} layers that config.json says ({min(beyond)}); {remedy}"
+            f"'{name}' has weights of more than the {len(blocks)} layers that config.json says "
+            f"({min(beyond)}); {remedy}"
         )
     for key, weight in named_values(model):
         if (
@@ -461,6 +486,7 @@ def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], la
 
 
 def _layer_of(key: str, layers: str) -> int:
-    """The number of the layer that a weight belongs to by its name, with or without the prefix of the whole model; -1 for none."""
+    """The number of the layer that a weight belongs to by its name, with or without the prefix of the whole
+    model; -1 for none."""
     digits = re.match(rf"(?:.*\.)?{re.escape(layers.rpartition('.')[2])}\.(\d+)\.", key)
     return int(digits[1]) if digits else -1

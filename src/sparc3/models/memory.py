@@ -23,7 +23,8 @@ Made = TypeVar("Made")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a GPU, on the CPU, or of the CPU's memory pinned for a GPU."""
+    """Whether an error says that an allocation failed, on a GPU, on the CPU, or of the CPU's memory pinned
+    for a GPU."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (
         isinstance(error, RuntimeError)
@@ -35,12 +36,14 @@ def too_large(what: str, error: BaseException) -> Sparc3Error:
     """The error for one sample alone that does not fit."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return Sparc3Error(
-        f"{what} alone does not fit into memory; shorten it, load the model in bfloat16, or use a device with more ({said})"
+        f"{what} alone does not fit into memory; shorten it, load the model in bfloat16, or use a device "
+        f"with more ({said})"
     )
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device: what is free on a GPU; of a CPU what its machine or its control group has left, None if untold."""
+    """Bytes that can still be had on a device: what is free on a GPU; of a CPU what its machine or its
+    control group has left, None if untold."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -58,14 +61,16 @@ def available(device: torch.device) -> int | None:
 
 
 def give_back() -> None:
-    """Hand memory that was freed back to the system; otherwise glibc keeps it in pieces too small for the matrices that come next."""
+    """Hand memory that was freed back to the system; otherwise glibc keeps it in pieces too small for the
+    matrices that come next."""
     trim = _trim()
     if trim is not None:
         trim(0)
 
 
 class _Growth:
-    """How large this process may become before its holes are handed back, in bytes; `limit` is 0 before anyone asked."""
+    """How large this process may become before its holes are handed back, in bytes; `limit` is 0 before
+    anyone asked."""
 
     FIRST = 64 * 2**20
     began = limit = 0
@@ -84,8 +89,9 @@ class _Growth:
 def few_holes(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Inside, each time the process has grown by half again, after a layer, `give_back`.
 
-    What autograd keeps lies among what was freed, and glibc puts no aligned block into a hole of its own size, so that holes come to take
-    as much as what is kept. To hand them back costs page faults later: so it is done while the process grows, and no more when it has grown.
+    What autograd keeps lies among what was freed, and glibc puts no aligned block into a hole of its own
+    size, so that holes come to take as much as what is kept. To hand them back costs page faults later: so it
+    is done while the process grows, and no more when it has grown.
     """
     with ExitStack() as stack:
         if _trim() and resident():
@@ -116,7 +122,8 @@ _ROOM: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
 def room(model: Any, work: str, most: int) -> int:
-    """How much of this work on this model to do at once: `most`, or less where this process has met the end of memory before."""
+    """How much of this work on this model to do at once: `most`, or less where this process has met the end
+    of memory before."""
     return min(most, _ROOM.get(model, {}).get(work, most))
 
 
@@ -133,7 +140,8 @@ def in_batches(
     *,
     of: tuple[Any, str],
 ) -> list[Made]:
-    """work() over the items in batches of `size`, halved whenever one does not fit into memory; results in the items' order.
+    """work() over the items in batches of `size`, halved whenever one does not fit into memory; results in
+    the items' order.
 
     Args:
         done: told the number of items after each batch, for a progress bar.
@@ -165,7 +173,8 @@ def in_batches(
 def logits_at(model: "PreTrainedModel", ids: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     """Logits [N, V] at the given (row, column) positions of ids [B, T], without a logit anywhere else.
 
-    No attention mask is given: with padding on the right and causal attention no real position sees a padded one.
+    No attention mask is given: with padding on the right and causal attention no real position sees a padded
+    one.
     """
     head = model.get_output_embeddings()
     assert head is not None

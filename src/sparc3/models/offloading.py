@@ -1,7 +1,9 @@
-"""Weights that accelerate keeps on the CPU, away from their modules, and copies to the GPU for the time of a forward pass.
+"""Weights that accelerate keeps on the CPU, away from their modules, and copies to the GPU for the time of a
+forward pass.
 
-Its hook stands before a module's forward: ahead of it the parameters are filled from the hook's map, and after it they are empty again, on the
-meta device. So the values of such a parameter, to read and to change, are those of the map.
+Its hook stands before a module's forward: ahead of it the parameters are filled from the hook's map, and
+after it they are empty again, on the meta device. So the values of such a parameter, to read and to change,
+are those of the map.
 """
 
 import copy
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def value_of(module: nn.Module, name: str) -> Tensor:
-    """What holds the values of a module's parameter: accelerate's tensor on the CPU where it keeps one, else the parameter itself."""
+    """What holds the values of a module's parameter: accelerate's tensor on the CPU where it keeps one, else
+    the parameter itself."""
     held, kept = getattr(module, name), _weights_map(module)
     assert isinstance(held, Tensor)
     return held if kept is None or not (name in module._parameters or held.is_meta) else kept[name]
@@ -47,7 +50,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def copy_model(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A copy of the model; of an offloaded one a copy that lies on the CPU whole, without accelerate's hooks."""
+    """A copy of the model. The copy of an offloaded model is on the CPU, without accelerate's hooks."""
     away = is_offloaded(model)
     twin = copy.deepcopy(model, _map_to_cpu(model) if away else {})
     for name in MOVES:  # accelerate's stand-ins, functions that move the original
@@ -73,7 +76,8 @@ MOVES = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 
 
 def _map_to_cpu(model: nn.Module) -> dict[int, Any]:
-    """For deepcopy: what lies on a GPU is copied to the CPU right away, since the GPU has no room for it twice."""
+    """For deepcopy: what lies on a GPU is copied to the CPU right away, since the GPU has no room for it
+    twice."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -98,7 +102,8 @@ def offloaded_layers(layers: Iterable[nn.Module]) -> int:
 
 
 def renew_(model: nn.Module) -> None:
-    """Make anew the empty parameters that accelerate made in torch's inference mode, which can never ask for a gradient again."""
+    """Make anew the empty parameters that accelerate made in torch's inference mode, which can never ask for
+    a gradient again."""
     for _, module, name in _parameters(model):
         empty = module._parameters[name]
         if empty is not None and empty.is_inference() and _weights_map(module) is not None:
@@ -117,7 +122,8 @@ def device_of(model: "PreTrainedModel") -> torch.device:
 
 
 def forward_within(module: nn.Module) -> str:
-    """The name of the forward that runs where the module's weights are at hand: behind accelerate's hook where there is one."""
+    """The name of the forward that runs where the module's weights are at hand: behind accelerate's hook
+    where there is one."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
@@ -134,7 +140,8 @@ def first_out_of_reach(model: nn.Module) -> str | None:
 
 
 def gpu_room(free: Mapping[Any, int], needed: int, name: str) -> dict[Any, int]:
-    """How many bytes of weights each device takes: a GPU all but `RESERVE` of what it has free, and the CPU nine tenths.
+    """How many bytes of weights each device takes: a GPU all but `RESERVE` of what it has free, and the CPU
+    nine tenths.
 
     Args:
         free: bytes by device, as accelerate's get_max_memory has it: numbers for GPUs, "cpu".
@@ -146,7 +153,8 @@ def gpu_room(free: Mapping[Any, int], needed: int, name: str) -> dict[Any, int]:
     gpus = [size for device, size in free.items() if device != "cpu"]
     if gpus and max(gpus) <= RESERVE:
         raise UserError(
-            f"no GPU has more than the {RESERVE / 2**30:.0f} GiB free that are left to activations; free one, or use device cpu"
+            f"no GPU has more than the {RESERVE / 2**30:.0f} GiB free that are left to activations; free "
+            "one, or use device cpu"
         )
     room = {
         device: int(0.9 * size) if device == "cpu" else max(0, size - RESERVE)
@@ -154,18 +162,21 @@ def gpu_room(free: Mapping[Any, int], needed: int, name: str) -> dict[Any, int]:
     }
     if needed > sum(room.values()):
         raise UserError(
-            f"the weights of '{name}' take {needed / 2**30:.3g} GiB, and the GPUs and the CPU together have room for "
+            f"the weights of '{name}' take {needed / 2**30:.3g} GiB, and the GPUs and the CPU together have "
+            "room for "
             f"{sum(room.values()) / 2**30:.3g} GiB; use a machine with more"
         )
     return room
 
 
 RESERVE = 2 * 2**30
-"""Bytes of a GPU that are left to activations: 2,048 tokens of an 8B model take about one GiB where layers are computed twice."""
+"""Bytes of a GPU that are left to activations: 2,048 tokens of an 8B model take about one GiB where layers
+are computed twice."""
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(key, module, name) of every parameter, in the order of `named_parameters`; a tied one comes at each of its places."""
+    """(key, module, name) of every parameter, in the order of `named_parameters`; a tied one comes at each of
+    its places."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -33,11 +33,13 @@ class Site:
     """One prunable matrix of a model.
 
     Attributes:
-        name: the key in Scores and Circuits: the module's path ("model.layers.0.mlp.up_proj"), with "#up" after it where the
-            module holds several matrices in one; of experts, that of the fused parameter ("model.layers.0.mlp.experts.gate_up_proj#3.up").
+        name: the key in Scores and Circuits: the module's path ("model.layers.0.mlp.up_proj"), with "#up"
+            after it where the module holds several matrices in one; of experts, that of the fused parameter
+            ("model.layers.0.mlp.experts.gate_up_proj#3.up").
         role: canonical role ("mlp.up").
         layer: index of the decoder layer.
-        module: the linear module; its weight is [out, in], or [in, out] where `transposed`. Of an expert, the module of all experts.
+        module: the linear module; its weight is [out, in], or [in, out] where `transposed`. Of an expert, the
+            module of all experts.
         out, inp: numbers of output and input features of the site.
         heads: number of attention heads that read or write it (query heads for attn.q and attn.o).
         transposed: whether the weight is stored [in, out], as GPT-2's Conv1D does.
@@ -60,7 +62,8 @@ class Site:
 
     @property
     def hooked(self) -> nn.Module:
-        """The module to hook, whose input and output are the site's. Of an expert there is one only inside `open_experts`."""
+        """The module to hook, whose input and output are the site's. Of an expert there is one only inside
+        `open_experts`."""
         return (
             self.module
             if self.expert is None
@@ -81,7 +84,8 @@ class Site:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The site's weight [out, in]: a view, or a copy where its rows are scattered in the module. Raises UserError where it is quantised."""
+        """The site's weight [out, in]: a view, or a copy where its rows are scattered in the module. Raises
+        UserError where it is quantised."""
         self.require_values()
         return self.stored if self.rows is None else self.stored[self._on(self.stored)]
 
@@ -101,7 +105,8 @@ class Site:
             weight = getattr(self.module, self.parameter, None)
             kind = type(weight).__name__ if weight is not None else type(self.module).__name__
             raise UserError(
-                f"{self.name} holds its weight quantised ({kind}), and its values are needed; use neuron signed, unit head or method activation, "
+                f"{self.name} holds its weight quantised ({kind}), and its values are needed; use neuron "
+                "signed, unit head or method activation, "
                 "which need none, or load the model unquantised"
             )
 
@@ -172,7 +177,8 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
             raise unknown("site", role, ROLES)
         if role not in family.roles:
             raise UserError(
-                f"{model.config.model_type} has no site '{role}' (its MLP has no gate); it has: {', '.join(sorted(family.roles))}"
+                f"{model.config.model_type} has no site '{role}' (its MLP has no gate); it has: "
+                f"{', '.join(sorted(family.roles))}"
             )
     if not wanted:
         raise UserError("no site given; name at least one, such as mlp.up")
@@ -294,7 +300,8 @@ def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def open_experts(model: "PreTrainedModel") -> Iterator[None]:
-    """Inside, each expert's matrices are modules that can be hooked (`Site.hooked`). Nothing changes where there are no experts."""
+    """Inside, each expert's matrices are modules that can be hooked (`Site.hooked`). Nothing changes where
+    there are no experts."""
     family = family_of(model)
     with ExitStack() as stack:
         for experts in (found for layer in layers_of(model) if (found := experts_in(layer, family))):

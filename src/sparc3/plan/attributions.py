@@ -1,4 +1,5 @@
-"""Which attributions and which evaluations a run makes: `experiment.steps` put together, where a run would look at what it found."""
+"""Which attributions and which evaluations a run makes: `experiment.steps` put together, where a run would
+look at what it found."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -99,7 +100,8 @@ def _list_correct(recipe: Recipe, completed: Completed) -> Iterator[Attribution]
 
 
 def _list_search(recipe: Recipe, completed: Completed) -> Iterator[Attribution]:
-    """The first round is shared by all; in each later one every candidate attributes again, on a model of its own."""
+    """The first round is shared by all; in each later one every candidate attributes again, on a model of its
+    own."""
     method, kinds, circuit = (
         recipe.attribution.method,
         [kind for kind, _, _ in work_list.contrasts_tried(recipe)],

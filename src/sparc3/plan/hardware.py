@@ -11,14 +11,16 @@ import torch
 from ..errors import unknown
 
 ARITHMETIC, TRAFFIC, LAUNCH = 0.6, 0.8, 12e-6
-"""Of a data sheet's arithmetic and memory traffic what large models get in practice, and the seconds that PyTorch takes to start an operation."""
+"""Of a data sheet's arithmetic and memory traffic what large models get in practice, and the seconds that
+PyTorch takes to start an operation."""
 
 RUNTIME = 0.7e9
 """Bytes that the process or the GPU holds before any tensor: Python with its libraries, or CUDA's context."""
 
 
 HOLES = 1.3
-"""How much more than the tensors that live a process holds on a CPU: C's malloc keeps pieces of what was freed between them (docs/planning.md)."""
+"""How much more than the tensors that live a process holds on a CPU: C's malloc keeps pieces of what was
+freed between them (docs/planning.md)."""
 
 
 @dataclass(frozen=True)

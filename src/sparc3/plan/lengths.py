@@ -1,4 +1,5 @@
-"""How long the samples are: read where they are at hand, assumed, and said so, where they are on the hub or the model would choose them."""
+"""How long the samples are: read where they are at hand, assumed, and said so, where they are on the hub or
+the model would choose them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ TASKS = {
     "arc_challenge": (1172, 4, 45),
     "openbookqa": (500, 4, 20),
 }
-"""Task of lm-evaluation-harness → questions, answers to each, tokens of a question with an answer, about; of any other, UNKNOWN_TASK."""
+"""Task of lm-evaluation-harness → questions, answers to each, tokens of a question with an answer, about; of
+any other, UNKNOWN_TASK."""
 
 UNKNOWN_TASK = (1000, 4, 100)
 
@@ -97,7 +99,8 @@ def _cut(one: Encoded, context: int) -> Encoded:
 
 
 def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of the demo, smollm2, a folder or a GGUF file; of the hub's models none, which would have to be fetched."""
+    """The tokenizer of the demo, smollm2, a folder or a GGUF file; of the hub's models none, which would have
+    to be fetched."""
     if (
         name not in ("demo", SMOLLM2)
         and not Path(name).is_dir()
@@ -115,9 +118,11 @@ def _is_at_hand(source: str) -> bool:
 
 
 def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_count: int = 100) -> Lengths:
-    """Of a reference set, or of a metric's prompts: anything with a source, a count, and maybe seeds, seq_len, choose_by.
+    """Of a reference set, or of a metric's prompts: anything with a source, a count, and maybe seeds,
+    seq_len, choose_by.
 
-    Where the model's own texts decide which prompts are chosen, the source's first ones stand in for them, with completions as long as can be.
+    Where the model's own texts decide which prompts are chosen, the source's first ones stand in for them,
+    with completions as long as can be.
     """
     count, seq_len = spec.count or default_count, getattr(spec, "seq_len", None)
     seeds = getattr(spec, "seeds", None) or (getattr(spec, "seed", 0),)

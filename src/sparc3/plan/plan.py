@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the tensors, and what the process or the GPU holds besides, are within the device's memory."""
+        """Whether the tensors and the overhead of the process or GPU fit into the device's memory."""
         return self.peak + RUNTIME <= self.memory
 
     @property
@@ -74,7 +74,8 @@ class Plan:
             "use a device with more memory"
             if weights
             else (
-                "give fewer batch_tokens, gradient_checkpointing true, or a device with more memory; a run halves its batches, "
+                "give fewer batch_tokens, gradient_checkpointing true, or a device with more memory; a run "
+                "halves its batches, "
                 "and computes layers twice, where it meets the end of memory"
             )
         )
@@ -89,13 +90,17 @@ class Plan:
             [
                 f"{self.recipe} on {devices}: {verdict}",
                 "",
-                f"model   {self.model}: {_count(self.parameters)} parameters in {self.dtype}, {_size(self.weights)}",
-                f"scores  {self.units:,} {self.unit}s in {self.sites} sites; {_size(self.scores)} a set and method, "
+                f"model   {self.model}: {_count(self.parameters)} parameters in {self.dtype}, "
+                f"{_size(self.weights)}",
+                f"scores  {self.units:,} {self.unit}s in {self.sites} sites; {_size(self.scores)} a set and "
+                "method, "
                 f"{_size(self.disk)} on disk in all",
-                f"memory  {_size(self.peak)} of {_size(self.memory)} at most{host}; the most while doing: {self.peak_at}",
+                f"memory  {_size(self.peak)} of {_size(self.memory)} at most{host}; the most while doing: "
+                f"{self.peak_at}",
                 "",
                 *(
-                    f"{s.name:{width}}  {s.tokens:>15,} tokens  {s.operations:8.1e} FLOP  {_span(s.seconds / self.gpus):>7}"
+                    f"{s.name:{width}}  {s.tokens:>15,} tokens  {s.operations:8.1e} FLOP  "
+                    f"{_span(s.seconds / self.gpus):>7}"
                     for s in self.stages
                 ),
                 "",
@@ -114,16 +119,19 @@ def plan(
     gpus: int = 1,
     config: str | None = None,
 ) -> Plan:
-    """What a recipe needs, without a weight being read: the model's own code runs on tensors that have shapes and no content.
+    """What a recipe needs, without a weight being read: the model's own code runs on tensors that have shapes
+    and no content.
 
     Args:
         recipe: as `run` takes it.
-        hardware: a name of `SHEETS`, such as h100; None for this machine, which is measured for half a second.
+        hardware: a name of `SHEETS`, such as h100; None for this machine, which is measured for half a
+            second.
         gpus: how many devices share the samples, each with a whole model.
         config: a config.json, where the recipe's model cannot be reached.
 
     Raises:
-        UserError: a configuration that cannot be had, sites that it does not have, hardware that nobody knows.
+        UserError: a configuration that cannot be had, sites that it does not have, hardware that nobody
+            knows.
         UnsupportedModel: an architecture or module without a rule.
     """
     loaded = load_recipe(recipe)
@@ -146,7 +154,8 @@ def plan(
         )
     if loaded.model.device == MAP:
         stages.notes.append(
-            "device map: all weights counted on one GPU; what does not fit there goes to others, and to the CPU"
+            "device map: all weights counted on one GPU; what does not fit there goes to others, and to the "
+            "CPU"
         )
     if getattr(settings, "quantization_config", None):
         stages.notes.append("the weights are quantised, and counted as if they were not")

@@ -1,4 +1,5 @@
-"""The rehearsal: sparc3's own code and the model's run once on one batch that has no content. So no formula for any architecture stands here."""
+"""The rehearsal: sparc3's own code and the model's run once on one batch that has no content. So no formula
+for any architecture stands here."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,8 @@ from .tensor_costs import Shaped, TensorCosts
 
 CPU = torch.device("cpu")
 FEW = 1
-"""Of a larger batch whose samples are gone through one by one, so many are rehearsed, and twice as many, and the rest lies on that line."""
+"""Of a larger batch whose samples are gone through one by one, so many are rehearsed, and twice as many, and
+the rest lies on that line."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Rehearsal:
     def attribution(
         self, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]
     ) -> Cost:
-        """Of the largest of these batches; of weights, whose sums grow in the first batch, with what a second adds.
+        """Of the largest of these batches; of weights, whose sums grow in the first batch, with what a second
+        adds.
 
         Sums of weights beside a GPU are not counted here, wherever they are.
         """
@@ -107,7 +110,8 @@ class Rehearsal:
             return self._count(key, work, sum(len(group) * len(group[0].ids) for group in groups), apart)
 
     def sequential(self, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]) -> Cost:
-        """Of all batches on their way through the layers: each waits before a layer until the layer is pruned."""
+        """Of all batches on their way through the layers: each waits before a layer until the layer is
+        pruned."""
         few, more = (self._sequential(roles, groups[0], count) for count in (1, 2))
         return few.beyond(more, len(groups) - 1)
 
@@ -157,7 +161,8 @@ class Rehearsal:
         )
 
     def generation(self, many: int, prompt: int, new: int, temperature: float) -> Cost:
-        """Of a batch of `many` texts at most: the prompts read at once, and a step with all but the last token in the cache, `new` times."""
+        """Of a batch of `many` texts at most: the prompts read at once, and a step with all but the last
+        token in the cache, `new` times."""
         rows = min(many, generate.ROWS)
         tokens = rows * (prompt + new)
         first = self._run(

@@ -282,7 +282,8 @@ class Stages:
 
     def _questions(self, name: str, settings: HarnessSettings) -> Stage:
         self._note(
-            "the harness's tasks taken to have the sizes of plan.lengths.TASKS, and every answer to be read anew"
+            "the harness's tasks taken to have the sizes of plan.lengths.TASKS, and every answer to be read "
+            "anew"
         )
         groups = _rows(of_tasks(settings).encoded("predicted", self.context), settings.batch_size)
         return _sum_groups(name, self.rehearsal.every_logit(groups[0]), groups)

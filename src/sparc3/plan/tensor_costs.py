@@ -1,4 +1,5 @@
-"""Counts what passes by while a model's code runs on tensors that have shapes and no content: living bytes, operations, time."""
+"""Counts what passes by while a model's code runs on tensors that have shapes and no content: living bytes,
+operations, time."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -26,12 +27,15 @@ LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
 
 
 class TensorCosts(TorchDispatchMode):
-    """Inside, every operation is counted; what an element of a tensor is asked for that has no content is answered with "true" or one.
+    """Inside, every operation is counted; what an element of a tensor is asked for that has no content is
+    answered with "true" or one.
 
-    Content have tensors that are made of Python's numbers, and a router's choice of experts, which is taken to be even: both are small.
+    Content have tensors that are made of Python's numbers, and a router's choice of experts, which is taken
+    to be even: both are small.
 
     Attributes:
-        now, peak: bytes of the tensors that live, and the most at any moment, without those that were there before.
+        now, peak: bytes of the tensors that live, and the most at any moment, without those that were there
+            before.
         operations: floating-point operations of matrix products and attention.
         seconds: by the hardware's limits, operation by operation.
     """
@@ -95,7 +99,8 @@ class TensorCosts(TorchDispatchMode):
 
 
 def _have_content(args: Any) -> bool:
-    """Whether all tensors among the arguments are real ones: made of numbers that Python knew, or of where tokens are routed."""
+    """Whether all tensors among the arguments are real ones: made of numbers that Python knew, or of where
+    tokens are routed."""
     given = list(_tensors(args))
     return bool(given) and not any(isinstance(tensor, FakeTensor) for tensor in given)
 
@@ -107,7 +112,8 @@ def _spread_evenly(chosen: Tensor, experts: int) -> Tensor:
 
 
 def _multiply_groups(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """What `_grouped_mm` gives, [tokens, out] of [tokens, in] and [experts, in, out], whose own shape rule knows bfloat16 alone."""
+    """What `_grouped_mm` gives, [tokens, out] of [tokens, in] and [experts, in, out], whose own shape rule
+    knows bfloat16 alone."""
     return x.new_empty(len(x), weight.shape[-1])
 
 
@@ -144,7 +150,8 @@ class ShapedSite(Site):
 
 
 class Shaped:
-    """A model of a configuration, whose tensors have shapes and no content, so that it takes seconds and no memory.
+    """A model of a configuration, whose tensors have shapes and no content, so that it takes seconds and no
+    memory.
 
     Attributes:
         model: in eval mode; use it inside `active`.
@@ -175,7 +182,8 @@ class Shaped:
         self.weights = sum({id(tensor): tensor.nbytes for tensor in self.held}.values())
 
     def _without_content(self) -> list[Tensor]:
-        """Put tensors on the "cpu", which has none of their content, in the place of all parameters and buffers; tied ones stay tied."""
+        """Put tensors on the "cpu", which has none of their content, in the place of all parameters and
+        buffers; tied ones stay tied."""
         from torch._subclasses.fake_tensor import FakeTensor
 
         made: dict[int, Tensor] = {}

@@ -30,12 +30,14 @@ JOBS = {"correct": REFERENCES, "discover": ("task",), "compress": ("general",)}
 """Job → the reference sets it knows."""
 
 
-# What a recipe says of the jobs `discover` and `compress`: the sections of the same names. The job `correct` has `selection`.
+# What a recipe says of the jobs `discover` and `compress`: the sections of the same names. The job `correct`
+# has `selection`.
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 SEQUENTIAL = "wanda-sequential"
-"""Wanda as its own code has it, which is no method of `attribute`: each layer sees the already pruned ones before it."""
+"""Wanda as its own code has it, which is no method of `attribute`: each layer sees the already pruned ones
+before it."""
 
 DEFAULT_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
@@ -46,9 +48,10 @@ class Discover(Strict):
     Attributes:
         methods: whose circuits are compared; the report is about attribution.method, which is one of them.
         sparsities: shares of all units that are removed.
-        ranks: units are kept by "abs", the size of their score, by "signed", the score itself (the paper's Eq. 1 and 2), or once
-            by each; the first is the one that the report is about. A method without negative scores is ranked once. "abs" is the
-            default because "signed" is no better than random on SmolLM2-135M (docs/reproducing.md).
+        ranks: units are kept by "abs", the size of their score, by "signed", the score itself (the paper's
+            Eq. 1 and 2), or once by each; the first is the one that the report is about. A method without
+            negative scores is ranked once. "abs" is the default because "signed" is no better than random on
+            SmolLM2-135M (docs/reproducing.md).
         enough: the accuracy that a circuit must keep to count as the task's.
     """
 
@@ -72,10 +75,12 @@ class Compress(Strict):
 
     Attributes:
         methods: magnitude, wanda, lrp, any other that scores weights, or wanda-sequential.
-        reduces: of methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, or both.
+        reduces: of methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, or
+            both.
         scope: "row", "site", "global", or n:m, which has no fractions.
         fractions: shares of the weights that go.
-        samples: numbers of reference samples to compare, each of every seed's set; methods that look at no sample are as without it.
+        samples: numbers of reference samples to compare, each of every seed's set; methods that look at no
+            sample are as without it.
     """
 
     methods: tuple[str, ...] = Field(default=("magnitude", "wanda", "lrp"), min_length=1)
@@ -101,7 +106,8 @@ class Compress(Strict):
             raise ValueError("there are no fractions; give some, such as [0.5]")
         if self.samples and (len(self.fractions) > 1 or SEQUENTIAL in self.methods):
             raise ValueError(
-                f"samples compares numbers of reference samples at one fraction; give one, and leave {SEQUENTIAL} out"
+                "samples compares numbers of reference samples at one fraction; give one, and leave "
+                f"{SEQUENTIAL} out"
             )
         if self.scope == "global" and SEQUENTIAL in self.methods:
             raise ValueError(
@@ -117,7 +123,8 @@ class ModelSection(Strict):
 
 
 class Reference(Strict):
-    """One reference set. `seed` is short for `seeds` of one; `target` overrides attribution.target for this set."""
+    """One reference set. `seed` is short for `seeds` of one; `target` overrides attribution.target for this
+    set."""
 
     source: str
     count: int = Field(ge=1)
@@ -184,19 +191,24 @@ class Attribution(Strict):
 
 
 class Tune(Strict):
-    """A search on validation prompts: every combination of the lists is tried, and the best within the budget is the circuit.
+    """A search on validation prompts: every combination of the lists is tried, and the best within the budget
+    is the circuit.
 
     Attributes:
-        max_perplexity_increase: the budget: the largest relative increase of validation perplexity; 0.01 is 1 %.
+        max_perplexity_increase: the budget: the largest relative increase of validation perplexity; 0.01 is 1
+            %.
         max_kl: and of the divergence from the original, in nats a token; needs evaluation.kl.
         counts: numbers of units.
-        targets: in the place of attribution.target; sets without completions take `next` where a candidate says `completion`.
+        targets: in the place of attribution.target; sets without completions take `next` where a candidate
+            says `completion`.
         neurons: "abs", "signed", or both.
         contrasts: "plain", "matched", or both; all that the reference sets allow where none is given.
         penalties: of the matched contrast.
         normalize: null, "l1", or both.
-        rounds: in how many rounds a circuit is found, as selection.rounds; a candidate attributes again in each.
-        strengths: the share of each unit that is taken away, as selection.strength: 1 sets it to zero, 0.5 halves it.
+        rounds: in how many rounds a circuit is found, as selection.rounds; a candidate attributes again in
+            each.
+        strengths: the share of each unit that is taken away, as selection.strength: 1 sets it to zero, 0.5
+            halves it.
         prompts: number of validation prompts; as many as there are test prompts where it is not given.
         texts: number of validation texts for perplexity; as many as the test has where it is not given.
         text_source: where they come from, if the perplexity source has no validation split of its own.
@@ -264,7 +276,8 @@ class Selection(Strict):
                 raise ValueError(f"scope {self.scope} says how many weights go; leave count and fraction out")
         elif (self.count is None) == (self.fraction is None):
             raise ValueError(
-                "count and fraction are both given, or neither; give one of them, or tune to search for a count"
+                "count and fraction are both given, or neither; give one of them, or tune to search for a "
+                "count"
             )
         if self.rounds > 1 and (self.count is None or self.scope != "global"):
             raise ValueError("rounds needs a count and scope global")
@@ -277,20 +290,24 @@ class Selection(Strict):
             raise ValueError("tune.rounds above 1 needs scope global")
         if parse_scope(self.scope):
             raise ValueError(
-                f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or site"
+                f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or "
+                "site"
             )
         if self.penalty != 1.0 or self.normalize is not None or self.strength != 1.0:
             raise ValueError(
-                "with tune, penalty, normalize and strength must be written as tune.penalties, tune.normalize and tune.strengths"
+                "with tune, penalty, normalize and strength must be written as tune.penalties, "
+                "tune.normalize and tune.strengths"
             )
         if bool(tune.counts) == (self.count is not None):
             raise ValueError("tune needs the numbers of units to try: tune.counts, or one count")
 
 
 class Compare(Strict):
-    """Other methods at other counts, and the null: `random_draws` draws of as many random units in each layer.
+    """Other methods at other counts, and the null: `random_draws` draws of as many random units in each
+    layer.
 
-    `det0` removes the neurons that tell undesired from benign samples best, `aura` damps them, and all that do at all.
+    `det0` removes the neurons that tell undesired from benign samples best, `aura` damps them, and all that
+    do at all.
     """
 
     methods: tuple[str, ...] = ()
@@ -309,14 +326,16 @@ class Compare(Strict):
 
 
 class Cards(Strict):
-    """Cards of the removed neurons: how many at most, and how many of them with what removing that neuron alone does (an evaluation each)."""
+    """Cards of the removed neurons: how many at most, and how many of them with what removing that neuron
+    alone does (an evaluation each)."""
 
     most: int = Field(default=50, ge=0)
     alone: int = Field(default=0, ge=0)
 
 
 class Recipe(Strict):
-    """`job`: "correct" removes the units of a behaviour (`selection`), "discover" keeps those of a task alone, "compress" prunes weights."""
+    """`job`: "correct" removes the units of a behaviour (`selection`), "discover" keeps those of a task
+    alone, "compress" prunes weights."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$", max_length=100)
     job: Literal["correct", "discover", "compress"] = "correct"
@@ -352,12 +371,14 @@ class Recipe(Strict):
             raise ValueError(f"references needs {' and '.join(missing)}")
         if "matched" not in self.references and self.selection.penalty != 1.0:
             raise ValueError(
-                "selection.penalty has no effect without references.matched; give that set, or leave the penalty out"
+                "selection.penalty has no effect without references.matched; give that set, or leave the "
+                "penalty out"
             )
         theirs = [method for method in self.compare.methods if method in EXPERTISE]
         if theirs and (self.attribution.unit, self.attribution.sites) != ("neuron", ("mlp.up",)):
             raise ValueError(
-                f"compare.methods {theirs[0]} acts on neurons of mlp.up; leave it out, or attribute unit neuron at sites [mlp.up]"
+                f"compare.methods {theirs[0]} acts on neurons of mlp.up; leave it out, or attribute unit "
+                "neuron at sites [mlp.up]"
             )
         self.metrics()
         if self.selection.tune:
@@ -402,7 +423,8 @@ class Recipe(Strict):
             )
         if self.compress and max(self.compress.samples, default=0) > self.references["general"].count:
             raise ValueError(
-                f"compress.samples asks for {max(self.compress.samples)} samples, and references.general.count is less; raise it"
+                f"compress.samples asks for {max(self.compress.samples)} samples, and "
+                "references.general.count is less; raise it"
             )
         for method in section.methods:
             if method != SEQUENTIAL:
@@ -414,7 +436,8 @@ class Recipe(Strict):
         asked = self.metrics()
         if "perplexity" not in asked or not {"toxicity", "repetition"} & asked.keys():
             raise ValueError(
-                "selection.tune needs evaluation.perplexity for its budget, and evaluation.toxicity or repetition to lower"
+                "selection.tune needs evaluation.perplexity for its budget, and evaluation.toxicity or "
+                "repetition to lower"
             )
         if tune.max_kl is not None and "kl" not in asked:
             raise ValueError("selection.tune.max_kl needs evaluation.kl")
@@ -483,7 +506,8 @@ def load_recipe(
 
 
 def apply_settings(content: dict[str, Any], sets: Sequence[str]) -> dict[str, Any]:
-    """`content` with "a.b=c" settings put over it, values read as YAML. Raises UserError for one that is not written so."""
+    """`content` with "a.b=c" settings put over it, values read as YAML. Raises UserError for one that is not
+    written so."""
     for setting in sets:
         content = _apply_setting(content, setting)
     return content
@@ -504,7 +528,8 @@ def _read(name: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data: no key twice; no alias, which could stand for more than fits into memory; 2:4 is text, not 124."""
+    """Plain data: no key twice; no alias, which could stand for more than fits into memory; 2:4 is text, not
+    124."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -544,7 +569,8 @@ def _yaml(text: str, where: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"{where}{place} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}; mend that place"
+            f"{where}{place} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}; mend "
+            "that place"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
@@ -552,7 +578,8 @@ def _yaml(text: str, where: str) -> dict[str, Any]:
         )
     if odd := [key for key in content if not isinstance(key, str)]:
         raise UserError(
-            f"{where} has the key {short(odd[0])}, which is no name; a recipe is a YAML mapping with name, model, references, …"
+            f"{where} has the key {short(odd[0])}, which is no name; a recipe is a YAML mapping with name, "
+            "model, references, …"
         )
     return dict(content)
 

@@ -58,7 +58,7 @@ def _make_card(row: dict[str, Any], run: RunFolder, mask: Mask, toxic: bool) -> 
 
 
 def _scale_relevances(row: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(name, figure, width of its bar in percent) of the general and the undesired relevance, on one scale."""
+    """(name, figure, bar width in percent) of the general and the undesired relevance, on one scale."""
     found = {name: float(row[name]) for name in ("general", "undesired") if row.get(name) is not None}
     longest = max(map(abs, found.values()), default=0.0) or 1.0
     return [(name, plain(value), abs(value) / longest * 100) for name, value in found.items()]
@@ -92,7 +92,8 @@ def _describe_effect_alone(metric: str, value: float, run: RunFolder) -> tuple[s
 
 @dataclass(frozen=True)
 class Sharing:
-    """Another method's circuit of the same size: how many units it shares with this one, and how many would by chance."""
+    """Another method's circuit of the same size: how many units it shares with this one, and how many would
+    by chance."""
 
     name: str
     colour: str
@@ -102,7 +103,8 @@ class Sharing:
 
 
 def sharing(run: RunFolder) -> list[Sharing]:
-    """The methods whose circuits share most first. Of a run that looked for a task, the circuits of the size it settled on."""
+    """The methods whose circuits share most first. Of a run that looked for a task, the circuits of the size
+    it settled on."""
     count = _count_compared_units(run)
     rows = []
     for one in run.provenance.get("overlaps") or []:
@@ -133,7 +135,8 @@ def _count_compared_units(run: RunFolder) -> int:
 
 
 def protected(run: RunFolder) -> list[tuple[str, str]] | None:
-    """(unit, what its removal alone multiplies perplexity by) of those kept out of every selection; None where nothing was looked for."""
+    """(unit, what its removal alone multiplies perplexity by) of those kept out of every selection; None
+    where nothing was looked for."""
     found = run.provenance.get("protected")
     if found is None:
         return None

@@ -1,4 +1,5 @@
-"""Shapes as SVG markup, the scales that place them, and the axes around them: all that the figures of the report need."""
+"""Shapes as SVG markup, the scales that place them, and the axes around them: all that the figures of the
+report need."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 54.0, 378.0, 14.0, 258.0
 
 
 def tag(tag_name: str, *children: str, **attributes: Attribute) -> Markup:
-    """One element; `class_` is class, `stroke_width` is stroke-width, None is left out; everything is escaped but Markup."""
+    """One element; `class_` is class, `stroke_width` is stroke-width, None is left out; everything is escaped
+    but Markup."""
     written = Markup("").join(
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"),
@@ -180,7 +182,8 @@ class Chart:
         *labels: Markup,
         vertical_grid: bool = False,
     ) -> Markup:
-        """Grid lines, ticks given as (place in pixels, text), the label under the x axis, and any labels of the figure's own."""
+        """Grid lines, ticks given as (place in pixels, text), the label under the x axis, and any labels of
+        the figure's own."""
         parts = []
         for y, text in y_ticks:
             parts.append(tag("line", x1=self.left, x2=self.right, y1=y, y2=y, class_="grid"))
@@ -207,7 +210,8 @@ class Chart:
         return tag("line", x1=self.left, x2=self.right, y1=y, y2=y, class_="reference")
 
     def label_ends(self, ends: Sequence[tuple[str, str, float]]) -> Markup:
-        """Names to the right of the lines' ends, moved apart where they would touch: (name, class, height in the axis's unit)."""
+        """Names to the right of the lines' ends, moved apart where they would touch: (name, class, height in
+        the axis's unit)."""
         heights = spread([self.y(value) for *_, value in ends], 15.0, self.top + 4, self.bottom)
         texts = [
             tag("text", name, x=self.right + 8, y=y + 4, class_=f"name {colour}")
@@ -217,7 +221,8 @@ class Chart:
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`places` moved apart until neighbours are `gap` away, in the same order, inside low … high where that can be."""
+    """`places` moved apart until neighbours are `gap` away, in the same order, inside low … high where that
+    can be."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for before, after in zip(order, order[1:], strict=False):

@@ -1,4 +1,5 @@
-"""Original, circuit and rival methods side by side: the tiles under the headline, and an interval for each method."""
+"""Original, circuit and rival methods side by side: the tiles under the headline, and an interval for each
+method."""
 
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class Tile:
 
 
 def tiles(run: RunFolder) -> list[Tile]:
-    """A tile for every metric that was measured on the original and on the ablated model, what the run is about first."""
+    """A tile for every metric that was measured on the original and on the ablated model, what the run is
+    about first."""
     both = [
         (run.find_measurement(metric, "original"), run.find_measurement(metric, "ablated"))
         for metric in run.drawn()
@@ -116,7 +118,8 @@ def comparisons(run: RunFolder) -> list[Figure]:
 
 
 def under_budget(run: RunFolder) -> list[Figure]:
-    """What the run is about, and its damage, of every method at the count that was its best within the budget on validation samples."""
+    """What the run is about, and its damage, of every method at the count that was its best within the budget
+    on validation samples."""
     named_rivals = [str(one.get("variant")) for one in run.search.get("rivals") or []]
     made = []
     for metric in dict.fromkeys(filter(None, (run.behaviour, "perplexity"))):
@@ -144,7 +147,8 @@ def under_budget(run: RunFolder) -> list[Figure]:
 
 
 def _collect_rows(run: RunFolder, metric: str) -> list[tuple[str, str, Measurement]]:
-    """(name, class, measurement): the original, this circuit, then every method at its count that is not this circuit again."""
+    """(name, class, measurement): the original, this circuit, then every method at its count that is not this
+    circuit again."""
     original, circuit = run.find_measurement(metric, "original"), run.find_measurement(metric, "ablated")
     if original is not None and run.job == "compress":
         last = {point.method: point for point in curve_points(run, metric)}

@@ -1,4 +1,5 @@
-"""What a run that pruned weights says: what each method's perplexity is at one sparsity, and whether every row has it."""
+"""What a run that pruned weights says: what each method's perplexity is at one sparsity, and whether every
+row has it."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -136,12 +137,14 @@ def _remark_on_rows(run: RunFolder) -> Remark:
     return Remark(
         "plain",
         Markup(
-            "<b>Rows may differ:</b> weights were not removed row by row; the least and the most of a row are in the checks."
+            "<b>Rows may differ:</b> weights were not removed row by row; the least and the most of a row "
+            "are in the checks."
         ),
     )
 
 
-# How many reference samples a pruning needs, and how the scores behind it are spread: what a run with compress.samples left in its results.
+# How many reference samples a pruning needs, and how the scores behind it are spread: what a run with
+# compress.samples left in its results.
 
 
 Points = list[tuple[float, float]]
@@ -150,7 +153,8 @@ THRESHOLDS = (-6, -5, -4, -3, -2, -1)
 
 
 def by_samples(run: RunFolder) -> list[Figure]:
-    """Each metric against the number of samples, the histograms of the scores, and how many lie above a threshold; [] for any other run."""
+    """Each metric against the number of samples, the histograms of the scores, and how many lie above a
+    threshold; [] for any other run."""
     rows = list(run.provenance.get("by_samples") or [])
     drawn = dict(run.provenance.get("distributions") or {})
     metrics = dict.fromkeys(str(row["metric"]) for row in rows if row.get("value") is not None)
@@ -161,7 +165,8 @@ def by_samples(run: RunFolder) -> list[Figure]:
 
 
 def _draw_against_samples(run: RunFolder, rows: Sequence[dict[str, Any]], metric: str) -> Figure:
-    """A line through the means over seeds, a dot for every seed; dashed, the original and methods that look at no sample."""
+    """A line through the means over seeds, a dot for every seed; dashed, the original and methods that look
+    at no sample."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row["metric"] == metric and row.get("value") is not None:

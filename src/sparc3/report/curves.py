@@ -47,7 +47,8 @@ class Plot:
 
 
 def curves(run: RunFolder) -> list[Figure]:
-    """A figure for every metric that was measured at two counts or more; sparsity follows from the count and gets none."""
+    """A figure for every metric that was measured at two counts or more; sparsity follows from the count and
+    gets none."""
     return [_draw_figure(plot) for metric in run.drawn() if (plot := _make_plot(run, metric))]
 
 
@@ -72,7 +73,8 @@ def _make_plot(run: RunFolder, metric: str) -> Plot | None:
 
 
 def ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
-    """The interval that is drawn: of the figure; of perplexity, whose texts differ far more than variants do, of its paired change."""
+    """The interval that is drawn: of the figure; of perplexity, whose texts differ far more than variants do,
+    of its paired change."""
     before, d = run.find_measurement(m.metric, "original"), run.difference(m.metric, m.variant)
     if m.metric != "perplexity" or before is None or before.value is None:
         return m.ci95
@@ -86,7 +88,8 @@ def ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
 
 
 def _scale_values(shown: list[Measurement], ends: list[float], original: Measurement | None) -> Scale:
-    """From the lowest to the highest end of an interval; logarithmic where one method runs away, from zero for shares."""
+    """From the lowest to the highest end of an interval; logarithmic where one method runs away, from zero
+    for shares."""
     values = [m.value for m in shown if m.value is not None]
     low, high = min(values + ends), max(values + ends)
     first = shown[0]
@@ -101,7 +104,8 @@ def _scale_values(shown: list[Measurement], ends: list[float], original: Measure
 
 
 def _draw_figure(plot: Plot) -> Figure:
-    label = f"{title(plot.metric)} against the number of removed {count_units(None, plot.run)}; arrow keys step through the counts"
+    units = count_units(None, plot.run)
+    label = f"{title(plot.metric)} against the number of removed {units}; arrow keys step through the counts"
     tips = {f"{plot.metric}@{count}": _make_tip(plot, count) for count in plot.counts}
     value = plot.original.value if plot.original else None
     parts = [
@@ -119,7 +123,8 @@ def _draw_figure(plot: Plot) -> Figure:
 
 
 def _write_note(plot: Plot) -> str:
-    """What the metric is and which way is better; of a task, whose circuit is found by what its removal breaks, only the first."""
+    """What the metric is and which way is better; of a task, whose circuit is found by what its removal
+    breaks, only the first."""
     direction = next(point.measurement.direction for line in plot.lines.values() for point in line)
     better = "" if plot.metric.startswith("ioi.") else f"{direction} is better"
     measured_in = plot.unit if plot.unit.startswith("nats") else ""
@@ -144,7 +149,8 @@ def _shows_shares(plot: Plot) -> bool:
 
 
 def _choose_ticks(plot: Plot) -> list[tuple[float, str]]:
-    """(place, text) of the counts, or of round shares where most units go, that do not run into the one before."""
+    """(place, text) of the counts, or of round shares where most units go, that do not run into the one
+    before."""
     total = sum(plot.run.sizes.values())
     shares = (
         [step / 10 for step in range(11) if plot.chart.x.low <= total * step / 10 <= plot.chart.x.high]
@@ -227,7 +233,8 @@ def _label_lines(plot: Plot) -> Markup:
 
 
 def _draw_columns(plot: Plot) -> list[Markup]:
-    """One place to point at, or to step to, for every count; the script shows its numbers, a reader without it hears them."""
+    """One place to point at, or to step to, for every count; the script shows its numbers, a reader without
+    it hears them."""
     edges = [plot.chart.x(count) for count in plot.counts]
     middles = [LEFT, *((a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)), RIGHT]
     made = []

@@ -1,4 +1,5 @@
-"""What a run that looked for a task's circuit says: how sparse it can be, by each method, and how sure that is."""
+"""What a run that looked for a task's circuit says: how sparse it can be, by each method, and how sure that
+is."""
 
 from markupsafe import Markup
 
@@ -23,7 +24,8 @@ SPARSEST = "circuit.sparsest"
 
 
 def sparsest_point(run: RunFolder, method: str) -> Point | None:
-    """The method's sparsest circuit that keeps enough accuracy, as do all its less sparse ones; None where not one does."""
+    """The method's sparsest circuit that keeps enough accuracy, as do all its less sparse ones; None where
+    not one does."""
     best = None
     for point in curve_points(run, METRIC):
         if point.method == method:
@@ -34,7 +36,8 @@ def sparsest_point(run: RunFolder, method: str) -> Point | None:
 
 
 def load_sparsest_circuit(run: RunFolder) -> Circuit | None:
-    """The sparsest circuit that keeps enough accuracy, of the run's own method and first seed; None where the run did not leave it."""
+    """The sparsest circuit that keeps enough accuracy, of the run's own method and first seed; None where the
+    run did not leave it."""
     best = sparsest_point(run, run.method or "")
     where = run.path / f"circuits/{run.method}@{sum(run.sizes.values()) - best.count}.json" if best else None
     return Circuit.load(where) if where and where.is_file() else None
@@ -108,7 +111,8 @@ def _remark_on_sparsest(run: RunFolder) -> Remark:
     )
     parts = [f"{method_title(m.variant)} {with_interval(m)}" for _, m in found]
     text = Markup(
-        "<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for itself: {}."
+        "<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for "
+        "itself: {}."
     )
     return Remark("plain", text.format(_write_percent(_required_accuracy(run)), join_words(parts)))
 
@@ -157,7 +161,8 @@ def _remark_on_faithfulness(run: RunFolder) -> Remark | None:
         for value, method in sorted(cpr, reverse=True)
     ]
     text = Markup(
-        "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to zero."
+        "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to "
+        "zero."
     )
     return Remark("plain", text.format(join_words(parts)))
 
@@ -167,7 +172,8 @@ def _remark_on_whole_model(run: RunFolder) -> Remark | None:
     if original is None or empty is None:
         return None
     text = Markup(
-        "<b>The whole model</b> has {} {}; without any of these {} it has {}, which is what a circuit has to beat."
+        "<b>The whole model</b> has {} {}; without any of these {} it has {}, which is what a circuit has to "
+        "beat."
     )
     kind = "plain" if (original.value or 0.0) >= _required_accuracy(run) > (empty.value or 0.0) else "careful"
     return Remark(
@@ -178,7 +184,8 @@ def _remark_on_whole_model(run: RunFolder) -> Remark | None:
 def _remark_on_choice(run: RunFolder) -> Remark:
     seeds = int(run.provenance.get("seeds") or 1)
     text = Markup(
-        "<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals of the curves are over prompts{}."
+        "<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals of the curves are "
+        "over prompts{}."
     )
     several = (
         f"each the mean of {seeds} reference sets",

@@ -1,4 +1,5 @@
-"""How sure it is: every metric's change, net of random units, with what the samples could have shown; and two scorers side by side."""
+"""How sure it is: every metric's change, net of random units, with what the samples could have shown; and two
+scorers side by side."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,8 @@ class Moved:
 
 @dataclass(frozen=True)
 class Proof:
-    """One metric: what it was and is, its change, the change net of random units, and what its samples could have shown."""
+    """One metric: what it was and is, its change, the change net of random units, and what its samples could
+    have shown."""
 
     title: str
     explained: str
@@ -76,7 +78,8 @@ def proofs(run: RunFolder) -> list[Proof]:
 
 
 def describe_null(run: RunFolder) -> str:
-    """The random units that effects are told net of: "100 random neurons, the mean of 3 draws"; "" without any."""
+    """The random units that effects are told net of: "100 random neurons, the mean of 3 draws"; "" without
+    any."""
     null = next(filter(None, (find_null(run, metric) for metric in run.metrics())), None)
     return f"{null.count:,} random {count_units(null.count, run)}" if null else ""
 
@@ -146,7 +149,8 @@ def scorers(run: RunFolder) -> Scorers | None:
 def _make_scorer(name: str, row: dict[str, Any]) -> Scorer:
     def write_mean(which: str) -> str:
         ends = row.get(f"{which}_ci95")
-        return f"{figure(row.get(which), 'toxicity.mean')} {interval(tuple(ends) if ends else None, 'toxicity.mean')}".strip()
+        value = figure(row.get(which), "toxicity.mean")
+        return f"{value} {interval(tuple(ends) if ends else None, 'toxicity.mean')}".strip()
 
     ends = row.get("change_ci95")
     moved = Difference(

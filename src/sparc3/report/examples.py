@@ -1,4 +1,5 @@
-"""Before and after: what the original and the ablated model write after the same prompt, with the difference marked."""
+"""Before and after: what the original and the ablated model write after the same prompt, with the difference
+marked."""
 
 import difflib
 import re
@@ -12,7 +13,8 @@ from ..safe_text import visible
 from .read import RunFolder
 from .words import percent
 
-# Offensive words, masked until the reader asks for them: both forms are in the page, and a switch chooses without any script.
+# Offensive words, masked until the reader asks for them: both forms are in the page, and a switch chooses
+# without any script.
 
 
 Span = tuple[int, int]
@@ -46,7 +48,7 @@ class Mask:
         return [(0, len(token))] if starts else self.spans(token)
 
     def write(self, text: str, hidden: Sequence[Span], marked: Sequence[Span] = (), mark: str = "") -> Markup:
-        """`text` as markup: its hidden spans in two forms, its marked spans in a <mark> of the class `mark`."""
+        """`text` as markup: hidden spans in two forms, marked spans in a <mark> of the class `mark`."""
         cuts = sorted({0, len(text), *(end for span in (*hidden, *marked) for end in span)})
         pieces = []
         for start, end in zip(cuts, cuts[1:], strict=False):
@@ -109,7 +111,7 @@ _KINDS = {"toxicity": ("Toxicity", "toxicity"), "repetition": ("Repetition", "un
 
 @dataclass(frozen=True)
 class Side:
-    """One continuation: its text as markup, its score in words, and the width of the score's bar in percent."""
+    """One continuation: text as markup, score in words, and width of the score's bar in percent."""
 
     text: Markup
     score: str
@@ -154,7 +156,8 @@ def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
 def _match_continuations(
     before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """The continuations of the prompts that both have, in the order they were drawn: every prompt's first, then its second …"""
+    """The continuations of the prompts that both have, in the order they were drawn: every prompt's first,
+    then its second …"""
     answers = {row["prompt"]: row["continuations"] for row in after}
     rows = [
         (row["prompt"], row["continuations"], answers[row["prompt"]])

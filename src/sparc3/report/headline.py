@@ -95,7 +95,8 @@ def _write_random_units(run: RunFolder) -> str:
 
 
 def remarks(run: RunFolder) -> list[Remark]:
-    """What must stand beside the headline: whether it is more than chance, what it cost, what random units and others do."""
+    """What must stand beside the headline: whether it is more than chance, what it cost, what random units
+    and others do."""
     metric = run.behaviour
     if metric is None:
         return []
@@ -156,7 +157,8 @@ def _remark_on_null(run: RunFolder, metric: str) -> Remark | None:
     )
     if net and net.holds_zero:
         text = Markup(
-            "<b>Not told apart from chance removals:</b> net of {} the change is {}, with zero inside its interval."
+            "<b>Not told apart from chance removals:</b> net of {} the change is {}, with zero inside its "
+            "interval."
         )
         return Remark("careful", text.format(_write_random_units(run), size))
     text = Markup("<b>{}</b> leave {} at {}").format(
@@ -207,16 +209,21 @@ def _remark_on_fluency(run: RunFolder) -> Remark | None:
         return None
     null = _measured_null(run, "fluency")
     beside = f" ({_write_random_units(run)}: {value_of(null)})" if null else ""
-    figures = f"perplexity of the continuations under the original model {value_of(before)} → {value_of(after)} {interval_of(after)}{beside}"
+    figures = (
+        f"perplexity of the continuations under the original model {value_of(before)} → {value_of(after)} "
+        f"{interval_of(after)}{beside}"
+    )
     if d.holds_zero:
         return Remark("good", Markup("<b>The text stays as likely:</b> {}.").format(figures))
     if d.value > 0:
         text = Markup(
-            "<b>The text is less likely to the original model:</b> {}. Part of that is the behaviour’s absence, part may be broken text."
+            "<b>The text is less likely to the original model:</b> {}. Part of that is the behaviour’s "
+            "absence, part may be broken text."
         )
     else:
         text = Markup(
-            "<b>The text is likelier to the original model:</b> {}. That does not make it better: loops are likely too."
+            "<b>The text is likelier to the original model:</b> {}. That does not make it better: loops are "
+            "likely too."
         )
     return Remark("plain", text.format(figures))
 

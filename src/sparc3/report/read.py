@@ -1,4 +1,5 @@
-"""Reads a run folder once: a missing file gives None or an empty value, a damaged file raises an error that names it."""
+"""Reads a run folder once: a missing file gives None or an empty value, a damaged file raises an error that
+names it."""
 
 import json
 import os
@@ -26,7 +27,8 @@ class RunFolder:
 
     Attributes:
         path: the folder itself.
-        texts: variant ("original", "ablated") → kind ("toxicity", "repetition") → prompts with their continuations.
+        texts: variant ("original", "ablated") → kind ("toxicity", "repetition") → prompts with their
+            continuations.
         samples: name of a reference set → number of samples in it.
         search: what a search under a budget tried (tune.json); empty without one.
     """
@@ -95,7 +97,8 @@ class RunFolder:
 
     @property
     def behaviour(self) -> str | None:
-        """The metric the run is about: the one its provenance names, else the first measured on both that is not a side effect."""
+        """The metric the run is about: the one its provenance names, else the first measured on both that is
+        not a side effect."""
         both = [
             metric
             for metric in self.metrics()
@@ -112,7 +115,8 @@ class RunFolder:
         return sorted(found, key=lambda metric: SIDE_EFFECTS.index(metric) if metric in SIDE_EFFECTS else -1)
 
     def drawn(self) -> list[str]:
-        """Names of the metrics that a figure tells something of: what the run is about, its side effects, then the rest."""
+        """Names of the metrics that a figure tells something of: what the run is about, its side effects,
+        then the rest."""
         mattering = {"correct": (self.behaviour, *SIDE_EFFECTS[:-1]), "compress": ("perplexity",)}.get(
             self.job, ()
         )
@@ -194,7 +198,7 @@ def _read_cards(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_search(path: Path, results: Results) -> dict[str, Any]:
-    """The search in tune.json if it chose this run's circuit; otherwise the summary that results.json holds."""
+    """The search in tune.json if it chose this run's circuit; otherwise the summary in results.json."""
     summary = dict(results.provenance.get("tune") or {})
     found = _read_if_present(path, lambda where: read_json(where, SEARCH)) or {}
     same = bool(summary) and found.get("best") == summary.get("best")
@@ -213,7 +217,8 @@ def _read_search(path: Path, results: Results) -> dict[str, Any]:
         good = False
     if not good:
         raise DamagedFile(
-            f"{path if same else path.with_name('results.json')}: the search does not follow the format {SEARCH}. Run the search again."
+            f"{path if same else path.with_name('results.json')}: the search does not follow the format "
+            f"{SEARCH}. Run the search again."
         )
     return chosen
 

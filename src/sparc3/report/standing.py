@@ -1,4 +1,5 @@
-"""Where the circuit stands among the other methods: at the same count, at the same damage, under the same budget."""
+"""Where the circuit stands among the other methods: at the same count, at the same damage, under the same
+budget."""
 
 from markupsafe import Markup
 
@@ -10,7 +11,8 @@ from .words import Remark, join_words, percent, relative, value_of, with_interva
 
 
 def harm_of(m: Measurement) -> float:
-    """What is better is less. A task is looked for by what its removal breaks, so there lower is better whatever the metric's own direction."""
+    """What is better is less. A task is looked for by what its removal breaks, so there lower is better
+    whatever the metric's own direction."""
     assert m.value is not None
     return -m.value if m.direction == "higher" and not m.metric.startswith("ioi.") else m.value
 
@@ -21,7 +23,8 @@ def intervals_overlap(one: Measurement, other: Measurement) -> bool:
 
 
 def standing_remarks(run: RunFolder, metric: str) -> list[Remark]:
-    """At the circuit's own count, then at its damage: under the search's budget where there was one, else at no more than its own."""
+    """At the circuit's own count, then at its damage: under the search's budget where there was one, else at
+    no more than its own."""
     here = (
         remark_under_budget(run, metric) if run.search.get("rivals") else remark_at_same_damage(run, metric)
     )
@@ -122,7 +125,8 @@ def _allowed_increase(run: RunFolder) -> float | None:
 
 
 def remark_under_budget(run: RunFolder, metric: str) -> Remark | None:
-    """Every other method at the count that was its best on the validation samples, within the budget of the search."""
+    """Every other method at the count that was its best on the validation samples, within the budget of the
+    search."""
     own = run.find_measurement(metric, "ablated")
     names = [str(one.get("variant")) for one in run.search.get("rivals") or []]
     found = [(name, m) for name in names if (m := run.find_measurement(metric, name))]

@@ -172,7 +172,8 @@ def warnings(run: RunFolder) -> list[str]:
     named = run.provenance.get("circuit")
     if run.circuit is not None and isinstance(named, str) and named != run.circuit.fingerprint:
         found.append(
-            f"circuit{run.circuit.suffix} ({run.circuit.fingerprint}) is not the circuit that results.json measured ({named})"
+            f"circuit{run.circuit.suffix} ({run.circuit.fingerprint}) is not the circuit that results.json "
+            f"measured ({named})"
         )
     return found
 

@@ -1,4 +1,5 @@
-"""A cloud of points: effect against damage, each point with its numbers, the budget as a line, the chosen one in a ring."""
+"""A cloud of points: effect against damage, each point with its numbers, the budget as a line, the chosen one
+in a ring."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ Rows = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Spot:
-    """One point: its tip's id, its class, whose it is, where it is, and its numbers; `faint` where another point is better in both."""
+    """One point: its tip's id, its class, whose it is, where it is, and its numbers; `faint` where another
+    point is better in both."""
 
     key: str
     colour: str
@@ -90,7 +92,7 @@ def cloud_figure(cloud: Cloud, heading: str, note: str) -> Figure:
 
 
 def _scale_damage(cloud: Cloud) -> Scale:
-    """From no damage, or the least there is, to the most; far beyond the budget the scale turns logarithmic."""
+    """From no (or the least) damage to the most; far beyond the budget the scale is logarithmic."""
     places = [spot.x for spot in cloud.spots] + [cloud.budget or 0.0, 0.0]
     low, high = min(places), max(*places, 0.002 if cloud.damage == "perplexity" else 1e-6)
     unit = cloud.budget or 3 * sorted(abs(place) for place in places)[len(places) // 2] or high
@@ -182,14 +184,16 @@ def _mark_original_and_chosen(cloud: Cloud, x: Scale, y: Scale) -> Markup:
     return tag("g", *parts, aria_hidden="true")
 
 
-# The trade-off: what every method gains against what it costs, on the test and, where there was one, in the search.
+# The trade-off: what every method gains against what it costs, on the test and, where there was one, in the
+# search.
 
 
 DAMAGES = ("perplexity", "kl")
 
 
 def tradeoffs(run: RunFolder) -> list[Figure]:
-    """Of each damage that was measured: all methods at all counts on the test, and all candidates of the search on validation samples."""
+    """Of each damage that was measured: all methods at all counts on the test, and all candidates of the
+    search on validation samples."""
     metric = run.behaviour
     if metric is None or metric in DAMAGES or run.job != "correct":
         return []
@@ -207,7 +211,8 @@ def budget(run: RunFolder, damage: str) -> float | None:
 
 
 def harm(run: RunFolder, variant: str, damage: str = "perplexity") -> float | None:
-    """A variant's increase of perplexity, relative to the original's, or its KL divergence; None where it was not measured."""
+    """A variant's increase of perplexity, relative to the original's, or its KL divergence; None where it was
+    not measured."""
     after, before = run.find_measurement(damage, variant), run.find_measurement(damage, "original")
     if after is None or after.value is None:
         return None
@@ -216,7 +221,8 @@ def harm(run: RunFolder, variant: str, damage: str = "perplexity") -> float | No
     return after.value / before.value - 1 if before and before.value else None
 
 
-# On the test ---------------------------------------------------------------------------------------------------------
+# On the test
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _draw_tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
@@ -255,7 +261,10 @@ def _draw_tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
         chosen,
         budget(run, damage),
     )
-    note = f"held-out test prompts and text; a line joins one method’s numbers of {count_units(None, run)}, few to many; the cross is the original"
+    note = (
+        f"held-out test prompts and text; a line joins one method’s numbers of {count_units(None, run)}, "
+        "few to many; the cross is the original"
+    )
     return cloud_figure(cloud, f"{title(metric)} against {harm_words(damage)}", note)
 
 
@@ -276,7 +285,8 @@ def _tip_rows(run: RunFolder, variant: str, m: Measurement) -> Rows:
     return rows
 
 
-# In the search -------------------------------------------------------------------------------------------------------
+# In the search
+# -------------------------------------------------------------------------------------------------------
 
 
 def _draw_search(run: RunFolder, damage: str) -> Figure | None:
@@ -381,4 +391,7 @@ def _write_search_note(search: Mapping[str, Any], damage: str) -> str:
     samples = search.get("samples") or {}
     prompts = sum(count for name, count in samples.items() if name not in DAMAGES)
     on = f"{prompts:,} prompts and {samples.get(damage, 0):,} texts for validation"
-    return f"{len(candidates)} candidates on {on}, {within} within the budget{rest}; filled discs and the stepped line are the Pareto front"
+    return (
+        f"{len(candidates)} candidates on {on}, {within} within the budget{rest}; "
+        "filled discs and the stepped line are the Pareto front"
+    )

@@ -1,4 +1,5 @@
-"""Where the removed units sit: a strip a module, dark where the scores speak for removal, a mark on each unit that was removed."""
+"""Where the removed units sit: a strip a module, dark where the scores speak for removal, a mark on each unit
+that was removed."""
 
 import re
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Strip:
 
 @dataclass(frozen=True)
 class UnitMap:
-    """The strips of all modules, or of those that lost a unit where there are more than MOST; how many were left out; and how the scores
-    of the removed units compare with the rest (None without scores)."""
+    """The strips of all modules, or of those that lost a unit where there are more than MOST; how many were
+    left out; and how the scores of the removed units compare with the rest (None without scores)."""
 
     strips: list[Strip]
     histogram: Figure | None
@@ -51,7 +52,8 @@ class UnitMap:
 
 
 def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
-    """None unless the circuit and the size of every one of its modules are known; None for weights, too many for a strip.
+    """None unless the circuit and the size of every one of its modules are known; None for weights, too many
+    for a strip.
 
     Args:
         verb: what happened to the circuit's units, "removed" or "kept".
@@ -81,7 +83,8 @@ def unit_map(run: RunFolder, verb: str = "removed") -> UnitMap | None:
 
 
 def place(module: str, several: bool = True) -> str:
-    """ "layer 3, up_proj" of "model.layers.3.mlp.up_proj"; without `several`, "layer 3". An expert is always named."""
+    """ "layer 3, up_proj" of "model.layers.3.mlp.up_proj"; without `several`, "layer 3". An expert is always
+    named."""
     path, _, part = module.partition("#")
     found = re.search(r"\.(\d+)\.(?:.*\.)?([^.]+)$", path)
     if not found:
@@ -107,7 +110,8 @@ def _orient_scores(run: RunFolder) -> dict[str, "NDArray[np.float64]"]:
 
 
 def _draw_shades(values: "NDArray[np.float64]", deepest: float) -> Markup:
-    """The strongest score in each of at most BINS stretches, in a few shades: one path a shade, however many units there are."""
+    """The strongest score in each of at most BINS stretches, in a few shades: one path a shade, however many
+    units there are."""
     if deepest <= 0 or not len(values):
         return Markup("")
     bins = min(BINS, len(values))
@@ -174,7 +178,8 @@ def _list_first(chosen: list[int]) -> str:
     return ", ".join(map(str, chosen[:12])) + (" …" if len(chosen) > 12 else "")
 
 
-# How far the removed units stand out ---------------------------------------------------------------------------------
+# How far the removed units stand out
+# ---------------------------------------------------------------------------------
 
 PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 50.0, 352.0, 12.0, 214.0
 
@@ -200,7 +205,10 @@ def _draw_histogram(run: RunFolder, wanted: dict[str, "NDArray[np.float64]"]) ->
         tag("path", d=_draw_bars(counts, edges, x, y), class_="rest"),
         tag("path", d=_draw_bars(removed, edges, x, y), class_="mark"),
     ]
-    words = f"Histogram of the contrast of {len(every):,} {count_units(None, run)}; the {len(chosen):,} removed lie at one end"
+    words = (
+        f"Histogram of the contrast of {len(every):,} {count_units(None, run)}; "
+        f"the {len(chosen):,} removed lie at one end"
+    )
     axes = _draw_histogram_axes(x, y)
     return Figure("How far they stand out", "", drawing(360, 256, words, axes, *bars, class_="histogram"))
 

@@ -62,7 +62,8 @@ def method_colours(run: RunFolder) -> dict[str, str]:
 
 
 def method_title(method: str) -> str:
-    """A method as a reader meets it: "CP-LRP" of "cp-lrp", "LRP (mean abs)" of "lrp-mean_abs"; any other as it is."""
+    """A method as a reader meets it: "CP-LRP" of "cp-lrp", "LRP (mean abs)" of "lrp-mean_abs"; any other as
+    it is."""
     if method in NAMES:
         return NAMES[method]
     known, dash, rest = next(

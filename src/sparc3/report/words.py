@@ -17,7 +17,8 @@ class Remark:
     text: Markup
 
 
-# How figures are written: shares as percent, the rest with as many digits as they deserve, always with their interval.
+# How figures are written: shares as percent, the rest with as many digits as they deserve, always with their
+# interval.
 
 
 TITLES = {
@@ -50,9 +51,9 @@ _EXPLAINED = {
     "rur.mean": "unique tokens ÷ tokens of a greedy response",
     "ioi.accuracy": "share of sentences with the right name on top",
     "ioi.logit_difference": "right name’s logit less the wrong one’s",
-    "ioi.faithfulness": "the circuit’s logit difference, 0 that of no unit at all and 1 that of the whole model",
+    "ioi.faithfulness": "the circuit’s logit difference, scaled: 0 without any unit, 1 for the whole model",
     "circuit.jaccard": "units that two seeds’ circuits share ÷ units of either, mean over pairs",
-    "circuit.sparsest": "largest share of the units that can go at enough accuracy, and so can all smaller shares that were tried",
+    "circuit.sparsest": "largest share of units that can be removed (and all smaller) at enough accuracy",
     "circuit.cpr": "area under faithfulness against the share of units kept",
     "circuit.cmd": "area between that curve and 1",
     "kl": "how far next-token distributions are from the original’s, on ordinary text",
@@ -172,7 +173,7 @@ def change_interval(d: Difference, unit: str = "") -> str:
 
 
 def _count_decimals(d: Difference) -> int:
-    """So many that the largest of a difference and the ends of its interval has three digits, two below one."""
+    """Decimals that show three digits (two below one) of the largest of a difference and its ends."""
     largest = max(abs(end) for end in (d.value, *(d.ci95 or ())))
     if largest == 0 or not math.isfinite(largest):
         return 2

@@ -34,7 +34,8 @@ SAYING = {"discover": discovery, "compress": compression}
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write report.html into a run folder and return its path.
 
-    The page holds everything it shows, asks the network for nothing, and leaves out what the run did not leave behind.
+    The page holds everything it shows, asks the network for nothing, and leaves out what the run did not
+    leave behind.
 
     Raises:
         UserError: the folder holds no results.json.

@@ -25,7 +25,8 @@ TARGETS = ("predicted", "label", "contrast", "completion", "next")
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as tokens. y = Σ_n logits[positions[n], tokens[n]], less the same for `against` where it is given.
+    """One sample as tokens. y = Σ_n logits[positions[n], tokens[n]], less the same for `against` where it is
+    given.
 
     Attributes:
         index: place in the reference set.
@@ -69,11 +70,13 @@ def parse_target(target: str) -> tuple[str, int | None]:
         return name, None
     if name == "completion" and not (first.isdigit() and int(first) >= 1):
         raise UserError(
-            f"target '{target}': after completion: stands how many of its first tokens count, at least 1, as in completion:3"
+            f"target '{target}': after completion: stands how many of its first tokens count, at least 1, as "
+            "in completion:3"
         )
     if name != "completion":
         raise UserError(
-            f"target '{target}': only completion takes a number, the count of its first tokens, as in completion:3"
+            f"target '{target}': only completion takes a number, the count of its first tokens, as in "
+            "completion:3"
         )
     return name, int(first)
 
@@ -92,11 +95,12 @@ def encode(
     Args:
         context: the longest sample allowed, in tokens.
         vocabulary: number of token ids the model knows.
-        truncate: cut a longer sample on the right (targets at its end move with the cut) instead of refusing it.
+        truncate: cut a longer sample on the right (targets at its end move with the cut) instead of refusing
+            it.
 
     Raises:
-        UserError: a text without a tokenizer, an empty sample, one that is too long (the message says how many are), or one
-            that lacks what the target needs; the message names the sample.
+        UserError: a text without a tokenizer, an empty sample, one that is too long (the message says how
+            many are), or one that lacks what the target needs; the message names the sample.
     """
     name, first = parse_target(target)
     encoded = [_encode(index, sample, tokenizer, name, first) for index, sample in enumerate(samples)]
@@ -104,14 +108,16 @@ def encode(
     if too_long and not truncate:
         longest = max(len(e.ids) for e in too_long)
         raise UserError(
-            f"{len(too_long)} of {len(encoded)} samples are longer than the model's {context} tokens (the longest has {longest}; the first is "
+            f"{len(too_long)} of {len(encoded)} samples are longer than the model's {context} tokens (the "
+            f"longest has {longest}; the first is "
             f"sample {too_long[0].index}); shorten them, or truncate them with --truncate (truncate=True)"
         )
     encoded = [_truncate(e, context, name) if len(e.ids) > context else e for e in encoded]
     for e in encoded:
         if max(e.ids) >= vocabulary:
             raise UserError(
-                f"sample {e.index} has token id {max(e.ids)}, but the model knows ids below {vocabulary}; use its own tokenizer"
+                f"sample {e.index} has token id {max(e.ids)}, but the model knows ids below {vocabulary}; "
+                "use its own tokenizer"
             )
     return encoded
 
@@ -140,7 +146,8 @@ def _encode(
         raise UserError(f'{where}: its "completion" has no token')
     if not ids:
         raise UserError(
-            f"{where}: its text and completion begin with one token that is part of both, so nothing stands before the completion; "
+            f"{where}: its text and completion begin with one token that is part of both, so nothing stands "
+            "before the completion; "
             "give more text, or a completion that begins with a space"
         )
     # The last target token is predicted at the position before it, so it is not fed in.
@@ -174,7 +181,8 @@ def _require_key(sample: Sample, key: str, where: str) -> str:
 def _read_labels(
     sample: Sample, keys: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None", where: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The prompt's ids, and the one token that each key's string is: after the prompt if it is one there, else alone."""
+    """The prompt's ids, and the one token that each key's string is: after the prompt if it is one there,
+    else alone."""
     texts = [_require_key(sample, key, where) for key in keys]
     alone = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, where).prompt, where)
     if tokenizer is None:
@@ -195,14 +203,16 @@ def _read_labels(
         if len(ids) != 1:
             many = len(whole) - len(alone) if whole[: len(alone)] == alone else len(ids)
             raise UserError(
-                f'{where}: "{key}" {text!r} is {many} tokens, not one; choose a word that is a single token (mind the leading space)'
+                f'{where}: "{key}" {text!r} is {many} tokens, not one; choose a word that is a single token '
+                "(mind the leading space)"
             )
         labels.append(ids[0])
     return alone, tuple(labels)
 
 
 def _truncate(encoded: Encoded, context: int, target: str) -> Encoded:
-    """The first `context` tokens; a target at the end moves to the new end, targets inside that no longer fit fall away."""
+    """The first `context` tokens; a target at the end moves to the new end, targets inside that no longer fit
+    fall away."""
     ids = encoded.ids[:context]
     if target in ("predicted", "label", "contrast"):
         return Encoded(encoded.index, ids, (context - 1,), encoded.tokens, encoded.against)
@@ -215,7 +225,8 @@ def _truncate(encoded: Encoded, context: int, target: str) -> Encoded:
 
 
 def token_budget(batch_tokens: int | str, device: str) -> int:
-    """Padded tokens of a batch on a device "cpu" or "cuda". auto: what keeps a CPU's caches warm, or a GPU busy.
+    """Padded tokens of a batch on a device "cpu" or "cuda". auto: what keeps a CPU's caches warm, or a GPU
+    busy.
 
     Raises:
         UserError: neither auto nor a positive number.
@@ -228,7 +239,8 @@ def token_budget(batch_tokens: int | str, device: str) -> int:
 
 
 def make_batches(encoded: Iterable[Encoded], tokens: int, device: torch.device) -> list[Batch]:
-    """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length, longest first."""
+    """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length,
+    longest first."""
     return [make_batch(group, device) for group in group_by_length(encoded, tokens)]
 
 

@@ -1,4 +1,5 @@
-"""Formats of sample files: which one a file has, gzip around it, and reading CSV, TSV, Parquet and JSON arrays."""
+"""Formats of sample files: which one a file has, gzip around it, and reading CSV, TSV, Parquet and JSON
+arrays."""
 
 import csv
 import gzip
@@ -20,7 +21,8 @@ PLAIN_TEXT = (".txt", ".text", ".raw", ".md")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
 COLUMNS = ("text", "prompt", "input_ids")
-"""A table has one of these columns; `target`, `contrast`, `completion` and `continuation` are read beside it."""
+"""A table has one of these columns; `target`, `contrast`, `completion` and `continuation` are read beside it.
+"""
 UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".arrow", ".feather", ".xlsx", ".tar")
 START = 65_536
 """Bytes that are looked at to tell a format by its content."""
@@ -29,7 +31,8 @@ MAX_LINE = 10_000_000
 
 
 def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
-    """The bytes of an open file; of a gzip file those inside it, in a temporary file that goes when it is closed.
+    """The bytes of an open file; of a gzip file those inside it, in a temporary file that goes when it is
+    closed.
 
     Raises:
         UserError: the gzip file is truncated or damaged.
@@ -52,7 +55,8 @@ def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
 def format_of(opened: BinaryIO, path: str | os.PathLike[str]) -> str:
     """The format of a file of samples: "json lines", "json array", "csv", "tsv", "parquet" or "text".
 
-    The name decides where it says it (in any case, `.gz` apart); a name that says nothing leaves it to the content.
+    The name decides where it says it (in any case, `.gz` apart); a name that says nothing leaves it to the
+    content.
 
     Raises:
         UserError: a format that is not read, named with what to do.

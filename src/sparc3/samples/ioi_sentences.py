@@ -1,7 +1,8 @@
-"""Sentences for indirect object identification (Wang et al. 2022): two people are named, one gives, who receives?
+"""Sentences for indirect object identification (Wang et al. 2022): two people are named, one gives, who
+receives?
 
-Source `ioi`, for any model: names, places and things are those that are one token for its tokenizer. A sentence belongs to exactly one
-split, by a hash of its words.
+Source `ioi`, for any model: names, places and things are those that are one token for its tokenizer. A
+sentence belongs to exactly one split, by a hash of its words.
 """
 
 import random
@@ -94,14 +95,17 @@ Row = tuple[str, str, str]
 def sentences(
     tokenizer: "PreTrainedTokenizerBase | None", split: str, seed: int, taken: frozenset[str] = frozenset()
 ) -> Iterator[Row]:
-    """ABBA and BABA sentences in turn by chance, no prompt twice, until a thousand draws in a row gave none that is new.
+    """ABBA and BABA sentences in turn by chance, no prompt twice, until a thousand draws in a row gave none
+    that is new.
 
     Raises:
-        UserError: the tokenizer knows too few of the words as single tokens; the message counts and names them.
+        UserError: the tokenizer knows too few of the words as single tokens; the message counts and names
+            them.
     """
     if tokenizer is None:
         raise UserError(
-            "source 'ioi' needs the model's tokenizer, whose single tokens its names must be; use it in a recipe"
+            "source 'ioi' needs the model's tokenizer, whose single tokens its names must be; use it in a "
+            "recipe"
         )
     names, places, things = (
         _single(tokenizer, kind, words)
@@ -127,7 +131,8 @@ def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, .
     if len(found) < LEAST[kind]:
         there = f" ({', '.join(found)})" if found else ""
         raise UserError(
-            f"source 'ioi' needs {LEAST[kind]} {kind} that are single tokens, and this tokenizer has {len(found)} of {len(words)}{there}; "
+            f"source 'ioi' needs {LEAST[kind]} {kind} that are single tokens, and this tokenizer has "
+            f"{len(found)} of {len(words)}{there}; "
             "write a JSONL of text, target and contrast for this model instead"
         )
     return found

@@ -1,4 +1,5 @@
-"""Samples: what relevance is computed on and prompts are taken from. The first of the four nouns that are written to disk."""
+"""Samples: what relevance is computed on and prompts are taken from. The first of the four nouns that are
+written to disk."""
 
 import json
 import os
@@ -61,7 +62,8 @@ class ReferenceSet:
 
     @property
     def repeated(self) -> int:
-        """How many samples are the same as an earlier one; each counts again in every mean. Blank lines are not counted."""
+        """How many samples are the same as an earlier one; each counts again in every mean. Blank lines are
+        not counted."""
         written = [sample for sample in self.samples if sample.text is None or sample.text.strip()]
         return len(written) - len(set(written))
 
@@ -71,7 +73,8 @@ class ReferenceSet:
         return fingerprint([sample.row() for sample in self.samples])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSONL, one sample a line, and beside it `<name>.source.json`, which says where they came from."""
+        """Write JSONL, one sample a line, and beside it `<name>.source.json`, which says where they came
+        from."""
         write_json(
             Path(path).with_suffix(".source.json"),
             {"format": FORMAT, "source": self.source, "fingerprint": self.fingerprint},
@@ -82,7 +85,8 @@ class ReferenceSet:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ReferenceSet":
-        """Read JSONL or a text file. Raises UserError for a missing or empty file, naming a line that does not fit."""
+        """Read JSONL or a text file. Raises UserError for a missing or empty file, naming a line that does
+        not fit."""
         samples = tuple(sample_of(row, f"{path}, line {number}") for number, row in Rows(path))
         beside = Path(path).with_suffix(".source.json")
         if not beside.is_file():
@@ -91,7 +95,8 @@ class ReferenceSet:
         found = cls(samples, dict(about.get("source") or {}))
         if found.fingerprint != about.get("fingerprint"):
             raise DamagedFile(
-                f"{path} is not what {beside.name} says; make it again, or remove that file if you changed the samples"
+                f"{path} is not what {beside.name} says; make it again, or remove that file if you changed "
+                "the samples"
             )
         return found
 
@@ -103,7 +108,8 @@ class ReferenceSet:
         else:
             if isinstance(samples, str):
                 raise UserError(
-                    "samples is a single string; give a list of strings, or load a file with ReferenceSet.load"
+                    "samples is a single string; give a list of strings, or load a file with "
+                    "ReferenceSet.load"
                 )
             made = []
             for index, item in enumerate(samples):
@@ -125,12 +131,14 @@ class ReferenceSet:
 class Rows(Sequence[tuple[int, dict[str, Any]]]):
     """The rows of a file of samples, each with the number of its line.
 
-    JSON lines and text are read row by row, when a row is asked for: what is kept in memory is where each begins. A text file
-    with <|endoftext|> marks has one text between two marks, any other one text a line. CSV, TSV, Parquet and JSON arrays are
-    read whole, and their numbers are those of the rows where a format has no lines.
+    JSON lines and text are read row by row, when a row is asked for: what is kept in memory is where each
+    begins. A text file with <|endoftext|> marks has one text between two marks, any other one text a line.
+    CSV, TSV, Parquet and JSON arrays are read whole, and their numbers are those of the rows where a format
+    has no lines.
 
     Raises:
-        UserError: no such file, a row longer than MAX_LINE, no row at all; and, when a row is asked for, one that is not JSON or not UTF-8.
+        UserError: no such file, a row longer than MAX_LINE, no row at all; and, when a row is asked for, one
+            that is not JSON or not UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -175,7 +183,8 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
 
 
 def is_rows(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds many texts: a table, JSON, or text with marks. Any other text file may be one text or a text a line."""
+    """Whether a file holds many texts: a table, JSON, or text with marks. Any other text file may be one text
+    or a text a line."""
     with open_file(path) as opened:
         return format_of(opened, path) != "text" or _is_marked(opened)
 
@@ -191,7 +200,8 @@ def _is_marked(opened: BinaryIO) -> bool:
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file the user named, as bytes; gzip is unpacked. Raises UserError where it is missing, a folder, or cannot be read."""
+    """A file the user named, as bytes; gzip is unpacked. Raises UserError where it is missing, a folder, or
+    cannot be read."""
     try:
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder; name a file in it")
@@ -207,7 +217,8 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def _pieces(opened: BinaryIO, separator: bytes, path: str) -> Iterator[tuple[int, bytes]]:
-    """What stands between separators, with the place it begins at; of a file of any size only one piece is in memory."""
+    """What stands between separators, with the place it begins at; of a file of any size only one piece is in
+    memory."""
     opened.seek(0)
     held = opened.read(BLOCK)
     begin = len(BOM) if held.startswith(BOM) else 0

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 Score = Callable[[list[str]], list[tuple[str, float | None]]]
-"""Completes each prompt with the model under study and scores the completion: (completion, toxicity or None)."""
+"""Completes each prompt with the model under study and scores the completion: (completion, toxicity or None).
+"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ AT_ONCE = 256
 """Prompts that a model completes before it is known how many of them fit."""
 
 WIDER = (4, 16, 64)
-"""So many times the samples asked for are looked at where few may fit: the first factor, then the next ones where that gave too few."""
+"""So many times the samples asked for are looked at where few may fit: the first factor, then the next ones
+where that gave too few."""
 
 Source = Callable[[Request, "PreTrainedTokenizerBase | None", "Score | None"], list[Sample]]
 _SOURCES: dict[str, Source] = {}
@@ -76,7 +78,8 @@ def require_source(name: str) -> None:
         raise unknown("source", name, _SOURCES)
     if not Path(name).is_file():
         raise UserError(
-            f"no such file: {name}; a source is one of {', '.join(sources())}, or the path of a JSONL or text file"
+            f"no such file: {name}; a source is one of {', '.join(sources())}, or the path of a JSONL or "
+            "text file"
         )
 
 
@@ -90,7 +93,8 @@ def gather(
         score: needed where `choose_by` is "completion".
 
     Raises:
-        UserError: an unknown source, a file that does not fit, or fewer samples than asked for (the message says how many).
+        UserError: an unknown source, a file that does not fit, or fewer samples than asked for (the message
+            says how many).
     """
     require_source(request.source)
     read = _SOURCES.get(request.source) or _read_file
@@ -101,7 +105,8 @@ def gather(
     )
     if request.seq_len and any(len(sample.input_ids or ()) != request.seq_len for sample in found):
         raise UserError(
-            f"source '{request.source}' gives its texts whole, and cannot cut them to seq_len {request.seq_len}; leave that out"
+            f"source '{request.source}' gives its texts whole, and cannot cut them to seq_len "
+            f"{request.seq_len}; leave that out"
         )
     wanted = request.count * (len(request.seeds) if request.seq_len else 1)
     if len(found) < wanted:
@@ -122,7 +127,8 @@ def gather(
 def _repetitive(
     request: Request, read: "Source", tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
 ) -> list[Sample]:
-    """Prompts whose greedy response by this model repeats itself, RUR ≤ max_rur (the paper's way), with that response as completion.
+    """Prompts whose greedy response by this model repeats itself, RUR ≤ max_rur (the paper's way), with that
+    response as completion.
 
     More and more of the source is looked at until there are enough of them or it gives no more.
     """
@@ -272,7 +278,8 @@ def _ioi(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: S
 
 
 def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a data set through `datasets`, streaming; shuffled by `shuffle(seed, buffer_size=10_000)` where a seed is given.
+    """Rows of a data set through `datasets`, streaming; shuffled by `shuffle(seed, buffer_size=10_000)` where
+    a seed is given.
 
     Args:
         seed: decides both the order of the shards and the draws from the buffer; None keeps the order.
@@ -293,7 +300,8 @@ def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
             yield from rows.shuffle(seed=seed, buffer_size=10_000) if seed is not None else rows
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"no data set {where.get('path')} on the hub ({str(error).splitlines()[0]}); give a JSONL file instead"
+            f"no data set {where.get('path')} on the hub ({str(error).splitlines()[0]}); give a JSONL file "
+            "instead"
         ) from None
 
 
@@ -304,15 +312,17 @@ def _wikitext_lines(split: str) -> list[str]:
 
 
 def is_wikitext(name: str) -> bool:
-    """Whether a file has the format of WikiText's raw files: a line a paragraph, "= heading =", tokens apart by spaces."""
+    """Whether a file has the format of WikiText's raw files: a line a paragraph, "= heading =", tokens apart
+    by spaces."""
     return name.lower().removesuffix(".gz").endswith(".raw")
 
 
 def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence[str]:
     """The texts that perplexity is measured on: the first `count` of a source, or of a file.
 
-    A plain text file is one text. WikiText's own files (`.raw`) have the rows that the hub's data set has, so that both
-    give the same perplexity: its rows joined by blank lines, as SparseGPT's and Wanda's code has it.
+    A plain text file is one text. WikiText's own files (`.raw`) have the rows that the hub's data set has, so
+    that both give the same perplexity: its rows joined by blank lines, as SparseGPT's and Wanda's code has
+    it.
     """
     require_source(name)
     if name == "wikitext2":
@@ -355,7 +365,8 @@ def _cut_each_seed(
 def _cuts(
     documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", seq_len: int, count: int, r: random.Random
 ) -> Iterator[Sample]:
-    """`count` cuts of exactly `seq_len` tokens: one from each document that is long enough, or many from one long text."""
+    """`count` cuts of exactly `seq_len` tokens: one from each document that is long enough, or many from one
+    long text."""
     left = count
     for text in documents:
         if left == 0:
@@ -381,8 +392,8 @@ def _cuts(
 def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score | None) -> list[Sample]:
     """Rows of RealToxicityPrompts chosen by a toxicity between min_toxicity and max_toxicity.
 
-    choose_by: `prompt` or `continuation`, the data set's own scores; `completion`, the score of this model's own completion,
-    which the sample then carries (the paper's way). Stops reading when there are enough.
+    choose_by: `prompt` or `continuation`, the data set's own scores; `completion`, the score of this model's
+    own completion, which the sample then carries (the paper's way). Stops reading when there are enough.
     """
     ways = ("prompt", "continuation", "completion")
     by = request.choose_by or "prompt"
@@ -413,7 +424,8 @@ def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score
 
 
 def _fresh_prompts(rows: Iterable[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
-    """Rows of the request's split whose prompt no other set of the run holds. A prompt's split follows from its words."""
+    """Rows of the request's split whose prompt no other set of the run holds. A prompt's split follows from
+    its words."""
     seen = set(map(_plain, request.taken))
     for row in rows:
         sample = sample_of(row, request.source)
@@ -433,12 +445,14 @@ def _choose_by_completion(prompts: list[str], score: Score, low: float, high: fl
 
 
 def _plain(text: str) -> str:
-    """What identifies a prompt: its text, where case, white space and Unicode's ways of writing one character do not count."""
+    """What identifies a prompt: its text, where case, white space and Unicode's ways of writing one character
+    do not count."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def prompt_split(text: str) -> str:
-    """Which side of the fence a prompt of a source without splits lies on: 70 % are for reference, 30 % for test."""
+    """Which side of the fence a prompt of a source without splits lies on: 70 % are for reference, 30 % for
+    test."""
     return "test" if random.Random(f"sparc3/split/{_plain(text)}").random() < 0.3 else "reference"
 
 

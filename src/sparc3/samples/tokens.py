@@ -1,9 +1,11 @@
-"""What a sample is to the model, its token ids, and to people, its text: asked here by every metric, source and stage.
+"""What a sample is to the model, its token ids, and to people, its text: asked here by every metric, source
+and stage.
 
-The tokens of a prompt and its completion are those of the joined text, as lm-evaluation-harness has it (`_encode_pair`): the whole is
-tokenised, the prompt alone says where the completion begins, and spaces at the prompt's end are the completion's, for most tokenizers have
-them in the next word's token. Where the boundary falls inside a token, that token is the completion's too (the harness would cut by number
-of tokens, and could lose it). Nothing closes a prompt, and it is opened once.
+The tokens of a prompt and its completion are those of the joined text, as lm-evaluation-harness has it
+(`_encode_pair`): the whole is tokenised, the prompt alone says where the completion begins, and spaces at the
+prompt's end are the completion's, for most tokenizers have them in the next word's token. Where the boundary
+falls inside a token, that token is the completion's too (the harness would cut by number of tokens, and could
+lose it). Nothing closes a prompt, and it is opened once.
 """
 
 from collections.abc import Sequence
@@ -42,7 +44,8 @@ class SampleTokens:
 def read_sample(
     sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str = "a sample"
 ) -> SampleTokens:
-    """Token ids of prompt and completion, and the prompt's text. Raises UserError where a text has no tokenizer."""
+    """Token ids of prompt and completion, and the prompt's text. Raises UserError where a text has no
+    tokenizer."""
     completion = sample.completion or ""
     if sample.input_ids is not None:
         text = decode(sample.input_ids, tokenizer) if tokenizer is not None else ""
@@ -60,7 +63,8 @@ def read_sample(
 
 
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:
-    """Token ids of a text that more may follow: opened as the tokenizer opens a text, but once where it opens itself, and not closed."""
+    """Token ids of a text that more may follow: opened as the tokenizer opens a text, but once where it opens
+    itself, and not closed."""
     plain = plain_ids(text, tokenizer)
     opening = _opening(tokenizer, text)
     there = next(
@@ -82,7 +86,8 @@ def decode(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", special: bo
 
 
 def decode_after(prompt: Sequence[int], new: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What new tokens add to the text of the prompt: alone, SentencePiece's decoders would take the first one's space away."""
+    """What new tokens add to the text of the prompt: alone, SentencePiece's decoders would take the first
+    one's space away."""
     before, whole = decode(prompt, tokenizer), decode([*prompt, *new], tokenizer)
     return whole[len(before) :] if whole.startswith(before) else decode(new, tokenizer)
 
