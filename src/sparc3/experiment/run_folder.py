@@ -170,7 +170,7 @@ def load_or_make(
 
 
 def tidy(work: "RunContext") -> None:
-    """At the end of a run: remove what earlier recipes left, and say what was used again, made and removed."""
+    """At the end of a run: remove what earlier recipes left, and log what was reused, made and removed."""
     removed = remove_strangers(work.folder, work.belongs)
     if work.used_again:
         log.info("used again: %d files; made anew: %s", len(work.used_again), list_names(work.made) or "none")
