@@ -17,7 +17,7 @@ from sparc3.attribution.patching import frozen, lrp_rules
 from sparc3.attribution.relevance import target_of
 from sparc3.attribution.sums import Settings, Sums
 from sparc3.doctor.completeness import relevance_ledger
-from sparc3.errors import NonFinite
+from sparc3.errors import NonFinite, UserError
 from sparc3.models.families import ROLES
 from sparc3.models.sites import family_of, sites_of
 from sparc3.samples.batches import encode, make_batches
@@ -473,3 +473,20 @@ def test_low_precision_agrees_with_float32(name: str, dtype: torch.dtype, close:
             found[site].dtype == torch.float32 and distance(found[site], exact[site]) < close
             for site in exact
         ), (unit, neuron)
+
+
+@pytest.mark.parametrize(
+    "around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
+)
+def test_what_is_switched_on_around_the_call_does_not_reach_the_relevance(around: Any, demo: tuple) -> None:
+    model, tokenizer = demo
+    alone = attribute(model, ["Tom was angry"], tokenizer=tokenizer)
+    with around():
+        inside = attribute(model, ["Tom was angry"], tokenizer=tokenizer)
+    assert all(torch.equal(alone[name], inside[name]) for name in alone)
+
+
+def test_a_tokenizers_output_is_not_taken_for_texts(demo: tuple) -> None:
+    model, tokenizer = demo
+    with pytest.raises(UserError, match="input_ids"):
+        attribute(model, tokenizer(["Tom", "was"]), tokenizer=tokenizer)

@@ -371,7 +371,11 @@ def _register_attention(implementation: str, cp: bool, capped: bool = False) -> 
 @contextmanager
 def frozen(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, no parameter asks for a gradient, the model is in eval mode, and experts can be hooked
-    (`Site.hooked`); then all is as before."""
+    (`Site.hooked`); then all is as before.
+
+    What the caller has switched on around it (no_grad, inference_mode, autocast) does not reach inside:
+    relevance has the model's own precision.
+    """
     renew_(model)
     places = [
         (module._parameters, name)
@@ -385,7 +389,12 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
         for held, name, _ in asked:
             held[name].requires_grad_(False)
         model.eval()
-        with torch.enable_grad(), open_experts(model):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(model.device.type, enabled=False),
+            open_experts(model),
+        ):
             yield
     finally:
         for (

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,6 +111,8 @@ class ReferenceSet:
                     "samples is a single string; give a list of strings, or load a file with "
                     "ReferenceSet.load"
                 )
+            if isinstance(samples, Mapping):  # a tokenizer's output: going through it would give its keys
+                raise UserError("samples is a mapping; give a list, such as its 'input_ids' without padding")
             made = []
             for index, item in enumerate(samples):
                 if isinstance(item, Sample):
