@@ -42,7 +42,7 @@ def saved(folder: Path, name: str, dtype: torch.dtype, **changes: Any) -> Path:
 
 def circuit_of(model: Any) -> Circuit:
     """Two neurons of the first layer."""
-    from sparc3.models.load import describe
+    from sparc3.models.fingerprint import describe
 
     return Circuit("neuron", {sites_of(model, ["mlp.up"])[0].name: (1, 4)}, describe(model))
 

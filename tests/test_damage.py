@@ -30,7 +30,8 @@ from sparc3 import (
 from sparc3.attribution.partial_sums import load_sums
 from sparc3.errors import Sparc3Error
 from sparc3.evaluation.statistics import Evaluation, Observations
-from sparc3.models.load import DEMO, model_fingerprint
+from sparc3.models.fingerprint import model_fingerprint
+from sparc3.models.load import DEMO
 from sparc3.results import Difference, Measurement
 from sparc3.storage import read_json, save_tensors, write_json
 
@@ -282,7 +283,7 @@ def test_the_fingerprint_tells_what_a_configuration_computes(
 def test_the_fingerprint_tells_kinds_of_rotary_positions_apart() -> None:
     from types import SimpleNamespace
 
-    from sparc3.models.load import _figures
+    from sparc3.models.fingerprint import _figures
 
     def figures(**rope: Any) -> dict[str, Any]:
         config = SimpleNamespace(rope_parameters={"rope_theta": 1e4, **rope})

@@ -21,7 +21,8 @@ from sparc3.doctor.second_opinion import flows
 from sparc3.errors import UnsupportedModel
 from sparc3.models.experts import by_position, tokens_of
 from sparc3.models.families import FAMILIES
-from sparc3.models.load import describe, load_model
+from sparc3.models.fingerprint import describe
+from sparc3.models.load import load_model
 from sparc3.models.sites import Site, family_of, open_experts, sites_of
 
 every = pytest.mark.parametrize("name", CONFIGS)

@@ -13,8 +13,9 @@ from sparc3 import Circuit, UserError, load_model
 from sparc3.checkpoints.export import export
 from sparc3.doctor.specimen import has_weights
 from sparc3.errors import UnsupportedModel
+from sparc3.models.fingerprint import describe
 from sparc3.models.gguf import find_gguf
-from sparc3.models.load import describe, load_config, load_tokenizer, load_weights, require_loadable
+from sparc3.models.load import load_config, load_tokenizer, load_weights, require_loadable
 from sparc3.models.sites import sites_of
 from sparc3.plan.lengths import tokenizer_at_hand
 

@@ -12,8 +12,8 @@ import torch
 from tests.hub import TOKEN, Hub, running
 
 from sparc3 import Circuit, UserError, ablated, load_model
+from sparc3.models.fingerprint import describe
 from sparc3.models.hub import Place, place_of
-from sparc3.models.load import describe
 from sparc3.models.sites import sites_of
 
 Say = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -30,7 +30,8 @@ from sparc3.evaluation.perplexity import negative_log_likelihoods
 from sparc3.experiment.compress import prune_sequentially
 from sparc3.models import load as models
 from sparc3.models.families import ROLES
-from sparc3.models.load import load_weights, model_fingerprint
+from sparc3.models.fingerprint import model_fingerprint
+from sparc3.models.load import load_weights
 from sparc3.models.offloading import RESERVE, copy_model, gpu_room, is_offloaded, named_values
 from sparc3.models.sites import family_of, shadowed, sites_of
 from sparc3.plan.plan import plan

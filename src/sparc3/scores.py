@@ -25,7 +25,8 @@ class Scores(Mapping[str, "Tensor"]):
     Attributes:
         values_: the tensors, in the order of the sites, which breaks ties in `select`.
         provenance: method, unit, target, neuron, reduce, samples and tokens (counts), model (id,
-            architecture, fingerprint), samples_fingerprint, version, and what the method noted on its way.
+            architecture, fingerprint), samples_fingerprint, tokenizer (its fingerprint, where samples are
+            texts), version, and what the method noted on its way.
     """
 
     values_: dict[str, "Tensor"]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import __version__, distributed
 from ..models.experts import by_position, tokens_of
-from ..models.load import context_length, describe, vocabulary_size
+from ..models.fingerprint import describe
+from ..models.load import context_length, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, down_sites, sites_of
 from ..samples.batches import Batch, Encoded, encode, join_completions, make_batches

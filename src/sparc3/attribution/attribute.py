@@ -12,7 +12,8 @@ import torch
 
 from .. import __version__, distributed
 from ..errors import NonFinite, Sparc3Error, UserError, unknown
-from ..models.load import context_length, describe, vocabulary_size
+from ..models.fingerprint import describe, tokenizer_fingerprint
+from ..models.load import context_length, vocabulary_size
 from ..models.memory import out_of_memory, remember, room, too_large
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, sites_of
@@ -126,12 +127,14 @@ def attribute(
     if needs_weight(chosen, settings):
         for site in where:
             site.require_values()
-    sums, described, references = Sums(settings), describe(model), None
+    sums, described, references, reader = Sums(settings), describe(model), None, None
     if chosen.run:
         references = ReferenceSet.of(samples)
         encoded = _encode_samples(model, references, tokenizer, chosen, settings, truncate)
         _log_samples(references, encoded, truncate, context_length(model))
-        task = _make_task(settings, described, model, references, encoded, where, shard)
+        if tokenizer is not None and any(sample.written for sample in references):
+            reader = tokenizer_fingerprint(tokenizer)
+        task = _make_task(settings, described, model, reader, references, encoded, where, shard)
         share, budget = (
             _samples_of_shard(encoded, task, partial),
             token_budget(batch_tokens, device_of(model).type),
@@ -152,7 +155,8 @@ def attribute(
                 f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 "
                 "or float32"
             )
-    about = _provenance(described, settings, roles, sums, references.fingerprint if references else None)
+    digest = references.fingerprint if references else None
+    about = _provenance(described, reader, settings, roles, sums, digest)
     return _finish_scores(chosen, where, sums, about)
 
 
@@ -171,7 +175,9 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
         DamagedFile: a file that is not as it was written.
     """
     task, sums = combine_shards(shards)
-    settings, described = task.settings, {key: value for key, value in task.model.items() if key != "dtype"}
+    settings, described = task.settings, dict(task.model)
+    reader = described.pop("tokenizer", None)
+    described.pop("dtype", None)
     chosen = require_method(settings.method)
     sites = task.stand_ins()
     if chosen.weighs or settings.unit == "weight":
@@ -188,7 +194,7 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
         sites = sites_of(model, {site.role for site in sites})
     roles = tuple(dict.fromkeys(site.role for site in sites))
     return _finish_scores(
-        chosen, sites, sums, _provenance(described, settings, roles, sums, task.samples_fingerprint)
+        chosen, sites, sums, _provenance(described, reader, settings, roles, sums, task.samples_fingerprint)
     )
 
 
@@ -247,6 +253,7 @@ def _make_task(
     settings: Settings,
     described: dict[str, str],
     model: "PreTrainedModel",
+    reader: str | None,
     references: ReferenceSet,
     encoded: list[Encoded],
     sites: list[Site],
@@ -256,7 +263,7 @@ def _make_task(
     shapes = tuple((site.name, site.role, site.layer, site.out, site.inp, site.heads) for site in sites)
     return Task(
         settings,
-        {**described, "dtype": str(model.dtype)},
+        {**described, "dtype": str(model.dtype), **({"tokenizer": reader} if reader else {})},
         references.fingerprint,
         tokens,
         len(encoded),
@@ -445,6 +452,7 @@ def _device(name: str) -> str:
 
 def _provenance(
     model: dict[str, str],
+    reader: str | None,
     settings: Settings,
     roles: tuple[str, ...],
     sums: Sums,
@@ -464,5 +472,6 @@ def _provenance(
         "skipped": sums.skipped,
         "model": model,
         "samples_fingerprint": samples_fingerprint,
+        **({"tokenizer": reader} if reader else {}),
         "version": __version__,
     }

@@ -32,7 +32,8 @@ class Task:
 
     Attributes:
         settings: of the method.
-        model: id, architecture, fingerprint; and the dtype it was run in.
+        model: id, architecture, fingerprint; the dtype it was run in; and of samples that are texts the
+            tokenizer's fingerprint.
         samples_fingerprint: of the whole reference set, of which a shard has seen a part.
         tokens_fingerprint: of its tokens and targets, which also depend on the tokenizer and on truncation.
         count: how many samples the reference set has.

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..circuits.ablate import ablated, removed_units, weaken_values
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import Sparc3Error, UserError
+from ..models.fingerprint import describe
 from ..models.gguf import repository_of
 from ..models.hub import looks_local, snapshot
-from ..models.load import MAP, describe, load_weights
+from ..models.load import MAP, load_weights
 from ..models.offloading import is_offloaded, named_values, state_of
 from ..models.sites import DTYPES
 from ..results import Results

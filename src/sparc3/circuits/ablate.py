@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.families import ROLES
-from ..models.load import model_id, require_present
+from ..models.fingerprint import model_id, require_present
 from ..models.offloading import named_values, value_of
 from ..models.sites import Site, down_sites, family_of, sites_of
 from ..storage import digest, fingerprint

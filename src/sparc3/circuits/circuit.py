@@ -106,7 +106,7 @@ class Circuit:
 
     def require_model(self, model: "PreTrainedModel") -> None:
         """Raise UserError unless this circuit was found on exactly these weights."""
-        from ..models.load import describe
+        from ..models.fingerprint import describe
 
         here = describe(model)
         if self.model.get("fingerprint") != here["fingerprint"]:

@@ -88,6 +88,13 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
             f"scores are of {models[0].get('id')} ({models[0].get('fingerprint')}); score both on the same "
             "model"
         )
+    readers = [scores.provenance.get("tokenizer") for scores in (undesired, other)]
+    if all(readers) and readers[0] != readers[1]:
+        raise UserError(
+            f"the {name} scores were made with tokenizer {readers[1]} and the undesired ones with "
+            f"{readers[0]}; "
+            "score both with the model's own"
+        )
     for key in ("unit", "method", "neuron"):
         expected, actual = undesired.provenance.get(key), other.provenance.get(key)
         if expected != actual:

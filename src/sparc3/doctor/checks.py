@@ -14,7 +14,7 @@ from ..circuits.ablate import ablated
 from ..circuits.circuit import Circuit
 from ..errors import NonFinite
 from ..models.families import ROLES
-from ..models.load import describe
+from ..models.fingerprint import describe
 from ..models.offloading import copy_model, device_of, named_values
 from ..models.sites import family_of, layers_of, sites_of
 from .completeness import relevance_ledger

@@ -12,8 +12,9 @@ import torch
 from .. import __version__
 from ..attribution.patching import lrp_rules
 from ..errors import Sparc3Error, UnsupportedModel, UserError
+from ..models.fingerprint import model_id
 from ..models.hub import require_hub
-from ..models.load import context_length, model_id
+from ..models.load import context_length
 from ..models.offloading import device_of, named_values
 from ..models.sites import sites_of
 from . import checks

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
 from ..errors import UserError
-from ..models.load import describe
+from ..models.fingerprint import describe
 from ..results import Difference, Results
 from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.sources import Request, corpus, gather

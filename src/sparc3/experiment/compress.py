@@ -22,7 +22,8 @@ from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.statistics import Evaluation
 from ..models.families import ROLES
-from ..models.load import context_length, describe, vocabulary_size
+from ..models.fingerprint import describe
+from ..models.load import context_length, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, family_of, layers_of, sites_of
 from ..progress import Progress
@@ -250,7 +251,7 @@ def _prune_layer_by_layer(work: RunContext, fraction: float | None) -> tuple[Pat
     asked, scope = work.recipe.attribution, settings(work).scope
     made_from = fingerprint(
         {
-            "model": work.described["fingerprint"],
+            "model": work.fingerprint,
             "samples": work.references["general"].fingerprint,
             "sites": asked.sites,
             "fraction": fraction,

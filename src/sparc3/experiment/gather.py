@@ -92,9 +92,7 @@ def _samples(
     work: RunContext, name: str, asked: dict[str, Any], source: str, make: Callable[[], ReferenceSet]
 ) -> ReferenceSet:
     digest = file_digest(source) if is_path(source) else None
-    made_from = fingerprint(
-        {**asked, "file": digest, "model": work.described["fingerprint"], "version": __version__}
-    )
+    made_from = fingerprint({**asked, "file": digest, "model": work.fingerprint, "version": __version__})
     found = load_or_make(
         work,
         f"samples/{name}.jsonl",
@@ -194,12 +192,7 @@ def _rows(evaluation: Evaluation, method: str, count: int, seed: int) -> list[di
 def _made_from(work: RunContext, samples: ReferenceSet, method: str, reduce: str) -> dict[str, Any]:
     asked = work.recipe.attribution.model_dump(exclude={"method", "reduce", "batch_tokens"})
     how = [method, reduce, _target(work), asked]
-    return {
-        "samples": samples.fingerprint,
-        "model": work.described["fingerprint"],
-        "how": how,
-        "version": __version__,
-    }
+    return {"samples": samples.fingerprint, "model": work.fingerprint, "how": how, "version": __version__}
 
 
 def _target(work: RunContext) -> str:

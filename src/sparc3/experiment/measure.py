@@ -66,7 +66,7 @@ def load_or_make_evaluation(work: RunContext, variant: str, change: Intervention
     """All metrics on one variant, kept as evaluation/`variant`.json."""
     made_from = fingerprint(
         {
-            "model": work.described["fingerprint"],
+            "model": work.fingerprint,
             "without": change.fingerprint,
             "on": fingerprint_of(work.prepared),
             "version": __version__,

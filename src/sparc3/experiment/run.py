@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
 from ..evaluation.evaluate import check_metrics
-from ..models.load import describe, load_model, require_loadable
+from ..models.fingerprint import describe
+from ..models.load import load_model, require_loadable
 from ..models.offloading import device_of, named_values
 from ..recipe.schema import Recipe, load_recipe
 from ..report.write import write_report

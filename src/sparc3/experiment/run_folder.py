@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,11 +15,12 @@ from ..circuits.circuit import Circuit
 from ..errors import Sparc3Error, UserError
 from ..evaluation.metrics import Prepared
 from ..evaluation.statistics import Evaluation
+from ..models.fingerprint import tokenizer_fingerprint
 from ..recipe.schema import Recipe
 from ..safe_text import LineFormatter
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
-from ..storage import read_text, remove_leftovers, write_text
+from ..storage import fingerprint, read_text, remove_leftovers, write_text
 from .changed_recipe import list_names, remove_strangers, take_over
 
 if TYPE_CHECKING:
@@ -221,6 +223,12 @@ class RunContext:
         """The path of a file of this run, which from now on belongs to it."""
         self.belongs |= {name, f"{name.removesuffix('.jsonl')}.source.json"}
         return self.folder / name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names what every stage computes with: model, tokenizer, and the tokens that end a continuation."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        return fingerprint([self.described["fingerprint"], tokenizer_fingerprint(self.tokenizer), ends])
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
         """Prompts that those of these reference sets which come from `source` hold."""

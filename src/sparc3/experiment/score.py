@@ -118,7 +118,7 @@ def _load_or_make_scores(
         {
             **asked,
             "samples": work.references[name].fingerprint,
-            "model": work.described["fingerprint"],
+            "model": work.fingerprint,
             "without": before.fingerprint if before else None,
             "version": __version__,
         }

@@ -106,7 +106,7 @@ class Trials:
     def made_from(self) -> str:
         """Names what a trial depends on, apart from its circuit."""
         on = fingerprint_of([*self.budget, *self.asked])
-        return fingerprint({"model": self.work.described["fingerprint"], "on": on, "version": __version__})
+        return fingerprint({"model": self.work.fingerprint, "on": on, "version": __version__})
 
     def of(self, change: Intervention, original: Figures | None = None) -> Figures:
         """The figures of a variant; without the aim where the damage is hopeless."""

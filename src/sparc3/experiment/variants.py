@@ -92,7 +92,7 @@ def _load_or_make_expertise(work: RunContext) -> Scores:
     made_from = fingerprint(
         {
             "aura": [undesired.fingerprint, benign.fingerprint],
-            "model": work.described["fingerprint"],
+            "model": work.fingerprint,
             "version": __version__,
         }
     )

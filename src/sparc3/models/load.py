@@ -1,7 +1,5 @@
-"""Loading a causal language model, and saying which one it is."""
+"""Loading a causal language model and its tokenizer, and whether a checkpoint is whole."""
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -14,10 +12,11 @@ from torch import nn
 from ..errors import UserError, unknown
 from ..storage import parse_json, read_text
 from .families import require_family
-from .gguf import find_gguf, gguf_config, load_gguf_tokenizer, load_gguf_weights, repository_of
+from .fingerprint import require_present
+from .gguf import find_gguf, gguf_config, load_gguf_tokenizer, load_gguf_weights
 from .hub import CONVERT, hub_errors, looks_local, require_hub
 from .memory import available
-from .offloading import first_out_of_reach, gpu_room, named_values, offloaded_layers
+from .offloading import gpu_room, named_values, offloaded_layers
 from .sites import DTYPES, family_of, layers_of
 
 if TYPE_CHECKING:
@@ -144,17 +143,6 @@ def _needed_bytes(config: Any, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         return sum(
             weight.nbytes for weight in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters()
-        )
-
-
-def require_present(model: "PreTrainedModel") -> None:
-    """Raise UserError where weights are not in memory: accelerate can leave them on the disk, and there they
-    cannot be changed."""
-    if away := first_out_of_reach(model):
-        raise UserError(
-            f"{away} of '{model_id(model)}' is offloaded to the disk, and attribution and ablation need it "
-            "in memory; use a machine with more of "
-            "it, or load the model in bfloat16"
         )
 
 
@@ -303,119 +291,6 @@ def context_length(model: "PreTrainedModel") -> int:
 def vocabulary_size(model: "PreTrainedModel") -> int:
     """The number of token ids the model has an embedding for."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def describe(model: "PreTrainedModel") -> dict[str, str]:
-    """Which model this is: id, architecture and fingerprint, as scores and circuits record them."""
-    return {
-        "id": model_id(model),
-        "architecture": model.config.model_type,
-        "fingerprint": model_fingerprint(model),
-    }
-
-
-def model_id(model: "PreTrainedModel") -> str:
-    """The hub id, or the name of the local folder (never its whole path, which is nobody else's business)."""
-    name = str(getattr(model, "name_or_path", "") or model.config.model_type)
-    return Path(name).resolve().name if looks_local(name) and not repository_of(name) else name
-
-
-FIGURES = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "sliding_window",
-    "partial_rotary_factor",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "norm_eps",
-    "norm_epsilon",
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "activation",
-    "parallel_attn",
-    "use_parallel_residual",
-    "alibi",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "query_pre_attn_scalar",
-    "logit_scale",
-    "logits_scaling",
-    "attention_multiplier",
-    "embedding_multiplier",
-    "residual_multiplier",
-)
-"""What a configuration says of the computation that the shapes of the weights do not, under names that do not
-change with transformers."""
-
-
-def _figures(config: Any) -> dict[str, Any]:
-    """Those that the configuration has, and of its rotary positions every number, and the type where it is
-    not the default."""
-    config = config.get_text_config()
-    found = {name: value for name in FIGURES if (value := getattr(config, name, None)) is not None}
-    waiting = [("", getattr(config, "rope_parameters", None) or {})]
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [(f"{name}.{key}".lstrip("."), value[key]) for key in value]
-        elif isinstance(value, list | tuple):
-            waiting += [(f"{name}.{place}", one) for place, one in enumerate(value)]
-        elif isinstance(value, int | float):
-            found[name] = float(value)
-        elif name.rpartition(".")[2] in ("rope_type", "type") and value != "default":
-            found[name.removesuffix("rope_type").removesuffix("type") + "type"] = value
-    return found
-
-
-@torch.no_grad()
-def model_fingerprint(model: "PreTrainedModel") -> str:
-    """A short name of the weights' values and of the configuration's FIGURES: 16 hex digits.
-
-    Each matrix enters by the exact integer sums of its rows and columns, after rounding to bfloat16, so that
-    one checkpoint has one fingerprint whether it is loaded in float32 or bfloat16, on CPU or GPU, and one
-    changed weight gives another.
-    """
-    require_present(model)
-    digest = hashlib.sha256(model.config.model_type.encode())
-    digest.update(json.dumps(_figures(model.config), sort_keys=True).encode())
-    for name, parameter in (
-        (name, part) for name, whole in named_values(model) for part in _plain_parts(whole.detach())
-    ):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        rows = parameter.reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
-        columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
-        for piece in rows.split(max(1, 2**25 // rows.shape[1])):
-            bits = (
-                piece.to(torch.bfloat16).contiguous().view(torch.int16)
-                if piece.is_floating_point()
-                else piece
-            )
-            digest.update(_exact_sum(bits, 1).cpu().numpy().tobytes())
-            columns += _exact_sum(bits, 0)
-        digest.update(columns.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _exact_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum of integers in int64. Of 16-bit ones 512 at a time go through float32, which holds these sums
-    exactly and adds many times faster."""
-    if values.dtype != torch.int16:
-        return values.sum(dim, dtype=torch.int64)
-    whole = values.shape[dim] // 512 * 512
-    many = values.narrow(dim, 0, whole).float().unflatten(dim, (-1, 512)).sum(dim + 1)
-    rest: torch.Tensor = values.narrow(dim, whole, values.shape[dim] - whole).sum(dim, dtype=torch.int64)
-    return rest.add_(many.sum(dim, dtype=torch.int64))
-
-
-def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor itself, or the ones that a quantised tensor is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]
 
 
 # Whether a checkpoint of others can be trusted to be what it says: no pickle, every weight there, each of its
