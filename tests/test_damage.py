@@ -286,9 +286,8 @@ def test_the_fingerprint_tells_kinds_of_rotary_positions_apart() -> None:
     from sparc3.models.fingerprint import _figures
 
     def figures(**rope: Any) -> dict[str, Any]:
-        config = SimpleNamespace(rope_parameters={"rope_theta": 1e4, **rope})
-        config.get_text_config = lambda: config
-        return _figures(config)
+        config = SimpleNamespace(to_dict=lambda: {"rope_parameters": {"rope_theta": 1e4, **rope}})
+        return _figures(SimpleNamespace(get_text_config=lambda: config))
 
     made = [
         figures(),
