@@ -206,14 +206,26 @@ def add_circuit_commands(add: Add) -> None:
     circuits.add_argument("--out", help="where the combined circuit goes")
 
     ablate = add(
-        "ablate", _ablate, "write the model without a circuit as an ordinary Hugging Face checkpoint"
+        "ablate",
+        _ablate,
+        "write the model without a circuit as an ordinary Hugging Face checkpoint, or take the circuit out "
+        "of a GGUF itself",
     )
     model_arguments(ablate)
-    ablate.add_argument(
-        "--circuit", required=True, help="circuit.json, a folder that holds one, or USER/REPO on the hub"
-    )
+    ablate.add_argument("--circuit", help="circuit.json, a folder that holds one, or USER/REPO on the hub")
     ablate.add_argument("--results", help="results.json to put into the model card")
-    ablate.add_argument("--out", required=True, help="a new folder")
+    ablate.add_argument(
+        "--out",
+        help="a new folder; or, of a GGUF, a new file (.gguf), its blocks as they were but the removed ones",
+    )
+    ablate.add_argument(
+        "--in-place",
+        action="store_true",
+        help="change the GGUF itself; the patch that undoes it is written first",
+    )
+    ablate.add_argument(
+        "--undo", metavar="PATCH", help="put back what this patch took from the GGUF, instead of a circuit"
+    )
     ablate.add_argument(
         "--shrink",
         action="store_true",
@@ -294,6 +306,37 @@ def _circuits(args: argparse.Namespace) -> None:
 
 
 def _ablate(args: argparse.Namespace) -> None:
+    if bool(args.circuit) == bool(args.undo):
+        raise UserError("give --circuit, what to remove, or --undo, the patch of a GGUF")
+    if args.in_place or args.undo or (args.out or "").lower().endswith(".gguf"):
+        _ablate_gguf(args)
+    elif args.out:
+        _ablate_checkpoint(args)
+    else:
+        raise UserError("say where the model goes with --out")
+
+
+def _ablate_gguf(args: argparse.Namespace) -> None:
+    from ..checkpoints.gguf_patch import patch_gguf, undo_patch
+    from ..circuits.circuit import Circuit
+
+    if args.shrink or args.results:
+        raise UserError("a GGUF is not shrunk and has no model card; leave out --shrink and --results")
+    target = args.out or args.model
+    if args.undo:
+        undone = undo_patch(args.model, args.undo, args.out, in_place=args.in_place)
+        say(f"{target}: {undone.file} as it was, SHA-256 {undone.sha256_before}")
+        return
+    circuit = Circuit.load(args.circuit)
+    patch, kept = patch_gguf(args.model, circuit, args.out, in_place=args.in_place, force=args.force)
+    say(
+        f"{target}: {patch.file} without {len(circuit)} {circuit.unit}s{circuit.at_strength}; "
+        f"{patch.bytes_changed:,} of {patch.size:,} bytes changed, {kept} undoes it"
+    )
+    say(f"checked: {patch.checked}")
+
+
+def _ablate_checkpoint(args: argparse.Namespace) -> None:
     from ..checkpoints.export import export
     from ..circuits.circuit import Circuit
     from ..models.load import load_tokenizer, load_weights

@@ -89,12 +89,10 @@ def _require_whole_file(name: str) -> None:
         )
 
 
-@lru_cache(maxsize=8)
-def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
-    """(architecture, whether the file has a tokenizer). Raises UserError where the file cannot be read or
-    dequantised."""
-    import numpy
-    from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
+def read_gguf(path: Path) -> tuple[Any, str]:
+    """gguf's reader of the file, which maps it, and the architecture. Raises UserError where it is no whole
+    GGUF."""
+    from gguf import GGUFReader
 
     with path.open("rb") as opened:
         if opened.read(4) != b"GGUF":
@@ -103,7 +101,7 @@ def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
             )
     try:
         reader = GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
+        return reader, str(reader.fields["general.architecture"].contents())
     except KeyError as error:
         raise UserError(f"{path} is damaged: it lacks {error}; download it again") from None
     except Exception as error:
@@ -113,9 +111,20 @@ def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
                 f"{path} has tensors of type {kind[1]}, which the installed gguf does not know; "
                 "run: pip install --upgrade gguf, or give a file in Q8_0, F16 or F32"
             ) from None
+        size = path.stat().st_size
         raise UserError(
             f"{path} is truncated or damaged ({size} bytes, {type(error).__name__}); download it again"
         ) from None
+
+
+@lru_cache(maxsize=8)
+def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
+    """(architecture, whether the file has a tokenizer). Raises UserError where the file cannot be read or
+    dequantised."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    reader, architecture = read_gguf(path)
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight" and not bool((tensor.data == 1).all()):
             raise UnsupportedModel(

@@ -1,0 +1,301 @@
+"""Which bytes of a GGUF hold a circuit's units, and what they become: zeros, or blocks with smaller
+scales."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..circuits.circuit import Circuit
+from ..errors import UserError
+from ..models.families import FAMILIES
+from .gguf_names import Location, locate, require_same_architecture, rows_of
+
+SCALES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ1_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+"""Where in a block its 16-bit scales are, in bytes; every weight of the block is proportional to them.
+Other types have scales of their own."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """`count` pieces of `length` bytes of a tensor, `stride` bytes apart.
+
+    Attributes:
+        type: the tensor's GGML type.
+        offset: of the first, from the beginning of the file.
+        before, after: the bytes of all pieces, one after the other.
+    """
+
+    tensor: str
+    type: str
+    offset: int
+    length: int
+    stride: int
+    count: int
+    before: bytes = b""
+    after: bytes = b""
+
+    def fits(self, size: int) -> bool:
+        """Whether it lies in a file of `size` bytes and has its bytes before."""
+        numbers = (self.offset, self.length, self.stride, self.count)
+        return (
+            all(type(n) is int and n >= 0 for n in numbers)
+            and self.offset + self.stride * max(0, self.count - 1) + self.length <= size
+            and len(self.before) == self.length * self.count
+        )
+
+
+def plan_changes(path: Path, reader: Any, architecture: str, circuit: Circuit) -> tuple[list[Change], str]:
+    """The changes that take a circuit out of a file, and in words what was checked. Nothing is written.
+
+    Raises:
+        UserError: weights, another model's circuit, or blocks that cannot hold the change.
+    """
+    if circuit.unit == "weight":
+        raise UserError(
+            "single weights cannot be taken out of a GGUF: a block of a quantised type holds 32 or more of "
+            "them under one scale; "
+            "ablate the Hugging Face model, and convert the result"
+        )
+    if reader.byte_order != "I":
+        raise UserError(f"{path} is in the other byte order than this machine's; convert it first")
+    if (split := reader.fields.get("split.count")) and int(split.contents()) > 1:
+        raise UserError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
+    file = _File(path, reader, architecture, circuit)
+    changes = [change for name, units in circuit.members.items() for change in file.changes(name, units)]
+    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    done = [_weaken(change, reader.data, kinds[change.tensor], circuit.strength) for change in changes]
+    name = reader.fields.get("general.name")
+    called = f" (the file calls itself {name.contents()})" if name else ""
+    sure = (
+        f"architecture {architecture}, {file.layers} layers and the sizes of {len(circuit.members)} tensors "
+        f"fit{called}; "
+        "a quantised file does not tell whether its weights come from the model that the circuit was found on"
+    )
+    return done, sure
+
+
+class _File:
+    """The tensors of a GGUF, as a circuit of Hugging Face's names asks for them."""
+
+    def __init__(self, path: Path, reader: Any, architecture: str, circuit: Circuit) -> None:
+        self.path, self.architecture, self.circuit = path, architecture, circuit
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.fields = reader.fields
+        self.layers = int(self._figure("block_count"))
+        model_type = require_same_architecture(circuit.model.get("architecture"), architecture, path)
+        self.family = FAMILIES[model_type]
+        for name, size in (circuit.provenance.get("sizes") or {}).items():
+            self._require_size(name, size)
+
+    def _figure(self, key: str, layer: int = 0, otherwise: str | None = None) -> int:
+        field = self.fields.get(f"{self.architecture}.{key}")
+        if field is None and otherwise:
+            return self._figure(otherwise, layer)
+        if field is None:
+            raise UserError(f"{self.path} lacks {self.architecture}.{key} in its metadata; download it again")
+        value = field.contents()
+        return int(value[layer] if isinstance(value, list) else value)
+
+    def _find(self, name: str) -> tuple[Location, Any, tuple[int, ...]]:
+        where = locate(name, self.family, self.architecture, self.layers)
+        tensor = self.tensors.get(f"{where.tensor}.weight")
+        if tensor is None:
+            raise UserError(
+                f"{self.path} has no tensor {where.tensor}.weight, where {name} should be; use the model it "
+                "was made on"
+            )
+        return where, tensor, tuple(int(n) for n in reversed(tensor.shape))
+
+    def _heads(self, where: Location) -> tuple[int, int]:
+        layer = int(where.tensor.split(".")[1])
+        return (
+            self._figure("attention.head_count", layer),
+            self._figure("attention.head_count_kv", layer, "attention.head_count"),
+        )
+
+    def _require_size(self, name: str, size: object) -> None:
+        """Where the circuit says how many units a site has, the file's tensor must have as many."""
+        where, _, shape = self._find(name)
+        if where.part in ("q", "k", "v"):
+            return
+        rows = shape[-2] // 2 if where.part else shape[-2]
+        here = self._heads(where)[0] if self.circuit.unit == "head" else rows
+        if here != size:
+            raise UserError(
+                f"the circuit was found on a model with {size} {self.circuit.unit}s in {name}, and "
+                f"{self.path} has {here}; "
+                "use the model it was made on"
+            )
+
+    def changes(self, name: str, units: tuple[int, ...]) -> Iterator[Change]:
+        """The pieces of one site's members, still without their bytes."""
+        import numpy
+
+        where, tensor, shape = self._find(name)
+        indices = numpy.array(units, dtype=numpy.int64)
+        if not len(indices):
+            return
+        if self.circuit.unit == "head":
+            yield from self._columns_of_heads(where, tensor, shape, indices)
+            return
+        rows = rows_of(where, indices, shape, *self._heads(where), self.architecture)
+        if self.circuit.strength != 1 and where.role == "mlp.up" and self.family.gated is None:
+            raise UserError(
+                f"strength {self.circuit.strength:g} weakens what follows the non-linearity, columns of the "
+                "MLP's second matrix, and a block holds "
+                "more than one of them; use strength 1, or ablate the Hugging Face model"
+            )
+        yield from _rows(tensor, rows, shape[-1])
+        bias = self.tensors.get(f"{where.tensor}.bias")
+        if bias is not None:
+            yield from _rows(bias, rows, 1)
+
+    def _columns_of_heads(
+        self, where: Location, tensor: Any, shape: tuple[int, ...], heads: Any
+    ) -> Iterator[Change]:
+        from gguf import GGML_QUANT_SIZES
+
+        count = self._heads(where)[0]
+        if where.role != "attn.o" or int(heads.max()) >= count or shape[-1] % count:
+            raise UserError(
+                f"the circuit names head {heads.max()} of {where.tensor}, which has {count}; use the model "
+                "it was made on"
+            )
+        width = shape[-1] // count
+        block, size = GGML_QUANT_SIZES[tensor.tensor_type]
+        row = shape[-1] // block * size
+        for first, last in _runs(heads):
+            start, stop = first * width, (last + 1) * width
+            if start % block or stop % block:
+                raise UserError(
+                    f"head {first if start % block else last} of {where.tensor} ends inside a block of "
+                    f"{tensor.tensor_type.name}: "
+                    f"heads have {width} columns, blocks {block}; use a file of narrower blocks, or ablate "
+                    "the Hugging Face model"
+                )
+            begin = int(tensor.data_offset) + start // block * size
+            yield Change(
+                tensor.name,
+                tensor.tensor_type.name,
+                begin,
+                (stop - start) // block * size,
+                row,
+                int(tensor.n_bytes) // row,
+            )
+
+
+def _rows(tensor: Any, rows: Any, width: int) -> Iterator[Change]:
+    """Whole rows of `width` elements, neighbours in one piece."""
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[tensor.tensor_type]
+    if width % block:
+        raise UserError(f"{tensor.name} of {tensor.tensor_type.name} has no whole blocks in a row of {width}")
+    length = width // block * size
+    for first, last in _runs(rows):
+        count = last - first + 1
+        yield Change(
+            tensor.name,
+            tensor.tensor_type.name,
+            int(tensor.data_offset) + first * length,
+            count * length,
+            0,
+            1,
+        )
+
+
+def _runs(indices: Any) -> list[tuple[int, int]]:
+    """First and last of each run of neighbours."""
+    import numpy
+
+    parts = numpy.split(indices, numpy.flatnonzero(numpy.diff(indices) != 1) + 1)
+    return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
+
+
+def _weaken(change: Change, data: Any, kind: Any, strength: float) -> Change:
+    """The change with its bytes: those of the file, and what they become."""
+    import numpy
+
+    where = change.offset + change.stride * numpy.arange(change.count)[:, None] + numpy.arange(change.length)
+    before = numpy.asarray(data[where])
+    after = zeros(before, kind) if strength == 1 else scaled(before, kind, 1 - strength)
+    return replace(change, before=before.tobytes(), after=after.tobytes())
+
+
+def zeros(before: Any, kind: Any) -> Any:
+    """Bytes of zero weights, uint8 as many as `before`. Raises UserError for a type of which zero bytes are
+    not that."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    after = numpy.zeros_like(before)
+    try:
+        sure = not dequantize(numpy.zeros((1, GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind).any()
+    except NotImplementedError:
+        sure = False
+    if not sure:
+        raise UserError(
+            f"no block of zeros is known for tensors of type {kind.name}; give a file of another type"
+        )
+    return after
+
+
+def scaled(before: Any, kind: Any, factor: float) -> Any:
+    """Blocks [..., bytes] of weights `factor` times as large.
+
+    Weights of F32, F16 and BF16 are rounded to their type, as in a checkpoint of it. Quantised ones keep
+    their codes, and their scales are
+    multiplied.
+
+    Raises:
+        UserError: a scale times the factor is no number of the scale's type, or the type's scales are no
+        16-bit floats.
+    """
+    import numpy
+    from gguf import GGML_QUANT_SIZES, dequantize, quantize
+
+    if kind.name in ("F32", "F16", "BF16"):
+        wide = dequantize(before, kind).astype(numpy.float64) * factor
+        return numpy.ascontiguousarray(quantize(wide.astype(numpy.float32), kind)).view(numpy.uint8)
+    if kind.name not in SCALES:
+        raise UserError(
+            f"the scales of blocks of type {kind.name} cannot be multiplied by {factor:g}; use strength 1, "
+            "or a file of another type"
+        )
+    after = before.reshape(-1, GGML_QUANT_SIZES[kind][1]).copy()
+    for place in SCALES[kind.name]:
+        scale = after[:, place : place + 2].copy().view(numpy.float16)
+        after[:, place : place + 2] = (
+            (scale.astype(numpy.float64) * factor).astype(numpy.float16).view(numpy.uint8)
+        )
+    blocks = before.reshape(after.shape)
+    wanted = dequantize(blocks, kind).astype(numpy.float64) * factor
+    if not numpy.array_equal(dequantize(after, kind), wanted.astype(numpy.float32)):
+        raise UserError(
+            f"{factor:g} times a scale of type {kind.name} is not always a 16-bit number, so that the "
+            "change would not be exact; "
+            "use a strength of 0.5 or 0.75, whose factors are powers of two, or 1"
+        )
+    return after.reshape(before.shape)
