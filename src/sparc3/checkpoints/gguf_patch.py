@@ -261,7 +261,7 @@ def _rewritten(path: Path, target: Path, require_unchanged: Any) -> Iterator[Bin
     if target == path:
         require_unchanged()
         with path.open("r+b", buffering=0) as opened:
-            yield opened  # type: ignore[misc]
+            yield opened
             os.fsync(opened.fileno())
         return
     with whole_file(target) as temporary:
