@@ -22,7 +22,8 @@ from sparc3.checkpoints.gguf_patch import GgufPatch, patch_gguf, undo_patch
 from sparc3.cli.main import main
 from sparc3.errors import DamagedFile, Sparc3Error
 from sparc3.models.families import FAMILIES
-from sparc3.models.load import describe, load_weights
+from sparc3.models.fingerprint import describe
+from sparc3.models.load import load_weights
 from sparc3.models.sites import sites_of
 
 gguf = pytest.importorskip("gguf")
