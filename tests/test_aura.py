@@ -39,8 +39,8 @@ def test_strengths_are_auras() -> None:
     scores = Scores({"a": torch.tensor([0.4, 0.5, 0.75, 1.0]), "b": torch.tensor([0.9, 0.75])})
     assert strengths(scores)["a"].tolist() == [1.0, 1.0, 0.5, 0.0]
     assert strengths(scores)["b"].tolist() == pytest.approx([0.2, 0.5])
-    two = strengths(scores, 3)
-    assert two["a"].tolist() == [1.0, 1.0, 0.5, 0.0]  # of the two with 0.75, the first
+    two = strengths(scores, {"a": (2, 3), "b": (0,)})
+    assert two["a"].tolist() == [1.0, 1.0, 0.5, 0.0]
     assert two["b"].tolist() == pytest.approx([0.2, 1.0])
 
 

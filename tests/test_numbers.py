@@ -321,7 +321,7 @@ def test_a_search_never_takes_a_circuit_whose_damage_it_cannot_see() -> None:
     from types import SimpleNamespace
 
     from sparc3.experiment.search import Trials
-    from sparc3.recipe.schema import Tune
+    from sparc3.recipe.sections import Tune
 
     trials = Trials(SimpleNamespace(), Tune(max_kl=0.1), [], [])  # type: ignore[arg-type]
     original = {"perplexity": 10.0, "kl": 0.0}

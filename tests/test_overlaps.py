@@ -5,6 +5,7 @@ import torch
 
 from sparc3.circuits.ablate import Damping
 from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.select import select
 from sparc3.experiment.measure import measure_kept_overlaps, measure_overlaps
 from sparc3.scores import Scores
 
@@ -36,7 +37,12 @@ def test_what_is_left_when_units_go() -> None:
     wanda = Scores(
         {"a": torch.tensor([0.0, 1, 2, 9, 3, 8]), "b": torch.tensor([7.0, 1, 2, 0])}
     )  # keeps a3 a5 b0
-    assert measure_kept_overlaps({"lrp": lrp, "wanda": wanda}, "lrp", [7]) == [
+    gone = {"lrp": select(lrp, count=7), "wanda": select(wanda, count=7)}
+    assert measure_kept_overlaps([gone], "lrp", SIZES) == [
         {"variant": "wanda@7", "size": 3, "both": 1, "expected": pytest.approx(0.9)}
     ]
-    assert measure_kept_overlaps({"wanda": wanda}, "lrp", [7]) == []
+    less = {"lrp": gone["lrp"], "wanda": select(wanda, fraction=0.5, scope="site")}  # keeps a3 a5 a4, b0 b2
+    assert measure_kept_overlaps([less], "lrp", SIZES) == [
+        {"variant": "wanda@5", "size": 5, "both": 2, "expected": pytest.approx(1.5)}
+    ]
+    assert measure_kept_overlaps([{"wanda": gone["wanda"]}], "lrp", SIZES) == []

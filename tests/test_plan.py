@@ -22,7 +22,7 @@ from sparc3.attribution.sums import Settings, Sums
 from sparc3.evaluation import generate as generation
 from sparc3.evaluation import perplexity
 from sparc3.evaluation import tasks as ioi
-from sparc3.experiment import work_list as steps
+from sparc3.experiment.sizes import count_selected
 from sparc3.models.families import ROLES
 from sparc3.models.load import load_config
 from sparc3.models.sites import sites_of
@@ -205,7 +205,7 @@ def test_recipes_of_the_papers_models_fit_their_real_configurations(name: str, t
     assert len(shaped.sites(recipe.attribution.sites)) == layers * len(recipe.attribution.sites)
     for spec in recipe.references.values():
         assert (spec.seq_len or 0) <= config.max_position_embeddings
-    section = recipe.discover or recipe.compress or recipe.compare
+    section = recipe.compare if recipe.job == "correct" else getattr(recipe, recipe.job)
     for method in (recipe.attribution.method, *section.methods):
         if method in ("aura", "det0", "wanda-sequential"):
             continue
@@ -457,7 +457,7 @@ def test_a_plan_knows_how_many_units_a_selection_takes(
         "neuron": lambda site: (site.out,),
     }[unit]
     scores = Scores({site.name: torch.rand(*shape(site)) for site in sites}, {"unit": unit})
-    assert steps.count_selected(**{"scope": "global", **selection}, unit=unit, sites=sites) == len(
+    assert count_selected(**{"scope": "global", **selection}, unit=unit, sites=sites) == len(
         select(scores, **selection)
     )
 

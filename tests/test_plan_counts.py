@@ -12,6 +12,7 @@ import torch
 
 from sparc3 import load_recipe, run
 from sparc3.evaluation.metrics import Prepared
+from sparc3.experiment.work_list import list_work
 from sparc3.plan.hardware import Hardware
 from sparc3.plan.lengths import tokenizer_at_hand
 from sparc3.plan.rehearsal import Rehearsal
@@ -151,22 +152,29 @@ def seen(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[See
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_plan_lists_what_the_run_does(name: str, seen: Seen, demo: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_plan_lists_what_the_run_does(
+    name: str, seen: Seen, demo: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = load_recipe(name, RUNS[name])
     stages = Stages(recipe, Rehearsal(Shaped(demo[0].config, torch.float32), HERE), tokenizer_at_hand("demo"))
     planned = {stage.name: stage for stage in stages.all()}
+    lists: list[Any] = []
+    monkeypatch.setattr(
+        "sparc3.experiment.run.list_work", lambda *given: lists.append(list_work(*given)) or lists[-1]
+    )
     run(recipe, tmp_path / "run")
+    assert lists == [stages.work]
     made = {path.stem for path in (tmp_path / "run/evaluation").glob("*.json")}
     left = len(list((tmp_path / "run/scores").glob("*.safetensors")))
     if name == "demo-tune":  # what a search finds decides how far it goes: the plan has the most
-        whole = next(one for one in made if one.startswith("aura@") and one not in stages.evaluations.names)
-        assert made - {whole} <= set(stages.evaluations.names)
-        assert 0.5 * stages.score_files() < left <= stages.score_files()
+        whole = next(one for one in made if one.startswith("aura@") and one not in stages.work.evaluations)
+        assert made - {whole} <= set(stages.work.evaluations)
+        assert 0.5 * stages.work.score_files < left <= stages.work.score_files
     else:
-        assert made == set(stages.evaluations.names)
-        assert left == stages.score_files()
+        assert made == set(stages.work.evaluations)
+        assert left == stages.work.score_files
     alone = list((tmp_path / "run/evaluation").glob("alone/*.json"))
-    assert len(alone) == stages.evaluations.alone
+    assert len(alone) == stages.work.alone
     done = {
         what: tokens // 2 if what == "kl" else tokens for what, tokens in seen.tokens.items()
     }  # KL reads the same text twice

@@ -202,24 +202,19 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
     return (below + not_above).double().sum(-1) / (2 * values.shape[1] * ordered.shape[1])
 
 
-def strengths(scores: Scores, count: int | None = None) -> dict[str, Tensor]:
+def strengths(scores: Scores, only: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
     """AurA's factor of each neuron: 1 − 2 (AUROC − ½) where AUROC > ½, else 1.
 
     Args:
-        count: damp only so many of the best experts (ties by site order, then index); None damps all, as AurA
+        only: damp these neurons of each site alone, the best experts for example; None damps all, as AurA
             does.
     """
     factors = {name: (1 - 2 * (auc - 0.5)).clamp(0, 1) for name, auc in scores.items()}
-    if count is None:
-        return factors
-    order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
-    chosen = torch.zeros(len(order), dtype=torch.bool)
-    chosen[order[:count]] = True
-    parts = chosen.split([len(auc) for auc in scores.values()])
-    return {
-        name: torch.where(part, factor, 1.0)
-        for (name, factor), part in zip(factors.items(), parts, strict=True)
-    }
+    for name, factor in factors.items() if only is not None else ():
+        kept = torch.ones(len(factor), dtype=torch.bool)
+        kept[list((only or {}).get(name, ()))] = False
+        factor[kept] = 1.0
+    return factors
 
 
 def _largest_outputs(

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__, distributed
-from ..errors import NonFinite, Sparc3Error, UserError, unknown
+from ..errors import NonFinite, Sparc3Error, UserError
 from ..models.fingerprint import describe, tokenizer_fingerprint
 from ..models.load import context_length, vocabulary_size
 from ..models.memory import out_of_memory, remember, room, too_large
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, sites_of
 from ..progress import Progress
-from ..samples.batches import Batch, Encoded, encode, make_batches, parse_target, token_budget
+from ..samples.batches import Batch, Encoded, encode, make_batches, token_budget
 from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
+from ..settings import parse
 from ..storage import fingerprint
 from .methods import Method, needs_weight, require_method, settings_for
+from .options import AttributionOptions
 from .partial_sums import PartialSums, Task, combine_shards
 from .sums import Settings, Sums, all_finite
 
@@ -31,10 +33,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("sparc3")
-
-REDUCTIONS = ("mean", "mean_abs", "abs_mean")
-UNITS = ("neuron", "head", "weight")
-SUMS = ("float32", "float64", "bfloat16")
 
 
 def attribute(
@@ -107,21 +105,11 @@ def attribute(
         UnsupportedModel: a module without a rule.
         NonFinite: a NaN or Inf, named by sample and site.
     """
-    requested = Settings(
-        method,
-        unit,
-        target,
-        neuron,
-        reduce,
-        0,
-        non_finite,
-        sums_dtype,
-        _device(sums_device),
-        skip_positions,
-        gradient_checkpointing,
-    )
-    _require_known(requested)
+    arguments = locals().copy()  # first, while there is nothing else among them
     roles = (sites,) if isinstance(sites, str) else tuple(sites)
+    given = {**arguments, "sites": roles}
+    options = parse(AttributionOptions, {name: given[name] for name in AttributionOptions.model_fields}, "")
+    requested = replace(Settings.of(options), sums_device=_device(sums_device))
     chosen, settings = settings_for(requested, roles)
     where = sites_of(model, roles)
     if needs_weight(chosen, settings):
@@ -196,20 +184,6 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
     return _finish_scores(
         chosen, sites, sums, _provenance(described, reader, settings, roles, sums, task.samples_fingerprint)
     )
-
-
-def _require_known(settings: Settings) -> None:
-    for kind, known in (
-        ("unit", UNITS),
-        ("neuron", ("abs", "signed")),
-        ("reduce", REDUCTIONS),
-        ("non_finite", ("error", "skip")),
-        ("sums_dtype", SUMS),
-        ("gradient_checkpointing", (True, False, "auto", "offload")),
-    ):
-        if (value := getattr(settings, kind)) not in known:
-            raise unknown(kind, value, map(str, known))
-    parse_target(settings.target)
 
 
 def _encode_samples(
@@ -326,10 +300,6 @@ def _log_samples(references: ReferenceSet, encoded: list[Encoded], truncate: boo
 
 def _require_longer(encoded: list[Encoded], skip: int) -> None:
     """Raise UserError unless something of each sample is left after the positions that are skipped."""
-    if skip < 0:
-        raise UserError(
-            f"skip_positions is {skip}; give the number of first positions to leave out, 0 for none"
-        )
     for sample in encoded:
         if len(sample.ids) <= skip:
             raise UserError(

@@ -1,7 +1,8 @@
 """Running sums: what a method adds to, what shards add up, what is divided once at the end."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from .. import distributed
 from ..errors import NonFinite
 from ..models.sites import Site
 from ..samples.batches import Batch
+
+if TYPE_CHECKING:
+    from .options import AttributionOptions
 
 
 def all_finite(values: Tensor) -> bool:
@@ -20,7 +24,7 @@ def all_finite(values: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked of a method; see `attribute`."""
+    """What a method sees of the `AttributionOptions`; shard files and their fingerprints hold these names."""
 
     method: str
     unit: str
@@ -33,6 +37,11 @@ class Settings:
     sums_device: str = "cpu"
     skip_positions: int = 0
     gradient_checkpointing: bool | str = False
+
+    @classmethod
+    def of(cls, options: "AttributionOptions") -> "Settings":
+        """The options that are a method's business; batches, truncation and sites are `attribute`'s."""
+        return cls(**{one.name: getattr(options, one.name) for one in fields(cls) if one.name != "seed"})
 
 
 @dataclass

@@ -253,11 +253,16 @@ def share_of(fraction: float | None, units: int) -> int:
     return math.floor(Fraction(str(float(fraction or 0))) * units)
 
 
-def count_candidates(scores: Scores) -> int:
-    """The number of units that may be selected: all, or those below zero after a matched contrast."""
-    if not _candidates_only(scores):
-        return scores.units
-    return sum(int((tensor < 0).sum()) for tensor in scores.values())
+def count_candidates(scores: Scores, scope: str = "global") -> int:
+    """The largest count that `select` takes, of all units, or of those below zero after a matched contrast.
+
+    By scope site and row it is a count of each, so the site or row with the fewest decides.
+    """
+    if scope == "row":
+        return min(tensor.shape[1] for tensor in scores.values())
+    matched = _candidates_only(scores)
+    found = [int((tensor < 0).sum()) if matched else tensor.numel() for tensor in scores.values()]
+    return min(found) if scope == "site" else sum(found)
 
 
 def _candidates_only(scores: Scores) -> bool:

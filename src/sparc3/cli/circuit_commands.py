@@ -6,6 +6,24 @@ from .. import distributed
 from ..errors import UserError
 from .console import Add, model_arguments, precision_arguments, quiet_transformers, say
 
+OPTIONS = {
+    "method": "lrp, cp-lrp, gradient, wanda, activation, magnitude, random (default: lrp)",
+    "unit": "neuron, head or weight (default: neuron)",
+    "sites": "comma-separated roles (default: mlp.up)",
+    "target": "predicted, label, contrast, completion[:N], next (default: predicted)",
+    "neuron": "abs or signed (default: abs)",
+    "reduce": "mean, mean_abs, abs_mean (default: mean)",
+    "batch_tokens": "padded tokens in one forward pass (default: auto)",
+    "skip_positions": "leave so many first positions of each sample out of the sums (default: 0)",
+    "gradient_checkpointing": "true: compute layers twice to keep less; offload: and that on the CPU; auto: "
+    "if it must be; false "
+    "(default: auto)",
+    "sums_dtype": "of the running sums of unit weight (default: float32)",
+    "sums_device": "where these sums are (default: cpu)",
+    "non_finite": "error, or skip samples without a finite relevance (default: error)",
+}
+"""Options of `attribute`, whose values `AttributionOptions` checks, and what they are."""
+
 
 def add_score_commands(add: Add) -> None:
     attribute = add("attribute", _attribute, "score the units of a model on samples")
@@ -25,47 +43,10 @@ def add_score_commands(add: Add) -> None:
         "--seed", type=int, default=0, help="which samples of a source (default: %(default)s)"
     )
     attribute.add_argument("--out", required=True, help="where the scores go (.safetensors)")
-    attribute.add_argument(
-        "--method",
-        default="lrp",
-        help="lrp, cp-lrp, gradient, wanda, activation, magnitude, random (default: %(default)s)",
-    )
-    attribute.add_argument("--unit", default="neuron", help="neuron, head or weight (default: %(default)s)")
-    attribute.add_argument("--sites", default="mlp.up", help="comma-separated roles (default: %(default)s)")
-    attribute.add_argument(
-        "--target",
-        default="predicted",
-        help="predicted, label, contrast, completion[:N], next (default: %(default)s)",
-    )
-    attribute.add_argument("--neuron", default="abs", help="abs or signed (default: %(default)s)")
-    attribute.add_argument("--reduce", default="mean", help="mean, mean_abs, abs_mean (default: %(default)s)")
-    attribute.add_argument(
-        "--batch-tokens", default="auto", help="padded tokens in one forward pass (default: %(default)s)"
-    )
+    for name, about in OPTIONS.items():
+        attribute.add_argument(f"--{name.replace('_', '-')}", help=about)
     attribute.add_argument(
         "--truncate", action="store_true", help="cut samples longer than the model's context"
-    )
-    attribute.add_argument(
-        "--skip-positions",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave the first N positions of each sample out of the sums",
-    )
-    attribute.add_argument(
-        "--gradient-checkpointing",
-        default="auto",
-        choices=("auto", "true", "false", "offload"),
-        help="compute layers twice to save memory; offload: also use the CPU; auto: if needed (%(default)s)",
-    )
-    attribute.add_argument(
-        "--sums-dtype", default="float32", help="of the running sums of unit weight (default: %(default)s)"
-    )
-    attribute.add_argument("--sums-device", default="cpu", help="where these sums are (default: %(default)s)")
-    attribute.add_argument(
-        "--non-finite",
-        default="error",
-        help="error, or skip samples without a finite relevance (default: %(default)s)",
     )
     attribute.add_argument(
         "--shard",
@@ -83,19 +64,29 @@ def add_score_commands(add: Add) -> None:
 def _attribute(args: argparse.Namespace) -> None:
     from ..attribution.attribute import attribute
     from ..attribution.methods import require_method
+    from ..attribution.options import AttributionOptions
     from ..attribution.partial_sums import parse_shard
     from ..models.load import load_tokenizer, load_weights
     from ..samples.reference_set import ReferenceSet
     from ..samples.sources import Request, gather, is_path, require_source
+    from ..settings import parse
     from ..storage import require_place
 
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if args.sites:
+        given["sites"] = tuple(args.sites.split(","))
+    if args.batch_tokens and args.batch_tokens.isdigit():
+        given["batch_tokens"] = int(args.batch_tokens)
+    if args.gradient_checkpointing in ("true", "false"):
+        given["gradient_checkpointing"] = args.gradient_checkpointing == "true"
+    options = parse(AttributionOptions, {**given, "truncate": args.truncate}, "")
     shard = parse_shard(args.shard) if args.shard else None
-    if shard and not require_method(args.method).run:
+    if shard and not require_method(options.method).run:
         raise UserError(
-            f"method {args.method} looks at no sample, so there is nothing to share out; leave out --shard"
+            f"method {options.method} looks at no sample, so there is nothing to share out; leave out --shard"
         )
-    if not args.samples and require_method(args.method).run:
-        raise UserError(f"method {args.method} needs --samples: a JSONL or text file, or a source")
+    if not args.samples and require_method(options.method).run:
+        raise UserError(f"method {options.method} needs --samples: a JSONL or text file, or a source")
     if args.count is not None and args.count < 1:
         raise UserError(f"--count is {args.count}; give at least 1")
     if args.samples:
@@ -116,21 +107,7 @@ def _attribute(args: argparse.Namespace) -> None:
         model,
         loaded or [],
         tokenizer=tokenizer,
-        method=args.method,
-        unit=args.unit,
-        sites=tuple(args.sites.split(",")),
-        target=args.target,
-        neuron=args.neuron,
-        reduce=args.reduce,
-        batch_tokens=int(args.batch_tokens) if args.batch_tokens.isdigit() else args.batch_tokens,
-        gradient_checkpointing={"true": True, "false": False}.get(
-            args.gradient_checkpointing, args.gradient_checkpointing
-        ),
-        truncate=args.truncate,
-        skip_positions=args.skip_positions,
-        non_finite=args.non_finite,
-        sums_dtype=args.sums_dtype,
-        sums_device=args.sums_device,
+        **options.model_dump(),
         progress=True,
         partial=args.out if shard else f"{args.out}.partial",
         shard=shard,

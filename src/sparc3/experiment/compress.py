@@ -27,7 +27,7 @@ from ..models.load import context_length, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, family_of, layers_of, sites_of
 from ..progress import Progress
-from ..recipe.schema import SEQUENTIAL, Compress
+from ..recipe.sections import SEQUENTIAL, Compress
 from ..results import Results
 from ..samples.batches import Batch, encode, make_batches
 from ..samples.reference_set import ReferenceSet, Sample
@@ -37,7 +37,7 @@ from .gather import by_samples
 from .measure import load_or_make_evaluation
 from .run_folder import RunContext, load_or_make
 from .score import ScoringSpec, load_or_make_parts
-from .work_list import prunings_of
+from .sizes import prunings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -204,7 +204,7 @@ Pruned = list[tuple[str, Path]]
 
 
 def settings(work: RunContext) -> Compress:
-    assert work.recipe.compress is not None
+    assert work.recipe.job == "compress"
     return work.recipe.compress
 
 
@@ -238,13 +238,10 @@ def _prune_at_once(
 
 
 def _load_or_make_scores(work: RunContext, method: str, reduce: str) -> Scores:
-    asked = work.recipe.attribution.model_copy(update={"reduce": reduce})
-    alike = replace(work, recipe=work.recipe.model_copy(update={"attribution": asked}))
-    target = work.recipe.references["general"].target or asked.target
+    asked = work.recipe.attribution.but(method=method, reduce=reduce)
+    how = ScoringSpec(asked, {"general": work.recipe.references["general"].target or asked.target})
     place = f"{reduce}." if require_method(method).targeted else ""
-    return load_or_make_parts(
-        alike, ScoringSpec(method, asked.neuron, {"general": target}, 1.0, None), place=place
-    )["general"]
+    return load_or_make_parts(work, how, place=place)["general"]
 
 
 def _prune_layer_by_layer(work: RunContext, fraction: float | None) -> tuple[Path, Circuit]:

@@ -7,7 +7,7 @@ f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, takewhile
 from typing import Any
@@ -21,7 +21,9 @@ from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.metrics import IOISettings
 from ..evaluation.statistics import Evaluation, Observations, pool
 from ..evaluation.statistics import difference as paired
-from ..recipe.schema import Discover, Recipe
+from ..models.sites import sites_of
+from ..recipe.schema import DiscoverRecipe
+from ..recipe.sections import Discover
 from ..results import Difference, Results
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import is_path
@@ -29,7 +31,7 @@ from ..scores import Scores
 from .measure import load_or_make_evaluation, measure_kept_overlaps
 from .run_folder import RunContext
 from .score import ScoringSpec, load_or_make_parts
-from .work_list import rankings, removed_counts
+from .sizes import Sizes, ranking_scope, rankings, removed_sizes
 
 log = logging.getLogger("sparc3")
 Ranked = dict[str, list[Scores]]
@@ -38,11 +40,11 @@ highest first, one a seed."""
 
 
 def settings(work: RunContext) -> Discover:
-    assert work.recipe.discover is not None
+    assert work.recipe.job == "discover"
     return work.recipe.discover
 
 
-def require_task(recipe: Recipe) -> None:
+def require_task(recipe: DiscoverRecipe) -> None:
     """Raise UserError where a file of the task lacks a target or a contrast; asked before any model is
     loaded."""
     sources = {
@@ -80,7 +82,7 @@ def _load_or_make_ranking(work: RunContext, method: str) -> list[Scores]:
     )
     names = [f"random:{number}" if method == "random" else method for number in range(len(work.references))]
     ways = (
-        ScoringSpec(name, asked.neuron, {task: target}, 1.0, None)
+        ScoringSpec(asked.but(method=name), {task: target})
         for name, task in zip(names, work.references, strict=True)
     )
     return [load_or_make_parts(work, how)[task] for how, task in zip(ways, work.references, strict=True)]
@@ -98,7 +100,6 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
     """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the
     circuits' stability."""
     total = next(iter(ranked.values()))[0].units
-    removed = removed_counts(settings(work), total)
     everything = select(next(iter(ranked.values()))[0], count=total)
     original = load_or_make_evaluation(
         work, "original", Circuit(work.recipe.attribution.unit, {}, work.described)
@@ -114,8 +115,9 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
     found, summaries = [original, empty], []
     for method, seeds in ranked.items():
         curve = []
-        for count in removed:
-            circuits = [select(scores, count=count) for scores in seeds]
+        scope, removed = _removed_by(work, method)
+        for count, size in removed.items():
+            circuits = [select(scores, scope=scope, **size) for scores in seeds]
             curve.append(_measure_at(work, f"{method}@{count}", circuits, total, (nothing, full)))
             _save_circuit(work, method, count, everything, circuits)
         found += [one.together for one in curve]
@@ -123,9 +125,7 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
             _summarize(method, [count / total for count in removed], curve, settings(work).enough)
         )
     sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
-    shared = measure_kept_overlaps(
-        {method: seeds[0] for method, seeds in ranked.items()}, work.recipe.attribution.method, removed
-    )
+    shared = measure_kept_overlaps(_removed_together(work, ranked), work.recipe.attribution.method, sizes)
     results = to_results([*found, *summaries], {**_provenance(work, sizes, seconds), "overlaps": shared})
     return replace(
         results,
@@ -134,6 +134,23 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
             *_measure_rival_overlaps(summaries, work.recipe.attribution.method),
         ),
     )
+
+
+def _removed_by(work: RunContext, ranking: str) -> tuple[str, Sizes]:
+    """The scope of a ranking, and how many units its circuits lack."""
+    sites = sites_of(work.model, work.recipe.attribution.sites)
+    scope = ranking_scope(settings(work), ranking)
+    return scope, removed_sizes(settings(work), ranking, work.recipe.attribution.unit, sites)
+
+
+def _removed_together(work: RunContext, ranked: Ranked) -> Iterator[dict[str, Circuit]]:
+    """At each sparsity, what each ranking removes at the first seed."""
+    removed = {ranking: _removed_by(work, ranking) for ranking in ranked}
+    for sizes in zip(*(sizes.values() for _, sizes in removed.values()), strict=False):
+        yield {
+            ranking: select(ranked[ranking][0], scope=scope, **size)
+            for (ranking, (scope, _)), size in zip(removed.items(), sizes, strict=True)
+        }
 
 
 @dataclass(frozen=True)

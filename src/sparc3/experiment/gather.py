@@ -19,14 +19,15 @@ from ..evaluation.statistics import Evaluation, measurement, pool
 from ..evaluation.tasks import response_scores
 from ..evaluation.toxicity import completion_scores
 from ..models.sites import sites_of
-from ..recipe.schema import Reference
+from ..recipe.sections import Reference
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Request, gather, is_path, overlap
 from ..scores import Scores
 from ..storage import file_digest, fingerprint, read_json, write_json
 from .run_folder import RunContext, load_or_make
+from .sizes import count_selected
 from .variants import apply_intervention
-from .work_list import count_selected, reference_sets
+from .work_list import reference_sets
 
 log = logging.getLogger("sparc3")
 
@@ -145,8 +146,8 @@ def by_samples(
     At the largest number the variant is called METHOD@COUNT as in any compression, at the others "METHOD, n
     samples".
     """
+    assert work.recipe.job == "compress"
     compress = work.recipe.compress
-    assert compress is not None
     fraction = compress.fractions[0] if compress.fractions else None
     removed = count_selected(
         compress.scope, "weight", sites_of(work.model, work.recipe.attribution.sites), fraction=fraction
@@ -200,26 +201,24 @@ def _target(work: RunContext) -> str:
 
 
 def _scores(work: RunContext, method: str, reduce: str, samples: ReferenceSet) -> Scores:
-    asked = work.recipe.attribution.model_dump(exclude={"method", "target", "reduce"})
+    options = work.recipe.attribution.but(method=method, target=_target(work), reduce=reduce)
     return attribute(
         work.model,
         samples,
         tokenizer=work.tokenizer,
-        method=method,
-        target=_target(work),
-        reduce=reduce,
+        **options.model_dump(),
         progress=work.progress,
         partial=work.folder / "scores/samples.partial",
-        **asked,
     )
 
 
 def _evaluate(
     work: RunContext, place: str, samples: ReferenceSet, method: str, reduce: str, scored: Any
 ) -> Evaluation:
-    """Measure the model pruned by these scores. The scores are as large as the model and not kept."""
+    """The model pruned by these scores, measured; the scores themselves, as large as the model, are not
+    kept."""
+    assert work.recipe.job == "compress"
     compress = work.recipe.compress
-    assert compress is not None
     fraction = compress.fractions[0] if compress.fractions else None
     made_from = fingerprint(
         {

@@ -2,7 +2,7 @@
 from."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,6 @@ from .. import __version__
 from ..circuits.ablate import Damping
 from ..circuits.algebra import overlap
 from ..circuits.circuit import Circuit
-from ..circuits.select import select
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.scorers import lexicon_words
@@ -43,7 +42,7 @@ def measure_variants(
                 known[one.fingerprint] = load_or_make_evaluation(work, name, one)
             draws.append(replace(known[one.fingerprint], variant=variant))
         evaluations.append(draws[0] if len(draws) == 1 else _pool_draws(draws))
-        if variant.endswith(f"@{len(found.circuit)}") and not variant.startswith(f"{how.method}@"):
+        if variant.endswith(f"@{len(found.circuit)}") and not variant.startswith(f"{how.options.method}@"):
             shared += measure_overlaps(found.circuit, {variant: changes}, sizes)
     beside = [*([f"random@{len(found.circuit)}"] if len(found.circuit) else []), *work.rivals]
     results = to_results(evaluations, _provenance(work, found, evaluations, seconds), beside)
@@ -261,33 +260,31 @@ def measure_overlaps(
 
 
 def measure_kept_overlaps(
-    ranked: Mapping[str, Scores], method: str, counts: Sequence[int]
+    removed: Iterable[Mapping[str, Circuit]], method: str, sizes: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """The same of what is left when so many units are removed: each method's beside that of `method`.
+    """The same of what is left when units are removed: each method's beside that of `method`.
 
     Args:
-        ranked: method → scores by which its units are kept, highest first.
+        removed: at each sparsity, method → the units that go.
+        sizes: module → units in it.
     """
     found = []
-    sizes = {name: tensor.numel() for name, tensor in ranked[method].items()} if method in ranked else {}
     total = sum(sizes.values())
-    for count in counts if sizes else ():
-        own = _without_provenance(select(ranked[method], count=count))
-        for other, scores in ranked.items():
-            if other != method:
-                both = (
-                    overlap(own, _without_provenance(select(scores, count=count)), sizes=sizes).both
-                    + total
-                    - 2 * count
-                )
-                found.append(
-                    {
-                        "variant": f"{other}@{count}",
-                        "size": total - count,
-                        "both": both,
-                        "expected": (total - count) ** 2 / total,
-                    }
-                )
+    for circuits in removed:
+        own = circuits.get(method)
+        for other, circuit in circuits.items() if own is not None else ():
+            if other == method or own is None:
+                continue
+            shared = overlap(_without_provenance(own), _without_provenance(circuit), sizes=sizes).both
+            kept = (total - len(own), total - len(circuit))
+            found.append(
+                {
+                    "variant": f"{other}@{len(circuit)}",
+                    "size": kept[1],
+                    "both": shared + total - len(own) - len(circuit),
+                    "expected": kept[0] * kept[1] / total,
+                }
+            )
     return found
 
 

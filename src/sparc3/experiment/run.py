@@ -14,6 +14,7 @@ from ..evaluation.evaluate import check_metrics
 from ..models.fingerprint import describe
 from ..models.load import load_model, require_loadable
 from ..models.offloading import device_of, named_values
+from ..models.sites import sites_of
 from ..recipe.schema import Recipe, load_recipe
 from ..report.write import write_report
 from ..results import Results
@@ -25,6 +26,7 @@ from .neuron_cards import write_cards
 from .run_folder import RunContext, claim_folder, log_to_folder, tidy
 from .score import find_circuit, protect_units, scoring_of_recipe
 from .search import search_circuit
+from .work_list import list_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +72,17 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
         work = _load_context(recipe, folder, progress)
     with stages.stage("samples"):
         gather_all(work)
+    todo = list_work(
+        recipe,
+        sites_of(work.model, recipe.attribution.sites),
+        lambda name: any(sample.completion is not None for sample in work.references[name]),
+    )
+    log.info(
+        "work: %d attributions, %d evaluations%s",
+        len(todo.attributions),
+        len(todo.evaluations) + todo.alone,
+        f", at most {todo.trials} trials" if todo.trials else "",
+    )
     results = JOBS[recipe.job](work, stages)
     if distributed.is_main():
         results.save(folder / "results.json")
@@ -84,9 +97,7 @@ def _correct(work: RunContext, stages: "Stages") -> Results:
     with stages.stage("scores"):
         protect_units(work)
         how, found = (
-            search_circuit(work)
-            if work.recipe.selection.tune
-            else (scoring_of_recipe(work), find_circuit(work))
+            search_circuit(work) if work.recipe.tune else (scoring_of_recipe(work), find_circuit(work))
         )
     with stages.stage("evaluation"):
         results = measure_variants(work, found, how, stages.seconds)

@@ -16,7 +16,7 @@ from ..errors import Sparc3Error, UserError
 from ..evaluation.metrics import Prepared
 from ..evaluation.statistics import Evaluation
 from ..models.fingerprint import tokenizer_fingerprint
-from ..recipe.schema import Recipe
+from ..recipe.schema import CorrectRecipe, Recipe
 from ..safe_text import LineFormatter
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
@@ -229,6 +229,12 @@ class RunContext:
         """Names what every stage computes with: model, tokenizer, and the tokens that end a continuation."""
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         return fingerprint([self.described["fingerprint"], tokenizer_fingerprint(self.tokenizer), ends])
+
+    @property
+    def correct(self) -> CorrectRecipe:
+        """The recipe of the job correct."""
+        assert self.recipe.job == "correct"
+        return self.recipe
 
     def held(self, samples: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:
         """Prompts that those of these reference sets which come from `source` hold."""

@@ -11,6 +11,7 @@ import torch
 from .. import __version__, distributed
 from ..attribution.activations import largest_writes
 from ..attribution.attribute import attribute
+from ..attribution.options import AttributionOptions
 from ..circuits.ablate import ablated
 from ..circuits.algebra import union
 from ..circuits.circuit import Circuit
@@ -35,16 +36,16 @@ class ScoringSpec:
     units.
 
     Attributes:
+        options: of the attributions, but for the target.
         targets: name of each reference set that takes part → its target.
         strength: of the circuits that it finds.
         place: where its scores are kept: a prefix of the file names in scores/.
     """
 
-    method: str
-    neuron: str
+    options: AttributionOptions
     targets: dict[str, str]
-    penalty: float
-    normalize: str | None
+    penalty: float = 1.0
+    normalize: str | None = None
     place: str = ""
     strength: float = 1.0
 
@@ -62,14 +63,9 @@ def scoring_of_recipe(work: RunContext) -> ScoringSpec:
     """The contrast that the recipe asks for."""
     recipe = work.recipe
     targets = {name: spec.target or recipe.attribution.target for name, spec in recipe.references.items()}
-    chosen = recipe.selection
+    chosen = work.correct.selection
     return ScoringSpec(
-        recipe.attribution.method,
-        recipe.attribution.neuron,
-        targets,
-        chosen.penalty,
-        chosen.normalize,
-        strength=chosen.strength,
+        recipe.attribution, targets, chosen.penalty, chosen.normalize, strength=chosen.strength
     )
 
 
@@ -91,7 +87,7 @@ def contrast_parts(
 ) -> Scores:
     """The contrast of scores that are there already; the units of `before` and protected ones come last."""
     # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
-    normalize = "l1" if how.method == "wanda" else how.normalize
+    normalize = "l1" if how.options.method == "wanda" else how.normalize
     made = contrast(
         sets["general"],
         sets["undesired"],
@@ -111,12 +107,10 @@ def _load_or_make_scores(
     work: RunContext, how: ScoringSpec, name: str, before: Circuit | None, place: str
 ) -> Scores:
     """Scores of one reference set."""
-    settings = work.recipe.attribution
-    changed = {"method": how.method, "target": how.targets[name], "neuron": how.neuron}
-    asked = {**settings.model_dump(exclude={"batch_tokens", "gradient_checkpointing", *changed}), **changed}
+    own, options = work.recipe.attribution.method, how.options.but(target=how.targets[name])
     made_from = fingerprint(
         {
-            **asked,
+            **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),
             "samples": work.references[name].fingerprint,
             "model": work.fingerprint,
             "without": before.fingerprint if before else None,
@@ -124,19 +118,17 @@ def _load_or_make_scores(
         }
     )
 
-    method = "" if how.method == settings.method else f"{how.method}."
+    method = "" if options.method == own else f"{options.method}."
     path = f"scores/{place}{_prefix(how, name)}{method}{name}.safetensors"
 
     def make() -> Scores:
         began = time.perf_counter()
-        with ablated(work.model, before or Circuit(settings.unit, {})):
+        with ablated(work.model, before or Circuit(options.unit, {})):
             made = attribute(
                 work.model,
                 work.references[name],
                 tokenizer=work.tokenizer,
-                **asked,
-                batch_tokens=settings.batch_tokens,
-                gradient_checkpointing=settings.gradient_checkpointing,
+                **options.model_dump(),
                 progress=work.progress,
                 partial=work.folder / f"{path}.partial",
             )
@@ -144,7 +136,7 @@ def _load_or_make_scores(
         seen = made.provenance
         log.info(
             "scores %s, %s: %d samples, %d tokens, %.3f s a sample, %d skipped",
-            how.method,
+            options.method,
             name,
             seen["samples"],
             seen["tokens"],
@@ -157,12 +149,12 @@ def _load_or_make_scores(
 
 
 def _prefix(how: ScoringSpec, name: str) -> str:
-    return f"{how.place}{how.targets[name].replace(':', '')}.{how.neuron}." if how.place else ""
+    return f"{how.place}{how.targets[name].replace(':', '')}.{how.options.neuron}." if how.place else ""
 
 
 def find_circuit(work: RunContext) -> SelectedCircuit:
     """The circuit to remove, found in as many rounds as the recipe says."""
-    chosen, how = work.recipe.selection, scoring_of_recipe(work)
+    chosen, how = work.correct.selection, scoring_of_recipe(work)
     parts = load_or_make_parts(work, how)
     first = contrast_parts(work, how, parts)
     if chosen.count is None:
@@ -202,7 +194,7 @@ def select_in_rounds(
         wanted = count * (turn + 1) // rounds - count * turn // rounds
         if turn and wanted > count_candidates(now):
             return None
-        part = select(now, count=wanted, scope=work.recipe.selection.scope, strength=how.strength)
+        part = select(now, count=wanted, scope=work.correct.selection.scope, strength=how.strength)
         # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
         circuit = replace(union(circuit, replace(part, model=work.described)), provenance=part.provenance)
     return circuit
@@ -212,7 +204,7 @@ def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
     """Write the circuit and its contrast into the run folder, under the names a reader looks for."""
     made_from = fingerprint(
         {
-            "selection": work.recipe.selection.model_dump(),
+            "selection": work.correct.selection.model_dump(),
             "scores": found.contrast.fingerprint,
             "units": found.circuit.fingerprint,
         }

@@ -5,9 +5,8 @@ candidate.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
@@ -15,16 +14,14 @@ from ..circuits.circuit import Circuit
 from ..circuits.select import count_candidates
 from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import fingerprint_of, measure
-from ..evaluation.metrics import KLSettings, PerplexitySettings, Prepared, require_metric
+from ..evaluation.metrics import Prepared
 from ..evaluation.statistics import measurement
+from ..models.sites import sites_of
 from ..progress import Progress
-from ..recipe.schema import Tune
-from ..samples.reference_set import ReferenceSet, Sample
-from ..samples.sources import corpus, is_path, overlap
+from ..recipe.sections import Tune
 from ..scores import Scores
 from ..storage import fingerprint, read_json, write_json
 from . import work_list
-from .gather import prepare_metric
 from .run_folder import Intervention, RunContext
 from .score import (
     ScoringSpec,
@@ -34,10 +31,12 @@ from .score import (
     save_circuit,
     select_in_rounds,
 )
+from .sizes import counts_tried, rival_methods, rival_sizes, selection_sizes
+from .validation import prepare_validation
 from .variants import apply_intervention, select_by_method
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
 log = logging.getLogger("sparc3")
@@ -186,7 +185,7 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
     Raises:
         UserError: no candidate keeps to the budget (the message says what the cheapest costs).
     """
-    tune = work.recipe.selection.tune
+    tune = work.correct.selection.tune
     assert tune
     trials = Trials(work, tune, *prepare_validation(work))
     trials.load()
@@ -197,22 +196,24 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
         )
     parts = {
         (target, neuron): _score_parts(work, target, neuron)
-        for target, neuron in work_list.attributions_tried(work.recipe)
+        for target, neuron in work_list.attributions_tried(work.correct)
     }
     tried: list[Candidate] = []
     ways: list[tuple[ScoringSpec, Circuit, Scores, dict[str, Scores]]] = []
-    shown = Progress(work_list.count_candidates_tried(work.recipe), "search", "candidate", show=work.progress)
+    shown = Progress(
+        work_list.count_candidates_tried(work.correct), "search", "candidate", show=work.progress
+    )
     for contrasted, sets in _iterate_contrasts(work, parts):
         scores = contrast_parts(work, contrasted, sets)
-        for how, count, rounds, circuit in shown.each(_iterate_circuits(work, contrasted, scores)):
+        for how, rounds, circuit in shown.each(_iterate_circuits(work, contrasted, scores)):
             figures = trials.of(circuit, original)
             if "perplexity" not in figures:
                 work.warnings.append(
-                    f"a candidate of {count} units was left out: its perplexity is not finite"
+                    f"a candidate of {len(circuit)} units was left out: its perplexity is not finite"
                 )
                 log.warning(work.warnings[-1])
                 continue
-            candidate = replace(_judge(how, circuit, count, figures, original, trials), rounds=rounds)
+            candidate = replace(_judge(how, circuit, figures, original, trials), rounds=rounds)
             _log_candidate(candidate, trials.aim[0])
             tried.append(candidate)
             ways.append((how, circuit, scores, sets))
@@ -246,7 +247,7 @@ def _make_scoring(
     targets = {
         name: work.recipe.references[name].target or _target_for_set(work, name, target) for name in names
     }
-    return ScoringSpec(work.recipe.attribution.method, neuron, targets, penalty, normalize, place="tune.")
+    return ScoringSpec(work.recipe.attribution.but(neuron=neuron), targets, penalty, normalize, place="tune.")
 
 
 def _target_for_set(work: RunContext, name: str, target: str) -> str:
@@ -257,9 +258,9 @@ def _target_for_set(work: RunContext, name: str, target: str) -> str:
 
 def _score_parts(work: RunContext, target: str, neuron: str) -> dict[str, Scores]:
     """The scores of every reference set that some contrast reads."""
-    kinds = [kind for kind, _, _ in work_list.contrasts_tried(work.recipe)]
+    kinds = [kind for kind, _, _ in work_list.contrasts_tried(work.correct)]
     return load_or_make_parts(
-        work, _make_scoring(work, target, neuron, work_list.sets_read_by(work.recipe, kinds))
+        work, _make_scoring(work, target, neuron, work_list.sets_read_by(work.correct, kinds))
     )
 
 
@@ -268,35 +269,35 @@ def _iterate_contrasts(
 ) -> Iterator[tuple[ScoringSpec, dict[str, Scores]]]:
     """Each way to contrast, with the scores it contrasts."""
     for (target, neuron), scores in parts.items():
-        for kind, penalty, normalize in work_list.contrasts_tried(work.recipe):
-            chosen = {name: scores[name] for name in work_list.sets_read_by(work.recipe, [kind])}
+        for kind, penalty, normalize in work_list.contrasts_tried(work.correct):
+            chosen = {name: scores[name] for name in work_list.sets_read_by(work.correct, [kind])}
             yield _make_scoring(work, target, neuron, list(chosen), penalty, normalize), chosen
 
 
 def _iterate_circuits(
     work: RunContext, how: ScoringSpec, scores: Scores
-) -> Iterator[tuple[ScoringSpec, int, int, Circuit]]:
-    """(how, with its strength; count; rounds; circuit) of one way to contrast, as far as there are candidates
-    in every round."""
-    there = count_candidates(scores)
-    for count, rounds, strength in work_list.circuit_sizes_tried(work.recipe):
+) -> Iterator[tuple[ScoringSpec, int, Circuit]]:
+    """(how, with its strength; rounds; circuit) of one way to contrast, as far as there are candidates in
+    every round."""
+    there = count_candidates(scores, work.correct.selection.scope)
+    for count, rounds, strength in work_list.circuit_sizes_tried(work.correct):
         one = replace(how, strength=strength)
         if count <= there and (circuit := select_in_rounds(work, one, scores, count, rounds)) is not None:
-            yield one, count, rounds, circuit
+            yield one, rounds, circuit
 
 
 def _judge(
-    how: ScoringSpec, circuit: Circuit, count: int, figures: Figures, original: Figures, trials: Trials
+    how: ScoringSpec, circuit: Circuit, figures: Figures, original: Figures, trials: Trials
 ) -> Candidate:
     increase = figures["perplexity"] / original["perplexity"] - 1
     matched = "matched" in how.targets
     return Candidate(
         how.targets,
-        how.neuron,
+        how.options.neuron,
         "matched" if matched else "plain",
         how.penalty if matched else None,
         how.normalize,
-        count,
+        len(circuit),
         circuit.fingerprint,
         figures,
         increase,
@@ -343,10 +344,13 @@ def _search_rivals(work: RunContext, trials: Trials, how: ScoringSpec, original:
         was tried}.
     """
     found, others = [], {}
-    for method in work_list.rival_methods(work.recipe):
+    sites = sites_of(work.model, work.recipe.attribution.sites)
+    sizes = selection_sizes(work.correct, sites, counts_tried(work.correct))
+    for method in rival_methods(work.correct):
+        scope, theirs = rival_sizes(work.correct, sites, method, sizes)
         tried = [
             (count, change, trials.of(change, original))
-            for count, change in select_by_method(work, how, method, work_list.counts_tried(work.recipe))
+            for count, change in select_by_method(work, how, method, scope, theirs)
         ]
         others[method] = [
             {"count": count, "figures": figures, "within": trials.within(figures, original)}
@@ -406,90 +410,6 @@ def _describe(one: Candidate, aim: str) -> str:
 
 def _log_candidate(one: Candidate, aim: str) -> None:
     log.info("tried %s%s", _describe(one, aim), "" if one.within else ", over the budget")
-
-
-# What a search may look at: validation prompts and text, which no reference set and no test holds.
-
-
-GRAM = 12
-"""Two texts that have so many consecutive tokens in common are taken to overlap."""
-
-
-def prepare_validation(work: RunContext) -> tuple[list[Prepared], list[Prepared]]:
-    """The metrics of the budget, and the one to better, each with validation samples.
-
-    Prompts come from the split "validation" of the test's source; a source without splits gives prompts that
-    neither a reference set nor a test holds. Text comes from the source's validation split, from
-    `text_source`, or, where the test text is a file, from the general reference's file, as far as no
-    reference sample was cut from it.
-
-    Raises:
-        UserError: there is no such text, or not enough such prompts.
-    """
-    texts = [
-        _prepare_texts(work, name, settings)
-        for name, settings in work_list.search_budget(work.recipe).items()
-    ]
-    name, settings = work_list.search_aim(work.recipe)
-    aim = prepare_metric(work, f"validation-{name}", name, settings, _prompts_in_use(work, settings.source))
-    _refuse_overlap(work, aim)
-    return texts, [aim]
-
-
-def _prompts_in_use(work: RunContext, source: str) -> frozenset[str]:
-    """Prompts that the reference sets and the tests took from this source."""
-    tested = [
-        p.samples for p in work.prepared if p.metric.prompts and getattr(p.settings, "source", None) == source
-    ]
-    return work.held(work.references, source) | {
-        sample.text for some in tested for sample in some if sample.text
-    }
-
-
-def _refuse_overlap(work: RunContext, aim: Prepared) -> None:
-    others = {f"references.{name}": some for name, some in work.references.items()}
-    others |= {f"evaluation.{p.metric.name}": p.samples for p in work.prepared if p.metric.prompts}
-    for name, some in others.items():
-        if same := overlap(some, aim.samples):
-            raise UserError(
-                f"{len(same)} validation prompts are also in {name}; a search must not see them: give "
-                "another file there, or a split or "
-                "choose_by that keeps them apart"
-            )
-
-
-def _prepare_texts(work: RunContext, name: str, settings: PerplexitySettings) -> Prepared:
-    source, count = settings.source, settings.count
-    texts = corpus(source, "validation", None if is_path(source) else count)
-    if is_path(source) or source == "c4":
-        texts = _paragraphs_apart(texts, work.references["general"], work.tokenizer)
-    if not texts:
-        raise UserError(
-            f"all of {Path(source).name} is held by the general reference set; give "
-            "selection.tune.text_source another text"
-        )
-    samples = ReferenceSet(tuple(Sample(text=text) for text in texts[:count]), {"source": Path(source).name})
-    kind = KLSettings if name == "kl" else PerplexitySettings
-    if not isinstance(settings, kind):
-        raise Sparc3Error(f"the settings of {name} are not its own")
-    return Prepared(require_metric(name), settings, samples)
-
-
-def _paragraphs_apart(
-    texts: Iterable[str], held: ReferenceSet, tokenizer: "PreTrainedTokenizerBase"
-) -> list[str]:
-    """The paragraphs that share no GRAM consecutive tokens with a sample."""
-
-    def ids(text: str) -> Sequence[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    known = {gram for sample in held for gram in _token_grams(sample.input_ids or ids(sample.text or ""))}
-    pieces = (piece for text in texts for piece in text.split("\n") if piece.strip())
-    return [piece for piece in pieces if known.isdisjoint(_token_grams(ids(piece)))]
-
-
-def _token_grams(ids: Sequence[int]) -> set[tuple[int, ...]]:
-    return {tuple(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)}
 
 
 # The Pareto front of points where less is better.

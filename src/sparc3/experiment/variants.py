@@ -1,20 +1,23 @@
 """The variants of a run: the original, the circuit, the other methods at each count, and the null."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 from .. import __version__
 from ..attribution import activations
 from ..circuits.ablate import Damping, ablated, damp
 from ..circuits.circuit import Circuit
-from ..circuits.select import count_candidates, random_like, select
+from ..circuits.select import random_like, select
+from ..errors import UserError
+from ..models.sites import sites_of
 from ..scores import Scores
 from ..storage import fingerprint
 from .run_folder import Intervention, RunContext, load_or_make
 from .score import ScoringSpec, SelectedCircuit, load_or_make_contrast
-from .work_list import comparison_for
+from .sizes import Sizes, comparison_for
 
 log = logging.getLogger("sparc3")
 
@@ -32,55 +35,59 @@ def list_variants(
     Args:
         how: the contrast that found the circuit; the other methods are contrasted alike.
     """
-    circuit, chosen = found.circuit, work.recipe.selection
-    beside = comparison_for(work.recipe, len(circuit))
+    circuit, scope = found.circuit, work.correct.selection.scope
+    beside = comparison_for(work.correct, sites_of(work.model, work.recipe.attribution.sites), len(circuit))
     sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     yield "original", [Circuit(circuit.unit, {}, work.described)]
     yield "ablated", [circuit]
+    # At its own size stands the circuit that was measured, whatever rounds found it.
     own = {len(circuit): circuit}
-    for count in beside.own:
-        if count != len(circuit) or (chosen.count is None and not chosen.tune):
-            if not _has_enough_candidates(work, found.contrast, count, how.method):
+    for total, size in beside.own.items():
+        if total not in own:
+            made = _select_if_enough(
+                work, found.contrast, f"{how.options.method}@{total}", how.strength, scope, size
+            )
+            if made is None:
                 continue
-            own[count] = select(found.contrast, count=count, strength=how.strength)
-        yield f"{how.method}@{count}", [own[count]]
-    made = {
-        f"{m}@{count}": change
-        for m in beside.methods
-        for count, change in select_by_method(work, how, m, beside.counts)
+            own[total] = made
+        yield f"{how.options.method}@{total}", [own[total]]
+    rivals = {
+        f"{method}@{total}": change
+        for method, (theirs, counts) in beside.rivals.items()
+        for total, change in select_by_method(work, how, method, theirs, counts)
     }
-    for name, change in {**made, **work.rivals}.items():
-        if name != f"{how.method}@{len(circuit)}":
-            yield name, [change]
+    for name, change in {**rivals, **work.rivals}.items():
+        yield name, [change]
     for count in beside.null if beside.draws else ():
         if count in own:
             yield f"random@{count}", [random_like(own[count], sizes, seed) for seed in range(beside.draws)]
 
 
 def select_by_method(
-    work: RunContext, how: ScoringSpec, method: str, counts: Sequence[int]
+    work: RunContext, how: ScoringSpec, method: str, scope: str, sizes: Sizes
 ) -> Iterator[tuple[int, Intervention]]:
-    """Another method's units at each count, contrasted and removed as `how` says.
+    """Another method's units at each size, by its number of units, contrasted and removed as `how` says.
 
     AurA damps by strengths of its own, and also every neuron that is an expert at all.
     """
-    if method not in activations.METHODS:
-        theirs = load_or_make_contrast(work, replace(how, method=method, place=""))
-        yield from (
-            (count, select(theirs, count=count, strength=how.strength))
-            for count in counts
-            if _has_enough_candidates(work, theirs, count, method)
-        )
-        return
-    scores = _load_or_make_expertise(work)
-    for count in (count for count in counts if _has_enough_candidates(work, scores, count, method)):
-        if method == "det0":
-            yield count, select(scores, count=count, order="highest", strength=how.strength)
-        else:
-            yield count, Damping(activations.strengths(scores, count))
-    whole = Damping(activations.strengths(scores))
-    if method == "aura" and len(whole) > max(counts, default=0):
-        yield len(whole), whole
+    expertise = method in activations.METHODS
+    scores = (
+        _load_or_make_expertise(work)
+        if expertise
+        else load_or_make_contrast(work, replace(how, options=how.options.but(method=method), place=""))
+    )
+    order = "highest" if expertise else "lowest"
+    for total, size in sizes.items():
+        chosen = _select_if_enough(work, scores, f"{method}@{total}", how.strength, scope, size, order)
+        if chosen is not None:
+            yield (
+                total,
+                Damping(activations.strengths(scores, chosen.members)) if method == "aura" else chosen,
+            )
+    if method == "aura":
+        whole = Damping(activations.strengths(scores))
+        if len(whole) > max(sizes, default=0):
+            yield len(whole), whole
 
 
 def _load_or_make_expertise(work: RunContext) -> Scores:
@@ -106,10 +113,26 @@ def _load_or_make_expertise(work: RunContext) -> Scores:
     )
 
 
-def _has_enough_candidates(work: RunContext, scores: Scores, count: int, method: str) -> bool:
-    there = count_candidates(scores)
-    said = f"{method}@{count} was left out: the contrast has {there} candidates"
-    if count > there and said not in work.warnings:
+def _select_if_enough(
+    work: RunContext,
+    scores: Scores,
+    variant: str,
+    strength: float,
+    scope: str,
+    size: Mapping[str, Any],
+    order: str = "lowest",
+) -> Circuit | None:
+    """The units of a variant; None, with a warning, where a site, a row or the whole has too few candidates,
+    or a share is no unit."""
+    why = "so small a share is no unit of a row or site"
+    try:
+        found = select(scores, scope=scope, order=order, strength=strength, **size)
+        if len(found) or size == {"count": 0}:
+            return found
+    except UserError as error:
+        why = str(error)
+    said = f"{variant} was left out: {why}"
+    if said not in work.warnings:
         work.warnings.append(said)
         log.warning(said)
-    return count <= there
+    return None

@@ -1,17 +1,25 @@
-"""What a run of a recipe does, step by step, as far as the recipe alone says: `run` goes by it, and `plan`
-counts it."""
+"""The list of work: every attribution and every evaluation of a run. `run` builds it once it has the samples,
+and `plan` prints it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
+from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import require_method
-from ..circuits.select import parse_scope, share_of
-from ..errors import UserError
-from ..evaluation.metrics import PerplexitySettings, PromptSettings
+from ..attribution.options import AttributionOptions
 from ..models.sites import Site
-from ..recipe.schema import SEQUENTIAL, Compress, Discover, Recipe, Reference
-from ..samples.sources import is_path
+from ..recipe.schema import CompressRecipe, CorrectRecipe, DiscoverRecipe, Recipe
+from ..recipe.sections import SEQUENTIAL, Reference
+from .sizes import (
+    circuit_count,
+    comparison_for,
+    count_selected,
+    counts_tried,
+    prunings_of,
+    rankings,
+    removed_sizes,
+    rival_methods,
+)
 
 
 def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
@@ -23,7 +31,7 @@ def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
     for name, spec in recipe.references.items():
         if recipe.job == "discover":
             yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
-        elif recipe.compress and recipe.compress.samples:
+        elif recipe.job == "compress" and recipe.compress.samples:
             yield from (
                 (f"{name}.{place}" if place else name, spec.model_copy(update={"seeds": (seed,)}))
                 for place, seed in enumerate(spec.seeds)
@@ -51,50 +59,7 @@ def has_cards(recipe: Recipe) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Beside the original and the circuit, what the job correct evaluates.
-
-    Attributes:
-        own: numbers of units that the run's own contrast selects; the circuit's may be among them.
-        methods: the other methods.
-        counts: and their numbers of units.
-        null: numbers of random units, each drawn `draws` times.
-    """
-
-    own: tuple[int, ...]
-    methods: tuple[str, ...]
-    counts: tuple[int, ...]
-    null: tuple[int, ...]
-    draws: int
-
-
-def comparison_for(recipe: Recipe, count: int) -> Comparison:
-    """What stands beside a circuit of `count` units."""
-    compare, chosen = recipe.compare, recipe.selection
-    own = {*compare.counts, *([count] if chosen.count is not None or chosen.tune else [])}
-    # A search may end at a count that compare.counts does not have.
-    counts = {*compare.counts, *([count] if chosen.tune else [])}
-    null = own if "random" in compare.methods else {count}
-    return Comparison(
-        tuple(sorted(own)),
-        rival_methods(recipe),
-        tuple(sorted(counts)),
-        tuple(sorted(null)),
-        compare.random_draws,
-    )
-
-
-def rival_methods(recipe: Recipe) -> tuple[str, ...]:
-    """The methods that stand beside the run's own; random is the null."""
-    return tuple(
-        method
-        for method in dict.fromkeys(recipe.compare.methods)
-        if method not in ("random", recipe.attribution.method)
-    )
-
-
-def attributions_tried(recipe: Recipe) -> list[tuple[str, str]]:
+def attributions_tried(recipe: CorrectRecipe) -> list[tuple[str, str]]:
     """(target, neuron) of every attribution that a search begins with."""
     tune, asked = recipe.selection.tune, recipe.attribution
     assert tune
@@ -105,7 +70,7 @@ def attributions_tried(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def contrasts_tried(recipe: Recipe) -> list[tuple[str, float, str | None]]:
+def contrasts_tried(recipe: CorrectRecipe) -> list[tuple[str, float, str | None]]:
     """(plain or matched, penalty, normalize): every way in which a search contrasts the scores of one
     attribution."""
     tune = recipe.selection.tune
@@ -124,13 +89,7 @@ def sets_read_by(recipe: Recipe, kinds: list[str]) -> list[str]:
     return [name for name in recipe.references if name != "matched" or "matched" in kinds]
 
 
-def counts_tried(recipe: Recipe) -> list[int]:
-    tune = recipe.selection.tune
-    assert tune
-    return sorted(set(tune.counts)) or [recipe.selection.count or 0]
-
-
-def circuit_sizes_tried(recipe: Recipe) -> list[tuple[int, int, float]]:
+def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float]]:
     """(number of units, rounds, strength) of every circuit that a search looks for by one contrast."""
     tune = recipe.selection.tune
     assert tune
@@ -142,121 +101,194 @@ def circuit_sizes_tried(recipe: Recipe) -> list[tuple[int, int, float]]:
     ]
 
 
-def count_candidates_tried(recipe: Recipe) -> int:
+def count_candidates_tried(recipe: CorrectRecipe) -> int:
     """At most so many circuits a search tries; fewer where a contrast has too few candidates for one."""
     return len(attributions_tried(recipe)) * len(contrasts_tried(recipe)) * len(circuit_sizes_tried(recipe))
 
 
-def search_aim(recipe: Recipe) -> tuple[str, PromptSettings]:
-    """The metric that a search betters, and its settings on validation prompts."""
-    metrics, tune = recipe.metrics(), recipe.selection.tune
-    assert tune
-    name = "toxicity" if "toxicity" in metrics else "repetition"
-    settings = metrics[name]
-    assert isinstance(settings, PromptSettings)
-    return name, settings.model_copy(update={"split": "validation", "count": tune.prompts or settings.count})
+@dataclass(frozen=True)
+class Attribution:
+    """One reference set scored by one method.
 
-
-def search_budget(recipe: Recipe) -> dict[str, PerplexitySettings]:
-    """The metrics that a search keeps within bounds, by name, with the source and the number of their
-    validation texts.
-
-    Raises:
-        UserError: there is no text that the test does not hold.
+    Attributes:
+        set: name of the reference set.
+        options: with the target of this set.
+        first: only so many of its samples; None for all.
+        turn: 1, and above it in later rounds, where the model lacks what the rounds before found.
+        circuit: number of the circuit that a later round goes on with.
+        kept: whether a file of scores is left.
     """
-    metrics, tune = recipe.metrics(), recipe.selection.tune
-    assert tune
-    found = {}
-    for name in ("perplexity", *(("kl",) if tune.max_kl is not None else ())):
-        settings = metrics[name]
-        assert isinstance(settings, PerplexitySettings)
-        found[name] = settings.model_copy(
-            update={
-                "split": "validation",
-                "source": tune.text_source or _validation_text(recipe, settings),
-                "count": tune.texts or settings.count,
-            }
-        )
-    return found
+
+    set: str
+    options: AttributionOptions
+    first: int | None = None
+    turn: int = 1
+    circuit: int = 0
+    kept: bool = True
 
 
-def _validation_text(recipe: Recipe, settings: PerplexitySettings) -> str:
-    if not is_path(settings.source):
-        return settings.source
-    general = recipe.references["general"].source
-    if is_path(general) and Path(general).resolve() == Path(settings.source).resolve():
-        raise UserError(
-            "evaluation.perplexity and references.general read the same file, which leaves no text for the "
-            "search; "
-            "give selection.tune.text_source another text"
-        )
-    return general
+@dataclass(frozen=True)
+class WorkList:
+    """Everything that a run makes, the most that it can where a search decides.
+
+    Attributes:
+        attributions: each once.
+        evaluations: the models that are measured on the test samples, by the names of their files, the
+            original first.
+        alone: how many units are measured alone, for their cards.
+        trials: how many circuits a search measures, the original among them.
+        score_files: how many files of scores the run leaves, with the contrast, expertise, and what a search
+            copies.
+    """
+
+    attributions: tuple[Attribution, ...]
+    evaluations: tuple[str, ...]
+    alone: int = 0
+    trials: int = 0
+    score_files: int = 0
 
 
-def rankings(discover: Discover, signed: Callable[[str], bool]) -> list[tuple[str, str, str]]:
-    """(name, method, rank) of every way to rank units.
+Completed = Callable[[str], bool]
+
+
+def list_work(recipe: Recipe, sites: Sequence[Site], completed: Completed) -> WorkList:
+    """The work of a recipe on a model with these sites.
 
     Args:
-        signed: whether a method's scores have a sign; where they have none, its rankings are one.
+        completed: whether the samples of a reference set have completions.
     """
-    first, *more = discover.ranks
-    found: list[tuple[str, str, str]] = []
-    for method in discover.methods:
-        found.append((method, method, first))
-        found += [(f"{method}-{rank}", method, rank) for rank in more if signed(method)]
-    return found
+    if recipe.job == "discover":
+        made = tuple(dict.fromkeys(_list_discover(recipe)))
+        names = ("original", "empty", *_discover_variants(recipe, sites))
+        return WorkList(made, names, score_files=len(made))
+    if recipe.job == "compress":
+        made = tuple(dict.fromkeys(_list_compress(recipe)))
+        names = ("original", *_compress_variants(recipe, sites))
+        return WorkList(made, names, score_files=sum(one.kept for one in made))
+    made = tuple(dict.fromkeys((_list_search if recipe.tune else _list_correct)(recipe, completed)))
+    rivals, count, trials = rival_methods(recipe), circuit_count(recipe, sites), 0
+    # The contrast, and what the methods of expertise share.
+    files = len(made) + 1 + bool(set(rivals) & set(EXPERTISE))
+    if recipe.tune:
+        trials = (
+            1 + count_candidates_tried(recipe) + len(rivals) * len(counts_tried(recipe)) + ("aura" in rivals)
+        )
+        files += len(sets_read_by(recipe, [kind for kind, _, _ in contrasts_tried(recipe)]))
+    alone = min(recipe.cards.alone, recipe.cards.most, count) if has_cards(recipe) else 0
+    return WorkList(made, tuple(_variants_beside_circuit(recipe, sites, count)), alone, trials, files)
 
 
-def removed_counts(discover: Discover, units: int) -> list[int]:
-    """How many of all units each circuit lacks."""
-    return sorted(
-        {count for sparsity in discover.sparsities if 0 < (count := share_of(sparsity, units)) < units}
+def _single_attribution(
+    recipe: Recipe,
+    method: str,
+    name: str,
+    target: str | None = None,
+    neuron: str | None = None,
+    reduce: str | None = None,
+) -> Attribution:
+    asked, own = recipe.attribution, recipe.references[name.partition(".")[0]].target
+    options = asked.but(
+        method=method,
+        target=own or target or asked.target,
+        neuron=neuron or asked.neuron,
+        reduce=reduce or asked.reduce,
     )
+    return Attribution(name, options)
 
 
-def prunings_of(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]:
-    """(name, method, reduce); a relevance has its reduction in its name where there are two.
+def _list_discover(recipe: DiscoverRecipe) -> Iterator[Attribution]:
+    for method in recipe.discover.methods:
+        for name, _ in reference_sets(recipe):
+            yield _single_attribution(recipe, method, name)
 
-    Args:
-        sampled: those that are compared by number of samples, or the others.
-    """
-    found: list[tuple[str, str, str]] = []
-    for method in compress.methods:
-        if sampled != bool(compress.samples and require_method(method).run):
-            continue
-        targeted = method != SEQUENTIAL and require_method(method).targeted
-        for reduce in compress.reduces if targeted else compress.reduces[:1]:
-            found.append(
-                (f"{method}-{reduce}" if targeted and len(compress.reduces) > 1 else method, method, reduce)
+
+def _list_compress(recipe: CompressRecipe) -> Iterator[Attribution]:
+    compress = recipe.compress
+    for _, method, reduce in prunings_of(compress, sampled=False):
+        for number in range(max(1, len(compress.fractions)) if method == SEQUENTIAL else 1):
+            yield replace(
+                _single_attribution(recipe, method, "general", reduce=reduce),
+                kept=method != SEQUENTIAL,
+                circuit=number,
             )
-    return found
+    for _, method, reduce in prunings_of(compress, sampled=True):
+        for count in sorted(compress.samples):
+            for name, _ in reference_sets(recipe):
+                yield replace(
+                    _single_attribution(recipe, method, name, reduce=reduce), kept=False, first=count
+                )
 
 
-def units_in(site: Site, unit: str) -> int:
-    """How many units a site has."""
-    return site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out
-
-
-def count_selected(
-    scope: str, unit: str, sites: Sequence[Site], *, count: int | None = None, fraction: float | None = None
-) -> int:
-    """How many units so many, such a share, or the groups of a scope n:m are of the sites."""
-    units = [units_in(site, unit) for site in sites]
-    groups = parse_scope(scope)
-    if groups:
-        return sum(units) * groups[0] // groups[1]
-
-    def of(some: int) -> int:
-        return count if count is not None else share_of(fraction, some)
-
-    if scope == "row":
-        return sum(site.out * of(site.inp) for site in sites)
-    return sum(map(of, units)) if scope == "site" else of(sum(units))
-
-
-def circuit_count(recipe: Recipe, sites: Sequence[Site]) -> int:
-    """How many units the circuit has, where no search decides it."""
-    asked = recipe.selection
-    return count_selected(
-        asked.scope, recipe.attribution.unit, sites, count=asked.count, fraction=asked.fraction
+def _list_correct(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attribution]:
+    for turn in range(1, recipe.selection.rounds + 1):
+        for name in recipe.references:
+            yield replace(_single_attribution(recipe, recipe.attribution.method, name), turn=turn)
+    yield from _list_rivals(
+        recipe, list(recipe.references), recipe.attribution.target, recipe.attribution.neuron, completed
     )
+
+
+def _list_search(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attribution]:
+    """The first round is shared by all; in each later one every candidate attributes again, on a model of its
+    own."""
+    method, kinds, circuit = (recipe.attribution.method, [kind for kind, _, _ in contrasts_tried(recipe)], 0)
+    for target, neuron in attributions_tried(recipe):
+        for name in sets_read_by(recipe, kinds):
+            yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
+        for kind, _, _ in contrasts_tried(recipe):
+            for _, rounds, _ in circuit_sizes_tried(recipe):
+                circuit += 1
+                for turn in range(2, rounds + 1):
+                    for name in sets_read_by(recipe, [kind]):
+                        again = _single_attribution(
+                            recipe, method, name, _target_for_set(name, target, completed), neuron
+                        )
+                        yield replace(again, turn=turn, circuit=circuit)
+    yield from _list_rivals(recipe, sets_read_by(recipe, kinds), *attributions_tried(recipe)[0], completed)
+
+
+def _list_rivals(
+    recipe: CorrectRecipe, names: Sequence[str], target: str, neuron: str, completed: Completed
+) -> Iterator[Attribution]:
+    for method in rival_methods(recipe):
+        for name in names if method not in EXPERTISE else ():
+            yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
+
+
+def _target_for_set(name: str, target: str, completed: Completed) -> str:
+    return "next" if target.startswith("completion") and not completed(name) else target
+
+
+def _variants_beside_circuit(recipe: CorrectRecipe, sites: Sequence[Site], count: int) -> Iterator[str]:
+    """The variants of the job correct, but those that are the circuit once more."""
+    beside, own = comparison_for(recipe, sites, count), recipe.attribution.method
+    yield "original"
+    if count:
+        yield "ablated"
+    yield from (f"{own}@{many}" for many in beside.own if many != count)
+    for method, (_, sizes) in beside.rivals.items():
+        yield from (f"{method}@{many}" for many in sizes if many)
+        if method == "aura":
+            yield "aura@all"
+    for many in beside.null if beside.draws > 1 else ():
+        yield from (f"random@{many}.{draw}" for draw in range(beside.draws) if many)
+    yield from (f"random@{many}" for many in beside.null if beside.draws == 1 and many)
+
+
+def _discover_variants(recipe: DiscoverRecipe, sites: Sequence[Site]) -> Iterator[str]:
+    for name, _, _ in rankings(recipe.discover, lambda method: require_method(method).targeted):
+        for count in removed_sizes(recipe.discover, name, recipe.attribution.unit, sites):
+            yield from (f"{name}@{count}.seed{seed}" for seed, _ in enumerate(reference_sets(recipe)))
+
+
+def _compress_variants(recipe: CompressRecipe, sites: Sequence[Site]) -> Iterator[str]:
+    compress = recipe.compress
+    counts = [
+        count_selected(compress.scope, "weight", sites, fraction=fraction)
+        for fraction in compress.fractions or (None,)
+    ]
+    for name, _, _ in prunings_of(compress, sampled=False):
+        yield from (f"{name}@{count}" for count in counts)
+    for name, _, _ in prunings_of(compress, sampled=True):
+        for count in sorted(compress.samples):
+            yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(reference_sets(recipe)))

@@ -12,7 +12,8 @@ from ..errors import UserError
 from ..models.families import require_family
 from ..models.load import MAP, load_config, require_loadable
 from ..models.sites import DTYPES
-from ..recipe.schema import SEQUENTIAL, Recipe, load_recipe
+from ..recipe.schema import Recipe, load_recipe
+from ..recipe.sections import SEQUENTIAL
 from .hardware import RUNTIME, Hardware, find_hardware, this_machine
 from .lengths import tokenizer_at_hand
 from .rehearsal import Rehearsal
@@ -160,7 +161,6 @@ def plan(
     if getattr(settings, "quantization_config", None):
         stages.notes.append("the weights are quantised, and counted as if they were not")
     peak, peak_at, host = _memory(stages, done, shaped.weights, device)
-    files = stages.score_files()
     return Plan(
         loaded.name,
         loaded.model.id,
@@ -171,7 +171,7 @@ def plan(
         stages.units,
         len(stages.sites),
         4 * stages.units,
-        4 * stages.units * files,
+        4 * stages.units * stages.work.score_files,
         tuple(done),
         peak,
         peak_at,

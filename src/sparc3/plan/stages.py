@@ -18,13 +18,13 @@ from ..evaluation.metrics import (
     PerplexitySettings,
     PromptSettings,
 )
-from ..experiment import score, work_list
+from ..experiment import score, sizes, validation, work_list
 from ..experiment.compress import BATCH_TOKENS
 from ..models.load import context_length
-from ..recipe.schema import SEQUENTIAL, Recipe
+from ..recipe.schema import Recipe
+from ..recipe.sections import SEQUENTIAL
 from ..samples.batches import Encoded, group_by_length, token_budget
 from ..samples.sources import AT_ONCE, WIDER
-from .attributions import Attribution, attributions, evaluations, score_files
 from .lengths import by_model, of_samples, of_tasks, of_text
 from .rehearsal import Cost, Rehearsal
 
@@ -77,7 +77,7 @@ class Stages:
     Attributes:
         notes: what had to be assumed, or is left out.
         sets: reference set, as the run names it → the lengths of its samples.
-        attributions, evaluations: what is scored and measured.
+        work: what is scored and measured.
         units: number of units that are scored.
     """
 
@@ -88,7 +88,7 @@ class Stages:
         self.context = context_length(rehearsal.shaped.model)
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
-        self.units = sum(work_list.units_in(site, unit) for site in self.sites)
+        self.units = sum(sizes.units_in(site, unit) for site in self.sites)
         self.specs = dict(work_list.reference_sets(recipe))
         self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
         self.notes = [
@@ -96,9 +96,13 @@ class Stages:
             for name, found in self.sets.items()
             if found.assumed
         ]
-        self.attributions = attributions(recipe, lambda name: self.sets[name].completed)
-        self.evaluations = evaluations(recipe, self.units, self.sites)
-        self.notes += self.evaluations.assumed
+        self.work = work_list.list_work(recipe, self.sites, lambda name: self.sets[name].completed)
+        if recipe.job == "correct" and recipe.tune:
+            count = sizes.circuit_count(recipe, self.sites)
+            self.notes.append(
+                f"every candidate of the search taken to be measured whole, and its best to have {count} "
+                "units"
+            )
 
     def all(self) -> list[Stage]:
         """In the run's order; work of one kind is one stage."""
@@ -114,41 +118,31 @@ class Stages:
             made[stage.name] = made[stage.name] + stage if stage.name in made else stage
         return list(made.values())
 
-    def score_files(self) -> int:
-        """How many files of scores the run leaves."""
-        return score_files(self.recipe, self.attributions)
-
     def held(self) -> int:
         """How many numbers a unit are in memory at once while scores are contrasted and circuits chosen."""
-        if self.recipe.compress:
+        if self.recipe.job == "compress":
             return 1 if self.recipe.compress.samples else 0
-        if self.recipe.discover:
+        if self.recipe.job == "discover":
             return len(self.sets) * len(self.recipe.discover.methods) * len(self.recipe.discover.ranks)
         return (
-            len(self.sets)
-            * (len(work_list.attributions_tried(self.recipe)) if self.recipe.selection.tune else 1)
-            + 1
+            len(self.sets) * (len(work_list.attributions_tried(self.recipe)) if self.recipe.tune else 1) + 1
         )
 
     def removed(self) -> float:
         """The largest share of the units that is set to zero at once, and whose values are kept meanwhile."""
-        recipe, selection = self.recipe, self.recipe.selection
-        if recipe.discover:
+        recipe = self.recipe
+        if recipe.job == "discover":
             return 1.0
-        if recipe.compress:
+        if recipe.job == "compress":
             return _share(recipe.compress.scope) or max(recipe.compress.fractions)
-        own = (
-            max(work_list.counts_tried(recipe))
-            if selection.tune
-            else work_list.circuit_count(recipe, self.sites)
-        )
-        return max([own, *recipe.compare.counts]) / self.units
+        beside = sizes.comparison_for(recipe, self.sites, sizes.circuit_count(recipe, self.sites))
+        return max(beside.own) / self.units
 
     def _choose_prompts(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
         asked: list[tuple[str, Any]] = [*self.specs.items(), *self.recipe.metrics().items()]
-        if self.recipe.selection.tune:
-            name, settings = work_list.search_aim(self.recipe)
+        if self.recipe.job == "correct" and self.recipe.tune:
+            name, settings = validation.search_aim(self.recipe)
             asked.append((f"validation {name}", settings))
         for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
             count = spec.count or 100
@@ -175,45 +169,28 @@ class Stages:
             )
 
     def _scores(self) -> Iterator[Stage]:
-        for one in self.attributions:
+        for one in self.work.attributions:
             yield from self._attribute(one)
-        if set(work_list.rival_methods(self.recipe)) & set(EXPERTISE):
+        if self.recipe.job == "correct" and set(sizes.rival_methods(self.recipe)) & set(EXPERTISE):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
                 yield replace(
                     self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True
                 )
 
-    def _attribute(self, one: Attribution) -> Iterator[Stage]:
+    def _attribute(self, one: work_list.Attribution) -> Iterator[Stage]:
         """Nothing for a method that looks at no sample."""
-        asked, name = self.recipe.attribution, f"scores, {one.method}"
+        options, name = one.options, f"scores, {one.options.method}"
         found = self.sets[one.set].first(one.first)
-        if one.method == SEQUENTIAL:
+        if options.method == SEQUENTIAL:
             groups = group_by_length(found.encoded("predicted", self.context), BATCH_TOKENS)
-            yield replace(
-                _sum_groups(name, self.rehearsal.sequential(asked.sites, groups), groups), scoring=True
-            )
+            cost = self.rehearsal.sequential(options.sites, groups)
+        elif (method := require_method(options.method)).run is None:
             return
-        method = require_method(one.method)
-        if method.run is None:
-            return
-        groups = group_by_length(
-            found.encoded(one.target if method.targeted else "predicted", self.context), self._budget()
-        )
-        settings = Settings(
-            one.method,
-            asked.unit,
-            one.target,
-            one.neuron,
-            one.reduce,
-            0,
-            asked.non_finite,
-            asked.sums_dtype,
-            asked.sums_device,
-            gradient_checkpointing=asked.gradient_checkpointing,
-        )
-        yield replace(
-            _sum_groups(name, self.rehearsal.attribution(settings, asked.sites, groups), groups), scoring=True
-        )
+        else:
+            encoded = found.encoded(options.target if method.targeted else "predicted", self.context)
+            groups = group_by_length(encoded, self._budget())
+            cost = self.rehearsal.attribution(Settings.of(options), options.sites, groups)
+        yield replace(_sum_groups(name, cost, groups), scoring=True)
 
     def _budget(self) -> int:
         return token_budget(self.recipe.attribution.batch_tokens, self.rehearsal.hardware.kind)
@@ -231,16 +208,16 @@ class Stages:
 
     def _search(self) -> Iterator[Stage]:
         """Each circuit that a search may look at, on its validation samples."""
-        if self.recipe.selection.tune:
+        if self.recipe.job == "correct" and self.recipe.tune:
             for name, settings in (
-                *work_list.search_budget(self.recipe).items(),
-                work_list.search_aim(self.recipe),
+                *validation.search_budget(self.recipe).items(),
+                validation.search_aim(self.recipe),
             ):
                 for stage in self._metric(name, settings):
-                    yield replace(stage * (self.evaluations.trials - (name == "kl")), name=f"search, {name}")
+                    yield replace(stage * (self.work.trials - (name == "kl")), name=f"search, {name}")
 
     def _evaluation(self) -> Iterator[Stage]:
-        many = len(self.evaluations.names) + self.evaluations.alone
+        many = len(self.work.evaluations) + self.work.alone
         for name, settings in self.recipe.metrics().items():
             for stage in self._metric(name, settings):
                 yield stage * (

@@ -1,0 +1,303 @@
+"""The sections of a recipe; which of them a job has says `schema`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..attribution.activations import METHODS as EXPERTISE
+from ..attribution.methods import methods, require_method
+from ..circuits.select import parse_scope
+from ..errors import unknown
+from ..samples.batches import parse_target
+from ..samples.sources import require_source
+from ..settings import Strict
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Scope = Literal["global", "site", "row"]
+SEQUENTIAL = "wanda-sequential"
+"""Wanda as its own code has it, which is no method of `attribute`: each layer sees the already pruned ones
+before it."""
+
+DEFAULT_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+
+
+class Discover(Strict):
+    """Keep the top units of a task, remove the rest.
+
+    Attributes:
+        methods: whose circuits are compared; the report is about attribution.method, which is one of them.
+        sparsities: shares of all units that are removed.
+        ranks: units are kept by "abs", the size of their score, by "signed", the score itself (the paper's
+            Eq. 1 and 2), or once by each; the first is the one that the report is about. A method without
+            negative scores is ranked once. "abs" is the default because "signed" is no better than random on
+            SmolLM2-135M (docs/reproducing.md).
+        enough: the accuracy that a circuit must keep to count as the task's.
+        scopes: METHOD: SCOPE. "global" ranks all units together, as every method does that is not named;
+            "site" and, of weights, "row" remove the same share of each. The paper's Figures 2 and 12 have
+            rows for Wanda beside LRP's global ranking: {wanda: row}.
+    """
+
+    methods: tuple[str, ...] = Field(
+        default=("lrp", "gradient", "wanda", "activation", "random"), min_length=1
+    )
+    sparsities: tuple[Share, ...] = Field(default=DEFAULT_SPARSITIES, min_length=1)
+    ranks: tuple[Literal["signed", "abs"], ...] = Field(default=("abs",), min_length=1)
+    enough: float = Field(default=0.9, gt=0, le=1)
+    scopes: dict[str, Scope] | None = None
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for method in value:
+            require_method(method)
+        return value
+
+    @model_validator(mode="after")
+    def _require_listed(self) -> "Discover":
+        for method in self.scopes or ():
+            if method not in self.methods:
+                raise unknown("method in discover.scopes", method, self.methods)
+        return self
+
+
+class Compress(Strict):
+    """Remove the least weights of every row.
+
+    Attributes:
+        methods: magnitude, wanda, lrp, any other that scores weights, or wanda-sequential.
+        reduces: of methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, or
+            both.
+        scope: "row", "site", "global", or n:m, which has no fractions.
+        fractions: shares of the weights that go.
+        samples: numbers of reference samples to compare, each of every seed's set; methods that look at no
+            sample are as without it.
+    """
+
+    methods: tuple[str, ...] = Field(default=("magnitude", "wanda", "lrp"), min_length=1)
+    reduces: tuple[Literal["mean_abs", "abs_mean"], ...] = Field(default=("mean_abs",), min_length=1)
+    scope: str = "row"
+    fractions: tuple[Share, ...] = ()
+    samples: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for method in value:
+            if method.partition(":")[0] not in (*methods(), SEQUENTIAL):
+                raise unknown("method", method, [*methods(), SEQUENTIAL])
+        return value
+
+    @model_validator(mode="after")
+    def _require_size(self) -> "Compress":
+        if parse_scope(self.scope):
+            if self.fractions:
+                raise ValueError(f"scope {self.scope} says how many weights go; leave fractions out")
+        elif not self.fractions:
+            raise ValueError("there are no fractions; give some, such as [0.5]")
+        if self.samples and (len(self.fractions) > 1 or SEQUENTIAL in self.methods):
+            raise ValueError(
+                "samples compares numbers of reference samples at one fraction; give one, and leave "
+                f"{SEQUENTIAL} out"
+            )
+        if self.scope == "global" and SEQUENTIAL in self.methods:
+            raise ValueError(
+                f"{SEQUENTIAL} has no scope global, since later layers are not known yet; use row or site"
+            )
+        return self
+
+
+class ModelSection(Strict):
+    id: str
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class Reference(Strict):
+    """One reference set. `seed` is short for `seeds` of one; `target` overrides attribution.target for this
+    set."""
+
+    source: str
+    count: int = Field(ge=1)
+    seq_len: int | None = Field(default=None, ge=2)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    split: str = "reference"
+    choose_by: Literal["prompt", "continuation", "completion", "repetition"] | None = None
+    min_toxicity: float | None = Field(default=None, ge=0, le=1)
+    max_toxicity: float | None = Field(default=None, ge=0, le=1)
+    max_rur: float = Field(default=0.5, gt=0, le=1)
+    scorer: str = "detoxify"
+    max_new_tokens: int = Field(default=50, ge=1)
+    target: str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _require_source(cls, value: str) -> str:
+        require_source(value)
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_target(value)
+        return value
+
+
+class Tune(Strict):
+    """A search on validation prompts: every combination of the lists is tried, and the best within the budget
+    is the circuit.
+
+    Attributes:
+        max_perplexity_increase: the budget: the largest relative increase of validation perplexity; 0.01 is 1
+            %.
+        max_kl: and of the divergence from the original, in nats a token; needs evaluation.kl.
+        counts: numbers of units.
+        targets: in the place of attribution.target; sets without completions take `next` where a candidate
+            says `completion`.
+        neurons: "abs", "signed", or both.
+        contrasts: "plain", "matched", or both; all that the reference sets allow where none is given.
+        penalties: of the matched contrast.
+        normalize: null, "l1", or both.
+        rounds: in how many rounds a circuit is found, as selection.rounds; a candidate attributes again in
+            each.
+        strengths: the share of each unit that is taken away, as selection.strength: 1 sets it to zero, 0.5
+            halves it.
+        prompts: number of validation prompts; as many as there are test prompts where it is not given.
+        texts: number of validation texts for perplexity; as many as the test has where it is not given.
+        text_source: where they come from, if the perplexity source has no validation split of its own.
+    """
+
+    max_perplexity_increase: float = Field(default=0.01, ge=0)
+    max_kl: float | None = Field(default=None, ge=0)
+    counts: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    targets: tuple[str, ...] = ()
+    neurons: tuple[Literal["abs", "signed"], ...] = ()
+    contrasts: tuple[Literal["plain", "matched"], ...] = ()
+    penalties: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(1.0,), min_length=1)
+    normalize: tuple[Literal["l1"] | None, ...] = Field(default=(None,), min_length=1)
+    rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
+    strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
+    prompts: int | None = Field(default=None, ge=1)
+    texts: int | None = Field(default=None, ge=1)
+    text_source: str | None = None
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for target in value:
+            parse_target(target)
+        return value
+
+    @field_validator("text_source")
+    @classmethod
+    def _require_source(cls, value: str | None) -> str | None:
+        if value is not None:
+            require_source(value)
+        return value
+
+
+class Selection(Strict):
+    """How many units (a scope n:m says it itself), and by which contrast.
+
+    `rounds`: select a share, ablate it, attribute again, and go on. `tune`: search for all that.
+    `strength`: the share of each unit that is taken away: 1 sets it to zero, 0.5 halves it.
+    `protect`: leave out neurons whose removal alone breaks the model, and list them.
+    """
+
+    count: int | None = Field(default=None, ge=0)
+    fraction: float | None = Field(default=None, ge=0, lt=1)
+    scope: str = "global"
+    normalize: Literal["l1"] | None = None
+    penalty: float = Field(default=1.0, ge=0)
+    rounds: int = Field(default=1, ge=1)
+    strength: float = Field(default=1.0, gt=0, le=1)
+    protect: bool = True
+    tune: Tune | None = None
+
+    @field_validator("scope")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        parse_scope(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "Selection":
+        if self.tune is not None:
+            self._require_search(self.tune)
+        elif parse_scope(self.scope):
+            if self.count is not None or self.fraction is not None:
+                raise ValueError(f"scope {self.scope} says how many weights go; leave count and fraction out")
+        elif (self.count is None) == (self.fraction is None):
+            raise ValueError(
+                "count and fraction are both given, or neither; give one of them, or tune to search for a "
+                "count"
+            )
+        if self.rounds > 1 and (self.count is None or self.scope != "global"):
+            raise ValueError("rounds needs a count and scope global")
+        return self
+
+    def _require_search(self, tune: Tune) -> None:
+        if self.fraction is not None or self.rounds > 1:
+            raise ValueError("tune tries counts and tune.rounds; leave fraction and rounds out")
+        if max(tune.rounds) > 1 and self.scope != "global":
+            raise ValueError("tune.rounds above 1 needs scope global")
+        if parse_scope(self.scope):
+            raise ValueError(
+                f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or "
+                "site"
+            )
+        if self.penalty != 1.0 or self.normalize is not None or self.strength != 1.0:
+            raise ValueError(
+                "with tune, penalty, normalize and strength must be written as tune.penalties, "
+                "tune.normalize and tune.strengths"
+            )
+        if bool(tune.counts) == (self.count is not None):
+            raise ValueError("tune needs the numbers of units to try: tune.counts, or one count")
+
+
+class Compare(Strict):
+    """Other methods at other counts, and the null: `random_draws` draws of as many random units in each
+    layer.
+
+    `det0` removes the neurons that tell undesired from benign samples best, `aura` damps them, and all that
+    do at all.
+
+    Every method, det0 and aura among them, selects by selection.scope, and `counts` mean what selection.count
+    means by that scope: units in all, of each site, or of each row. The variants are named by their units in
+    all. Where selection gives a fraction or a scope n:m, the other methods take as much as the circuit; n:m
+    is the only size then, and has no `counts`. The null has as many units of each site as the circuit that it
+    belongs to.
+
+    `scopes`: METHOD: SCOPE for a method that selects by another one: with "site" or "row" it takes the same
+    share of each, rounded down, and as many in all as the others with "global".
+    """
+
+    methods: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    random_draws: int = Field(default=3, ge=0)
+    scopes: dict[str, Scope] | None = None
+
+    @model_validator(mode="after")
+    def _require_listed(self) -> "Compare":
+        for method in self.scopes or ():
+            if method not in self.methods or method == "random":
+                raise unknown("method in compare.scopes", method, [m for m in self.methods if m != "random"])
+        return self
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for method in value:
+            if method not in EXPERTISE:
+                if method.partition(":")[0] not in methods():
+                    raise unknown("method", method, [*methods(), *EXPERTISE])
+                require_method(method)
+        return value
+
+
+class Cards(Strict):
+    """Cards of the removed neurons: how many at most, and how many of them with what removing that neuron
+    alone does (an evaluation each)."""
+
+    most: int = Field(default=50, ge=0)
+    alone: int = Field(default=0, ge=0)
