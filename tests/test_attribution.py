@@ -1,6 +1,8 @@
 """Attribution against mathematics: second opinions, numbers on paper, laws, and what must not change."""
 
+import inspect
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from unchanged import fingerprint, require_same
 
 from sparc3.attribution.attribute import attribute
 from sparc3.attribution.methods import settings_for
+from sparc3.attribution.options import AttributionOptions
 from sparc3.attribution.patching import frozen, lrp_rules
 from sparc3.attribution.relevance import target_of
 from sparc3.attribution.sums import Settings, Sums
+from sparc3.cli.circuit_commands import OPTIONS
 from sparc3.doctor.completeness import relevance_ledger
 from sparc3.errors import NonFinite, UserError
 from sparc3.models.families import ROLES
 from sparc3.models.sites import family_of, sites_of
+from sparc3.recipe.schema import CorrectRecipe
 from sparc3.samples.batches import encode, make_batches
 from sparc3.samples.reference_set import ReferenceSet, Sample
 
@@ -490,3 +495,17 @@ def test_a_tokenizers_output_is_not_taken_for_texts(demo: tuple) -> None:
     model, tokenizer = demo
     with pytest.raises(UserError, match="input_ids"):
         attribute(model, tokenizer(["Tom", "was"]), tokenizer=tokenizer)
+
+
+def test_attribute_the_recipe_and_the_command_line_share_one_list_of_options() -> None:
+    given = inspect.signature(attribute).parameters
+    options = AttributionOptions.model_fields
+    assert {name: given[name].default for name in options} == {n: f.default for n, f in options.items()}
+    assert {*OPTIONS, "truncate"} == set(options)
+    assert CorrectRecipe.model_fields["attribution"].annotation is AttributionOptions
+    # Shard files and their fingerprints hold these names; batches, truncation and sites are not among them.
+    settings = asdict(Settings.of(AttributionOptions(sites=("attn.o",), batch_tokens=7, truncate=True)))
+    assert settings == asdict(
+        Settings("lrp", "neuron", "predicted", "abs", "mean", gradient_checkpointing="auto")
+    )
+    assert set(settings) == {*options, "seed"} - {"batch_tokens", "truncate", "sites"}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sparc3 import Circuit, ReferenceSet, Results, Scores, UserError, load_recipe, run
-from sparc3.recipe.schema import bundled_recipes
+from sparc3.recipe.schema import JOBS, bundled_recipes
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -143,6 +143,8 @@ def test_reference_prompts_in_an_evaluation_are_refused(tmp_path: Path, jsonl: C
 def test_bundled_recipes_fit_the_schema(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
+    assert type(recipe) is JOBS[recipe.job]
+    assert load_recipe(yaml.safe_load(recipe.to_yaml())).resolved() == recipe.resolved()
     assert bundled_recipes()[name]
 
 
