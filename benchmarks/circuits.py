@@ -22,7 +22,7 @@ from sparc3 import Circuit, ReferenceSet, ablated, attribute, load_model
 from sparc3.evaluation.metrics import IOISettings, Prepared, require_metric
 from sparc3.evaluation.statistics import Observations, difference, measurement
 from sparc3.evaluation.toxicity import ranks
-from sparc3.experiment.discover import find_sparsest
+from sparc3.results import find_sparsest
 from sparc3.samples.sources import Request, gather
 
 SHARES = tuple(round(1 - 0.7 * 0.85**step, 3) for step in range(17))

@@ -10,7 +10,8 @@ import pytest
 
 from sparc3 import Circuit, Results, Sparc3Error, UserError, ablated, load_recipe, run
 from sparc3.evaluation.statistics import Evaluation, Observations
-from sparc3.experiment.discover import curve_areas, find_sparsest, mean_of, measure_stability
+from sparc3.experiment.discover import curve_areas, mean_of, measure_stability
+from sparc3.results import find_sparsest
 from sparc3.samples.ioi_sentences import sentences, split_of
 from sparc3.samples.reference_set import ReferenceSet
 from sparc3.samples.sources import Request, gather

@@ -17,8 +17,7 @@ from sparc3.report.examples import Mask, find_changes
 from sparc3.report.headline import headline, remarks
 from sparc3.report.read import read_folder
 from sparc3.report.tradeoff import tradeoffs
-from sparc3.report.variant_names import method_title, rival_points
-from sparc3.report.words import change, figure, format_p, with_interval
+from sparc3.report.words import change, figure, format_p, method_title, with_interval
 from sparc3.report.write import write_report
 from sparc3.results import Difference, Measurement, Results
 from sparc3.safe_text import visible
@@ -168,11 +167,7 @@ def test_a_circuit_of_weights_has_its_count_its_null_and_its_rivals(run: Path) -
     assert folder.unit == "weight"
     assert f"40 of {SIZE * 8:,} weights" in str(headline(folder))
     assert "40 random weights" in str(headline(folder))
-    assert {point.method for point in rival_points(folder, "toxicity.mean")} == {
-        "wanda",
-        "gradient",
-        "random",
-    }
+    assert {point.method for point in folder.rival_points("toxicity.mean")} == {"wanda", "gradient", "random"}
     assert not page(run).unbalanced
 
 
@@ -289,8 +284,8 @@ def test_every_point_of_the_trade_off_is_one_measured(run: Path) -> None:
     on_test, searched, *_ = tradeoffs(folder)
     assert len(on_test.tips) == 4 * 6
     wanda = on_test.tips["perplexity~wanda@40"]
-    rows = {row["name"]: row["text"] for row in wanda["rows"]}  # type: ignore[attr-defined]
-    assert wanda["head"] == "Wanda, 40 neurons"
+    rows = {row.name: row.text for row in wanda.rows}
+    assert wanda.head == "Wanda, 40 neurons"
     assert rows["mean toxicity"] == with_interval(folder.results.find("toxicity.mean", "wanda@40"))
     assert rows["perplexity"] == "+16.0\u202f%"
     # seven of eight candidates: one was hopeless; and two counts of another method
@@ -299,7 +294,7 @@ def test_every_point_of_the_trade_off_is_one_measured(run: Path) -> None:
         "8 candidates on 50 prompts and 60 texts for validation, 6 within the budget, 1 cost too much"
         in searched.note
     )
-    kept = {tip["head"]: tip["rows"][-1]["text"] for tip in searched.tips.values()}  # type: ignore[index]
+    kept = {tip.head: tip.rows[-1].text for tip in searched.tips.values()}
     assert kept["40 neurons, target completion:1, signed, matched contrast"] == "kept"
     assert kept["600 neurons, target completion:1, signed, matched contrast"] == "exceeded"
     assert kept["160 neurons, Wanda"] == "exceeded"
@@ -308,7 +303,9 @@ def test_every_point_of_the_trade_off_is_one_measured(run: Path) -> None:
 def test_a_search_that_is_not_this_runs_is_not_shown(run: Path) -> None:
     (run / "tune.json").unlink()
     write_json(run / "tune.json", {"format": "sparc3.tune/1", "best": {"count": 1}, "trials": {}})
-    assert read_folder(run).search["best"]["count"] == 40
+    search = read_folder(run).search
+    assert search is not None
+    assert search.best.count == 40
     (run / "tune.json").unlink()
     kept = Results.load(run / "results.json")
     kept.provenance["tune"]["original"] = {}

@@ -9,7 +9,7 @@ import pytest
 
 from sparc3 import ReferenceSet, Results, Scores, UserError, load_recipe, run
 from sparc3.demo.text import split_of
-from sparc3.experiment.search import Candidate, pareto_front
+from sparc3.results import Candidate, Variant, pareto_front
 from sparc3.samples.sources import overlap
 from sparc3.storage import read_json
 
@@ -80,7 +80,7 @@ def test_the_best_is_the_least_toxic_within_the_budget(finished: tuple[Path, Res
 def test_other_methods_get_the_same_budget(finished: tuple[Path, Results]) -> None:
     folder, results = finished
     rivals = read_json(folder / "tune.json", "sparc3.tune/1")["rivals"]
-    assert [one["variant"].partition("@")[0] for one in rivals] == ["wanda", "aura"]
+    assert [Variant.parse(one["variant"]).method for one in rivals] == ["wanda", "aura"]
     for one in rivals:
         assert one["figures"]["kl"] <= 0.5
         assert results.find("toxicity.mean", one["variant"]).split == "test"

@@ -2,15 +2,47 @@
 `sparc3.results/1`)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from .errors import DamagedFile, UserError
 from .settings import typed
 from .storage import read_json, write_json
 
 FORMAT = "sparc3.results/1"
+Number = int | float
+"""A figure that stays in the file as it was given: 11 does not become 11.0."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that was measured: "original", "ablated", "wanda@40", "random@40.2" for one of several draws.
+
+    Attributes:
+        method: the method that chose the units; the whole name of a variant without a count.
+        count: how many units are changed; None where the name does not say.
+        draw: which draw ("2") or reference set ("seed2"); "" where there is one, or all are pooled.
+    """
+
+    method: str
+    count: int | None = None
+    draw: str = ""
+
+    @classmethod
+    def parse(cls, name: str) -> "Variant":
+        """The variant of this name; a name of another form is a method as a whole."""
+        method, at, rest = name.rpartition("@")
+        count, dot, draw = rest.partition(".")
+        fits = bool(at and method) and count.isdecimal() and count.isascii() and bool(draw) == bool(dot)
+        return cls(method, int(count), draw) if fits else cls(name)
+
+    def __str__(self) -> str:
+        counted = "" if self.count is None else f"@{self.count}"
+        return f"{self.method}{counted}{'.' if self.draw else ''}{self.draw}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +100,240 @@ class Difference:
         return self.value == 0 and self.ci95 is not None and self.ci95 == (0, 0)
 
 
+# What the results say of where they came from. A section that a run does not write is not in its file.
+
+
+class Section(BaseModel):
+    """A part of a provenance. Keys that it does not know are kept as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the file: what was given, in the order of the class."""
+        return self.model_dump(exclude_unset=True)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a run's checks; `ok` is None where there is no judgement to make."""
+
+    name: str
+    value: Any = ""
+    ok: bool | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long a stage of the run took."""
+
+    name: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Power:
+    """The smallest change of a metric that `n` units show with 80 % power.
+
+    Attributes:
+        relative: whether `detects` is a share of the original's figure.
+        said: the same as a sentence.
+    """
+
+    metric: str
+    n: int
+    detects: Number
+    relative: bool = False
+    said: str = ""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Units that another variant's circuit, of `size`, shares with the run's own; `expected` by chance."""
+
+    variant: str
+    size: int
+    both: Number
+    expected: Number | None = None
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A unit kept out of every selection; the ratio is None where its removal breaks the model altogether."""
+
+    module: str
+    index: int
+    perplexity_ratio: Number | None
+
+
+@dataclass(frozen=True)
+class ScorerMeans:
+    """What one scorer says of the texts before and after; None where nothing was scored."""
+
+    before: float | None
+    before_ci95: tuple[float, float] | None
+    after: float | None
+    after_ci95: tuple[float, float] | None
+    change: float | None
+    change_ci95: tuple[float, float] | None
+    p: float | None
+    n: int
+    failures: int
+
+
+class Scorers(Section):
+    """Two scorers of the same `n` continuations, and how far they agree."""
+
+    first: str
+    second: str
+    n: int = 0
+    pearson: float | None = None
+    spearman: float | None = None
+    same_verdict: float | None = None
+    means: list[ScorerMeans]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A count of another method, tried in a search: metric → figure, and whether it keeps to the budget."""
+
+    count: int
+    figures: dict[str, Number]
+    within: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination that a search tried.
+
+    Attributes:
+        targets: reference set → target.
+        circuit: fingerprint of the circuit.
+        figures: metric → value on validation samples; the aim is missing where it was hopeless.
+        perplexity_increase: relative to the original.
+        within: whether it keeps to the budget.
+        rounds: in how many it was found.
+        strength: the circuit's.
+        pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
+    """
+
+    targets: dict[str, str]
+    neuron: str
+    contrast: str
+    penalty: Number | None
+    normalize: str | None
+    count: int
+    circuit: str
+    figures: dict[str, Number] = field(default_factory=dict)
+    perplexity_increase: float = 0.0
+    within: bool = False
+    pareto: bool = False
+    rounds: int = 1
+    strength: Number = 1.0
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The best of the `of` counts of another method that a search tried, within its budget."""
+
+    variant: str
+    figures: dict[str, Number]
+    of: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The damage that a search allowed; None is no bound."""
+
+    max_perplexity_increase: Number | None = None
+    max_kl: Number | None = None
+
+
+class Search(Section):
+    """A search under a budget.
+
+    Attributes:
+        aim: the metric to better.
+        samples: metric → number of validation samples.
+        original: metric → the original's figure.
+        others: method → every count of it that was tried.
+        tried: how many candidates there were, where `candidates` holds the undominated ones only.
+    """
+
+    aim: str
+    budget: Budget = Budget()
+    split: str = "validation"
+    samples: dict[str, int] = {}
+    original: dict[str, Number]
+    best: Candidate
+    candidates: list[Candidate] = []
+    rivals: list[Rival] = []
+    others: dict[str, list[Trial]] = {}
+    tried: int | None = None
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A metric of a pruning from the first `samples` of one draw."""
+
+    method: str
+    samples: int
+    seed: int
+    metric: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A method's scores by size: role → how many are below 10^exponents[0], then between each two."""
+
+    samples: int
+    exponents: list[Number]
+    roles: dict[str, list[int]]
+
+
+class Provenance(Section):
+    """Where results came from. A correcting run writes no `job`, `method` or `unit`: its circuit says them.
+
+    Attributes:
+        headline: the metric that the run is about, where it is not the first measured.
+        ranks, seeds, enough: of a run that discovers: rankings, reference sets, the accuracy asked for.
+        scope: of a run that compresses.
+        sizes: module → units in it.
+        metrics, samples: metric → its settings, and the fingerprint of its samples.
+        lexicon: words to mask.
+        protected: None where none was looked for.
+    """
+
+    recipe: str = ""
+    job: str = "correct"
+    made_from: str = ""
+    headline: str | None = None
+    model: dict[str, Any] = {}
+    method: str | None = None
+    unit: str | None = None
+    scope: str | None = None
+    enough: Number = 0.9
+    ranks: list[str] = []
+    seeds: int = 1
+    circuit: str | None = None
+    count: int | None = None
+    sizes: dict[str, int] = {}
+    metrics: dict[str, dict[str, Any]] = {}
+    samples: dict[str, Any] = {}
+    lexicon: list[str] = []
+    checks: list[Check] = []
+    stages: list[Stage] = []
+    power: list[Power] = []
+    scorers: Scorers | None = None
+    protected: list[Protected] | None = None
+    tune: Search | None = None
+    warnings: list[str] = []
+    version: str = ""
+    overlaps: list[Overlap] = []
+    by_samples: list[SampleRow] = []
+    distributions: dict[str, Distribution] = {}
+
+
 @dataclass(frozen=True)
 class Results:
     """Measurements, their differences, and where they came from."""
@@ -92,6 +358,10 @@ class Results:
             if (difference.metric, difference.from_, difference.to) == (metric, from_, to):
                 return difference
         raise UserError(f"no difference of '{metric}' from '{from_}' to '{to}'; there are: {self._names()}")
+
+    def read_provenance(self) -> Provenance:
+        """`provenance` by its sections, null as if not there. Raises ValueError for one of another form."""
+        return typed(Provenance, {key: value for key, value in self.provenance.items() if value is not None})
 
     def _names(self) -> str:
         return ", ".join(sorted({f"{m.metric} on {m.variant}" for m in self.measurements})) or "none"
@@ -130,3 +400,28 @@ class Results:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"{path}: not as {FORMAT} has it ({error}); make it again") from None
+
+
+# Figures that both the run and its report choose by.
+
+
+def pareto_front(points: Sequence[tuple[float, float] | None]) -> set[int]:
+    """Places of the points that no other point matches in both coordinates and betters in one, less being
+    better; None is no point."""
+    there = [(index, point) for index, point in enumerate(points) if point is not None]
+    return {
+        index
+        for index, (x, y) in there
+        if not any(a <= x and b <= y and (a, b) != (x, y) for _, (a, b) in there)
+    }
+
+
+def find_sparsest(gone: Sequence[Number], accuracies: Sequence[float], enough: float) -> Number:
+    """The most removed (share or number) at which, as at all less, the accuracy is `enough`; 0 where none is.
+
+    Args:
+        gone: what was removed, ascending.
+        accuracies: what the rest reaches.
+    """
+    held = takewhile(lambda point: point[1] >= enough, zip(gone, accuracies, strict=True))
+    return max((removed for removed, _ in held), default=0)

@@ -28,7 +28,7 @@ from ..models.offloading import device_of
 from ..models.sites import Site, family_of, layers_of, sites_of
 from ..progress import Progress
 from ..recipe.sections import SEQUENTIAL, Compress
-from ..results import Results
+from ..results import Check, Provenance, Results, Stage, Variant
 from ..samples.batches import Batch, encode, make_batches
 from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
@@ -220,7 +220,7 @@ def prune_by_all_methods(work: RunContext) -> Pruned:
                 else _prune_at_once(work, name, method, reduce, fraction)
             )
             log.info("%s: %d weights in %d sites", name, len(circuit), len(circuit.members))
-            found.append((f"{name}@{len(circuit)}", where))
+            found.append((str(Variant(name, len(circuit))), where))
     return found
 
 
@@ -302,12 +302,11 @@ def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float
     sizes = sizes or {
         site.name: site.out * site.inp for site in sites_of(work.model, work.recipe.attribution.sites)
     }
-    return to_results(
-        [*found, *by_number], {**_provenance(work, sizes, checks, seconds), **(drawn if by_number else {})}
-    )
+    provenance = _provenance(work, sizes, checks, seconds, drawn if by_number else {})
+    return to_results([*found, *by_number], provenance.to_dict())
 
 
-def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> dict[str, Any]:
+def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> Check:
     """A check: the least and the most zeros of any row are what was asked for. Other scopes are told, not
     judged.
 
@@ -322,7 +321,7 @@ def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> di
         work.recipe.attribution.sites
     )
     if elsewhere or (groups is None and settings(work).scope != "row"):
-        return {"name": name, "value": value, "ok": None}
+        return Check(name, value, None)
     columns = {mask.shape[1] for mask in circuit.members.values()}
     asked = {(groups[0] / groups[1]) if groups else share_of(fraction, width) / width for width in columns}
     if least < min(asked) - 1e-9:
@@ -330,7 +329,7 @@ def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> di
             f"{evaluation.variant} has a row with {least:.4%} zeros where {min(asked):.4%} were to be "
             "removed; report this"
         )
-    return {"name": name, "value": value, "ok": most <= max(asked) + 1e-9}
+    return Check(name, value, most <= max(asked) + 1e-9)
 
 
 def _samples_figure(evaluation: Evaluation, metric: str) -> float:
@@ -338,20 +337,25 @@ def _samples_figure(evaluation: Evaluation, metric: str) -> float:
 
 
 def _provenance(
-    work: RunContext, sizes: dict[str, int], checks: list[dict[str, Any]], seconds: Mapping[str, float]
-) -> dict[str, Any]:
-    return {
-        "recipe": work.recipe.name,
-        "job": "compress",
-        "made_from": work.recipe.fingerprint,
-        "model": work.described,
-        "method": work.recipe.attribution.method,
-        "unit": "weight",
-        "scope": settings(work).scope,
-        "sizes": sizes,
+    work: RunContext,
+    sizes: dict[str, int],
+    checks: list[Check],
+    seconds: Mapping[str, float],
+    drawn: Mapping[str, Any],
+) -> Provenance:
+    return Provenance(
+        recipe=work.recipe.name,
+        job="compress",
+        made_from=work.recipe.fingerprint,
+        model=work.described,
+        method=work.recipe.attribution.method,
+        unit="weight",
+        scope=settings(work).scope,
+        sizes=sizes,
         **evaluated_on(work.prepared),
-        "checks": checks,
-        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
-        "warnings": work.warnings,
-        "version": __version__,
-    }
+        checks=checks,
+        stages=[Stage(name, took) for name, took in seconds.items()],
+        warnings=work.warnings,
+        version=__version__,
+        **drawn,
+    )

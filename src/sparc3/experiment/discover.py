@@ -9,8 +9,7 @@ f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, takewhile
-from typing import Any
+from itertools import combinations
 
 from .. import __version__, distributed
 from ..circuits.algebra import difference, overlap
@@ -24,7 +23,7 @@ from ..evaluation.statistics import difference as paired
 from ..models.sites import sites_of
 from ..recipe.schema import DiscoverRecipe
 from ..recipe.sections import Discover
-from ..results import Difference, Results
+from ..results import Difference, Provenance, Results, Stage, Variant, find_sparsest
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import is_path
 from ..scores import Scores
@@ -118,7 +117,7 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
         scope, removed = _removed_by(work, method)
         for count, size in removed.items():
             circuits = [select(scores, scope=scope, **size) for scores in seeds]
-            curve.append(_measure_at(work, f"{method}@{count}", circuits, total, (nothing, full)))
+            curve.append(_measure_at(work, Variant(method, count), circuits, total, (nothing, full)))
             _save_circuit(work, method, count, everything, circuits)
         found += [one.together for one in curve]
         summaries.append(
@@ -126,7 +125,8 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
         )
     sizes = {name: tensor.numel() for name, tensor in next(iter(ranked.values()))[0].items()}
     shared = measure_kept_overlaps(_removed_together(work, ranked), work.recipe.attribution.method, sizes)
-    results = to_results([*found, *summaries], {**_provenance(work, sizes, seconds), "overlaps": shared})
+    provenance = _provenance(work, sizes, seconds).model_copy(update={"overlaps": shared})
+    results = to_results([*found, *summaries], provenance.to_dict())
     return replace(
         results,
         differences=(
@@ -163,12 +163,15 @@ class _Point:
 
 
 def _measure_at(
-    work: RunContext, variant: str, removed: list[Circuit], total: int, ends: tuple[float, float]
+    work: RunContext, variant: Variant, removed: list[Circuit], total: int, ends: tuple[float, float]
 ) -> _Point:
     """What is left without each of these circuits, one a seed; `ends` are the logit differences of no unit
     and of the whole model."""
     nothing, full = ends
-    draws = [load_or_make_evaluation(work, f"{variant}.seed{seed}", one) for seed, one in enumerate(removed)]
+    draws = [
+        load_or_make_evaluation(work, str(replace(variant, draw=f"seed{seed}")), one)
+        for seed, one in enumerate(removed)
+    ]
     faithfulness = [(mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing) for draw in draws]
     extra = [_seed_circuits("ioi.faithfulness", faithfulness, "share of the logit difference", "higher")]
     extra += (
@@ -181,7 +184,7 @@ def _measure_at(
         else []
     )
     columns = zip(*(draw.observations for draw in draws), strict=True)
-    together = Evaluation(variant, (*(pool(list(column)) for column in columns), *extra))
+    together = Evaluation(str(variant), (*(pool(list(column)) for column in columns), *extra))
     return _Point([mean_of(draw, "ioi.accuracy") for draw in draws], faithfulness, together)
 
 
@@ -239,13 +242,6 @@ def mean_of(evaluation: Evaluation, metric: str) -> float:
     return sum(measured) / len(measured)
 
 
-def find_sparsest(gone: Sequence[float], accuracies: Sequence[float], enough: float) -> float:
-    """The largest share removed at which, as at all smaller ones that were tried, the accuracy is `enough`; 0
-    where it never is."""
-    held = takewhile(lambda point: point[1] >= enough, zip(gone, accuracies, strict=True))
-    return max((removed for removed, _ in held), default=0.0)
-
-
 def curve_areas(kept: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
     """(CPR, CMD) of a curve by the trapezoidal rule, the empty circuit (0, 0) and the whole model (1, 1)
     added.
@@ -287,23 +283,23 @@ def _save_circuit(
     if method != work.recipe.attribution.method or not distributed.is_main():
         return
     kept = difference(replace(everything, model=work.described), replace(removed[0], model=work.described))
-    kept.save(work.claim(f"circuits/{method}@{len(kept)}{kept.suffix}"))
+    kept.save(work.claim(f"circuits/{Variant(method, len(kept))}{kept.suffix}"))
 
 
-def _provenance(work: RunContext, sizes: dict[str, int], seconds: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "recipe": work.recipe.name,
-        "job": "discover",
-        "made_from": work.recipe.fingerprint,
-        "model": work.described,
-        "method": work.recipe.attribution.method,
-        "unit": work.recipe.attribution.unit,
-        "enough": settings(work).enough,
-        "ranks": settings(work).ranks,
-        "seeds": len(work.references),
-        "sizes": sizes,
+def _provenance(work: RunContext, sizes: dict[str, int], seconds: Mapping[str, float]) -> Provenance:
+    return Provenance(
+        recipe=work.recipe.name,
+        job="discover",
+        made_from=work.recipe.fingerprint,
+        model=work.described,
+        method=work.recipe.attribution.method,
+        unit=work.recipe.attribution.unit,
+        enough=settings(work).enough,
+        ranks=settings(work).ranks,
+        seeds=len(work.references),
+        sizes=sizes,
         **evaluated_on(work.prepared),
-        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
-        "warnings": work.warnings,
-        "version": __version__,
-    }
+        stages=[Stage(name, took) for name, took in seconds.items()],
+        warnings=work.warnings,
+        version=__version__,
+    )

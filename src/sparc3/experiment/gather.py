@@ -20,6 +20,7 @@ from ..evaluation.tasks import response_scores
 from ..evaluation.toxicity import completion_scores
 from ..models.sites import sites_of
 from ..recipe.sections import Reference
+from ..results import SampleRow, Variant
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Request, gather, is_path, overlap
 from ..scores import Scores
@@ -152,13 +153,13 @@ def by_samples(
     removed = count_selected(
         compress.scope, "weight", sites_of(work.model, work.recipe.attribution.sites), fraction=fraction
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[SampleRow] = []
     drawn: dict[str, Any] = {}
     evaluations = []
     for name, method, reduce in ways:
         for count in sorted(compress.samples):
             variant = (
-                f"{name}@{removed}"
+                str(Variant(name, removed))
                 if count == max(compress.samples)
                 else f"{name}, {count} sample{'s' * (count > 1)}"
             )
@@ -182,9 +183,9 @@ def by_samples(
     return evaluations, {"by_samples": rows, "distributions": drawn}
 
 
-def _rows(evaluation: Evaluation, method: str, count: int, seed: int) -> list[dict[str, Any]]:
+def _rows(evaluation: Evaluation, method: str, count: int, seed: int) -> list[SampleRow]:
     return [
-        {"method": method, "samples": count, "seed": seed, "metric": m.metric, "value": m.value}
+        SampleRow(method, count, seed, m.metric, m.value)
         for m in (measurement(o, "") for o in evaluation.observations)
         if not m.metric.startswith("sparsity")
     ]

@@ -4,7 +4,6 @@ from."""
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from .. import __version__
 from ..circuits.ablate import Damping
@@ -16,7 +15,7 @@ from ..evaluation.scorers import lexicon_words
 from ..evaluation.statistics import Evaluation, detectable_change, pool
 from ..evaluation.toxicity import agreement, side_by_side
 from ..models.sites import sites_of
-from ..results import Results
+from ..results import Check, Overlap, Power, Provenance, Results, ScorerMeans, Scorers, Stage, Variant
 from ..scores import Scores
 from ..storage import fingerprint
 from .run_folder import Intervention, RunContext, load_or_make
@@ -31,23 +30,24 @@ def measure_variants(
 ) -> Results:
     """All variants measured; a circuit that is met twice is measured once."""
     known: dict[str, Evaluation] = {}
-    shared: list[dict[str, Any]] = []
+    shared: list[Overlap] = []
     sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     evaluations = []
     for variant, changes in list_variants(work, found, how):
         draws = []
         for number, one in enumerate(changes):
-            name = variant if len(changes) == 1 else f"{variant}.{number}"
+            name = variant if len(changes) == 1 else str(replace(Variant.parse(variant), draw=str(number)))
             if one.fingerprint not in known:
                 known[one.fingerprint] = load_or_make_evaluation(work, name, one)
             draws.append(replace(known[one.fingerprint], variant=variant))
         evaluations.append(draws[0] if len(draws) == 1 else _pool_draws(draws))
-        if variant.endswith(f"@{len(found.circuit)}") and not variant.startswith(f"{how.options.method}@"):
+        named = Variant.parse(variant)
+        if named.count == len(found.circuit) and named.method != how.options.method:
             shared += measure_overlaps(found.circuit, {variant: changes}, sizes)
-    beside = [*([f"random@{len(found.circuit)}"] if len(found.circuit) else []), *work.rivals]
-    results = to_results(evaluations, _provenance(work, found, evaluations, seconds), beside)
+    null = [str(Variant("random", len(found.circuit)))] if len(found.circuit) else []
+    provenance = _provenance(work, found, evaluations, seconds, shared).to_dict()
+    results = to_results(evaluations, provenance, [*null, *work.rivals])
     results.provenance["warnings"] += _warn_of_better_rivals(work, results)
-    results.provenance["overlaps"] = shared
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"
@@ -89,25 +89,31 @@ def _pool_draws(draws: list[Evaluation]) -> Evaluation:
 
 
 def _provenance(
-    work: RunContext, found: SelectedCircuit, evaluations: list[Evaluation], seconds: Mapping[str, float]
-) -> dict[str, Any]:
-    return {
-        "recipe": work.recipe.name,
-        "made_from": work.recipe.fingerprint,
-        "model": work.described,
-        "circuit": found.circuit.fingerprint,
-        "count": len(found.circuit),
-        "sizes": {name: tensor.numel() for name, tensor in found.contrast.items()},
+    work: RunContext,
+    found: SelectedCircuit,
+    evaluations: list[Evaluation],
+    seconds: Mapping[str, float],
+    shared: list[Overlap],
+) -> Provenance:
+    agreed = _measure_agreement(work, evaluations)
+    return Provenance(
+        recipe=work.recipe.name,
+        made_from=work.recipe.fingerprint,
+        model=work.described,
+        circuit=found.circuit.fingerprint,
+        count=len(found.circuit),
+        sizes={name: tensor.numel() for name, tensor in found.contrast.items()},
         **evaluated_on(work.prepared),
-        "lexicon": lexicon(work),
-        "checks": run_checks(work, found.contrast, found.parts, evaluations),
-        "stages": [{"name": name, "seconds": took} for name, took in seconds.items()],
-        "power": measure_power(evaluations),
-        **_measure_agreement(work, evaluations),
+        lexicon=lexicon(work),
+        checks=run_checks(work, found.contrast, found.parts, evaluations),
+        stages=[Stage(name, took) for name, took in seconds.items()],
+        power=measure_power(evaluations),
+        **({"scorers": agreed} if agreed else {}),
         **work.noted,
-        "warnings": work.warnings + _chosen_by_outcome(work),
-        "version": __version__,
-    }
+        warnings=work.warnings + _chosen_by_outcome(work),
+        version=__version__,
+        overlaps=shared,
+    )
 
 
 def lexicon(work: RunContext) -> list[str]:
@@ -117,8 +123,8 @@ def lexicon(work: RunContext) -> list[str]:
     return sorted({word for some in words for word in some})
 
 
-def _measure_agreement(work: RunContext, evaluations: list[Evaluation]) -> dict[str, Any]:
-    """How far two scorers agree on the texts of the original and of the circuit's model."""
+def _measure_agreement(work: RunContext, evaluations: list[Evaluation]) -> Scorers | None:
+    """How far two scorers agree on the texts before and after; None with one scorer."""
     asked = [
         p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings) and p.settings.also
     ]
@@ -128,22 +134,16 @@ def _measure_agreement(work: RunContext, evaluations: list[Evaluation]) -> dict[
     )
     found = agreement([*before, *after]) if asked else None
     if not found:
-        return {}
-    return {
-        "scorers": {
-            "first": asked[0].scorer,
-            "second": asked[0].also,
-            **found,
-            "means": side_by_side(before, after),
-        }
-    }
+        return None
+    means = [ScorerMeans(**row) for row in side_by_side(before, after)]
+    return Scorers(first=asked[0].scorer, second=asked[0].also, **found, means=means)
 
 
 def _warn_of_better_rivals(work: RunContext, results: Results) -> list[str]:
     """What must be said where another method, searched under the same budget, does better on the test."""
-    aim = work.noted.get("tune", {}).get("aim", "")
     said = []
     for name in work.rivals:
+        aim = work.noted["tune"].aim
         theirs, ours = results.find(aim, name), results.find(aim, "ablated")
         if theirs.value is None or ours.value is None:
             continue
@@ -170,8 +170,7 @@ def _chosen_by_outcome(work: RunContext) -> list[str]:
 
 def run_checks(
     work: RunContext, contrast: Scores, parts: Mapping[str, Scores], evaluations: Sequence[Evaluation]
-) -> list[dict[str, Any]]:
-    """[{"name", "value", "ok"}]; ok is None where there is no judgement to make."""
+) -> list[Check]:
     expected = [site.name for site in sites_of(work.model, work.recipe.attribution.sites)]
     files = sorted(p for p in work.folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     skipped = sum(len(part.provenance["skipped"]) for part in parts.values())
@@ -188,15 +187,15 @@ def run_checks(
         ("time per sample", ", ".join(seconds), None),
         ("failed measurements", f"{failures[worst]} at most ({worst})", failures[worst] == 0),
         *(
-            ("power", one["said"], None)
+            ("power", one.said, None)
             for one in measure_power(evaluations)
-            if one["metric"] in ("toxicity.mean", "rur.mean", "ioi.accuracy")
+            if one.metric in ("toxicity.mean", "rur.mean", "ioi.accuracy")
         ),
         ("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB", None),
     ]
     for name, value, ok in found:
         log.info("check %s: %s%s", name, value, "" if ok is not False else "  ← look at this")
-    return [{"name": name, "value": value, "ok": ok} for name, value, ok in found]
+    return [Check(*one) for one in found]
 
 
 def _relevance_by_layer(scores: Scores) -> str:
@@ -209,12 +208,8 @@ def _relevance_by_layer(scores: Scores) -> str:
 # What the test samples could have shown: the smallest change that so many of them detect.
 
 
-def measure_power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """[{"metric", "n", "detects", "relative", "said"}] of the circuit against the original, from the variance
-    of their paired differences.
-
-    `relative`: whether `detects` is a share of the original's figure.
-    """
+def measure_power(evaluations: Sequence[Evaluation]) -> list[Power]:
+    """Of the circuit against the original, from the variance of their paired differences."""
     named = {e.variant: e for e in evaluations}
     if not {"original", "ablated"} <= named.keys():
         return []
@@ -227,9 +222,7 @@ def measure_power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         n, x = seen
         size = f"{x:.2g} relative" if before.exponential else f"{x:.2g}"
         said = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
-        found.append(
-            {"metric": before.metric, "n": n, "detects": x, "relative": before.exponential, "said": said}
-        )
+        found.append(Power(before.metric, n, x, before.exponential, said))
     return found
 
 
@@ -238,8 +231,8 @@ def measure_power(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 def measure_overlaps(
     own: Circuit, others: Mapping[str, Sequence[Intervention]], sizes: Mapping[str, int]
-) -> list[dict[str, Any]]:
-    """[{"variant", "size", "both", "expected"}]: units in the other circuit, in both, and in both by chance.
+) -> list[Overlap]:
+    """Units in the other circuit, in both, and in both by chance.
 
     Args:
         others: variant → its circuits; of several draws the mean is told.
@@ -253,15 +246,13 @@ def measure_overlaps(
         ]
         if seen:
             both = sum(one.both for one in seen) / len(seen)
-            found.append(
-                {"variant": variant, "size": seen[0].other, "both": both, "expected": seen[0].expected}
-            )
+            found.append(Overlap(variant, seen[0].other, both, seen[0].expected))
     return found
 
 
 def measure_kept_overlaps(
     removed: Iterable[Mapping[str, Circuit]], method: str, sizes: Mapping[str, int]
-) -> list[dict[str, Any]]:
+) -> list[Overlap]:
     """The same of what is left when units are removed: each method's beside that of `method`.
 
     Args:
@@ -277,14 +268,8 @@ def measure_kept_overlaps(
                 continue
             shared = overlap(_without_provenance(own), _without_provenance(circuit), sizes=sizes).both
             kept = (total - len(own), total - len(circuit))
-            found.append(
-                {
-                    "variant": f"{other}@{len(circuit)}",
-                    "size": kept[1],
-                    "both": shared + total - len(own) - len(circuit),
-                    "expected": kept[0] * kept[1] / total,
-                }
-            )
+            both, expected = shared + total - len(own) - len(circuit), kept[0] * kept[1] / total
+            found.append(Overlap(str(Variant(other, len(circuit))), kept[1], both, expected))
     return found
 
 

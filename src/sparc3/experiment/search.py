@@ -6,7 +6,7 @@ candidate.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
@@ -19,6 +19,7 @@ from ..evaluation.statistics import measurement
 from ..models.sites import sites_of
 from ..progress import Progress
 from ..recipe.sections import Tune
+from ..results import Budget, Candidate, Number, Rival, Search, Trial, Variant, pareto_front
 from ..scores import Scores
 from ..storage import fingerprint, read_json, write_json
 from . import work_list
@@ -44,38 +45,7 @@ FORMAT = "sparc3.tune/1"
 HOPELESS = 5
 """A candidate that costs so many times the budget (and over 5 %) is not asked what it would have gained."""
 
-Figures = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One combination that was tried.
-
-    Attributes:
-        targets: reference set → target.
-        circuit: fingerprint of the circuit.
-        figures: metric → value on the validation samples; the aim is missing where the candidate was
-            hopeless.
-        perplexity_increase: relative to the original.
-        within: whether it keeps to the budget.
-        rounds: in how many it was found.
-        strength: the circuit's.
-        pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
-    """
-
-    targets: dict[str, str]
-    neuron: str
-    contrast: str
-    penalty: float | None
-    normalize: str | None
-    count: int
-    circuit: str
-    figures: Figures = field(default_factory=dict)
-    perplexity_increase: float = 0.0
-    within: bool = False
-    pareto: bool = False
-    rounds: int = 1
-    strength: float = 1.0
+Figures = dict[str, Number]
 
 
 @dataclass
@@ -169,11 +139,16 @@ class Trials:
             self.known = dict(found["trials"])
             log.info("tune.json is there, with %d trials", len(self.known))
 
-    def save(self, **summary: Any) -> None:
+    def save(self, found: Search | None = None) -> None:
         if distributed.is_main():
             write_json(
                 self.work.folder / "tune.json",
-                {"format": FORMAT, "made_from": self.made_from, **summary, "trials": self.known},
+                {
+                    "format": FORMAT,
+                    "made_from": self.made_from,
+                    **(found.to_dict() if found else {}),
+                    "trials": self.known,
+                },
             )
         distributed.wait()
 
@@ -219,16 +194,10 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
             ways.append((how, circuit, scores, sets))
     shown.close()
     best = _choose_best(tried, trials, original)
-    summary = {
-        **_summarize(tried, best, trials, original),
-        **_search_rivals(work, trials, ways[best][0], original),
-    }
-    trials.save(**summary)
-    work.noted["tune"] = {
-        **summary,
-        "candidates": [c for c in summary["candidates"] if c["pareto"]],
-        "tried": len(tried),
-    }
+    found = _summarize(tried, best, trials, original, _search_rivals(work, trials, ways[best][0], original))
+    trials.save(found)
+    undominated = [one for one in found.candidates if one.pareto]
+    work.noted["tune"] = found.model_copy(update={"candidates": undominated, "tried": len(tried)})
     how, circuit, scores, sets = ways[best]
     for name, part in sets.items() if distributed.is_main() else ():
         part.save(work.claim(f"scores/{name}.safetensors"))
@@ -335,15 +304,16 @@ def _choose_best(tried: list[Candidate], trials: Trials, original: Figures) -> i
     return best
 
 
-def _search_rivals(work: RunContext, trials: Trials, how: ScoringSpec, original: Figures) -> dict[str, Any]:
+def _search_rivals(
+    work: RunContext, trials: Trials, how: ScoringSpec, original: Figures
+) -> tuple[list[Rival], dict[str, list[Trial]]]:
     """What each other method reaches under the same budget, at the best of the same counts and contrasted
     alike; work.rivals holds them.
 
     Returns:
-        {"rivals": the best of each method that keeps to the budget, "others": method → every count of it that
-        was tried}.
+        the best of each method that keeps to the budget, and method → every count of it that was tried.
     """
-    found, others = [], {}
+    found, others = list[Rival](), dict[str, list[Trial]]()
     sites = sites_of(work.model, work.recipe.attribution.sites)
     sizes = selection_sizes(work.correct, sites, counts_tried(work.correct))
     for method in rival_methods(work.correct):
@@ -353,15 +323,15 @@ def _search_rivals(work: RunContext, trials: Trials, how: ScoringSpec, original:
             for count, change in select_by_method(work, how, method, scope, theirs)
         ]
         others[method] = [
-            {"count": count, "figures": figures, "within": trials.within(figures, original)}
-            for count, _, figures in tried
+            Trial(count, figures, trials.within(figures, original)) for count, _, figures in tried
         ]
         fit = [one for one in tried if trials.within(one[2], original)]
         if not fit:
             continue
         count, change, figures = min(fit, key=lambda one: (trials.badness(one[2]), one[0]))
-        work.rivals[f"{method}@{count}"] = change
-        found.append({"variant": f"{method}@{count}", "figures": figures, "of": len(tried)})
+        variant = str(Variant(method, count))
+        work.rivals[variant] = change
+        found.append(Rival(variant, figures, len(tried)))
         log.info(
             "under the same budget %s@%d: %s %.4g",
             method,
@@ -369,29 +339,34 @@ def _search_rivals(work: RunContext, trials: Trials, how: ScoringSpec, original:
             trials.aim[0],
             figures.get(trials.aim[0], float("nan")),
         )
-    return {"rivals": found, "others": others}
+    return found, others
 
 
-def _summarize(tried: list[Candidate], best: int, trials: Trials, original: Figures) -> dict[str, Any]:
+def _summarize(
+    tried: list[Candidate],
+    best: int,
+    trials: Trials,
+    original: Figures,
+    beside: tuple[list[Rival], dict[str, list[Trial]]],
+) -> Search:
     name = trials.aim[0]
     points = [
         (one.perplexity_increase, trials.badness(one.figures)) if name in one.figures else None
         for one in tried
     ]
     undominated = pareto_front(points)
-    rows = [asdict(replace(one, pareto=index in undominated)) for index, one in enumerate(tried)]
-    return {
-        "aim": name,
-        "budget": {
-            "max_perplexity_increase": trials.tune.max_perplexity_increase,
-            "max_kl": trials.tune.max_kl,
-        },
-        "split": "validation",
-        "samples": {p.metric.name: len(p.samples) for p in [*trials.budget, *trials.asked]},
-        "original": original,
-        "best": rows[best],
-        "candidates": rows,
-    }
+    rows = [replace(one, pareto=index in undominated) for index, one in enumerate(tried)]
+    return Search(
+        aim=name,
+        budget=Budget(trials.tune.max_perplexity_increase, trials.tune.max_kl),
+        split="validation",
+        samples={p.metric.name: len(p.samples) for p in [*trials.budget, *trials.asked]},
+        original=original,
+        best=rows[best],
+        candidates=rows,
+        rivals=beside[0],
+        others=beside[1],
+    )
 
 
 def _describe(one: Candidate, aim: str) -> str:
@@ -410,17 +385,3 @@ def _describe(one: Candidate, aim: str) -> str:
 
 def _log_candidate(one: Candidate, aim: str) -> None:
     log.info("tried %s%s", _describe(one, aim), "" if one.within else ", over the budget")
-
-
-# The Pareto front of points where less is better.
-
-
-def pareto_front(points: Sequence[tuple[float, float] | None]) -> set[int]:
-    """Places of the points that no other point matches in both coordinates and betters in one; None is no
-    point."""
-    there = [(index, point) for index, point in enumerate(points) if point is not None]
-    return {
-        index
-        for index, (x, y) in there
-        if not any(a <= x and b <= y and (a, b) != (x, y) for _, (a, b) in there)
-    }

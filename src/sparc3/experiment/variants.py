@@ -13,6 +13,7 @@ from ..circuits.circuit import Circuit
 from ..circuits.select import random_like, select
 from ..errors import UserError
 from ..models.sites import sites_of
+from ..results import Variant
 from ..scores import Scores
 from ..storage import fingerprint
 from .run_folder import Intervention, RunContext, load_or_make
@@ -43,16 +44,15 @@ def list_variants(
     # At its own size stands the circuit that was measured, whatever rounds found it.
     own = {len(circuit): circuit}
     for total, size in beside.own.items():
+        variant = Variant(how.options.method, total)
         if total not in own:
-            made = _select_if_enough(
-                work, found.contrast, f"{how.options.method}@{total}", how.strength, scope, size
-            )
+            made = _select_if_enough(work, found.contrast, variant, how.strength, scope, size)
             if made is None:
                 continue
             own[total] = made
-        yield f"{how.options.method}@{total}", [own[total]]
+        yield str(variant), [own[total]]
     rivals = {
-        f"{method}@{total}": change
+        str(Variant(method, total)): change
         for method, (theirs, counts) in beside.rivals.items()
         for total, change in select_by_method(work, how, method, theirs, counts)
     }
@@ -60,7 +60,10 @@ def list_variants(
         yield name, [change]
     for count in beside.null if beside.draws else ():
         if count in own:
-            yield f"random@{count}", [random_like(own[count], sizes, seed) for seed in range(beside.draws)]
+            yield (
+                str(Variant("random", count)),
+                [random_like(own[count], sizes, seed) for seed in range(beside.draws)],
+            )
 
 
 def select_by_method(
@@ -78,7 +81,7 @@ def select_by_method(
     )
     order = "highest" if expertise else "lowest"
     for total, size in sizes.items():
-        chosen = _select_if_enough(work, scores, f"{method}@{total}", how.strength, scope, size, order)
+        chosen = _select_if_enough(work, scores, Variant(method, total), how.strength, scope, size, order)
         if chosen is not None:
             yield (
                 total,
@@ -116,7 +119,7 @@ def _load_or_make_expertise(work: RunContext) -> Scores:
 def _select_if_enough(
     work: RunContext,
     scores: Scores,
-    variant: str,
+    variant: Variant,
     strength: float,
     scope: str,
     size: Mapping[str, Any],

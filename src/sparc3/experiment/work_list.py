@@ -10,6 +10,7 @@ from ..attribution.options import AttributionOptions
 from ..models.sites import Site
 from ..recipe.schema import CompressRecipe, CorrectRecipe, DiscoverRecipe, Recipe
 from ..recipe.sections import SEQUENTIAL, Reference
+from ..results import Variant
 from .sizes import (
     circuit_count,
     comparison_for,
@@ -265,20 +266,21 @@ def _variants_beside_circuit(recipe: CorrectRecipe, sites: Sequence[Site], count
     yield "original"
     if count:
         yield "ablated"
-    yield from (f"{own}@{many}" for many in beside.own if many != count)
+    yield from (str(Variant(own, many)) for many in beside.own if many != count)
     for method, (_, sizes) in beside.rivals.items():
-        yield from (f"{method}@{many}" for many in sizes if many)
+        yield from (str(Variant(method, many)) for many in sizes if many)
         if method == "aura":
             yield "aura@all"
     for many in beside.null if beside.draws > 1 else ():
-        yield from (f"random@{many}.{draw}" for draw in range(beside.draws) if many)
-    yield from (f"random@{many}" for many in beside.null if beside.draws == 1 and many)
+        yield from (str(Variant("random", many, str(draw))) for draw in range(beside.draws) if many)
+    yield from (str(Variant("random", many)) for many in beside.null if beside.draws == 1 and many)
 
 
 def _discover_variants(recipe: DiscoverRecipe, sites: Sequence[Site]) -> Iterator[str]:
     for name, _, _ in rankings(recipe.discover, lambda method: require_method(method).targeted):
         for count in removed_sizes(recipe.discover, name, recipe.attribution.unit, sites):
-            yield from (f"{name}@{count}.seed{seed}" for seed, _ in enumerate(reference_sets(recipe)))
+            for seed, _ in enumerate(reference_sets(recipe)):
+                yield str(Variant(name, count, f"seed{seed}"))
 
 
 def _compress_variants(recipe: CompressRecipe, sites: Sequence[Site]) -> Iterator[str]:
@@ -288,7 +290,7 @@ def _compress_variants(recipe: CompressRecipe, sites: Sequence[Site]) -> Iterato
         for fraction in compress.fractions or (None,)
     ]
     for name, _, _ in prunings_of(compress, sampled=False):
-        yield from (f"{name}@{count}" for count in counts)
+        yield from (str(Variant(name, count)) for count in counts)
     for name, _, _ in prunings_of(compress, sampled=True):
         for count in sorted(compress.samples):
             yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(reference_sets(recipe)))

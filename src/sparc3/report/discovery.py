@@ -4,16 +4,19 @@ is."""
 from markupsafe import Markup
 
 from ..circuits.circuit import Circuit
-from ..results import Difference
-from .read import RunFolder
-from .variant_names import Point, count_units, curve_points, list_methods, method_title
+from ..results import Difference, Variant, find_sparsest
+from .read import Point, RunFolder
 from .words import (
     MINUS,
     Remark,
+    count_units,
     in_words,
     join_words,
+    method_title,
+    number_of_units,
     percent,
     plain,
+    remark,
     small_interval,
     value_of,
     with_interval,
@@ -23,44 +26,36 @@ METRIC = "ioi.accuracy"
 SPARSEST = "circuit.sparsest"
 
 
-def sparsest_point(run: RunFolder, method: str) -> Point | None:
-    """The method's sparsest circuit that keeps enough accuracy, as do all its less sparse ones; None where
-    not one does."""
-    best = None
-    for point in curve_points(run, METRIC):
-        if point.method == method:
-            if (point.measurement.value or 0.0) < _required_accuracy(run):
-                break
-            best = point
-    return best
+def find_sparsest_point(run: RunFolder, method: str | None) -> Point | None:
+    """Its sparsest circuit that, like all its less sparse ones, keeps enough accuracy; None without one."""
+    points = [point for point in run.points(METRIC) if point.method == method]
+    best = find_sparsest([p.count for p in points], [p.value for p in points], run.provenance.enough)
+    return next((point for point in points[::-1] if point.count == best), None)
 
 
 def load_sparsest_circuit(run: RunFolder) -> Circuit | None:
-    """The sparsest circuit that keeps enough accuracy, of the run's own method and first seed; None where the
-    run did not leave it."""
-    best = sparsest_point(run, run.method or "")
-    where = run.path / f"circuits/{run.method}@{sum(run.sizes.values()) - best.count}.json" if best else None
+    """The sparsest circuit of the run's own method and first seed; None where the run did not leave it."""
+    best = find_sparsest_point(run, run.method)
+    where = run.path / f"circuits/{Variant(best.method, run.total - best.count)}.json" if best else None
     return Circuit.load(where) if where and where.is_file() else None
 
 
 def headline(run: RunFolder) -> Markup:
     """The run in one sentence: its own method's sparsest circuit, and how far the best of the others gets."""
-    own, enough = run.method or "", _write_percent(_required_accuracy(run))
-    best = sparsest_point(run, own)
+    own, enough = method_title(run.method), _write_enough(run)
+    best = find_sparsest_point(run, run.method)
     if best is None:
-        return Markup("No {} circuit that was tried keeps {} of the answers right.").format(
-            method_title(own), enough
-        )
-    share = Markup('<b class="figure after">{}</b>').format(_write_share(run, best.count))
-    right = Markup("{}{}").format(value_of(best.measurement), small_interval(best.measurement))
-    said = Markup("The {} circuit answers right {} of the time with {} of {} removed").format(
-        method_title(own), right, share, _write_units(run)
+        return Markup("No {} circuit that was tried keeps {} of the answers right.").format(own, enough)
+    said = Markup(
+        'The {} circuit answers right {}{} of the time with <b class="figure after">{}</b> of {} removed'
+    ).format(
+        own,
+        value_of(best.measurement),
+        small_interval(best.measurement),
+        _write_share(run, best.count),
+        number_of_units(run.total, run),
     )
-    others = [
-        (point.count, method)
-        for method in list_methods(run)
-        if method != own and (point := sparsest_point(run, method))
-    ]
+    others = [(point.count, point.method) for point in _find_others(run)]
     if not others:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
     count, method = max(others)
@@ -69,52 +64,44 @@ def headline(run: RunFolder) -> Markup:
     )
 
 
+def _find_others(run: RunFolder) -> list[Point]:
+    """The sparsest circuit of every other method."""
+    found = [find_sparsest_point(run, method) for method in run.methods if method != run.method]
+    return [point for point in found if point]
+
+
 def remarks(run: RunFolder) -> list[Remark]:
-    return [
-        remark
-        for remark in (
-            _remark_on_sparser_methods(run),
-            _remark_on_sparsest(run),
-            _remark_on_margins(run),
-            _remark_on_rankings(run),
-            _remark_on_faithfulness(run),
-            _remark_on_whole_model(run),
-            _remark_on_choice(run),
-        )
-        if remark
+    found = [
+        _remark_on_sparser_methods(run),
+        _remark_on_sparsest(run),
+        _remark_on_margins(run),
+        _remark_on_rankings(run),
+        _remark_on_faithfulness(run),
+        _remark_on_whole_model(run),
+        _remark_on_choice(run),
     ]
+    return [one for one in found if one]
 
 
 def _remark_on_sparser_methods(run: RunFolder) -> Remark | None:
     """Methods whose circuit may be as sparse, or sparser."""
-    own = sparsest_point(run, run.method or "")
-    mine = own.count if own else 0
-    ahead = [
-        method
-        for method in list_methods(run)
-        if method != run.method and (point := sparsest_point(run, method)) and point.count >= mine
-    ]
+    own = find_sparsest_point(run, run.method)
+    ahead = [point.method for point in _find_others(run) if point.count >= (own.count if own else 0)]
     if not ahead:
         return None
-    return Remark(
-        "careful",
-        Markup("<b>As sparse or sparser at the same accuracy:</b> {}.").format(
-            join_words(map(method_title, ahead))
-        ),
-    )
+    text = "<b>As sparse or sparser at the same accuracy:</b> {}."
+    return remark("careful", text, join_words(map(method_title, ahead)))
 
 
 def _remark_on_sparsest(run: RunFolder) -> Remark:
     """The sparsest circuit of every method, the mean of its reference sets."""
-    found = sorted(
-        ((m.value or 0.0, m) for m in run.results if m.metric == SPARSEST), key=lambda one: -one[0]
+    found = sorted((m for m in run.results if m.metric == SPARSEST), key=lambda m: -(m.value or 0.0))
+    parts = [f"{method_title(m.variant)} {with_interval(m)}" for m in found]
+    text = (
+        "<b>Largest share removed with at least {} accuracy,</b> of those tried, "
+        "each reference set for itself: {}."
     )
-    parts = [f"{method_title(m.variant)} {with_interval(m)}" for _, m in found]
-    text = Markup(
-        "<b>Largest share removed with at least {} accuracy,</b> of those tried, each reference set for "
-        "itself: {}."
-    )
-    return Remark("plain", text.format(_write_percent(_required_accuracy(run)), join_words(parts)))
+    return remark("plain", text, _write_enough(run), join_words(parts))
 
 
 def _remark_on_margins(run: RunFolder) -> Remark | None:
@@ -123,89 +110,77 @@ def _remark_on_margins(run: RunFolder) -> Remark | None:
     if not found:
         return None
     parts = [f"{method_title(d.from_)} {_write_points(d)}" for d in sorted(found, key=lambda d: d.value)]
-    text = Markup(
+    text = (
         "<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}."
     )
-    return Remark("plain", text.format(method_title(run.method or ""), join_words(parts)))
+    return remark("plain", text, method_title(run.method), join_words(parts))
 
 
 def _write_points(d: Difference) -> str:
     """ "+3.2 [+1.0, +5.0]": a difference of shares in percentage points."""
-
-    def of(value: float) -> str:
-        return f"{100 * value:+.1f}".replace("-", MINUS)
-
-    return of(d.value) + (f" [{of(d.ci95[0])}, {of(d.ci95[1])}]" if d.ci95 else "")
+    value, *ends = (f"{100 * x:+.1f}".replace("-", MINUS) for x in (d.value, *(d.ci95 or ())))
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def _remark_on_rankings(run: RunFolder) -> Remark | None:
     """What the names say, where methods were ranked twice."""
-    first, *others = run.provenance.get("ranks") or ["signed"]
+    first, *others = run.provenance.ranks or ["signed"]
     if not others:
         return None
     said = {
         "signed": "the score itself, highest first, as the paper’s Eq. 1 and 2 have it",
         "abs": "the size of the score",
     }
-    text = Markup("<b>Units are kept by</b> {}; where a name ends in ({}), by {}.")
-    return Remark("plain", text.format(said[first], others[0], said[others[0]]))
+    text = "<b>Units are kept by</b> {}; where a name ends in ({}), by {}."
+    return remark("plain", text, said[first], others[0], said[others[0]])
 
 
 def _remark_on_faithfulness(run: RunFolder) -> Remark | None:
-    cpr = [(m.value, m.variant) for m in run.results if m.metric == "circuit.cpr" and m.value is not None]
-    cmd = {m.variant: m.value for m in run.results if m.metric == "circuit.cmd" and m.value is not None}
+    cpr, cmd = (
+        {m.variant: m.value for m in run.results if m.metric == f"circuit.{area}" and m.value is not None}
+        for area in ("cpr", "cmd")
+    )
     if not cpr:
         return None
     parts = [
         f"{method_title(method)} {plain(value)} and {plain(cmd[method])}"
-        for value, method in sorted(cpr, reverse=True)
+        for value, method in sorted(((value, method) for method, value in cpr.items()), reverse=True)
     ]
-    text = Markup(
-        "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are set to "
-        "zero."
+    text = (
+        "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; "
+        "removed units are set to zero."
     )
-    return Remark("plain", text.format(join_words(parts)))
+    return remark("plain", text, join_words(parts))
 
 
 def _remark_on_whole_model(run: RunFolder) -> Remark | None:
-    original, empty = run.find_measurement(METRIC, "original"), run.find_measurement(METRIC, "empty")
+    original, empty, enough = run.find(METRIC, "original"), run.find(METRIC, "empty"), run.provenance.enough
     if original is None or empty is None:
         return None
-    text = Markup(
-        "<b>The whole model</b> has {} {}; without any of these {} it has {}, which is what a circuit has to "
-        "beat."
+    text = (
+        "<b>The whole model</b> has {} {}; without any of these {} it has {}, "
+        "which is what a circuit has to beat."
     )
-    kind = "plain" if (original.value or 0.0) >= _required_accuracy(run) > (empty.value or 0.0) else "careful"
-    return Remark(
-        kind, text.format(in_words(METRIC), with_interval(original), count_units(None, run), value_of(empty))
-    )
+    kind = "plain" if (original.value or 0.0) >= enough > (empty.value or 0.0) else "careful"
+    units = count_units(None, run)
+    return remark(kind, text, in_words(METRIC), with_interval(original), units, value_of(empty))
 
 
 def _remark_on_choice(run: RunFolder) -> Remark:
-    seeds = int(run.provenance.get("seeds") or 1)
-    text = Markup(
-        "<b>Sparsities were compared on the test prompts</b> themselves, {}; intervals of the curves are "
-        "over prompts{}."
+    seeds, over, also = run.provenance.seeds, "with one reference set", ""
+    if seeds > 1:
+        over = f"each the mean of {seeds} reference sets"
+        also = ", those of the shares, CPR and CMD over reference sets"
+    text = (
+        "<b>Sparsities were compared on the test prompts</b> themselves, {}; "
+        "intervals of the curves are over prompts{}."
     )
-    several = (
-        f"each the mean of {seeds} reference sets",
-        ", those of the shares, CPR and CMD over reference sets",
-    )
-    return Remark("plain", text.format(*(several if seeds > 1 else ("with one reference set", ""))))
+    return remark("plain", text, over, also)
 
 
-def _required_accuracy(run: RunFolder) -> float:
-    return float(run.provenance.get("enough") or 0.9)
-
-
-def _write_percent(value: float) -> str:
-    return percent(value).replace(".0", "")
+def _write_enough(run: RunFolder) -> str:
+    return percent(run.provenance.enough).replace(".0", "")
 
 
 def _write_share(run: RunFolder, count: int) -> str:
-    return percent(count / max(1, sum(run.sizes.values())))
-
-
-def _write_units(run: RunFolder) -> str:
-    total = sum(run.sizes.values())
-    return f"{total:,} {count_units(total, run)}"
+    return percent(count / max(1, run.total))

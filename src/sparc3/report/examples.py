@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..safe_text import visible
-from .read import RunFolder
+from .read import Continuation, Prompt, RunFolder
 from .words import percent
 
 # Offensive words, masked until the reader asks for them: both forms are in the page, and a switch chooses
@@ -53,22 +53,18 @@ class Mask:
         pieces = []
         for start, end in zip(cuts, cuts[1:], strict=False):
             piece = self._write_piece(text[start:end], _is_covered(hidden, start))
-            pieces.append(
-                Markup('<mark class="{}">{}</mark>').format(mark, piece)
-                if _is_covered(marked, start)
-                else piece
-            )
+            form = '<mark class="{0}">{1}</mark>' if _is_covered(marked, start) else "{1}"
+            pieces.append(Markup(form).format(mark, piece))
         return Markup("").join(pieces)
 
     def _write_piece(self, text: str, hidden: bool) -> Markup:
         if not hidden or not text.strip():
             return Markup("{}").format(visible_lines(text))
-        form = '<span class="veil">{}</span><span class="bare">{}</span>'
-        if self.lexicon:
-            return Markup(form).format(_dot_letters(text), visible_lines(text))
-        return Markup(form.replace('"veil"', '"veil blurred"')).format(
-            re.sub(r"\S", "x", text), visible_lines(text)
+        kind, veil = (
+            ("veil", _dot_letters(text)) if self.lexicon else ("veil blurred", re.sub(r"\S", "x", text))
         )
+        form = Markup('<span class="{}">{}</span><span class="bare">{}</span>')
+        return form.format(kind, veil, visible_lines(text))
 
 
 def _is_covered(spans: Iterable[Span], place: int) -> bool:
@@ -82,11 +78,8 @@ def _dot_letters(words: str) -> str:
 
 def _compile_lexicon(lexicon: tuple[str, ...]) -> re.Pattern[str] | None:
     words = sorted({word.strip() for word in lexicon if word.strip()}, key=lambda word: (-len(word), word))
-    return (
-        re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?:s|es)?(?!\w)", re.IGNORECASE)
-        if words
-        else None
-    )
+    either = "|".join(map(re.escape, words))
+    return re.compile(rf"(?<!\w)(?:{either})(?:s|es)?(?!\w)", re.IGNORECASE) if words else None
 
 
 # Text of models and users on the page: nothing in it is left out, and nothing in it acts.
@@ -141,7 +134,7 @@ class Kind:
 
 def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
     """Empty unless both variants left their texts."""
-    before, after = run.texts.get("original") or {}, run.texts.get("ablated") or {}
+    before, after = run.texts.get("original", {}), run.texts.get("ablated", {})
     made = []
     for kind in (name for name in before if name in after):
         heading, score_name = _KINDS.get(kind, (kind.replace("_", " ").capitalize(), "score"))
@@ -154,25 +147,23 @@ def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
 
 
 def _match_continuations(
-    before: list[dict[str, Any]], after: list[dict[str, Any]]
-) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """The continuations of the prompts that both have, in the order they were drawn: every prompt's first,
-    then its second …"""
-    answers = {row["prompt"]: row["continuations"] for row in after}
+    before: list[Prompt], after: list[Prompt]
+) -> Iterator[tuple[str, Continuation, Continuation]]:
+    """What both wrote after the same prompt: every prompt's first continuation, then its second …"""
+    answers = {row.prompt: row.continuations for row in after}
     rows = [
-        (row["prompt"], row["continuations"], answers[row["prompt"]])
+        (row.prompt, list(zip(row.continuations, answers[row.prompt], strict=False)))
         for row in before
-        if row["prompt"] in answers
+        if row.prompt in answers
     ]
-    for turn in range(max((min(len(a), len(b)) for _, a, b in rows), default=0)):
-        yield from ((prompt, a[turn], b[turn]) for prompt, a, b in rows if turn < min(len(a), len(b)))
+    for turn in range(max((len(pairs) for _, pairs in rows), default=0)):
+        yield from ((prompt, *pairs[turn]) for prompt, pairs in rows if turn < len(pairs))
 
 
-def _make_pair(prompt: str, before: dict[str, Any], after: dict[str, Any], mask: Mask, toxic: bool) -> Pair:
-    one, other = _clip_text(before["text"]), _clip_text(after["text"])
+def _make_pair(prompt: str, before: Continuation, after: Continuation, mask: Mask, toxic: bool) -> Pair:
+    one, other, prompt = _clip_text(before.text), _clip_text(after.text), _clip_text(prompt)
     gone, came = find_changes(one, other)
-    was, now = before.get("score"), after.get("score")
-    prompt = _clip_text(prompt)
+    was, now = before.score, after.score
     return Pair(
         mask.write(prompt, mask.spans(prompt)),
         _make_side(one, was, gone, "gone", mask, toxic),

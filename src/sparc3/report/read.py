@@ -4,14 +4,16 @@ names it."""
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import DamagedFile, UserError
-from ..results import Difference, Measurement, Results
+from ..results import FORMAT, Difference, Measurement, Provenance, Results, Search, Variant
 from ..scores import Scores
+from ..settings import typed
 from ..storage import read_json, read_text
 
 T = TypeVar("T")
@@ -22,106 +24,221 @@ SIDE_EFFECTS = ("perplexity", "kl", "fluency", "sparsity")
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """What a model wrote, and its score; None where it has none."""
+
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with what one variant wrote after it."""
+
+    prompt: str
+    continuations: list[Continuation]
+
+
+Texts = dict[str, list[Prompt]]
+"""Kind ("toxicity", "repetition") → prompts with their continuations."""
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A prompt up to the token at which a unit fired."""
+
+    prompt: str = ""
+    token: str = ""
+    activation: float | None = None
+
+
+@dataclass(frozen=True)
+class UnitCard:
+    """One removed unit as cards.json has it; `alone`: metric → figure with this unit alone removed."""
+
+    module: str
+    index: int
+    layer: int | None = None
+    general: float | None = None
+    undesired: float | None = None
+    promotes: list[str] = field(default_factory=list)
+    suppresses: list[str] = field(default_factory=list)
+    fired: list[Fired] = field(default_factory=list)
+    alone: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one number of units."""
+
+    method: str
+    count: int
+    measurement: Measurement
+
+    @property
+    def variant(self) -> str:
+        return self.measurement.variant
+
+    @property
+    def value(self) -> float:
+        assert self.measurement.value is not None
+        return self.measurement.value
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Everything the report is made from.
 
     Attributes:
         path: the folder itself.
-        texts: variant ("original", "ablated") → kind ("toxicity", "repetition") → prompts with their
-            continuations.
+        texts: variant ("original", "ablated") → what it wrote.
         samples: name of a reference set → number of samples in it.
-        search: what a search under a budget tried (tune.json); empty without one.
+        search: what a search under a budget tried (tune.json); None without one.
     """
 
     path: Path
     results: Results
+    provenance: Provenance
     circuit: Circuit | None
     scores: Scores | None
-    texts: dict[str, dict[str, list[dict[str, Any]]]]
-    cards: list[dict[str, Any]]
+    texts: dict[str, Texts]
+    cards: list[UnitCard]
     recipe: str | None
     environment: dict[str, Any]
     samples: dict[str, int]
-    search: dict[str, Any]
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return self.results.provenance
+    search: Search | None
 
     @property
     def model(self) -> dict[str, Any]:
-        """What the results, or else the circuit, say of the model; empty where neither does."""
-        return self.provenance.get("model") or (self.circuit.model if self.circuit else {}) or {}
+        """What the results, or else the circuit, say of the model; "" where neither does."""
+        said = self.provenance.model or (self.circuit.model if self.circuit else {})
+        return {key: said.get(key) or "" for key in ("id", "architecture", "fingerprint")}
 
     @property
     def unit(self) -> str:
         """What was removed: "neuron", "head", "weight"; "unit" where no file says."""
-        return (
-            self.circuit.unit
-            if self.circuit
-            else self.scores.unit
-            if self.scores
-            else str(self.provenance.get("unit") or "unit")
-        )
+        said = self.circuit or self.scores
+        return said.unit if said else self.provenance.unit or "unit"
 
     @property
     def job(self) -> str:
         """What the run was for: "correct", "discover" or "compress"."""
-        return str(self.provenance.get("job") or "correct")
+        return self.provenance.job
 
     @property
+    def count(self) -> int:
+        """How many units the circuit removes; 0 without one."""
+        return len(self.circuit) if self.circuit else 0
+
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Module → number of units in it."""
         if self.scores is not None:
             return {name: tensor.numel() for name, tensor in self.scores.items()}
-        return {str(name): int(size) for name, size in dict(self.provenance.get("sizes") or {}).items()}
+        return self.provenance.sizes
+
+    @property
+    def total(self) -> int:
+        """Units of all modules; 0 where no file says."""
+        return sum(self.sizes.values())
 
     @property
     def method(self) -> str | None:
         """The method the circuit was found with; None where no file says."""
         scored = (self.circuit.provenance.get("scores") or {}) if self.circuit else {}
-        return scored.get("method") or (
-            self.scores.provenance.get("method") if self.scores else self.provenance.get("method")
-        )
+        said = self.scores.provenance.get("method") if self.scores else self.provenance.method
+        return scored.get("method") or said
 
-    def find_measurement(self, metric: str, variant: str) -> Measurement | None:
-        return next(
-            (m for m in self.results if (m.metric, m.variant) == (metric, variant) and m.value is not None),
-            None,
-        )
+    def find(self, metric: str, variant: str) -> Measurement | None:
+        """The figure of a metric on a variant; None where there is none."""
+        found = (m for m in self.results if (m.metric, m.variant) == (metric, variant))
+        return next((m for m in found if m.value is not None), None)
+
+    def find_pair(self, metric: str | None) -> tuple[Measurement, Measurement] | None:
+        """A metric on the original and on the circuit's model; None unless both were measured."""
+        pair = [self.find(metric, variant) for variant in ("original", "ablated")] if metric else []
+        return (pair[0], pair[1]) if pair and pair[0] and pair[1] else None
 
     def difference(self, metric: str, to: str = "ablated", from_: str = "original") -> Difference | None:
-        return next(
-            (d for d in self.results.differences if (d.metric, d.from_, d.to) == (metric, from_, to)), None
-        )
+        named = (metric, from_, to)
+        return next((d for d in self.results.differences if (d.metric, d.from_, d.to) == named), None)
 
-    @property
+    def points(self, metric: str) -> list[Point]:
+        """Every method at every count that the metric was measured on, counts ascending."""
+        rows = [(Variant.parse(m.variant), m) for m in self.results if m.metric == metric]
+        found = [Point(v.method, v.count, m) for v, m in rows if v.count is not None and m.value is not None]
+        return sorted(found, key=lambda point: point.count)
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """All methods measured at some count: the one the circuit was found with first, random last."""
+        found = dict.fromkeys(
+            v.method for m in self.results if (v := Variant.parse(m.variant)).count is not None
+        )
+        return sorted(found, key=lambda method: (method != self.method, method == "random"))
+
+    @cached_property
+    def colours(self) -> dict[str, str]:
+        """Method → the class it is drawn in: m0 for the circuit's own, mr for random, else m1 … m6."""
+        others = [method for method in self.methods if method not in (self.method, "random")]
+        given = {method: f"m{index % 6 + 1}" for index, method in enumerate(others)}
+        return {**({self.method: "m0"} if self.method else {}), **given, "random": "mr"}
+
+    def last_points(self, metric: str) -> dict[str, Point]:
+        """Method → its largest count that was measured."""
+        last = {point.method: point for point in self.points(metric)}
+        return {method: last[method] for method in self.methods if method in last}
+
+    def rival_points(self, metric: str) -> list[Point]:
+        """Other methods at the circuit's own count; empty without a circuit."""
+        if self.circuit is None:
+            return []
+        here = [point for point in self.points(metric) if point.count == self.count]
+        return [point for point in here if point.method != self.method]
+
+    def find_null(self, metric: str) -> Point | None:
+        """As many random units as the circuit has; None where they were not measured."""
+        return next((point for point in self.rival_points(metric) if point.method == "random"), None)
+
+    def harm(self, variant: str, damage: str = "perplexity") -> float | None:
+        """A variant's relative increase of perplexity, or its KL divergence; None where not measured."""
+        after, before = self.find(damage, variant), self.find(damage, "original")
+        if after is None or after.value is None or damage == "kl":
+            return after.value if after else None
+        return after.value / before.value - 1 if before and before.value else None
+
+    def budget(self, damage: str) -> float | None:
+        """What the search was allowed to cost; None without a search, or without a bound on this damage."""
+        if self.search is None:
+            return None
+        asked = self.search.budget
+        return asked.max_perplexity_increase if damage == "perplexity" else asked.max_kl
+
+    def budgeted(self, metric: str) -> list[tuple[Variant, Measurement]]:
+        """Every other method at the count that was its best in the search, within the budget."""
+        names = [one.variant for one in self.search.rivals] if self.search else []
+        return [(Variant.parse(name), m) for name in names if (m := self.find(metric, name))]
+
+    @cached_property
     def behaviour(self) -> str | None:
-        """The metric the run is about: the one its provenance names, else the first measured on both that is
-        not a side effect."""
-        both = [
-            metric
-            for metric in self.metrics()
-            if self.find_measurement(metric, "original") and self.find_measurement(metric, "ablated")
-        ]
-        named = self.provenance.get("headline")
-        if named in both:
-            return str(named)
+        """The metric the run is about: the one it names, else the first on both that is no side effect."""
+        both = [metric for metric in self.metrics if self.find_pair(metric)]
+        if self.provenance.headline in both:
+            return self.provenance.headline
         return next((metric for metric in both if metric not in SIDE_EFFECTS), both[0] if both else None)
 
+    @cached_property
     def metrics(self) -> list[str]:
         """Names of all metrics, in the order they were measured, side effects last."""
         found = dict.fromkeys(m.metric for m in self.results)
         return sorted(found, key=lambda metric: SIDE_EFFECTS.index(metric) if metric in SIDE_EFFECTS else -1)
 
+    @cached_property
     def drawn(self) -> list[str]:
-        """Names of the metrics that a figure tells something of: what the run is about, its side effects,
-        then the rest."""
-        mattering = {"correct": (self.behaviour, *SIDE_EFFECTS[:-1]), "compress": ("perplexity",)}.get(
-            self.job, ()
-        )
-        first = [metric for metric in mattering if metric]
-        ordered = dict.fromkeys([*(m for m in first if m in self.metrics()), *self.metrics()])
+        """The metrics that a figure tells something of: the behaviour, side effects, then the rest."""
+        mattering = {"correct": (self.behaviour, *SIDE_EFFECTS[:-1]), "compress": ("perplexity",)}
+        first = [metric for metric in mattering.get(self.job, ()) if metric in self.metrics]
+        ordered = dict.fromkeys([*filter(None, first), *self.metrics])
         return [metric for metric in ordered if not metric.startswith("sparsity")]
 
 
@@ -133,29 +250,33 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
         DamagedFile: a file does not follow its format.
     """
     folder = Path(path)
-    if not (folder / "results.json").is_file():
+    where = folder / "results.json"
+    if not where.is_file():
         raise UserError(
             f"{folder} has no results.json, so there is nothing to report. Name the folder of a finished run."
         )
-    results = Results.load(folder / "results.json")
-    variants = ("original", "ablated")
-    texts = {
-        name: found
-        for name in variants
-        if (found := _read_if_present(folder / "evaluation" / f"{name}.json", _read_texts))
+    results = Results.load(where)
+    try:
+        provenance = results.read_provenance()
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise DamagedFile(f"{where}: the provenance does not follow the format {FORMAT}: {said}") from None
+    written = {
+        name: _read_part(folder / "evaluation" / f"{name}.json", EVALUATION, "texts", Texts)
+        for name in ("original", "ablated")
     }
-    samples = {file.stem: _count_lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))}
     return RunFolder(
         path=folder,
         results=results,
+        provenance=provenance,
         circuit=next((Circuit.load(file) for name in NAMES if (file := folder / name).is_file()), None),
         scores=_read_if_present(folder / "scores" / "contrast.safetensors", Scores.load),
-        texts=texts,
-        cards=_read_if_present(folder / "cards.json", _read_cards) or [],
+        texts={name: texts for name, texts in written.items() if texts},
+        cards=_read_part(folder / "cards.json", CARDS, "cards", list[UnitCard]) or [],
         recipe=_read_if_present(folder / "recipe.yaml", read_text),
         environment=_read_if_present(folder / "environment.json", _read_environment) or {},
-        samples=samples,
-        search=_read_search(folder / "tune.json", results),
+        samples={file.stem: _count_lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))},
+        search=_read_search(folder / "tune.json", provenance.tune, results),
     )
 
 
@@ -163,68 +284,38 @@ def _read_if_present(path: Path, read: Callable[[Path], T]) -> T | None:
     return read(path) if path.is_file() else None
 
 
+def _read_part(path: Path, format: str, key: str, kind: type[T]) -> T | None:
+    """What a JSON file holds under a key; None where there is no such file, or nothing under the key."""
+    found = read_json(path, format).get(key) if path.is_file() else None
+    try:
+        return None if found is None else typed(kind, found)
+    except ValueError:
+        raise DamagedFile(f"{path}: the {key} do not follow the format {format}. Make them again.") from None
+
+
 def _count_lines(path: Path) -> int:
     with open(path, "rb") as opened:
         return sum(1 for line in opened if line.strip())
 
 
-def _read_texts(path: Path) -> dict[str, list[dict[str, Any]]]:
-    found = read_json(path, EVALUATION).get("texts") or {}
-    good = isinstance(found, dict) and all(_is_prompt(row) for rows in found.values() for row in rows)
-    if not good:
-        raise DamagedFile(
-            f"{path}: the texts do not follow the format {EVALUATION}. Run the evaluation again."
-        )
-    return found
-
-
-def _is_prompt(row: Any) -> bool:
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("prompt"), str)
-        or not isinstance(row.get("continuations"), list)
-    ):
-        return False
-    return all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in row["continuations"])
-
-
-def _read_cards(path: Path) -> list[dict[str, Any]]:
-    found = read_json(path, CARDS).get("cards")
-    if not isinstance(found, list) or not all(
-        isinstance(card, dict) and "module" in card and "index" in card for card in found
-    ):
-        raise DamagedFile(f"{path}: the cards do not follow the format {CARDS}. Make them again.")
-    return found
-
-
-def _read_search(path: Path, results: Results) -> dict[str, Any]:
+def _read_search(path: Path, summary: Search | None, results: Results) -> Search | None:
     """The search in tune.json if it chose this run's circuit; otherwise the summary in results.json."""
-    summary = dict(results.provenance.get("tune") or {})
-    found = _read_if_present(path, lambda where: read_json(where, SEARCH)) or {}
-    same = bool(summary) and found.get("best") == summary.get("best")
+    if summary is None:
+        return None
+    found = read_json(path, SEARCH) if path.is_file() else {}
+    same = found.get("best") == results.provenance["tune"]["best"]
     try:
-        chosen = found if same else summary
-        places = [
-            (float(one["figures"]["perplexity"]), int(one["count"]))
-            for one in [*(chosen.get("candidates") or []), *_other_methods_rows(chosen)]
-        ]
-        good = not chosen or (
-            bool(places)
-            and float(chosen["original"]["perplexity"]) > 0
-            and str(chosen["aim"]) in chosen["original"]
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
+        chosen = typed(Search, found) if same else summary
+        tried = [one.figures for one in chosen.candidates]
+        tried += [one.figures for trials in chosen.others.values() for one in trials]
+        good = bool(tried) and all("perplexity" in figures for figures in tried)
+        good = good and chosen.original["perplexity"] > 0 and chosen.aim in chosen.original
+    except (KeyError, ValueError):
         good = False
     if not good:
-        raise DamagedFile(
-            f"{path if same else path.with_name('results.json')}: the search does not follow the format "
-            f"{SEARCH}. Run the search again."
-        )
+        where = path if same else path.with_name("results.json")
+        raise DamagedFile(f"{where}: the search does not follow the format {SEARCH}. Run the search again.")
     return chosen
-
-
-def _other_methods_rows(search: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for rows in dict(search.get("others") or {}).values() for row in rows]
 
 
 def _read_environment(path: Path) -> dict[str, Any]:

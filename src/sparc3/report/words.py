@@ -1,4 +1,4 @@
-"""A sentence beside the headline."""
+"""Words and figures: how metrics, methods, variants and numbers are written on the page."""
 
 import math
 from collections.abc import Iterable
@@ -6,19 +6,21 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..results import Difference, Measurement
+from ..results import Difference, Measurement, Variant
+from .read import RunFolder
 
 
 @dataclass(frozen=True)
 class Remark:
-    """`kind` is "good", "plain" or "careful"."""
+    """A sentence beside the headline; `kind` is "good", "plain" or "careful"."""
 
     kind: str
     text: Markup
 
 
-# How figures are written: shares as percent, the rest with as many digits as they deserve, always with their
-# interval.
+def remark(kind: str, text: str, *values: object) -> Remark:
+    """A remark of our own markup with values in its braces, which are escaped."""
+    return Remark(kind, Markup(text).format(*values))
 
 
 TITLES = {
@@ -78,6 +80,22 @@ HARD = "\u00a0"
 """A space at which no line breaks."""
 
 
+METHODS = {
+    "lrp": "LRP",
+    "cp-lrp": "CP-LRP",
+    "gradient": "gradient",
+    "wanda": "Wanda",
+    "activation": "activation",
+    "magnitude": "magnitude",
+    "aura": "AurA",
+    "det0": "Det-0",
+    "random": "random",
+}
+"""The bundled methods as their papers write them."""
+
+# Metrics, methods, variants, units
+
+
 def title(metric: str) -> str:
     return TITLES.get(metric) or metric.replace(".", " ").replace("_", " ")
 
@@ -92,6 +110,37 @@ def in_words(metric: str) -> str:
     return name if name[:2].isupper() else name[:1].lower() + name[1:]
 
 
+def method_title(method: str | None) -> str:
+    """A method as a reader meets it: "CP-LRP" of "cp-lrp", "LRP (mean abs)" of "lrp-mean_abs"."""
+    method = method or ""
+    if method in METHODS:
+        return METHODS[method]
+    known = next((name for name in METHODS if method.startswith(f"{name}-")), None)
+    rest = method[len(known) + 1 :].replace("_", " ") if known else ""
+    return f"{METHODS[known]} ({rest})" if known and rest else method
+
+
+def variant_title(variant: str, run: RunFolder) -> str:
+    """A variant as a reader meets it."""
+    named = Variant.parse(variant)
+    if named.count is None:
+        return "this circuit" if variant == "ablated" else method_title(variant)
+    return f"{method_title(named.method)}, {number_of_units(named.count, run)}"
+
+
+def count_units(count: int | None, run: RunFolder) -> str:
+    """ "neuron" or "neurons", whatever was removed."""
+    return run.unit if count == 1 else f"{run.unit}s"
+
+
+def number_of_units(count: int, run: RunFolder) -> str:
+    """ "1 neuron", "1,000 neurons"."""
+    return f"{count:,} {count_units(count, run)}"
+
+
+# Figures: shares as percent, the rest with as many digits as they deserve, always with their interval.
+
+
 def is_share(metric: str, unit: str = "") -> bool:
     """Whether a figure is a part of one and reads as percent."""
     return metric in _SHARES or unit.partition(" ")[0] in _SHARE_UNITS
@@ -102,14 +151,10 @@ def plain(value: float) -> str:
     size = abs(value)
     if size >= 1e7 or 0 < size < 1e-4:
         text = f"{value:.2e}"
-    elif 0 < size < 1e-3:
-        text = f"{value:.5f}"
-    elif size >= 1000:
-        text = f"{value:,.0f}"
     elif size >= 100:
-        text = f"{value:.1f}"
+        text = f"{value:,.0f}" if size >= 1000 else f"{value:.1f}"
     else:
-        text = f"{value:.2f}" if size >= 1 or size == 0 else f"{value:.3f}"
+        text = f"{value:.{5 if 0 < size < 1e-3 else 3 if 0 < size < 1 else 2}f}"
     return text.replace("-", MINUS)
 
 
@@ -123,13 +168,9 @@ def figure(value: float | None, metric: str, unit: str = "") -> str:
         return "–"
     if is_share(metric, unit):
         return percent(value)
-    return (
-        f"{value:.3f}"
-        if metric in FINE and 1 <= value < 10
-        else f"{value:.2f}"
-        if metric in FINE and 10 <= value < 100
-        else plain(value)
-    )
+    if metric in FINE and 1 <= value < 100:
+        return f"{value:.3f}" if value < 10 else f"{value:.2f}"
+    return plain(value)
 
 
 def value_of(m: Measurement) -> str:
@@ -142,10 +183,11 @@ def interval_of(m: Measurement) -> str:
 
 
 def interval(ci95: tuple[float, float] | None, metric: str, unit: str = "") -> str:
-    if ci95 is None:
-        return ""
-    low, high = (figure(end, metric, unit).removesuffix(PERCENT) for end in ci95)
-    return f"[{low},{HARD}{high}]"
+    return _in_brackets(figure(end, metric, unit).removesuffix(PERCENT) for end in ci95) if ci95 else ""
+
+
+def _in_brackets(ends: Iterable[str]) -> str:
+    return f"[{f',{HARD}'.join(ends)}]"
 
 
 def small_interval(m: Measurement) -> Markup:
@@ -160,16 +202,17 @@ def with_interval(m: Measurement) -> str:
 def change(d: Difference, unit: str = "") -> str:
     """A difference: percentage points of a share, else in the metric's own unit, signed."""
     if is_share(d.metric, unit):
-        return signed(d.value * 100, f"{abs(d.value) * 100:.1f}") + " points"
+        return signed(d.value, f"{abs(d.value) * 100:.1f}") + " points"
     return signed(d.value, f"{abs(d.value):,.{_count_decimals(d)}f}")
 
 
 def change_interval(d: Difference, unit: str = "") -> str:
-    if d.ci95 is None:
-        return ""
-    if not is_share(d.metric, unit):
-        return f"[{f',{HARD}'.join(signed(end, f'{abs(end):,.{_count_decimals(d)}f}') for end in d.ci95)}]"
-    return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.1f}') for end in d.ci95)}]"
+    scale, digits = (100, 1) if is_share(d.metric, unit) else (1, _count_decimals(d))
+    return _in_brackets(signed(end, f"{abs(end) * scale:,.{digits}f}") for end in d.ci95) if d.ci95 else ""
+
+
+def change_with_interval(d: Difference, unit: str = "") -> str:
+    return f"{change(d, unit)} {change_interval(d, unit)}".strip()
 
 
 def _count_decimals(d: Difference) -> int:
@@ -182,11 +225,9 @@ def _count_decimals(d: Difference) -> int:
 
 def relative(share: float | None) -> str:
     """A share of the original, signed; below one percent with two decimals."""
-    return (
-        ""
-        if share is None
-        else signed(share, f"{abs(share) * 100:.{1 if abs(share) >= 0.01 else 2}f}") + PERCENT
-    )
+    if share is None:
+        return ""
+    return signed(share, f"{abs(share) * 100:.{1 if abs(share) >= 0.01 else 2}f}") + PERCENT
 
 
 def relative_interval(d: Difference) -> str:
@@ -195,7 +236,7 @@ def relative_interval(d: Difference) -> str:
         return ""
     ends = [end * d.relative / d.value for end in d.ci95]
     digits = 1 if max(map(abs, ends)) >= 0.01 else 2
-    return f"[{f',{HARD}'.join(signed(end, f'{abs(end) * 100:.{digits}f}') for end in ends)}]"
+    return _in_brackets(signed(end, f"{abs(end) * 100:.{digits}f}") for end in ends)
 
 
 def signed(value: float, size: str) -> str:

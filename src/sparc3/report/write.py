@@ -4,6 +4,7 @@ import base64
 import hashlib
 import os
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,13 @@ from markupsafe import Markup
 from .. import __version__
 from ..safe_text import visible
 from ..storage import write_text
-from . import compression, discovery, evidence, headline, tables
-from .cards import cards, protected, sharing
-from .comparison import comparisons, tiles, under_budget
-from .compression import by_samples
-from .curves import curves
+from . import compression, discovery, headline, tables, words
+from .cards import UnitMap, cards, protected, sharing, unit_map
+from .charts import Tip, curves
 from .examples import Mask, finalize, kinds
 from .read import RunFolder, read_folder
-from .standing import standing_remarks
 from .tradeoff import tradeoffs
-from .unit_map import UnitMap, unit_map
-from .variant_names import count_units, list_methods, method_colours, method_title
-from .words import duration
+from .words import count_units, method_title, number_of_units
 
 SAYING = {"discover": discovery, "compress": compression}
 """Job → the file with its headline and remarks; any other job has those of headline.py."""
@@ -48,22 +44,29 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page as text."""
-    loader = PackageLoader("sparc3.report", "")
     environment = Environment(
-        loader=loader,
+        loader=PackageLoader("sparc3.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["duration"] = duration
-    return (
-        environment.get_template("page.html")
-        .render(_collect_content(run))
-        .encode("utf-8", "replace")
-        .decode("utf-8")
-    )
+    environment.filters |= {
+        "change": words.change,
+        "change_interval": words.change_interval,
+        "duration": words.duration,
+        "explained": words.explained,
+        "figure": words.value_of,
+        "interval": words.interval_of,
+        "metric_title": words.title,
+        "p": words.format_p,
+        "relative": words.relative,
+        "variant_title": partial(words.variant_title, run=run),
+        "with_interval": words.with_interval,
+    }
+    page = environment.get_template("page.html").render(_collect_content(run))
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _collect_content(run: RunFolder) -> dict[str, Any]:
@@ -71,13 +74,12 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
     said = SAYING.get(run.job, headline)
-    mask = Mask(tuple(map(str, run.provenance.get("lexicon") or ())))
+    mask = Mask(tuple(run.provenance.lexicon))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
     pairs, known = kinds(run, mask), cards(run, mask)
-    traded, drawn, compared, where = tradeoffs(run), curves(run), comparisons(run), _map_units(run)
-    tips = {key: tip for figure in [*traded, *drawn] for key, tip in figure.tips.items()} | (
-        where.tips if where else {}
-    )
+    traded, drawn, where = tradeoffs(run), curves(run), _map_units(run)
+    tips = {key: tip for figure in [*traded, *drawn] for key, tip in figure.tips.items()}
+    tips |= where.tips if where else {}
     return {
         **_describe_origin(run),
         "style": Markup(style),
@@ -86,20 +88,20 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "headline": said.headline(run),
         "damage": headline.damage(run) if said is headline else None,
         "remarks": said.remarks(run),
-        "tiles": tiles(run),
-        "behaviour": run.behaviour,
-        "proofs": evidence.proofs(run),
-        "null": evidence.describe_null(run),
-        "power": evidence.power_words(run),
-        "scorers": evidence.scorers(run),
+        "tiles": tables.tiles(run),
+        "proofs": tables.proofs(run),
+        "null": tables.describe_null(run),
+        "power": tables.power_words(run),
+        "scorers": tables.compare_scorers(run),
+        "agreement": tables.describe_agreement(run),
         "tradeoffs": traded,
-        "standing": standing_remarks(run, run.behaviour) if traded and run.behaviour else [],
+        "standing": headline.standing_remarks(run, run.behaviour) if traded and run.behaviour else [],
         "curves": drawn,
-        "by_samples": by_samples(run),
-        "legend": [(method_title(method), method_colours(run)[method]) for method in list_methods(run)],
-        "comparisons": compared,
-        "budgeted": under_budget(run),
-        "count": f"{len(run.circuit):,} {count_units(len(run.circuit), run)}" if run.circuit else "",
+        "by_samples": compression.draw_samples(run),
+        "legend": [(method_title(method), run.colours[method]) for method in run.methods],
+        "comparisons": tables.comparisons(run),
+        "budgeted": tables.compare_under_budget(run),
+        "count": number_of_units(run.count, run) if run.circuit else "",
         "at_strength": run.circuit.at_strength if run.circuit else "",
         "map": where,
         "sharing": sharing(run),
@@ -110,9 +112,9 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "all_cards": len(run.cards),
         "columns": tables.columns(run),
         "rows": tables.rows(run),
-        "changes": tables.changes(run),
+        "changes": run.results.differences,
         "recipe": recipe,
-        "tips": _make_visible(tips),
+        "tips": {key: _make_visible(tip) for key, tip in tips.items()},
     }
 
 
@@ -122,26 +124,25 @@ def _map_units(run: RunFolder) -> UnitMap | None:
     return unit_map(replace(run, circuit=circuit), "kept") if circuit else unit_map(run)
 
 
-def _make_visible(tips: Any) -> Any:
-    """The same with every text in it made visible."""
-    if isinstance(tips, dict):
-        return {key: value if key == "key" else _make_visible(value) for key, value in tips.items()}
-    return [_make_visible(one) for one in tips] if isinstance(tips, list) else visible(str(tips))
+def _make_visible(tip: Tip) -> dict[str, Any]:
+    """A tip as the script takes it, every text in it made visible."""
+    rows = [{"key": row.key, "name": visible(row.name), "text": visible(row.text)} for row in tip.rows]
+    return {"head": visible(tip.head), "rows": rows}
 
 
 def _describe_origin(run: RunFolder) -> dict[str, Any]:
     """Where the run came from, and what it says about itself."""
     return {
-        "name": str(run.provenance.get("recipe") or "a run"),
-        "model": str(run.model.get("id") or ""),
-        "architecture": str(run.model.get("architecture") or ""),
-        "method": method_title(run.method) if run.method else "",
+        "name": run.provenance.recipe or "a run",
+        "model": str(run.model["id"]),
+        "architecture": str(run.model["architecture"]),
+        "method": method_title(run.method),
         "unit": run.unit,
         "units": count_units(None, run),
-        "version": str(run.provenance.get("version") or __version__),
+        "version": run.provenance.version or __version__,
         "checks": tables.checks(run),
         "warnings": tables.warnings(run),
-        "stages": tables.stages(run),
+        "stages": tables.time_stages(run),
         "fingerprints": tables.fingerprints(run),
         "environment": tables.environment(run),
         "seeds": tables.seeds(run),
