@@ -1,6 +1,7 @@
 """Protection: the screen against the model's own numbers, and that no selection takes what is protected."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,3 +60,39 @@ def test_what_is_protected_is_not_selected(tmp_path: Path, monkeypatch: pytest.M
     assert index not in second.members[site]
     open_ = run({**recipe, "selection": {"count": 30, "protect": False}}, tmp_path / "open")
     assert "protected" not in open_.provenance
+
+
+def test_a_second_look_is_for_those_the_first_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perplexity is made up here: of the first tokens, and of the whole, without each of three neurons."""
+    model = tiny("llama", dtype=torch.float32)
+    site = sites_of(model, ["mlp.up"])[0]
+    plain = site.weight.clone()
+    made_up = {"first": {0: 1.0, 1: 2.0, 2: 1.3}, "whole": {1: 1.1, 2: 1.6}}
+    seen = []
+
+    def measure(work: Any, windows: list[Any]) -> float:
+        look = "whole" if max(len(ids) for ids, _ in windows) > protection.FIRST else "first"
+        gone = [i for i in range(3) if (site.weight[i] == 0).all() and (plain[i] != 0).any()]
+        seen.append((look, *gone))
+        return 10.0 * made_up[look][gone[0]] if gone else 10.0
+
+    monkeypatch.setattr(protection, "is_protected", lambda recipe: True)
+    monkeypatch.setattr(protection, "_select_suspects", lambda *_: [(site.name, i) for i in range(3)])
+    monkeypatch.setattr(protection, "_measure_perplexity", measure)
+    general = ReferenceSet((Sample(input_ids=tuple(range(3, 63))), Sample(input_ids=(3, 4))))
+    work: Any = SimpleNamespace(
+        model=model, tokenizer=None, recipe=None, references={"general": general}, described={},
+        noted={}, progress=False,
+    )  # fmt: skip
+    protection.protect_units(work)
+    assert seen == [
+        ("first",),
+        ("first", 0),
+        ("first", 1),
+        ("first", 2),
+        ("whole",),
+        ("whole", 1),
+        ("whole", 2),
+    ]
+    assert [(one["index"], one["perplexity_ratio"]) for one in work.noted["protected"]] == [(2, 1.6)]
+    assert dict(work.protected.members) == {site.name: (2,)}

@@ -21,7 +21,7 @@ from ..evaluation.perplexity import Window, negative_log_likelihoods
 from ..evaluation.statistics import finite
 from ..progress import Progress
 from ..samples.batches import join_completions
-from ..samples.reference_set import ReferenceSet
+from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
 from ..storage import fingerprint
 from .run_folder import RunContext, load_or_make
@@ -229,8 +229,9 @@ def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
 # Units that the whole model stands on are left out of every selection: those whose removal alone multiplies
 # perplexity.
 
-SUSPECTS, TEXTS, TOKENS = 12, 6, 256
-"""How many neurons are tried alone, on how many general samples, of how many tokens each."""
+SUSPECTS, TEXTS, TOKENS, FIRST = 12, 6, 256, 32
+"""How many neurons are tried alone, on how many general samples, of how many tokens each; and of how many
+tokens in the first look, after which most need no second."""
 RATIO = 1.5
 """A neuron without which perplexity is so many times as large is protected."""
 
@@ -240,29 +241,20 @@ def protect_units(work: RunContext) -> None:
     quantised models.
 
     A screen, not a search: only the neurons that write hardest into the residual stream are tried, each
-    alone, on a few general samples.
+    alone, on a few general samples. Their first tokens come first: only a neuron without which these are
+    √RATIO times as perplexing is tried on the whole.
     """
     if not is_protected(work.recipe):
         return
-    samples = ReferenceSet(work.references["general"].samples[:TEXTS])
-    windows = [
-        (ids[:TOKENS], min(len(ids), TOKENS) - 1)
-        for s in join_completions(samples, work.tokenizer)
-        if len(ids := s.input_ids or ()) > 1
-    ]
-    if not windows:
+    joined = join_completions(ReferenceSet(work.references["general"].samples[:TEXTS]), work.tokenizer)
+    texts = [ids[:TOKENS] for sample in joined if len(ids := sample.input_ids or ()) > 1]
+    if not texts:
         return
-    before = _measure_perplexity(work, windows)
-    if not math.isfinite(before):
-        raise NonFinite(
-            "the model's perplexity on general samples is not finite; load it in bfloat16 or float32"
-        )
-    found = {}
-    suspects = _select_suspects(work, samples)
-    with Progress(len(suspects), "protection", "neuron", show=work.progress) as shown:
-        for name, index in shown.each(suspects):
-            with ablated(work.model, Circuit("neuron", {name: (index,)})):
-                found[name, index] = _measure_perplexity(work, windows) / before
+    suspects = _select_suspects(work, texts)
+    found = _measure_ratios(work, suspects, [ids[:FIRST] for ids in texts])
+    likely = [unit for unit, ratio in found.items() if ratio >= math.sqrt(RATIO)]
+    if likely and max(map(len, texts)) > FIRST:
+        found |= _measure_ratios(work, likely, texts)
     kept = {unit: ratio for unit, ratio in found.items() if ratio >= RATIO}
     members = {
         name: tuple(sorted(index for other, index in kept if other == name))
@@ -282,11 +274,30 @@ def protect_units(work: RunContext) -> None:
     )
 
 
-def _select_suspects(work: RunContext, samples: ReferenceSet) -> list[tuple[str, int]]:
-    writes = distributed.first(largest_writes(work.model, samples, work.tokenizer))
+def _select_suspects(work: RunContext, texts: list[tuple[int, ...]]) -> list[tuple[str, int]]:
+    samples = ReferenceSet(tuple(Sample(input_ids=ids) for ids in texts))
+    writes = distributed.first(largest_writes(work.model, samples))
     flat = torch.cat(list(writes.values()))
     places = [(name, index) for name, values in writes.items() for index in range(len(values))]
     return [places[i] for i in flat.argsort(descending=True, stable=True)[:SUSPECTS].tolist()]
+
+
+def _measure_ratios(
+    work: RunContext, units: list[tuple[str, int]], texts: list[tuple[int, ...]]
+) -> dict[tuple[str, int], float]:
+    """How many times as perplexing the texts are without each unit alone."""
+    windows = [(ids, len(ids) - 1) for ids in texts]
+    before = _measure_perplexity(work, windows)
+    if not math.isfinite(before):
+        raise NonFinite(
+            "the model's perplexity on general samples is not finite; load it in bfloat16 or float32"
+        )
+    found = {}
+    with Progress(len(units), "protection", "neuron", show=work.progress) as shown:
+        for name, index in shown.each(units):
+            with ablated(work.model, Circuit("neuron", {name: (index,)})):
+                found[name, index] = _measure_perplexity(work, windows) / before
+    return found
 
 
 def _measure_perplexity(work: RunContext, windows: list[Window]) -> float:

@@ -129,7 +129,7 @@ def _exact_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
     if not whole:
         return rest
     many = values.narrow(dim, 0, whole).unflatten(dim, (-1, EXACT)).sum(dim + 1)
-    return rest + many.sum(dim, dtype=torch.int64)
+    return rest.add_(many.sum(dim, dtype=torch.int64))
 
 
 def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:

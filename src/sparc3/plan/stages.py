@@ -156,16 +156,17 @@ class Stages:
 
     def _protection(self) -> Iterator[Stage]:
         if work_list.is_protected(self.recipe):
-            some = self.sets["general"].first(score.TEXTS).joined(self.context)
-            windows = [min(len(one.ids), score.TOKENS) for one in some]
-            read = _stage(
+            some = self.sets["general"].first(score.TEXTS).joined(min(self.context, score.TOKENS))
+            first = [min(len(one.ids), score.FIRST) for one in some]
+            look = _stage(
                 "",
-                self.rehearsal.windows("perplexity", max(windows), len(windows)),
-                sum(windows),
-                max(windows) * len(windows),
+                self.rehearsal.windows("perplexity", max(first), len(first)),
+                sum(first),
+                max(first) * len(first),
             )
+            # A second look at the whole is for neurons that the first one finds, and most models have none.
             yield replace(
-                self._forward("protection", some) + read * (1 + min(score.SUSPECTS, self.units)), scoring=True
+                self._forward("protection", some) + look * (1 + min(score.SUSPECTS, self.units)), scoring=True
             )
 
     def _scores(self) -> Iterator[Stage]:
