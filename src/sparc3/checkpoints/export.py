@@ -60,6 +60,7 @@ TOKENIZER_FILES = (
 )
 """Those of them that belong to the tokenizer; left out where the model is exported without one."""
 OURS = (*NAMES, "results.json")
+NOT_OF_IT = ("adapter_config.json",)  # merged into the weights, where there is one
 ROUNDINGS = 16
 """How many roundings of its dtype the logits of a shrunk model may be away, relative to their norm: sums of
 other lengths are rounded otherwise."""
@@ -255,7 +256,7 @@ def copy_beside(source: Path, out: Path, *, with_tokenizer: bool = True) -> None
         wanted = (
             path.is_file()
             and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in BESIDE)
-            and path.name not in OURS
+            and path.name not in (*OURS, *NOT_OF_IT)
             and (with_tokenizer or not any(fnmatch.fnmatchcase(path.name, name) for name in TOKENIZER_FILES))
         )
         if wanted and not path.name.endswith(".index.json") and not (out / name).exists():

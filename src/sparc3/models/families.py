@@ -296,8 +296,11 @@ def require_family(config: Any, what: str) -> Family:
     """The row of a configuration. Raises UnsupportedModel where there is none, or where a flag is set that no
     rule covers."""
     if config.model_type not in FAMILIES:
+        text = config.get_text_config().model_type
+        within = f" with the text model '{text}'" if text != config.model_type else ""
         raise UnsupportedModel(
-            f"{what}: architecture '{config.model_type}' is not supported, it has no row in the family table "
+            f"{what}: architecture '{config.model_type}'{within} is not supported, it has no row in the "
+            "family table "
             f"(sparc3.families.FAMILIES); supported: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[config.model_type]

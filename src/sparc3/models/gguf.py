@@ -57,6 +57,8 @@ def find_gguf(name: str) -> Path | None:
         path = files[0]
     elif path.suffix.lower() != ".gguf" or path.is_dir():
         return None
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name} is no ordinary file; give the path of a GGUF")
     if not path.is_file():
         raise UserError(
             f"no such file: {name}; give the path of a GGUF, or ORG/REPO:FILE.gguf for one on the hub"

@@ -70,7 +70,7 @@ def fetch(place: Place, paths: tuple[str, ...]) -> Path:
         UserError: no such repository, revision or file, no access to it, or neither the hub nor a copy within
             reach.
     """
-    away = not _reachable()
+    away = not reachable()
     wanted = (place.path,) if place.path else paths
     for path in wanted:
         found = _download(place, path, away)
@@ -129,7 +129,7 @@ def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | Non
                 revision=revision,
                 allow_patterns=patterns,
                 ignore_patterns=["*/*"],
-                local_files_only=not _reachable(),
+                local_files_only=not reachable(),
             )
         except LocalEntryNotFoundError as error:
             # It names a snapshot that is not complete. The weights were loaded from it, so it exists.
@@ -137,7 +137,8 @@ def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | Non
     return Path(folder) if folder else None
 
 
-def _reachable() -> bool:
+def reachable() -> bool:
+    """Whether the hub's host has an address, told at once."""
     try:
         require_hub("")
     except UserError:

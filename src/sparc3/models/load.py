@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import UserError, unknown
 from ..storage import parse_json, read_text
-from .families import require_family
+from .adapters import NOT_BY_ITSELF, find_adapter, merge_
+from .families import FAMILIES, require_family
 from .fingerprint import require_present
 from .gguf import find_gguf, gguf_config, load_gguf_tokenizer, load_gguf_weights
 from .hub import CONVERT, hub_errors, looks_local, require_hub
@@ -58,13 +59,16 @@ def load_weights(
     """The model of `load_model`, without its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    name, config, wanted, target = _check_names(name_or_path, dtype, device)
+    given, config, wanted, target = _check_names(name_or_path, dtype, device)
+    adapter = find_adapter(given)
+    name = adapter.base if adapter else given
     require_safe(name)
     mapped = device == MAP
     with hub_errors(name):
         spread = _spread(name, config, wanted) if mapped else {}
         if not mapped:
             _require_room(name, config, wanted, target)
+        within = not find_gguf(name) and _read_config(name).model_type != config.model_type
         if path := find_gguf(name):
             options = {"dtype": torch.float32 if wanted == "auto" else wanted, **spread}
             model, found = load_gguf_weights(name, path, config, options)
@@ -77,6 +81,8 @@ def load_weights(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                key_mapping=TEXT_ALONE if within else None,
+                **NOT_BY_ITSELF,
                 **spread,
             )
     require_present(model)
@@ -90,7 +96,13 @@ def load_weights(
         mapped and target.type == "cuda" and all(weight.device.type == "cpu" for weight in model.parameters())
     ):
         log.warning("no layer found room on a GPU, so everything is computed on the CPU")
-    require_whole(name, model, found, family_of(model).layers)
+    layers_at = family_of(model).layers
+    if within:  # of a model of text and images only the text's weights are of interest, to save them too
+        model.__dict__.pop("_weight_conversions", None)
+        found["unexpected_keys"] = [key for key in found["unexpected_keys"] if key.startswith(layers_at)]
+    require_whole(name, model, found, layers_at)
+    if adapter:
+        model = merge_(model, adapter, given)
     if family_of(model).experts and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
     # A quantised model may refuse to be moved, even to where it is.
@@ -154,6 +166,14 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
     name = _name(name_or_path)
     if path := find_gguf(name):
         return load_gguf_tokenizer(name, path)
+    if (adapter := find_adapter(name)) and not _has_vocabulary(adapter.folder):
+        return load_tokenizer(adapter.base)
+    if Path(name).is_dir() and not _has_vocabulary(Path(name)):
+        raise UserError(
+            f"'{name}' has no tokenizer; put its files beside the model (tokenizer.json), or give token "
+            "ids as "
+            "samples"
+        )
     with hub_errors(name):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -174,6 +194,12 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
     return tokenizer
 
 
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether a folder has a file that a tokenizer's tokens can be in."""
+    patterns = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json", "*.spm")
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
+
+
 def require_loadable(
     name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
 ) -> None:
@@ -192,26 +218,60 @@ def _check_names(
 
 
 def _name(name_or_path: str | os.PathLike[str]) -> str:
-    return DEMO if name_or_path == "demo" else os.fspath(name_or_path)
+    if name_or_path == "demo":
+        return DEMO
+    name = os.fspath(name_or_path)
+    try:
+        os.stat(name)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, a folder that may not be entered, a null byte
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"no model has the name {name[:60]!r} ({said}); check the name") from None
+    return name
 
 
-def load_config(
-    name: str,
-    remedy: str = "check the name (the embedded model is demo), or give the path of a downloaded folder",
-) -> Any:
+_REMEDY = "check the name (the embedded model is demo), or give the path of a downloaded folder"
+TEXT_ALONE = {
+    r"^(?:model\.)?language_model\.lm_head": "lm_head",
+    r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head|model\.)": "model.",
+}
+"""How the names of a wrapper's weights become those of its text model."""
+
+
+def load_config(name: str, remedy: str = _REMEDY) -> Any:
     """The configuration of a hub model, a local checkpoint, a GGUF, a config.json or "demo", with every way
-    it can fail as one line.
+    it can fail as one line. Of an adapter it is that of the base model, and of a model of text and images
+    that
+    of its text model, where that is of a family.
 
     Args:
         remedy: what to do where the hub cannot be reached.
     """
+    name = _name(name)
+    if find_gguf(name) is None and (adapter := find_adapter(name)):
+        name = adapter.base
+    config = _read_config(name, remedy)
+    text = config.get_text_config()
+    if (
+        config.model_type in FAMILIES
+        or text.model_type not in FAMILIES
+        or hasattr(config, "quantization_config")
+    ):
+        return config
+    text.dtype, text.tie_word_embeddings = text.dtype or config.dtype, config.tie_word_embeddings
+    return text
+
+
+def _read_config(name: str, remedy: str = _REMEDY) -> Any:
     from transformers import AutoConfig
 
-    name = _name(name)
     if path := find_gguf(name):
         return gguf_config(path)
     alone = name.endswith(".json") and Path(name).is_file()
     if looks_local(name) and not Path(name).is_dir() and not alone:
+        if Path(name).exists():
+            raise UserError(f"{name} is no folder; give a folder with config.json and safetensors, or a GGUF")
         raise UserError(
             f"no model folder at {name}; give a folder with config.json and safetensors, or a hub id"
         )
