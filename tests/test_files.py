@@ -99,7 +99,8 @@ def test_wikitext_as_a_raw_file_has_the_rows_of_the_hub(tmp_path: Path) -> None:
         ("a.csv", b"text\n", "a.csv"),
         ("a.parquet", b"not one", "a.parquet"),
         ("a.json", b"[1, 2]", "item 1"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", ".zst"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "a.jsonl.zst"),
+        ("a.jsonl.bz2", b"BZh9", ".bz2"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "a.jsonl.gz"),
     ],
 )

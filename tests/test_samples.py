@@ -39,6 +39,8 @@ def test_samples_come_back_as_saved(tmp_path: Path) -> None:
         ('{"text": 3}', 'line 2: "text" must be'),
         ('{"input_ids": []}', 'line 2: "input_ids"'),
         ('{"text": ""}', "line 2.*empty"),
+        ('{"text": "a", "input_ids": [1]}', "line 2 has both"),
+        ('{"prompt": null}', 'line 2 needs either "text"'),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
@@ -198,3 +200,101 @@ def test_json_lines_survive_odd_separators(tmp_path: Path) -> None:
         json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     assert ReferenceSet.load(path).samples[0].text == "one\u2028two\u0085three"
+
+
+LABELLED = {
+    "as RealToxicityPrompts": [
+        {"prompt": {"text": "{}", "toxicity": 0.9}},
+        {"prompt": {"text": "{}", "toxicity": None}},
+    ],
+    "flat": [{"prompt": "{}", "toxicity": 0.9}, {"text": "{}", "toxicity": None}],
+    "by name": [{"prompt": "{}", "prompt_toxicity": 0.9}, {"text": "{}", "prompt.toxicity": ""}],
+    "strings": [{"prompt": {"text": "{}", "toxicity": "0.9"}}, {"prompt": "{}", "toxicity": "0.1"}],
+    "string continuation": [
+        {"prompt": {"text": "{}", "toxicity": 1}, "continuation": " bad"},
+        {"prompt": "{}", "toxicity": 0.2},
+    ],
+    "null continuation": [
+        {"prompt": {"text": "{}", "toxicity": 1}, "continuation": None},
+        {"prompt": "{}", "toxicity": 0},
+    ],
+}
+
+
+def _filled(value: Any, text: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(inner, text) for key, inner in value.items()}
+    return value.format(text) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("shape", LABELLED)
+def test_labels_are_read_in_every_shape(jsonl: Rows, shape: str) -> None:
+    """The first of each pair fits, the second does not or has no label."""
+    rows = [
+        _filled(row, f"{kind} person {i}")
+        for i in range(20)
+        for kind, row in zip("ab", LABELLED[shape], strict=True)
+    ]
+    path = str(jsonl("labelled.jsonl", rows))
+    found = gather(Request(path, 8, choose_by="prompt", min_toxicity=0.5))
+    assert {sample.text[0] for sample in found if sample.text} == {"a"}
+    assert {sample.completion for sample in found} == {" bad" if shape == "string continuation" else None}
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "c"}, "prompt_toxicity"),
+        ({"prompt": {"text": "c", "toxicity": "high"}}, "high"),
+        ({"prompt": "c", "toxicity": 90}, "90"),
+        ({"prompt": "c", "toxicity": True}, "True"),
+        ({"prompt": {"text": "c", "toxicity": {"score": 1}}}, "score"),
+        ({"input_ids": [1, 2], "toxicity": 0.9}, "token ids"),
+    ],
+)
+def test_a_label_that_cannot_be_read_is_named_with_its_line(
+    jsonl: Rows, row: dict[str, Any], named: str
+) -> None:
+    rows = [{"prompt": f"p {i}", "toxicity": 0.1} for i in range(5)]
+    path = str(jsonl("labelled.jsonl", [*rows, row]))
+    for split in ("test", "reference"):  # the row is in one of them
+        with pytest.raises(UserError) as refused:
+            gather(Request(path, 3, split=split, choose_by="prompt", min_toxicity=0.5))
+        if "line 6" in str(refused.value):
+            assert named in str(refused.value)
+            return
+    raise AssertionError("no message names the line")
+
+
+def test_a_named_column_holds_the_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "id,question,toxicity\n" + "".join(f"{i},how {i}?,0.9\n" for i in range(30))
+    )
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"id": i, "question": f"how {i}?", "toxicity": 0.9}) + "\n" for i in range(30))
+    )
+    wanted = {f"how {i}?" for i in range(30)}
+    for name in ("a.csv", "a.jsonl"):
+        path = str(tmp_path / name)
+        assert {sample.text for sample in gather(Request(path, 30, column="question"))} == wanted
+        assert set(corpus(path, column="question")) == wanted
+        chosen = gather(Request(path, 5, choose_by="prompt", min_toxicity=0.5, column="question"))
+        assert {sample.text for sample in chosen} <= wanted
+        with pytest.raises(UserError, match="answer"):
+            gather(Request(path, 30, column="answer"))
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match="question"):
+        gather(Request(str(tmp_path / "a.txt"), 1, column="question"))
+
+
+def test_zstd_is_unpacked(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    for name, raw in (
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n'),
+        ("a.csv", b"text\none\ntwo\n"),
+        ("a.txt", b"one\ntwo\n"),
+    ):
+        with pyarrow.CompressedOutputStream(str(tmp_path / f"{name}.zst"), "zstd") as packed:
+            packed.write(raw)
+        assert [sample.text for sample in ReferenceSet.load(tmp_path / f"{name}.zst")] == ["one", "two"]
+    assert list(corpus(str(tmp_path / "a.txt.zst"))) == ["one\ntwo\n"]

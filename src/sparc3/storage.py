@@ -137,6 +137,32 @@ def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None
         ) from None
 
 
+@contextmanager
+def claim_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a file that is to be written against other processes, by a lock beside it that goes with the
+    process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    beside = Path(f"{path}.lock")
+    with open(beside, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another process is making {path}; wait for it, or choose another --out"
+            ) from None
+        except OSError:  # the file system keeps no locks
+            pass
+        if not beside.exists() or not os.path.samestat(os.fstat(lock.fileno()), beside.stat()):
+            raise UserError(f"another process has just made {path}; look at it, or start this again")
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -1,6 +1,7 @@
 """Scores of units: attribute and merge."""
 
 import argparse
+from contextlib import nullcontext
 
 from .. import distributed
 from ..errors import UserError
@@ -70,7 +71,7 @@ def _attribute(args: argparse.Namespace) -> None:
     from ..samples.reference_set import ReferenceSet
     from ..samples.sources import Request, gather, is_path, require_source
     from ..settings import parse
-    from ..storage import require_place
+    from ..storage import claim_file, require_place
 
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if args.sites:
@@ -103,19 +104,20 @@ def _attribute(args: argparse.Namespace) -> None:
         loaded = gather(
             Request(args.samples, args.count or 128, seq_len=args.seq_len, seeds=(args.seed,)), tokenizer
         )
-    scores = attribute(
-        model,
-        loaded or [],
-        tokenizer=tokenizer,
-        **options.model_dump(),
-        progress=True,
-        partial=args.out if shard else f"{args.out}.partial",
-        shard=shard,
-    )
+    with claim_file(args.out) if distributed.is_main() else nullcontext():
+        scores = attribute(
+            model,
+            loaded or [],
+            tokenizer=tokenizer,
+            **options.model_dump(),
+            progress=True,
+            partial=args.out if shard else f"{args.out}.partial",
+            shard=shard,
+        )
+        if distributed.is_main() and not shard:
+            scores.save(args.out)
     if not distributed.is_main():
         return
-    if not shard:
-        scores.save(args.out)
     say(
         f"{args.out}: {scores.units} {scores.unit}s in {len(scores)} sites, from "
         f"{scores.provenance['samples']} samples"

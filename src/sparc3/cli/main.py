@@ -31,8 +31,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. End the process if its exit code is not 0, and always under torchrun."""
+    command = ""
     try:
         parsed = _parser().parse_args(_join_sbatch_options(sys.argv[1:] if arguments is None else arguments))
+        command = parsed.command
         speak()
         parsed.run(parsed)
         distributed.end()
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Sparc3Error as error:
         _stop(1, str(error))
     except KeyboardInterrupt:
-        _stop(130, "interrupted; the same command goes on where it was")
+        resumes = command in ("run", "demo", "attribute")
+        _stop(130, f"interrupted; the same command {'goes on where it was' if resumes else 'begins anew'}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:  # ours to mend: as Python tells it, without what a message of others may hold

@@ -120,7 +120,7 @@ def prepare(
     if not isinstance(settings, SampledSettings):
         return Prepared(metric, settings, ReferenceSet(()))
     if not metric.prompts:
-        texts = corpus(settings.source, settings.split, settings.count)
+        texts = corpus(settings.source, settings.split, settings.count, settings.column)
         return Prepared(
             metric,
             settings,
@@ -128,7 +128,14 @@ def prepare(
         )
     seed = settings.seed if isinstance(settings, PromptSettings | IOISettings) else 0
     held = (taken or {}).get(settings.source, frozenset())
-    request = Request(settings.source, settings.count or 100, settings.split, seeds=(seed,), taken=held)
+    request = Request(
+        settings.source,
+        settings.count or 100,
+        settings.split,
+        seeds=(seed,),
+        taken=held,
+        column=settings.column,
+    )
     if isinstance(settings, PromptSettings):
         request = replace(
             request,

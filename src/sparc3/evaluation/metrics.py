@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..errors import UserError, unknown
 from ..models.families import ROLES
 from ..samples.reference_set import ReferenceSet
-from ..samples.sources import require_source
+from ..samples.sources import require_column, require_source
 from ..settings import Strict, parse
 from .statistics import Observations
 
@@ -24,9 +24,11 @@ class MetricSettings(Strict):
 
 
 class SampledSettings(MetricSettings):
-    """What a metric on samples has: where its texts or prompts come from, how many, of which split."""
+    """What a metric on samples has: where its texts or prompts come from (of a table, from which column),
+    how many, of which split."""
 
     source: str
+    column: str | None = None
     count: int | None = Field(default=None, ge=1)
     split: str = "test"
 
@@ -34,6 +36,12 @@ class SampledSettings(MetricSettings):
     @classmethod
     def _require_source(cls, value: str) -> str:
         require_source(value)
+        return value
+
+    @field_validator("column")
+    @classmethod
+    def _require_file(cls, value: str | None, info: ValidationInfo) -> str | None:
+        require_column(value, info.data.get("source"))
         return value
 
 
@@ -45,6 +53,15 @@ class PerplexitySettings(SampledSettings):
     seq_len: int = Field(default=2048, ge=2)
     max_length: int = Field(default=2048, ge=2)
     stride: int = Field(default=512, ge=1)
+
+    @model_validator(mode="after")
+    def _overlaps(self) -> "PerplexitySettings":
+        if self.protocol == "sliding" and self.stride >= self.max_length:
+            raise ValueError(
+                f"stride {self.stride} is not below max_length {self.max_length}: tokens would be left "
+                f"out; lower it"
+            )
+        return self
 
 
 class KLSettings(PerplexitySettings):

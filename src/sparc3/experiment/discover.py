@@ -46,12 +46,11 @@ def settings(work: RunContext) -> Discover:
 def require_task(recipe: DiscoverRecipe) -> None:
     """Raise UserError where a file of the task lacks a target or a contrast; asked before any model is
     loaded."""
-    sources = {
-        recipe.references["task"].source,
-        *(m.source for m in recipe.metrics().values() if isinstance(m, IOISettings)),
-    }
-    for source in sorted(filter(is_path, sources)):
-        for number, sample in enumerate(ReferenceSet.load(source)):
+    task = recipe.references["task"]
+    tests = [m for m in recipe.metrics().values() if isinstance(m, IOISettings)]
+    read = [(task.source, task.column), *((settings.source, settings.column) for settings in tests)]
+    for source, column in dict.fromkeys(place for place in read if is_path(place[0])):
+        for number, sample in enumerate(ReferenceSet.load(source, column)):
             for key in ("target", "contrast"):
                 if getattr(sample, key) is None:
                     raise UserError(

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,19 @@ def gather_all(work: RunContext) -> None:
 def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> ReferenceSet:
     # Of two sets of one source, the later gets what is left.
     taken = work.held(work.references, spec.source) if work.recipe.job == "correct" else frozenset()
-    request = Request(
+    request = request_for(spec, taken)
+    settings = ToxicitySettings(scorer=spec.scorer, max_new_tokens=spec.max_new_tokens, source=spec.source)
+    asked = {"spec": spec.model_dump(exclude={"target"}), "taken": sorted(request.taken)}
+    if spec.choose_by == "repetition":
+        score = response_scores(work.model, work.tokenizer, spec.max_new_tokens, work.progress)
+    else:
+        score = completion_scores(work.model, work.tokenizer, settings, work.progress)
+    return _samples(work, name, asked, spec.source, lambda: gather(request, work.tokenizer, score))
+
+
+def request_for(spec: Reference, taken: frozenset[str] = frozenset()) -> Request:
+    """What a reference set asks of its source; `taken` are prompts that it must not hold."""
+    return Request(
         spec.source,
         spec.count,
         spec.split,
@@ -60,15 +73,9 @@ def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> Ref
         spec.min_toxicity,
         spec.max_toxicity,
         spec.max_rur,
+        spec.column,
         taken,
     )
-    settings = ToxicitySettings(scorer=spec.scorer, max_new_tokens=spec.max_new_tokens, source=spec.source)
-    asked = {"spec": spec.model_dump(exclude={"target"}), "taken": sorted(request.taken)}
-    if spec.choose_by == "repetition":
-        score = response_scores(work.model, work.tokenizer, spec.max_new_tokens, work.progress)
-    else:
-        score = completion_scores(work.model, work.tokenizer, settings, work.progress)
-    return _samples(work, name, asked, spec.source, lambda: gather(request, work.tokenizer, score))
 
 
 def prepare_metric(
@@ -114,7 +121,7 @@ def _samples(
 
 
 def mark_targets(samples: ReferenceSet, made_from: str) -> ReferenceSet:
-    return ReferenceSet(samples.samples, {**samples.source, "made_from": made_from})
+    return replace(samples, source={**samples.source, "made_from": made_from})
 
 
 def _refuse_overlap(work: RunContext) -> None:

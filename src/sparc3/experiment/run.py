@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__, distributed
 from ..evaluation.evaluate import check_metrics
 from ..models.fingerprint import describe
-from ..models.load import load_model, require_loadable
+from ..models.load import context_length, load_model, require_loadable, vocabulary_size
 from ..models.offloading import device_of, named_values
 from ..models.sites import sites_of
 from ..recipe.schema import Recipe, load_recipe
@@ -20,6 +20,7 @@ from ..report.write import write_report
 from ..results import Results
 from ..storage import write_json
 from . import compress, discover
+from .check_recipe import Limits, check_samples, check_sizes
 from .gather import gather_all
 from .measure import measure_variants
 from .neuron_cards import write_cards
@@ -70,12 +71,18 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
     stages = Stages()
     with stages.stage("model"):
         work = _load_context(recipe, folder, progress)
+    sites = sites_of(work.model, recipe.attribution.sites)
+    check_sizes(recipe, sites)
     with stages.stage("samples"):
         gather_all(work)
-    todo = list_work(
+    check_samples(
         recipe,
-        sites_of(work.model, recipe.attribution.sites),
-        lambda name: any(sample.completion is not None for sample in work.references[name]),
+        work.references,
+        [(one.metric.name, one.settings, one.samples) for one in work.prepared],
+        Limits(work.tokenizer, context_length(work.model), vocabulary_size(work.model)),
+    )
+    todo = list_work(
+        recipe, sites, lambda name: any(sample.completion is not None for sample in work.references[name])
     )
     log.info(
         "work: %d attributions, %d evaluations%s",

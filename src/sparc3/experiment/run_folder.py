@@ -49,6 +49,7 @@ def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_links(folder)
+        locked_before = (folder / ".lock").exists()
         lock = open(folder / ".lock", "w")  # noqa: SIM115  held until the run ends
     except OSError as error:
         raise UserError(
@@ -67,7 +68,12 @@ def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
                 folder,
                 error.strerror,
             )
-        _require_run(folder, resume)
+        try:
+            _require_run(folder, resume)
+        except UserError:
+            if not locked_before:
+                (folder / ".lock").unlink()
+            raise
         remove_leftovers(folder)
         if (known := folder / "recipe.yaml").is_file() and read_text(known) != recipe.to_yaml():
             take_over(folder, recipe)

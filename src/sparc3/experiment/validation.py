@@ -42,16 +42,19 @@ def search_budget(recipe: CorrectRecipe) -> dict[str, PerplexitySettings]:
         found[name] = settings.model_copy(
             update={
                 "split": "validation",
-                "source": tune.text_source or _validation_text(recipe, settings),
+                **_validation_text(recipe, settings),
                 "count": tune.texts or settings.count,
             }
         )
     return found
 
 
-def _validation_text(recipe: CorrectRecipe, settings: PerplexitySettings) -> str:
+def _validation_text(recipe: CorrectRecipe, settings: PerplexitySettings) -> dict[str, str | None]:
+    """Source and column of the texts."""
+    if recipe.tune and recipe.tune.text_source:
+        return {"source": recipe.tune.text_source, "column": None}
     if not is_path(settings.source):
-        return settings.source
+        return {"source": settings.source, "column": None}
     general = recipe.references["general"].source
     if is_path(general) and Path(general).resolve() == Path(settings.source).resolve():
         raise UserError(
@@ -59,7 +62,7 @@ def _validation_text(recipe: CorrectRecipe, settings: PerplexitySettings) -> str
             "search; "
             "give selection.tune.text_source another text"
         )
-    return general
+    return {"source": general, "column": recipe.references["general"].column}
 
 
 GRAM = 12
@@ -108,7 +111,7 @@ def _refuse_overlap(work: RunContext, aim: Prepared) -> None:
 
 def _prepare_texts(work: RunContext, name: str, settings: PerplexitySettings) -> Prepared:
     source, count = settings.source, settings.count
-    texts = corpus(source, "validation", None if is_path(source) else count)
+    texts = corpus(source, "validation", None if is_path(source) else count, settings.column)
     if is_path(source) or source == "c4":
         texts = _paragraphs_apart(texts, work.references["general"], work.tokenizer)
     if not texts:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..evaluation.metrics import HarnessSettings
+from ..evaluation.evaluate import prepare
+from ..evaluation.metrics import HarnessSettings, MetricSettings, SampledSettings
+from ..experiment.gather import request_for
+from ..experiment.work_list import reference_sets
 from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
+from ..recipe.schema import Recipe
 from ..samples.batches import Encoded, parse_target
+from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Request, corpus, gather, is_path
 from ..samples.tokens import read_sample, tokenize
 
@@ -113,6 +118,27 @@ def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
         return None
 
 
+def samples_at_hand(
+    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[dict[str, ReferenceSet], list[tuple[str, MetricSettings, ReferenceSet]]]:
+    """The reference sets, and the metrics with their samples, that can be had without the hub and without
+    the model."""
+
+    def is_there(spec: Any) -> bool:
+        return _is_at_hand(spec.source) and not by_model(spec)
+
+    sets = {
+        name: gather(request_for(spec), tokenizer) for name, spec in reference_sets(recipe) if is_there(spec)
+    }
+    unread: Any = None  # prompts that no model chooses ask for none
+    metrics: list[tuple[str, MetricSettings, ReferenceSet]] = [
+        (name, settings, prepare(name, settings, unread, tokenizer).samples)
+        for name, settings in recipe.metrics().items()
+        if isinstance(settings, SampledSettings) and is_there(settings)
+    ]
+    return sets, metrics
+
+
 def _is_at_hand(source: str) -> bool:
     return source.startswith("demo-") or is_path(source)
 
@@ -134,7 +160,7 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
         and _is_at_hand(spec.source)
         and (by_model(spec) or getattr(spec, "choose_by", None) is None)
     ):
-        found = gather(Request(spec.source, count, spec.split, seeds=seeds), tokenizer)
+        found = gather(Request(spec.source, count, spec.split, seeds=seeds, column=spec.column), tokenizer)
         return Lengths(
             tuple(
                 (max(1, len(one.prompt)), written or max(1, len(one.completion)))
@@ -166,7 +192,7 @@ def of_text(spec: Any, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int
     if tokenizer is None or not _is_at_hand(spec.source):
         whole = TEXTS.get(spec.source, 100_000)
         return (min(whole, 500 * spec.count) if spec.count else whole), True
-    return _count_joined(corpus(spec.source, spec.split, spec.count), tokenizer), False
+    return _count_joined(corpus(spec.source, spec.split, spec.count, spec.column), tokenizer), False
 
 
 def _count_joined(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..experiment.check_recipe import Limits, check_samples, check_sizes
 from ..models.families import require_family
-from ..models.load import MAP, load_config, require_loadable
+from ..models.load import MAP, load_config, require_loadable, vocabulary_size
 from ..models.sites import DTYPES
 from ..recipe.schema import Recipe, load_recipe
 from ..recipe.sections import SEQUENTIAL
 from .hardware import RUNTIME, Hardware, find_hardware, this_machine
-from .lengths import tokenizer_at_hand
+from .lengths import samples_at_hand, tokenizer_at_hand
 from .rehearsal import Rehearsal
 from .stages import Stage, Stages
 from .tensor_costs import Shaped
@@ -144,6 +145,11 @@ def plan(
     device, dtype, settings = _machine(loaded, source, hardware)
     shaped = Shaped(settings, dtype)
     stages = Stages(loaded, Rehearsal(shaped, device), tokenizer_at_hand(loaded.model.id))
+    check_sizes(loaded, stages.sites)
+    if stages.tokenizer is not None:
+        shaped_model = stages.rehearsal.shaped.model
+        limits = Limits(stages.tokenizer, stages.context, vocabulary_size(shaped_model))
+        check_samples(loaded, *samples_at_hand(loaded, stages.tokenizer), limits)
     done = stages.all()
     if require_family(settings, source).experts:
         stages.notes.append(

@@ -2,14 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import methods, require_method
 from ..circuits.select import parse_scope
 from ..errors import unknown
 from ..samples.batches import parse_target
-from ..samples.sources import require_source
+from ..samples.sources import require_column, require_source
 from ..settings import Strict
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -114,7 +114,7 @@ class ModelSection(Strict):
 
 class Reference(Strict):
     """One reference set. `seed` is short for `seeds` of one; `target` overrides attribution.target for this
-    set."""
+    set; `column` is that of a table's texts, where it is not called text or prompt."""
 
     source: str
     count: int = Field(ge=1)
@@ -128,11 +128,18 @@ class Reference(Strict):
     scorer: str = "detoxify"
     max_new_tokens: int = Field(default=50, ge=1)
     target: str | None = None
+    column: str | None = None
 
     @field_validator("source")
     @classmethod
     def _require_source(cls, value: str) -> str:
         require_source(value)
+        return value
+
+    @field_validator("column")
+    @classmethod
+    def _require_file(cls, value: str | None, info: ValidationInfo) -> str | None:
+        require_column(value, info.data.get("source"))
         return value
 
     @field_validator("target")

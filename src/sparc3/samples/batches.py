@@ -103,29 +103,37 @@ def encode(
             many are), or one that lacks what the target needs; the message names the sample.
     """
     name, first = parse_target(target)
-    encoded = [_encode(index, sample, tokenizer, name, first) for index, sample in enumerate(samples)]
+    encoded = [
+        _encode(index, sample, samples.where(index), tokenizer, name, first)
+        for index, sample in enumerate(samples)
+    ]
     too_long = [e for e in encoded if len(e.ids) > context]
     if too_long and not truncate:
         longest = max(len(e.ids) for e in too_long)
         raise UserError(
             f"{len(too_long)} of {len(encoded)} samples are longer than the model's {context} tokens (the "
             f"longest has {longest}; the first is "
-            f"sample {too_long[0].index}); shorten them, or truncate them with --truncate (truncate=True)"
+            f"{samples.where(too_long[0].index)}); shorten them, or truncate them with --truncate "
+            f"(truncate=True)"
         )
     encoded = [_truncate(e, context, name) if len(e.ids) > context else e for e in encoded]
     for e in encoded:
         if max(e.ids) >= vocabulary:
             raise UserError(
-                f"sample {e.index} has token id {max(e.ids)}, but the model knows ids below {vocabulary}; "
-                "use its own tokenizer"
+                f"{samples.where(e.index)} has token id {max(e.ids)}, but the model knows ids below "
+                f"{vocabulary}; use its own tokenizer"
             )
     return encoded
 
 
 def _encode(
-    index: int, sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", target: str, first: int | None
+    index: int,
+    sample: Sample,
+    where: str,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    target: str,
+    first: int | None,
 ) -> Encoded:
-    where = f"sample {index}"
     if target in ("label", "contrast"):
         ids, labels = _read_labels(
             sample, ("target", "contrast")[: 1 + (target == "contrast")], tokenizer, where
@@ -160,7 +168,7 @@ def join_completions(
     """Each sample as the token ids of its text with its completion, if it has one."""
     made = []
     for index, sample in enumerate(samples):
-        tokens = read_sample(sample, tokenizer, where := f"sample {index}")
+        tokens = read_sample(sample, tokenizer, where := samples.where(index))
         made.append(Sample(input_ids=_require_tokens(tokens.prompt + tokens.completion, where)))
     return tuple(made)
 

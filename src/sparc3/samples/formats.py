@@ -1,5 +1,5 @@
-"""Formats of sample files: which one a file has, gzip around it, and reading CSV, TSV, Parquet and JSON
-arrays."""
+"""Formats of sample files: which one a file has, gzip or zstd around it, and reading CSV, TSV, Parquet and
+JSON arrays."""
 
 import csv
 import gzip
@@ -20,10 +20,13 @@ JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
 PLAIN_TEXT = (".txt", ".text", ".raw", ".md")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
+PACKED = (".gz", ".zst")
+ZSTD = b"\x28\xb5\x2f\xfd"
+"""How every zstd file begins."""
 COLUMNS = ("text", "prompt", "input_ids")
-"""A table has one of these columns; `target`, `contrast`, `completion` and `continuation` are read beside it.
-"""
-UNREADABLE = (".zst", ".bz2", ".xz", ".zip", ".arrow", ".feather", ".xlsx", ".tar")
+"""A table has one of these columns, unless another is named; `target`, `contrast`, `completion` and
+`continuation` are read beside it."""
+UNREADABLE = (".bz2", ".xz", ".zip", ".arrow", ".feather", ".xlsx", ".tar")
 START = 65_536
 """Bytes that are looked at to tell a format by its content."""
 MAX_LINE = 10_000_000
@@ -31,38 +34,55 @@ MAX_LINE = 10_000_000
 
 
 def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
-    """The bytes of an open file; of a gzip file those inside it, in a temporary file that goes when it is
-    closed.
+    """The bytes of an open file; of a gzip or zstd file those inside it, in a temporary file that goes when
+    it is closed.
 
     Raises:
-        UserError: the gzip file is truncated or damaged.
+        UserError: the packed file is truncated or damaged, or pyarrow was built without zstd.
     """
-    packed_file = opened.read(len(GZIP)) == GZIP
+    start = opened.read(len(ZSTD))
     opened.seek(0)
-    if not packed_file:
+    kind = "gzip" if start.startswith(GZIP) else "zstd" if start == ZSTD else None
+    if kind is None:
         return opened
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it)
     try:
-        with opened, gzip.GzipFile(fileobj=opened) as packed:
+        with opened, _unpacking(opened, kind, path) as packed:
             shutil.copyfileobj(packed, unpacked)
     except (OSError, EOFError, zlib.error) as error:
         unpacked.close()
-        raise UserError(f"{path} is not a whole gzip file ({error}); download it again") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a whole {kind} file ({reason}); download it again") from None
     unpacked.seek(0)
     return cast(BinaryIO, unpacked)
+
+
+def _unpacking(opened: BinaryIO, kind: str, path: str | os.PathLike[str]) -> Any:
+    if kind == "gzip":
+        return gzip.GzipFile(fileobj=opened)
+    import pyarrow
+
+    if not pyarrow.Codec.is_available("zstd"):
+        raise UserError(f"{path}: .zst files are not read, since pyarrow was built without zstd; unpack it")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(opened), "zstd")
+
+
+def plain_name(path: str | os.PathLike[str]) -> str:
+    """The file's name in lower case, without the suffix of what it is packed in."""
+    name = Path(path).name.lower()
+    return next((name.removesuffix(packed) for packed in PACKED if name.endswith(packed)), name)
 
 
 def format_of(opened: BinaryIO, path: str | os.PathLike[str]) -> str:
     """The format of a file of samples: "json lines", "json array", "csv", "tsv", "parquet" or "text".
 
-    The name decides where it says it (in any case, `.gz` apart); a name that says nothing leaves it to the
-    content.
+    The name decides where it says it (in any case, `.gz` and `.zst` apart); a name that says nothing leaves
+    it to the content.
 
     Raises:
         UserError: a format that is not read, named with what to do.
     """
-    name = Path(path).name.lower().removesuffix(".gz")
-    suffix = Path(name).suffix
+    suffix = Path(plain_name(path)).suffix
     if suffix in UNREADABLE:
         raise UserError(
             f"{path}: {suffix} files are not read; convert it to JSON lines, CSV, Parquet or text"
@@ -85,8 +105,13 @@ def format_of(opened: BinaryIO, path: str | os.PathLike[str]) -> str:
     return "text"
 
 
-def read_table(opened: BinaryIO, form: str, path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+def read_table(
+    opened: BinaryIO, form: str, path: str | os.PathLike[str], column: str | None = None
+) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a CSV, TSV, Parquet or JSON array file, each with its line (CSV, TSV) or its number from 1.
+
+    Args:
+        column: the one that holds the texts, where it is none of COLUMNS.
 
     Raises:
         UserError: a file that is not as its format has it, without rows, or without a column of texts.
@@ -106,8 +131,11 @@ def read_table(opened: BinaryIO, form: str, path: str | os.PathLike[str]) -> lis
     if not rows:
         raise UserError(f"{path} has no rows; give at least one")
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
-    if not set(columns) & set(COLUMNS):
-        raise UserError(f"{path} has no column named text or prompt; it has: {', '.join(map(str, columns))}")
+    if column is None and not set(columns) & set(COLUMNS):
+        raise UserError(
+            f"{path} has no column named text or prompt; it has: {', '.join(map(str, columns))}; name one "
+            f"with the key column"
+        )
     return rows
 
 

@@ -2,15 +2,17 @@
 written to disk."""
 
 import json
+import math
 import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DamagedFile, UserError
+from ..settings import short
 from ..storage import fingerprint, parse_json, read_json, write_json, write_text
 from .formats import MAX_LINE, format_of, read_table, unpack
 
@@ -36,6 +38,8 @@ class Sample:
     target: str | None = None
     contrast: str | None = None
     completion: str | None = None
+    line: int | None = field(default=None, compare=False, repr=False)
+    """Of its file; no part of what the sample is."""
 
     @property
     def written(self) -> bool:
@@ -44,7 +48,7 @@ class Sample:
 
     def row(self) -> dict[str, Any]:
         """The sample as a JSONL object: only what is there."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "line"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class ReferenceSet:
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
+
+    def where(self, index: int) -> str:
+        """What a message calls a sample: its line in the file it came from, or its place in the set."""
+        line, name = self.samples[index].line, self.source.get("source")
+        return f"sample {index}" if line is None else f"{f'{name}, ' if name else ''}line {line}"
 
     @property
     def repeated(self) -> int:
@@ -77,17 +86,25 @@ class ReferenceSet:
         from."""
         write_json(
             Path(path).with_suffix(".source.json"),
-            {"format": FORMAT, "source": self.source, "fingerprint": self.fingerprint},
+            {
+                "format": FORMAT,
+                "source": self.source,
+                "fingerprint": self.fingerprint,
+                **({"lines": lines} if any(lines := [sample.line for sample in self.samples]) else {}),
+            },
         )
         write_text(
             path, "".join(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in self.samples)
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ReferenceSet":
+    def load(cls, path: str | os.PathLike[str], column: str | None = None) -> "ReferenceSet":
         """Read JSONL or a text file. Raises UserError for a missing or empty file, naming a line that does
         not fit."""
-        samples = tuple(sample_of(row, f"{path}, line {number}") for number, row in Rows(path))
+        samples = tuple(
+            replace(sample_of(row, f"{path}, line {number}"), line=number)
+            for number, row in Rows(path, column)
+        )
         beside = Path(path).with_suffix(".source.json")
         if not beside.is_file():
             return cls(samples, {"source": Path(path).name})
@@ -98,7 +115,9 @@ class ReferenceSet:
                 f"{path} is not what {beside.name} says; make it again, or remove that file if you changed "
                 "the samples"
             )
-        return found
+        # What a run keeps names the lines of the file that the samples came from.
+        lines = about.get("lines") or [None] * len(samples)
+        return replace(found, samples=tuple(map(lambda s, line: replace(s, line=line), samples, lines)))
 
     @classmethod
     def of(cls, samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]") -> "ReferenceSet":
@@ -134,22 +153,32 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
     """The rows of a file of samples, each with the number of its line.
 
     JSON lines and text are read row by row, when a row is asked for: what is kept in memory is where each
-    begins. A text file with <|endoftext|> marks has one text between two marks, any other one text a line.
-    CSV, TSV, Parquet and JSON arrays are read whole, and their numbers are those of the rows where a format
-    has no lines.
+    begins. A text file
+    with <|endoftext|> marks has one text between two marks, any other one text a line. CSV, TSV, Parquet and
+    JSON arrays are
+    read whole, and their numbers are those of the rows where a format has no lines. Where a column is named,
+    it is each row's text.
 
     Raises:
         UserError: no such file, a row longer than MAX_LINE, no row at all; and, when a row is asked for, one
             that is not JSON or not UTF-8.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, self.opened = path, open_file(path)
+    def __init__(self, path: str | os.PathLike[str], column: str | None = None) -> None:
+        self.path, self.column, self.opened = path, column, open_file(path)
         form = format_of(self.opened, path)
+        if column and form == "text":
+            raise UserError(
+                f"{path} is plain text, which has no column '{column}'; leave the key column out, or give "
+                f"a table or JSON lines"
+            )
         self.json = form == "json lines"
         self.table: list[tuple[int, dict[str, Any]]] | None = None
         if form not in ("json lines", "text"):
-            self.table = read_table(self.opened, form, path)
+            self.table = [
+                (number, self._named(row, f"{path}, line {number}"))
+                for number, row in read_table(self.opened, form, path, column)
+            ]
             return
         separator = MARK if not self.json and _is_marked(self.opened) else b"\n"
         self.starts, self.sizes, self.numbers = array("Q"), array("Q"), array("Q")
@@ -180,8 +209,21 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
         if "\0" in text:
             raise UserError(f"{where} holds NUL bytes, so this is not a text file; convert it first")
         if self.json:
-            return number, _json_row(text, where)
+            return number, self._named(_json_row(text, where), where)
         return number, {"text": text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")}
+
+    def _named(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """The row with the named column as its text; a label in it (RealToxicityPrompts' prompt) stays where
+        it was."""
+        if self.column is None:
+            return row
+        if row.get(self.column) is None:
+            raise UserError(
+                f"{where} has no column '{self.column}'; it has: {', '.join(map(str, row))}; check the key "
+                f"column"
+            )
+        text = row[self.column]
+        return {**row, "text": text.get("text") if isinstance(text, dict) else text, "input_ids": None}
 
 
 def is_rows(path: str | os.PathLike[str]) -> bool:
@@ -256,13 +298,51 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
+def toxicity_of(row: dict[str, Any], part: str, where: str) -> float | None:
+    """How toxic a row's prompt or continuation is by its own label; None where the label is null, as some of
+    RealToxicityPrompts' are.
+
+    Read are `prompt.toxicity` inside the part or as a column's name, `prompt_toxicity`, and, of a prompt,
+    `toxicity` of the row itself.
+
+    Raises:
+        UserError: there is no such label, or it is no number between 0 and 1.
+    """
+    inside = row.get(part)
+    places = [(inside, "toxicity")] if isinstance(inside, dict) else []
+    places += [(row, f"{part}.toxicity"), (row, f"{part}_toxicity")]
+    places += [(row, "toxicity")] if part == "prompt" else []
+    found: Any = next((held[key] for held, key in places if key in held), row)
+    if found is row:
+        raise UserError(
+            f"{where} has no toxicity of its {part}, by which it is to be chosen; add {part}_toxicity, or "
+            f"leave choose_by out"
+        )
+    if found is None or found == "" or found != found:  # NaN is what a table has for nothing
+        return None
+    try:
+        value = math.nan if isinstance(found, bool) else float(found)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise UserError(
+            f"{where}: the toxicity of its {part} is {short(found)}, and must be a number from 0 to 1"
+        )
+    return value
+
+
 def sample_of(row: dict[str, Any], where: str) -> Sample:
     """A Sample of a row of ours, of RealToxicityPrompts, or of any set with a `text` or `prompt` column."""
-    prompt, continuation = row.get("prompt"), row.get("continuation")
-    text = row.get("text", prompt.get("text") if isinstance(prompt, dict) else prompt)
-    completion = row.get("completion", continuation.get("text") if isinstance(continuation, dict) else None)
+    prompt, continuation = (
+        value.get("text") if isinstance(value := row.get(key), dict) else value
+        for key in ("prompt", "continuation")
+    )
+    text = prompt if row.get("text") is None else row["text"]
+    completion = continuation if row.get("completion") is None else row["completion"]
     ids = row.get("input_ids")
-    if (text is None) == (ids is None):
+    if text is not None and ids is not None:
+        raise UserError(f'{where} has both a text and "input_ids"; keep the one that is meant')
+    if text is None and ids is None:
         raise UserError(f'{where} needs either "text" or "input_ids"')
     if ids is not None and not (
         isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import UserError, unknown
 from ..storage import read_text
-from .reference_set import ReferenceSet, Rows, Sample, is_rows, sample_of
+from .formats import plain_name
+from .reference_set import ReferenceSet, Rows, Sample, is_rows, open_file, sample_of, toxicity_of
 from .tokens import tokenize
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Request:
     min_toxicity: float | None = None
     max_toxicity: float | None = None
     max_rur: float = 0.5
+    column: str | None = None
+    """Of a file: the column that holds the texts, where it is not called text or prompt."""
     taken: frozenset[str] = frozenset()
     """Prompts that another set of this run already holds."""
 
@@ -81,6 +84,12 @@ def require_source(name: str) -> None:
             f"no such file: {name}; a source is one of {', '.join(sources())}, or the path of a JSONL or "
             "text file"
         )
+
+
+def require_column(column: str | None, source: str | None) -> None:
+    """Raise UserError where a column is named and the source is no file."""
+    if column is not None and source is not None and not is_path(source):
+        raise UserError(f"column names that of a file, and source '{source}' is none; leave column out")
 
 
 def gather(
@@ -156,17 +165,20 @@ def _read_file(
     request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
 ) -> list[Sample]:
     if request.seq_len:
-        texts = corpus(request.source)
+        texts = corpus(request.source, column=request.column)
         if is_wikitext(request.source):
             texts = ["\n\n".join(texts)]
         return _cut_each_seed(request, tokenizer, lambda seed: _in_order_of(texts, seed))
-    rows = Rows(request.source)
+    rows = Rows(request.source, request.column)
     if request.choose_by:
-        return toxic_prompts((row for _, row in _in_order_of(rows, request.seeds[0])), request, score)
+        numbered = _in_order_of(rows, request.seeds[0])
+        return _choose_toxic(
+            ((f"{request.source}, line {number}", row) for number, row in numbered), request, score
+        )
 
     def sample(place: int) -> Sample:
         number, row = rows[place]
-        return sample_of(row, f"{request.source}, line {number}")
+        return replace(sample_of(row, f"{request.source}, line {number}"), line=number)
 
     fresh = [place for place in range(len(rows)) if sample(place).text not in request.taken]
     return [
@@ -189,8 +201,8 @@ def _in_order_of(items: Sequence[Any], seed: int) -> Iterator[Any]:
 class _Texts(Sequence[str]):
     """The texts of a file's rows, read when they are asked for."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.rows = path, Rows(path)
+    def __init__(self, path: str, column: str | None = None) -> None:
+        self.path, self.rows = path, Rows(path, column)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -314,10 +326,19 @@ def _wikitext_lines(split: str) -> list[str]:
 def is_wikitext(name: str) -> bool:
     """Whether a file has the format of WikiText's raw files: a line a paragraph, "= heading =", tokens apart
     by spaces."""
-    return name.lower().removesuffix(".gz").endswith(".raw")
+    return plain_name(name).endswith(".raw")
 
 
-def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence[str]:
+def _read_whole(path: str) -> str:
+    if not path.lower().endswith(".zst"):
+        return read_text(path)
+    with open_file(path) as opened:
+        return opened.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def corpus(
+    name: str, split: str = "test", count: int | None = None, column: str | None = None
+) -> Sequence[str]:
     """The texts that perplexity is measured on: the first `count` of a source, or of a file.
 
     A plain text file is one text. WikiText's own files (`.raw`) have the rows that the hub's data set has, so
@@ -328,7 +349,7 @@ def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence
     if name == "wikitext2":
         return _wikitext_lines(split)[:count]
     if is_wikitext(name):
-        lines = read_text(name).splitlines(keepends=True)
+        lines = _read_whole(name).splitlines(keepends=True)
         return [line if line.strip() else "" for line in lines][:count]
     if name == "c4":
         rows = stream(None, path="allenai/c4", name="en", split="validation" if split == "test" else "train")
@@ -336,9 +357,9 @@ def corpus(name: str, split: str = "test", count: int | None = None) -> Sequence
     if name in _SOURCES:
         found = gather(Request(name, count or 300, split=split)).samples
         return [(sample.text or "") + (sample.completion or "") for sample in found]
-    if not is_rows(name):
-        return [read_text(name)][:count]
-    texts = _Texts(name)
+    if column is None and not is_rows(name):
+        return [_read_whole(name)][:count]
+    texts = _Texts(name, column)
     return texts if count is None else texts[:count]
 
 
@@ -395,6 +416,14 @@ def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score
     choose_by: `prompt` or `continuation`, the data set's own scores; `completion`, the score of this model's
     own completion, which the sample then carries (the paper's way). Stops reading when there are enough.
     """
+    numbered = ((f"{request.source}, row {number}", row) for number, row in enumerate(rows, 1))
+    return _choose_toxic(numbered, request, score)
+
+
+def _choose_toxic(
+    rows: Iterable[tuple[str, dict[str, Any]]], request: Request, score: Score | None
+) -> list[Sample]:
+    """`toxic_prompts` of rows that have a name."""
     ways = ("prompt", "continuation", "completion")
     by = request.choose_by or "prompt"
     if by not in ways:
@@ -403,17 +432,17 @@ def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score
     fresh = _fresh_prompts(rows, request)
     if by != "completion":
         fits = (
-            row
-            for row in fresh
-            if (value := (row.get(by) or {}).get("toxicity")) is not None and low <= value <= high
+            sample
+            for where, row, sample in fresh
+            if (value := toxicity_of(row, by, where)) is not None and low <= value <= high
         )
-        return [sample_of(row, request.source) for row, _ in zip(fits, range(request.count), strict=False)]
+        return [sample for sample, _ in zip(fits, range(request.count), strict=False)]
     if score is None:
         raise UserError("choose_by: completion needs a model to complete the prompts; use it in a recipe")
     chosen: list[Sample] = []
     batch: list[str] = []
-    for row in fresh:
-        batch.append(cast(str, sample_of(row, request.source).text))
+    for _, _, sample in fresh:
+        batch.append(cast(str, sample.text))
         if len(batch) == AT_ONCE:
             chosen += _choose_by_completion(batch, score, low, high)
             batch = []
@@ -423,16 +452,23 @@ def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score
     return chosen[: request.count]
 
 
-def _fresh_prompts(rows: Iterable[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
+def _fresh_prompts(
+    rows: Iterable[tuple[str, dict[str, Any]]], request: Request
+) -> Iterator[tuple[str, dict[str, Any], Sample]]:
     """Rows of the request's split whose prompt no other set of the run holds. A prompt's split follows from
     its words."""
     seen = set(map(_plain, request.taken))
-    for row in rows:
-        sample = sample_of(row, request.source)
-        key = _plain(sample.text or "")
+    for where, row in rows:
+        sample = sample_of(row, where)
+        if sample.text is None:
+            raise UserError(
+                f"{where} holds token ids, and prompts are chosen by their words; give a text, or leave "
+                f"choose_by out"
+            )
+        key = _plain(sample.text)
         if key not in seen and (prompt_split(key) == "test") == (request.split == "test"):
             seen.add(key)
-            yield row
+            yield where, row, sample
 
 
 def _choose_by_completion(prompts: list[str], score: Score, low: float, high: float) -> list[Sample]:
