@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,7 +200,7 @@ def test_mistakes_are_one_line(
 def test_mistakes_with_files_are_one_line(mistake: Call, made: Path, tmp_path: Path) -> None:
     general, undesired = made / "calm.safetensors", made / "angry.safetensors"
     select = ("select", "--general", general, "--undesired", undesired, "--out", tmp_path / "c.json")
-    assert "9999 neurons were asked for and there are 2048" in mistake(*select, "--count", "9999")
+    assert re.search(r"\b9999 .*\b2048\b", mistake(*select, "--count", "9999"))
     assert "penalty" in mistake(*select, "--count", "3", "--penalty", "2")
     assert "not a readable safetensors" in mistake(
         "select", "--scores", made / "angry.jsonl", "--count", "3", "--out", tmp_path / "c.json"
@@ -212,7 +213,7 @@ def test_mistakes_with_files_are_one_line(mistake: Call, made: Path, tmp_path: P
     long = ("attribute", "demo", "--samples", tmp_path / "long.jsonl", "--out", tmp_path / "s.safetensors")
     assert "1 of 1 samples are longer than the model's 512 tokens" in mistake(*long)
     (tmp_path / "broken.yaml").write_text("name: [\n")
-    assert "broken.yaml, line 2 is not YAML" in mistake("run", tmp_path / "broken.yaml")
+    assert "broken.yaml, line 2 " in mistake("run", tmp_path / "broken.yaml")
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "config.json").write_text('{"model_type": "t5"}')
     assert "architecture 't5' is not supported" in mistake(

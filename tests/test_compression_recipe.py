@@ -140,7 +140,7 @@ def test_a_scope_without_quotes_is_text_and_not_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"compress": {"methods": ["magnitude"]}}, "there are no fractions"),
+        ({"compress": {"methods": ["magnitude"]}}, "fractions"),
         ({"compress": {"scope": "2:4", "fractions": [0.5]}}, "leave fractions out"),
         ({"compress": {"fractions": [1.0]}}, "fractions"),
         ({"compress": {"methods": ["wandb"], "fractions": [0.5]}}, "wanda"),

@@ -107,10 +107,10 @@ def test_a_damaged_or_missing_stage_is_done_again(finished: tuple[Path, Results]
 
 def test_folders_that_hold_something_else_are_refused(finished: tuple[Path, Results], tmp_path: Path) -> None:
     folder, _ = finished
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="--no-resume"):
         run(SMALL, folder, resume=False)
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="are not a run's"):
+    with pytest.raises(UserError, match=r"thesis\.txt"):
         run(SMALL, tmp_path)
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["thesis.txt"]
 
@@ -118,7 +118,7 @@ def test_folders_that_hold_something_else_are_refused(finished: tuple[Path, Resu
 def test_a_folder_in_use_is_refused(finished: tuple[Path, Results]) -> None:
     with open(finished[0] / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run is going on"):
+        with pytest.raises(UserError, match="another run"):
             run(SMALL, finished[0])
 
 

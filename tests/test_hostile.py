@@ -102,7 +102,7 @@ def test_weights_as_pickle_are_refused_with_the_way_to_convert_them(tmp_path: Pa
     said = mistake(
         "attribute", folder, "--samples", "demo-angry", "--count", "1", "--out", tmp_path / "s.safetensors"
     )
-    assert "holds its weights as pickle (pytorch_model.bin)" in said
+    assert "pytorch_model.bin" in said
     assert "save_pretrained" in said
     assert not mark.exists()
 
@@ -188,10 +188,10 @@ def test_a_circuit_cannot_write_markup_into_a_card() -> None:
 
 def test_a_batch_file_holds_no_line_that_a_name_smuggled_in() -> None:
     recipe = load_recipe("demo")
-    with pytest.raises(UserError, match="cannot stand in a batch file"):
+    with pytest.raises(UserError, match="batch file"):
         sbatch(recipe, "demo\nrm -rf ~\n.yaml")
     for bad in ({"partition": "gpu\n#SBATCH --uid=0"}, {"folder": "runs/a\nb"}, {"partition": "a b"}):
-        with pytest.raises(UserError, match="cannot stand in a batch file"):
+        with pytest.raises(UserError, match="batch file"):
             sbatch(recipe, "demo", **bad)  # type: ignore[arg-type]
 
 

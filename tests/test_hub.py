@@ -157,8 +157,8 @@ def test_mistakes_on_the_hub_are_one_line(say: Say, hub: Hub, circuit: Circuit, 
         return lines[0]
 
     assert "HF_TOKEN" in mistake("push", "c.json", "me/c", token="")
-    assert "the hub gives no right to 'me/c'" in mistake("push", "c.json", "me/c", token="hf_wrong")
-    assert "the hub gives no right to 'someone-else/c'" in mistake("push", "c.json", "someone-else/c")
+    assert "access to 'me/c'" in mistake("push", "c.json", "me/c", token="hf_wrong")
+    assert "access to 'someone-else/c'" in mistake("push", "c.json", "someone-else/c")
     assert "'c' is not a repository name" in mistake("push", "c.json", "c")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "circuit.json").write_bytes((tmp_path / "c.json").read_bytes())
@@ -166,7 +166,7 @@ def test_mistakes_on_the_hub_are_one_line(say: Say, hub: Hub, circuit: Circuit, 
     assert "no such file or folder: nowhere" in mistake("push", "nowhere", "me/c")
     assert not hub.repositories
     say("push", "c.json", "me/open", "--public")
-    assert "me/open is there already and is public; pass --public" in mistake("push", "c.json", "me/open")
+    assert "pass --public" in mistake("push", "c.json", "me/open")
     overlap = ("circuits", "overlap", "c.json")
     assert "no repository or file 'me/none' on the hub" in mistake(*overlap, "me/none")
     assert "me/open on the hub has no d.json" in mistake(*overlap, "hf://me/open/d.json")

@@ -48,7 +48,7 @@ def test_only_prompts_with_repetitive_responses_are_chosen(jsonl: Callable[..., 
     assert all(n % 3 == 0 and n % 5 and n != 9 for n in numbers)
     assert {sample.completion for sample in chosen} == {"la la la"}
     assert gather(asked, None, responder).fingerprint == chosen.fingerprint
-    with pytest.raises(UserError, match="gave 10 samples where 11 were asked for"):
+    with pytest.raises(UserError, match=r"\b10 samples.* 11\b"):
         gather(Request(path, 11, choose_by="repetition", taken=frozenset({"Prompt 9 here"})), None, responder)
     with pytest.raises(UserError, match="needs a model"):
         gather(asked)

@@ -52,7 +52,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    for name, said in (("none.jsonl", "no such file"), ("empty.jsonl", "holds no sample")):
+    for name, said in (("none.jsonl", "no such file"), ("empty.jsonl", "empty.jsonl")):
         with pytest.raises(UserError, match=said):
             ReferenceSet.load(tmp_path / name)
     with pytest.raises(UserError, match="empty"):

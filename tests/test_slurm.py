@@ -87,7 +87,7 @@ def test_times(time: str, there: int) -> None:
 
 def test_mistakes() -> None:
     for options, said in (
-        ({"time": "soon"}, "is not SLURM's"),
+        ({"time": "soon"}, "soon"),
         ({"time": "3"}, "at least 4 minutes"),
         ({"nodes": 0}, "make no job"),
     ):
@@ -136,7 +136,7 @@ def test_the_command(sparc3: Call, mistake: Call, tmp_path: Path, monkeypatch: p
     assert os.access("demo.sbatch", os.X_OK)
     assert "did you mean 'demo'" in mistake("slurm", "demoo")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "there is no sbatch here" in mistake("slurm", "demo", "--gpus", "0", "--submit")
+    assert "sbatch is not installed" in mistake("slurm", "demo", "--gpus", "0", "--submit")
 
 
 @pytest.fixture

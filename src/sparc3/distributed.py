@@ -82,8 +82,7 @@ def _together() -> Iterator[None]:
         if "gloo" not in str(error) and "onnection" not in str(error):
             raise
         raise LostRank(
-            f"rank {rank()} lost another one, which ended before it was done; the same command goes on where "
-            "it was"
+            f"rank {rank()} lost another one, which ended early; run the same command again to resume"
         ) from error
 
 

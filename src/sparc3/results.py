@@ -350,14 +350,14 @@ class Results:
         for measurement in self.measurements:
             if (measurement.metric, measurement.variant) == (metric, variant):
                 return measurement
-        raise UserError(f"no measurement of '{metric}' on '{variant}'; there are: {self._names()}")
+        raise UserError(f"no measurement of '{metric}' on '{variant}'; available: {self._names()}")
 
     def difference(self, metric: str, to: str = "ablated", from_: str = "original") -> Difference:
         """The difference of a metric between two variants. Raises UserError where there is none."""
         for difference in self.differences:
             if (difference.metric, difference.from_, difference.to) == (metric, from_, to):
                 return difference
-        raise UserError(f"no difference of '{metric}' from '{from_}' to '{to}'; there are: {self._names()}")
+        raise UserError(f"no difference of '{metric}' from '{from_}' to '{to}'; available: {self._names()}")
 
     def read_provenance(self) -> Provenance:
         """`provenance` by its sections, null as if not there. Raises ValueError for one of another form."""
@@ -399,7 +399,7 @@ class Results:
                 typed(dict[str, Any], content["provenance"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedFile(f"{path}: not as {FORMAT} has it ({error}); make it again") from None
+            raise DamagedFile(f"{path} does not follow {FORMAT} ({error}); make it again") from None
 
 
 # Figures that both the run and its report choose by.

@@ -73,13 +73,13 @@ class Scores(Mapping[str, "Tensor"]):
             header.get("model") or {},
         )
         if not isinstance(names, list) or set(map(str, names)) != set(tensors) or len(names) != len(tensors):
-            raise DamagedFile(f"{path}: its list of sites does not fit its tensors; make it again")
+            raise DamagedFile(f"{path}: its list of sites does not match its tensors; make it again")
         shaped = all(
             tensor.is_floating_point() and tensor.dim() == (2 if unit == "weight" else 1)
             for tensor in tensors.values()
         )
         if unit not in UNITS or not shaped or not is_model(model):
-            raise DamagedFile(f"{path}: unit, model and tensors are not as {FORMAT} has them; make it again")
+            raise DamagedFile(f"{path}: unit, model and tensors do not follow {FORMAT}; make it again")
         return cls({name: tensors[name] for name in names}, header)
 
 

@@ -27,7 +27,7 @@ def typed(kind: type[Kind], value: object) -> Kind:
 def parse(schema: type[Section], content: object, where: str) -> Section:
     """`content` as a `schema`. Raises UserError, one line, naming the key and what it should be."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{where} should hold settings (key: value), not {short(content)}")
+        raise UserError(f"{where} must contain settings (key: value), not {short(content)}")
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:

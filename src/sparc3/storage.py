@@ -50,7 +50,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already; choose a new folder, or remove it first")
+        raise UserError(f"{path} already exists; choose a new folder, or remove it first")
     with _beside(path) as temporary, _raise_user_errors(path, "nothing of it was left behind"):
         temporary.mkdir()
         yield temporary
@@ -69,7 +69,7 @@ def _beside(path: Path) -> Iterator[Path]:
     The folder is gone in the end. Of a process that was killed it stays until the next one, but not its lock.
     """
     if "\0" in str(path):
-        raise UserError(f"{path} holds a NUL byte, which no name of a file can; choose another name")
+        raise UserError(f"{path} contains a NUL byte, which file names cannot; choose another name")
     with _raise_user_errors(path, "choose a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, glob.escape(path.name))
@@ -127,7 +127,7 @@ def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
     there = next(parent for parent in place.parents if parent.exists())
     if not there.is_dir():
-        raise UserError(f"cannot write {path}: {there} is a file and no folder; choose another place")
+        raise UserError(f"cannot write {path}: {there} is a file, not a folder; choose another place")
     try:
         with tempfile.TemporaryDirectory(prefix=".sparc3-", dir=there):
             pass
@@ -197,7 +197,7 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a file in it") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedFile(f"{path} is not a whole gzip file ({error}); download it again") from None
+        raise DamagedFile(f"{path} is an incomplete gzip file ({error}); download it again") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path"
@@ -209,7 +209,9 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     except UnicodeDecodeError:
         raise DamagedFile(f"{path} is not UTF-8 text; convert it, or make it again") from None
     if "\0" in text:
-        raise DamagedFile(f"{path} holds NUL bytes, so it is not a text file; convert it, or make it again")
+        raise DamagedFile(
+            f"{path} contains NUL bytes, so it is not a text file; convert it, or make it again"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -271,7 +273,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} is there twice")
+        raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} appears twice")
     return found
 
 

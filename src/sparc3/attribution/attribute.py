@@ -176,7 +176,8 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
             )
         if describe(model)["fingerprint"] != described["fingerprint"]:
             raise UserError(
-                f"the shards were made on {described['id']} with other weights than this model's; give that "
+                f"the shards were made on {described['id']}, whose weights differ from this model's; give "
+                "that "
                 "model"
             )
         sites = sites_of(model, {site.role for site in sites})
@@ -254,7 +255,8 @@ def _samples_of_shard(encoded: list[Encoded], task: Task, partial: str | Path | 
         raise UserError("a shard leaves its sums in a file; name it with partial=")
     if not task.share():
         raise UserError(
-            f"there are {len(encoded)} samples, so shard {task.shard[0]}/{task.shard[1]} has none; use fewer "
+            f"only {len(encoded)} samples were given, so shard {task.shard[0]}/{task.shard[1]} has none; use "
+            "fewer "
             "shards"
         )
     return [encoded[place] for place in task.share()]
@@ -284,18 +286,13 @@ def _log_samples(references: ReferenceSet, encoded: list[Encoded], truncate: boo
     """What the reader of the scores should know of the samples."""
     if references.repeated and distributed.is_main():
         log.warning(
-            "%d of %d samples are the same as an earlier one, and count again",
+            "%d of %d samples repeat an earlier one and are counted again",
             references.repeated,
             len(references),
         )
     if truncate and distributed.is_main():
         full = sum(len(e.ids) == context for e in encoded)
-        log.info(
-            "%d of %d samples fill the model's context of %d tokens, longer ones cut to it",
-            full,
-            len(encoded),
-            context,
-        )
+        log.info("%d of %d samples were cut to the model's context of %d tokens", full, len(encoded), context)
 
 
 def _require_longer(encoded: list[Encoded], skip: int) -> None:
@@ -303,7 +300,7 @@ def _require_longer(encoded: list[Encoded], skip: int) -> None:
     for sample in encoded:
         if len(sample.ids) <= skip:
             raise UserError(
-                f"sample {sample.index} has {len(sample.ids)} tokens, and skip_positions {skip} leaves none; "
+                f"sample {sample.index} has {len(sample.ids)} tokens, so skip_positions {skip} leaves none; "
                 "skip fewer, or leave it out"
             )
 
@@ -353,8 +350,7 @@ def _run_batches(
                     remember(model, _room_key_of_single(settings), length - 1)
                     settings = replace(settings, gradient_checkpointing=more)
                     log.info(
-                        "a sample of %d tokens does not fit into memory; from here on layers are computed "
-                        "twice%s",
+                        "a sample of %d tokens does not fit into memory; layers are now computed twice%s",
                         length,
                         ", and their inputs wait on the CPU" if more == "offload" else "",
                     )
@@ -415,7 +411,7 @@ def _device(name: str) -> str:
         return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError):
         raise UserError(
-            f"sums_device is '{name}', which PyTorch does not have here; use cpu, or cuda where there is a "
+            f"sums_device is '{name}', which PyTorch does not support here; use cpu, or cuda if there is a "
             "GPU"
         ) from None
 

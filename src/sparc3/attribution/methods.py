@@ -92,7 +92,7 @@ _METHODS: dict[str, Method] = {}
 def register(method: Method) -> None:
     """Add a method under its name. Raises UserError where the name is taken."""
     if method.name in _METHODS:
-        raise UserError(f"there is a method '{method.name}' already; choose another name")
+        raise UserError(f"method '{method.name}' already exists; choose another name")
     _METHODS[method.name] = method
 
 
@@ -163,8 +163,8 @@ def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Se
             )
     if settings.unit == "weight" and method.targeted and settings.non_finite == "skip":
         raise UserError(
-            "non_finite skip does not go with unit weight: its sums stream, and a sample cannot be taken out "
-            "of them again; use error, "
-            "and leave out the sample that it names"
+            "unit weight does not support non_finite skip, because a sample cannot be removed from its "
+            "running "
+            "sums; use non_finite error, and leave out the sample that it names"
         )
     return method, replace(settings, seed=int(settings.method.partition(":")[2] or 0))

@@ -79,7 +79,9 @@ def parse_shard(shard: str) -> tuple[int, int]:
     """(2, 3) of "2/3". Raises UserError for anything else."""
     number, slash, shards = shard.partition("/")
     if not (slash and number.isdigit() and shards.isdigit() and 1 <= int(number) <= int(shards)):
-        raise UserError(f"shard '{shard}' is not one; write the first of three as 1/3, the last as 3/3")
+        raise UserError(
+            f"shard '{shard}' has the wrong form; write the first of three as 1/3, the last as 3/3"
+        )
     return int(number), int(shards)
 
 
@@ -261,7 +263,7 @@ class PartialSums:
             self.positions |= positions
         done = frozenset(place for part in distributed.gather(sorted(self.positions)) for place in part)
         if done and distributed.is_main():
-            log.info("going on: %d of %d samples are done", len(done), len(self.task.share()))
+            log.info("resuming: %d of %d samples are done", len(done), len(self.task.share()))
         if set(there) - {path for part in distributed.gather([self.own]) for path in part}:
             self.save(sums)
             self._remove_others()
@@ -277,7 +279,10 @@ class PartialSums:
                     load_sums(path)
                     found.append((path, positions))
                 else:
-                    log.warning("%s is of another model, other samples or settings; starting anew", path.name)
+                    log.warning(
+                        "%s belongs to another model, other samples or settings; starting from the beginning",
+                        path.name,
+                    )
             except UserError as error:
                 log.warning("%s; starting anew", error)
         held: set[int] = set()

@@ -68,7 +68,7 @@ def push(
         address = str(api.create_repo(repo, private=not public, exist_ok=True))
         if not public and not api.model_info(repo).private:
             raise UserError(
-                f"{repo} is there already and is public; pass --public if everyone may see this, or choose "
+                f"{repo} already exists and is public; pass --public if everyone may see this, or choose "
                 "another name"
             )
         content: dict[str, Path | bytes]

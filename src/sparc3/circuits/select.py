@@ -278,7 +278,7 @@ def _resolve_count(
     place = "" if len(names) > 1 or len(scores) == 1 else f" in {names[0]}"
     if wanted > available:
         raise UserError(
-            f"{wanted} {scores.unit}s were asked for and there are {available}{place}; ask for fewer"
+            f"{wanted} {scores.unit}s were requested, but only {available} exist{place}; request fewer"
         )
     if _candidates_only(scores) and order == "lowest":
         candidates = sum(int((scores[name] < 0).sum()) for name in names)

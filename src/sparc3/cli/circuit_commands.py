@@ -35,7 +35,7 @@ def add_score_commands(add: Add) -> None:
     attribute.add_argument(
         "--count",
         type=int,
-        help="samples taken (default: all of a file, 128 of a source or of a file that is cut)",
+        help="number of samples (default: all of a file; 128 of a source or with --seq-len)",
     )
     attribute.add_argument(
         "--seq-len", type=int, help="cut the samples of a source to exactly this many tokens"
@@ -52,7 +52,7 @@ def add_score_commands(add: Add) -> None:
     attribute.add_argument(
         "--shard",
         metavar="I/N",
-        help="look at the I-th of N shares of the samples; --out is then a shard file, for merge",
+        help="process the I-th of N shares of the samples; --out is then a shard file for merge",
     )
 
     merge = add("merge", _merge, "the scores of a reference set, of the files of all its shards")
@@ -155,16 +155,16 @@ def add_circuit_commands(add: Add) -> None:
         type=float,
         default=1.0,
         metavar="P",
-        help="weight of general and matched use (with --matched)",
+        help="weight of the general and matched scores (with --matched)",
     )
     select.add_argument("--normalize", help="l1: scale each set of scores to a total of one first")
     select.add_argument("--scores", metavar="S", help="select by these scores alone, without a contrast")
     select.add_argument("--count", type=int, metavar="N", help="how many units")
-    select.add_argument("--fraction", type=float, metavar="F", help="or which share of them")
+    select.add_argument("--fraction", type=float, metavar="F", help="or the share of units to select")
     select.add_argument(
         "--scope",
         default="global",
-        help="global or site; of weights also row, or n:m such as 2:4 (default: %(default)s)",
+        help="global or site; for weights also row, or n:m such as 2:4 (default: %(default)s)",
     )
     select.add_argument("--order", default="lowest", help="lowest or highest (default: %(default)s)")
     select.add_argument(
@@ -172,17 +172,17 @@ def add_circuit_commands(add: Add) -> None:
         type=float,
         default=1.0,
         metavar="S",
-        help="share of each unit that goes: 0.5 halves it (default: 1)",
+        help="share of each unit that is removed: 0.5 halves it (default: 1)",
     )
     select.add_argument(
-        "--out", required=True, help="where the circuit goes (circuit.json; of weights circuit.safetensors)"
+        "--out", required=True, help="output file (circuit.json; for weights circuit.safetensors)"
     )
 
     circuits = add("circuits", _circuits, "combine two circuits, or say how far they overlap")
     circuits.add_argument("operation", choices=["union", "intersection", "difference", "overlap"])
     circuits.add_argument("one", metavar="A")
     circuits.add_argument("other", metavar="B")
-    circuits.add_argument("--out", help="where the combined circuit goes")
+    circuits.add_argument("--out", help="output file of the combined circuit")
 
     ablate = add(
         "ablate",
@@ -191,7 +191,7 @@ def add_circuit_commands(add: Add) -> None:
         "of a GGUF itself",
     )
     model_arguments(ablate)
-    ablate.add_argument("--circuit", help="circuit.json, a folder that holds one, or USER/REPO on the hub")
+    ablate.add_argument("--circuit", help="circuit.json, a folder that contains one, or USER/REPO on the hub")
     ablate.add_argument("--results", help="results.json to put into the model card")
     ablate.add_argument(
         "--out",
@@ -208,7 +208,7 @@ def add_circuit_commands(add: Add) -> None:
     ablate.add_argument(
         "--shrink",
         action="store_true",
-        help="take neurons out of their matrices; needs as many in every layer",
+        help="delete neurons from their matrices; needs the same number in every layer",
     )
     ablate.add_argument("--force", action="store_true", help="apply a circuit that was made on other weights")
 
@@ -217,7 +217,7 @@ def add_circuit_commands(add: Add) -> None:
     push.add_argument(
         "repo",
         metavar="USER/REPO",
-        help="made, private, where it is not there yet; the token is that of hf auth login, or HF_TOKEN",
+        help="created as private if it does not exist; uses the token of hf auth login or HF_TOKEN",
     )
     push.add_argument(
         "--public", action="store_true", help="make the repository public, or push to one that is"

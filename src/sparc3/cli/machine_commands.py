@@ -34,10 +34,10 @@ def add_to(add: Add) -> None:
         help="another device than this machine's, such as h100, a100-80 or rtx4090",
     )
     plan.add_argument(
-        "--gpus", type=int, default=1, help="how many devices share the samples (default: %(default)s)"
+        "--gpus", type=int, default=1, help="number of devices that share the samples (default: %(default)s)"
     )
     plan.add_argument(
-        "--config", metavar="FILE", help="the model's config.json, where its id cannot be reached"
+        "--config", metavar="FILE", help="the model's config.json, if the hub cannot be reached"
     )
 
     slurm = add(
@@ -49,12 +49,12 @@ def add_to(add: Add) -> None:
         "--gpus",
         type=int,
         default=1,
-        help="on each node, one rank each; 0 for CPUs alone (default: %(default)s)",
+        help="GPUs per node, one rank each; 0 for CPUs only (default: %(default)s)",
     )
     slurm.add_argument(
         "--time",
         default="04:00:00",
-        help="time limit of one go; the job is queued again until it is done (default: %(default)s)",
+        help="time limit of one job; it is queued again until the run is done (default: %(default)s)",
     )
     slurm.add_argument("--partition", metavar="NAME", help="partition that takes the job")
     slurm.add_argument("--account", metavar="NAME", help="account that the job is charged to")

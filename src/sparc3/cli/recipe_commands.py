@@ -24,12 +24,12 @@ def add_to(add: Add) -> None:
         metavar="a.b=c",
         help="change a setting of the recipe; may be repeated",
     )
-    run.add_argument("--no-resume", action="store_true", help="refuse a folder that holds a run already")
+    run.add_argument("--no-resume", action="store_true", help="refuse a folder that already contains a run")
 
     evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
     model_arguments(evaluate)
     evaluate.add_argument(
-        "--circuit", help="circuit.json, or USER/REPO on the hub: measure the model without it too"
+        "--circuit", help="circuit.json, or USER/REPO on the hub: also measure the model without it"
     )
     evaluate.add_argument(
         "--metrics",

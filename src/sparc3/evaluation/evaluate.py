@@ -98,7 +98,7 @@ def _again(variant: "AbstractContextManager[Any] | Changed", name: str, prepared
         return variant
     if again := [p.metric.name for p in prepared if p.metric.compares]:
         raise UserError(
-            f"metric {again[0]} enters a variant more than once; give variant '{name}' as a function that "
+            f"metric {again[0]} enters a variant more than once; pass variant '{name}' as a function that "
             "returns its context"
         )
     return lambda: variant
@@ -183,7 +183,7 @@ def measure(
     for o in observations:
         if o.failures and distributed.is_main():
             log.warning(
-                "%s of %s: %d failures, which are in no mean (n = %d)",
+                "%s of %s: %d failures, excluded from the mean (n = %d)",
                 o.metric,
                 variant,
                 o.failures,

@@ -118,7 +118,7 @@ class ToxicitySettings(PromptSettings):
     def _two(cls, content: Any) -> Any:
         if isinstance(content, Mapping) and isinstance(content.get("scorer"), list | tuple):
             if len(content["scorer"]) != 2:
-                raise ValueError(f"scorer is one, or a list of two to compare, not {content['scorer']!r}")
+                raise ValueError(f"scorer must be one scorer or a list of two, not {content['scorer']!r}")
             return {**content, "scorer": content["scorer"][0], "also": content["scorer"][1]}
         return content
 
@@ -219,7 +219,7 @@ _METRICS: dict[str, Metric] = {}
 def register(metric: Metric) -> None:
     """Add a metric under its name. Raises UserError where the name is taken."""
     if metric.name in _METRICS:
-        raise UserError(f"there is a metric '{metric.name}' already; choose another name")
+        raise UserError(f"metric '{metric.name}' already exists; choose another name")
     _METRICS[metric.name] = metric
 
 

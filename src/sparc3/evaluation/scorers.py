@@ -171,7 +171,7 @@ def _score_or_none(scorer: Scorer, texts: list[str]) -> list[Any]:
     alone = [_call_scorer(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
     lost = alone.count(None)
     log.warning(
-        "the scorer failed on %d texts at once (%s), and on %d of them alone, which count as failures",
+        "the scorer failed on a batch of %d texts (%s); %d of them also fail alone and count as failures",
         len(texts),
         why,
         lost,
@@ -241,6 +241,7 @@ def _toxic_column(name: str, config: Any, label: str) -> int:
         if wanted in labels:
             return labels[wanted]
     raise UserError(
-        f"which label of '{name}' is the toxic one? it has {', '.join(map(str, config.id2label.values()))}; "
+        f"sparc3 cannot tell which label of '{name}' means toxic: it has "
+        f"{', '.join(map(str, config.id2label.values()))}; "
         f"write {name}#LABEL"
     )

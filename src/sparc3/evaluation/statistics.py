@@ -75,7 +75,7 @@ class Evaluation:
             )
             return replace(typed(cls, asdict(replace(made, observations=()))), observations=observations)
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFile(f"{path}: not as {FORMAT} has it ({error}); make it again") from None
+            raise DamagedFile(f"{path} does not follow {FORMAT} ({error}); make it again") from None
 
 
 # Intervals and p-values: the bootstrap over units, paired where two variants saw the same units.

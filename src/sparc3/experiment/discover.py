@@ -196,7 +196,7 @@ def _summarize(method: str, gone: list[float], curve: list[_Point], enough: floa
         for column in zip(*(point.faithfulness for point in curve), strict=True)
     ]
     log.info(
-        "%s: keeps enough up to %.1f%%, CPR %.3f",
+        "%s: enough accuracy until %.1f%% are removed, CPR %.3f",
         method,
         100 * sum(sparse) / len(sparse),
         sum(cpr for cpr, _ in areas) / len(areas),

@@ -60,13 +60,11 @@ def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(
-                f"another run is going on in {folder}; wait for it, or choose another --out"
+                f"another run is active in {folder}; wait for it, or choose another --out"
             ) from None
         except OSError as error:
             log.warning(
-                "%s keeps no locks (%s): see to it yourself that no other run works in it",
-                folder,
-                error.strerror,
+                "%s does not support locks (%s); make sure that no other run uses it", folder, error.strerror
             )
         try:
             _require_run(folder, resume)
@@ -87,7 +85,7 @@ def _refuse_links(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_symlink():
             raise UserError(
-                f"{path} is a symbolic link, and a run writes inside its folder alone; remove it, or choose "
+                f"{path} is a symbolic link, but a run only writes inside its folder; remove it, or choose "
                 "another --out"
             )
 
@@ -103,10 +101,12 @@ def _require_run(folder: Path, resume: bool) -> None:
     if not others:
         return
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} holds files ({others[0]}, …) that are not a run's; choose an empty --out")
+        raise UserError(
+            f"{folder} contains files ({others[0]}, …) that do not belong to a run; choose an empty --out"
+        )
     if not resume:
         raise UserError(
-            f"{folder} holds a run already; leave out --no-resume to go on with it, or choose another --out"
+            f"{folder} already contains a run; omit --no-resume to resume it, or choose another --out"
         )
 
 
@@ -142,7 +142,7 @@ class _LogFile(logging.Handler):
                 opened.write(self.format(record) + "\n")
         except OSError as error:
             raise Sparc3Error(
-                f"cannot write {self.path}: {error.strerror}; make room, and the same command goes on"
+                f"cannot write {self.path}: {error.strerror}; make room, then run the same command to resume"
             ) from error
 
 
@@ -168,7 +168,7 @@ def load_or_make(
         work.used_again.append(name)
         return found or load(where)
     if found is not None:
-        log.info("%s was made from something else; making it anew", name)
+        log.info("%s was made from other inputs; making it again", name)
     made = make()
     work.made.append(name)
     if distributed.is_main():

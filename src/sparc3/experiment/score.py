@@ -169,7 +169,8 @@ def find_circuit(work: RunContext) -> SelectedCircuit:
     circuit = select_in_rounds(work, how, first, chosen.count, chosen.rounds)
     if circuit is None:
         raise UserError(
-            f"{chosen.count} {first.unit}s were asked for in {chosen.rounds} rounds, and in a later one the "
+            f"{chosen.count} {first.unit}s were requested in {chosen.rounds} rounds, but in a later round "
+            "the "
             "matched contrast has too few candidates "
             "below zero; ask for fewer, or lower the penalty"
         )

@@ -137,7 +137,7 @@ class Trials:
         found = distributed.first(found)
         if found.get("made_from") == self.made_from:
             self.known = dict(found["trials"])
-            log.info("tune.json is there, with %d trials", len(self.known))
+            log.info("tune.json exists, with %d trials", len(self.known))
 
     def save(self, found: Search | None = None) -> None:
         if distributed.is_main():
@@ -286,7 +286,7 @@ def _choose_best(tried: list[Candidate], trials: Trials, original: Figures) -> i
             else "there are too few units below zero"
         )
         raise UserError(
-            f"no candidate keeps to the budget of selection.tune: {said}; try smaller counts, or a larger "
+            f"no candidate is within the budget of selection.tune: {said}; try smaller counts, or a larger "
             "budget"
         )
     best = min(fit, key=lambda index: (trials.badness(tried[index].figures), tried[index].count, index))

@@ -89,16 +89,14 @@ def sbatch(
     names = [word for word in (partition, account, mem) if word is not None]
     for word in (name, folder or "", *names):
         if word != one_line(word) or (word in names and not re.fullmatch(r"[\w.,-]+", word)):
-            raise UserError(
-                f"{word!r} cannot stand in a batch file; give a name of letters, digits, dots and dashes"
-            )
+            raise UserError(f"{word!r} is not allowed in a batch file; use letters, digits, dots and dashes")
     for option in options:
         if option != one_line(option) or not re.fullmatch(r"--?[A-Za-z].*", option):
             raise UserError(
-                f"{option!r} cannot stand in a batch file; write an option of sbatch, such as --qos=long"
+                f"{option!r} is not allowed in a batch file; give an option of sbatch, such as --qos=long"
             )
     if cpus_per_task is not None and cpus_per_task < 1:
-        raise UserError(f"a task cannot have {cpus_per_task} CPUs; give --cpus-per-task at least 1")
+        raise UserError(f"--cpus-per-task is {cpus_per_task}; give --cpus-per-task at least 1")
     if nodes < 1 or gpus < 0 or (array is not None and array < 1):
         runs = "" if array is None else f" and {array} runs"
         raise UserError(
@@ -186,7 +184,7 @@ def seconds(time: str) -> int:
     Raises UserError for another."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         raise UserError(
-            f"time '{time}' is not SLURM's; write minutes, hours:minutes:seconds or "
+            f"time '{time}' is not a SLURM time; write minutes, hours:minutes:seconds or "
             "days-hours:minutes:seconds"
         )
     days, dash, rest = time.rpartition("-")
@@ -208,8 +206,7 @@ def submit(path: str) -> str:
     where it says no."""
     if shutil.which("sbatch") is None:
         raise UserError(
-            f"there is no sbatch here; take {path} to a machine that has SLURM, and submit it with sbatch "
-            f"{path}"
+            f"sbatch is not installed; copy {path} to a machine with SLURM, and submit it with sbatch {path}"
         )
     done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
     if done.returncode:

@@ -53,7 +53,7 @@ def find_gguf(name: str) -> Path | None:
         if len(files) > 1:
             _require_whole_file(files[0].name)
             listed = ", ".join(file.name for file in files)
-            raise UserError(f"{name} holds {len(files)} GGUF files ({listed}); give the path of one")
+            raise UserError(f"{name} contains {len(files)} GGUF files ({listed}); give the path of one")
         path = files[0]
     elif path.suffix.lower() != ".gguf" or path.is_dir():
         return None

@@ -77,7 +77,7 @@ def fetch(place: Place, paths: tuple[str, ...]) -> Path:
         if found:
             return found
     if away:
-        raise UserError(f"cannot reach the hub for '{place.repo}', and no copy of it is here; {_BY_HAND}")
+        raise UserError(f"cannot reach the hub for '{place.repo}', and there is no local copy; {_BY_HAND}")
     raise UserError(
         f"{place.repo} on the hub has no {' or '.join(wanted)}; name the file: {PREFIX}{place.repo}/PATH"
     )
@@ -209,24 +209,25 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
             ) from None
         if missing:
             raise UserError(
-                f"no {self.kind} '{name}' on the hub, or no right to see it; check the name, or log in with "
-                "`hf auth login`"
+                f"the hub has no {self.kind} '{name}', or you have no access to it; check the name, or log "
+                "in "
+                "with `hf auth login`"
             ) from None
         if {401, 403} & set(refused) or any(isinstance(e, LocalTokenNotFoundError) for e in chain):
             raise UserError(
-                f"the hub gives no right to '{name}'; log in with `hf auth login`, or set HF_TOKEN to a "
-                "token that has it"
+                f"you have no access to '{name}' on the hub; log in with `hf auth login`, or set HF_TOKEN to "
+                "a token that has it"
             ) from None
         if refused and refused[0] < 500:
             raise UserError(
-                f"the hub does not take that for '{name}' (it answers {refused[0]}): "
+                f"the hub refused the request for '{name}' (it answers {refused[0]}): "
                 f"{str(error).strip().splitlines()[-1]}"
             ) from None
         if any(isinstance(e, (LocalEntryNotFoundError, HTTPError)) for e in chain):
             raise UserError(f"cannot reach the hub for '{name}'; {self.remedy}") from None
         if any("cannot be loaded with `safetensors`" in str(e) for e in chain):
             raise UserError(
-                f"'{name}' has its weights as pickle alone, which sparc3 does not read; {CONVERT}"
+                f"'{name}' only has pickle weights, which sparc3 does not read; {CONVERT}"
             ) from None
         if any("trust_remote_code" in str(e) for e in chain):
             raise UnsupportedModel(

@@ -95,7 +95,7 @@ def load_weights(
     elif (
         mapped and target.type == "cuda" and all(weight.device.type == "cpu" for weight in model.parameters())
     ):
-        log.warning("no layer found room on a GPU, so everything is computed on the CPU")
+        log.warning("no layer fits on a GPU, so everything is computed on the CPU")
     layers_at = family_of(model).layers
     if within:  # of a model of text and images only the text's weights are of interest, to save them too
         model.__dict__.pop("_weight_conversions", None)
@@ -303,13 +303,11 @@ def _device(device: str) -> torch.device:
         raise unknown("device", device, ("auto", "cpu", "cuda", MAP)) from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "device 'cuda' was asked for and PyTorch sees no CUDA GPU; use device auto or cpu, or install a "
-            "CUDA build"
+            "device is 'cuda', but PyTorch finds no CUDA GPU; use device auto or cpu, or install a CUDA build"
         )
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device '{device}' was asked for and there are {torch.cuda.device_count()} GPUs; the first is "
-            "cuda:0"
+            f"device is '{device}', but there are {torch.cuda.device_count()} GPUs; the first is cuda:0"
         )
     return target
 
@@ -377,9 +375,7 @@ def require_safe(name: str) -> None:
     if old := sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
     ):
-        raise UserError(
-            f"{name} holds its weights as pickle ({old[0]}), which sparc3 does not read; {CONVERT}"
-        )
+        raise UserError(f"{name} has pickle weights ({old[0]}), which sparc3 does not read; {CONVERT}")
 
 
 def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], layers: str) -> None:
@@ -417,7 +413,7 @@ def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], la
                 if weight.dtype == torch.float32
                 else f", or load it in float32: {weight.dtype} may be too small for it"
             )
-            raise UserError(f"'{name}': {key} holds a NaN or Inf; {remedy}{small}")
+            raise UserError(f"'{name}': {key} contains a NaN or Inf; {remedy}{small}")
 
 
 def _layer_of(key: str, layers: str) -> int:

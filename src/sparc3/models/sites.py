@@ -105,7 +105,7 @@ class Site:
             weight = getattr(self.module, self.parameter, None)
             kind = type(weight).__name__ if weight is not None else type(self.module).__name__
             raise UserError(
-                f"{self.name} holds its weight quantised ({kind}), and its values are needed; use neuron "
+                f"{self.name} has a quantised weight ({kind}), but its values are needed; use neuron "
                 "signed, unit head or method activation, "
                 "which need none, or load the model unquantised"
             )

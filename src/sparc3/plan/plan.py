@@ -138,7 +138,7 @@ def plan(
     """
     loaded = load_recipe(recipe)
     if gpus < 1:
-        raise UserError(f"{gpus} devices do no work; give at least 1")
+        raise UserError(f"--gpus is {gpus}; give at least 1")
     if config and not Path(config).is_file():
         raise UserError(f"no such file: {config}; --config takes the config.json of the recipe's model")
     source = config or loaded.model.id

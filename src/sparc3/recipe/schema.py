@@ -90,7 +90,7 @@ class BaseRecipe(Strict):
     def _names_a_folder(cls, value: str) -> str:
         """On every system: Windows has names of devices, and drops a dot at the end."""
         if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", value, re.IGNORECASE) or value.endswith("."):
-            raise ValueError("on some systems this cannot be the name of a folder; give another name")
+            raise ValueError("some systems do not allow this name for a folder; choose another")
         return value
 
     @model_validator(mode="after")
@@ -347,17 +347,18 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
-                None,
-                None,
-                f"the alias *{event.anchor} is not read: write out what it stands for",
-                event.start_mark,
+                None, None, f"the alias *{event.anchor} is not allowed; write out its value", event.start_mark
             )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         made = super().construct_mapping(node, deep)
         if len(made) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), "of a mapping")
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {short(twice)} appears twice", node.start_mark
+            )
         return made
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
@@ -381,16 +382,17 @@ def _yaml(text: str, where: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"{where}{place} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}; mend "
-            "that place"
+            f"{where}{place} is not valid YAML: {getattr(error, 'problem', None) or 'it cannot be read'}; "
+            "correct it"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
-            f"{where} holds no recipe; a recipe is a YAML mapping with name, model, references, …"
+            f"{where} contains no recipe; a recipe is a YAML mapping with name, model, references, …"
         )
     if odd := [key for key in content if not isinstance(key, str)]:
         raise UserError(
-            f"{where} has the key {short(odd[0])}, which is no name; a recipe is a YAML mapping with name, "
+            f"{where} has the key {short(odd[0])}, which is not a name; a recipe is a YAML mapping with "
+            "name, "
             "model, references, …"
         )
     return dict(content)

@@ -91,9 +91,9 @@ class Compress(Strict):
     def _require_size(self) -> "Compress":
         if parse_scope(self.scope):
             if self.fractions:
-                raise ValueError(f"scope {self.scope} says how many weights go; leave fractions out")
+                raise ValueError(f"scope {self.scope} already sets the number of weights; omit fractions")
         elif not self.fractions:
-            raise ValueError("there are no fractions; give some, such as [0.5]")
+            raise ValueError("fractions is empty; give some, such as [0.5]")
         if self.samples and (len(self.fractions) > 1 or SEQUENTIAL in self.methods):
             raise ValueError(
                 "samples compares numbers of reference samples at one fraction; give one, and leave "
@@ -101,7 +101,7 @@ class Compress(Strict):
             )
         if self.scope == "global" and SEQUENTIAL in self.methods:
             raise ValueError(
-                f"{SEQUENTIAL} has no scope global, since later layers are not known yet; use row or site"
+                f"{SEQUENTIAL} prunes one layer at a time, so it has no scope global; use row or site"
             )
         return self
 
@@ -233,11 +233,12 @@ class Selection(Strict):
             self._require_search(self.tune)
         elif parse_scope(self.scope):
             if self.count is not None or self.fraction is not None:
-                raise ValueError(f"scope {self.scope} says how many weights go; leave count and fraction out")
+                raise ValueError(
+                    f"scope {self.scope} already sets the number of weights; omit count and fraction"
+                )
         elif (self.count is None) == (self.fraction is None):
             raise ValueError(
-                "count and fraction are both given, or neither; give one of them, or tune to search for a "
-                "count"
+                "selection needs either count or fraction; give one of them, or tune to search for a count"
             )
         if self.rounds > 1 and (self.count is None or self.scope != "global"):
             raise ValueError("rounds needs a count and scope global")
@@ -250,8 +251,8 @@ class Selection(Strict):
             raise ValueError("tune.rounds above 1 needs scope global")
         if parse_scope(self.scope):
             raise ValueError(
-                f"tune tries counts, and scope {self.scope} says how many weights go; use scope global or "
-                "site"
+                f"tune tries counts, but scope {self.scope} already sets the number of weights; use scope "
+                "global or site"
             )
         if self.penalty != 1.0 or self.normalize is not None or self.strength != 1.0:
             raise ValueError(

@@ -70,13 +70,12 @@ def parse_target(target: str) -> tuple[str, int | None]:
         return name, None
     if name == "completion" and not (first.isdigit() and int(first) >= 1):
         raise UserError(
-            f"target '{target}': after completion: stands how many of its first tokens count, at least 1, as "
-            "in completion:3"
+            f"target '{target}': the number of first tokens after completion: must be at least 1, as in "
+            "completion:3"
         )
     if name != "completion":
         raise UserError(
-            f"target '{target}': only completion takes a number, the count of its first tokens, as in "
-            "completion:3"
+            f"target '{target}': only completion takes a number of first tokens, as in completion:3"
         )
     return name, int(first)
 
@@ -227,7 +226,7 @@ def _truncate(encoded: Encoded, context: int, target: str) -> Encoded:
     kept = tuple(p for p in encoded.positions if p < context)
     if not kept or encoded.tokens is None:
         raise UserError(
-            f"sample {encoded.index}: nothing of its completion is left after truncation; shorten its text"
+            f"sample {encoded.index}: truncation leaves nothing of its completion; shorten its text"
         )
     return Encoded(encoded.index, ids, kept, encoded.tokens[: len(kept)])
 

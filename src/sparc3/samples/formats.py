@@ -85,7 +85,7 @@ def format_of(opened: BinaryIO, path: str | os.PathLike[str]) -> str:
     suffix = Path(plain_name(path)).suffix
     if suffix in UNREADABLE:
         raise UserError(
-            f"{path}: {suffix} files are not read; convert it to JSON lines, CSV, Parquet or text"
+            f"{path}: {suffix} files are not supported; convert it to JSON lines, CSV, Parquet or text"
         )
     opened.seek(0)
     start = opened.read(START)

@@ -112,7 +112,7 @@ class ReferenceSet:
         found = cls(samples, dict(about.get("source") or {}))
         if found.fingerprint != about.get("fingerprint"):
             raise DamagedFile(
-                f"{path} is not what {beside.name} says; make it again, or remove that file if you changed "
+                f"{path} does not match {beside.name}; make it again, or remove that file if you changed "
                 "the samples"
             )
         # What a run keeps names the lines of the file that the samples came from.
@@ -190,7 +190,7 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
                 self.numbers.append(number)
             number += piece.count(b"\n") if separator == MARK else 1
         if not self.starts:
-            raise UserError(f"{path} holds no sample; give one JSON object a line, or one text a line")
+            raise UserError(f"{path} contains no samples; write one JSON object or one text per line")
 
     def __len__(self) -> int:
         return len(self.starts if self.table is None else self.table)
@@ -207,7 +207,7 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
         except UnicodeDecodeError:
             raise UserError(f"{where} is not UTF-8 text; convert the file first") from None
         if "\0" in text:
-            raise UserError(f"{where} holds NUL bytes, so this is not a text file; convert it first")
+            raise UserError(f"{where} contains NUL bytes, so this is not a text file; convert it first")
         if self.json:
             return number, self._named(_json_row(text, where), where)
         return number, {"text": text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")}
@@ -292,7 +292,7 @@ def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
         row = parse_json(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); one object a line") from None
+        raise UserError(f"{where} is not valid JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
         raise UserError(f'{where} is not a JSON object; write {{"text": …}}')
     return row
@@ -358,7 +358,8 @@ def sample_of(row: dict[str, Any], where: str) -> Sample:
             raise UserError(f'{where}: "{key}" must be a string')
         if value is not None and re.search("[\ud800-\udfff]", value):
             raise UserError(
-                f'{where}: "{key}" holds half a character (a lone surrogate); mend it where it was written'
+                f'{where}: "{key}" contains half a character (a lone surrogate); correct the program that '
+                "wrote it"
             )
     if text is not None and not text:
         raise UserError(f'{where}: "text" is empty; leave the line out')

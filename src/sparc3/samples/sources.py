@@ -57,7 +57,7 @@ def source(name: str) -> Callable[[Source], Source]:
 
     def register(function: Source) -> Source:
         if name in _SOURCES:
-            raise UserError(f"there is a source '{name}' already; choose another name")
+            raise UserError(f"source '{name}' already exists; choose another name")
         _SOURCES[name] = function
         return function
 
@@ -125,7 +125,7 @@ def gather(
             else ""
         )
         raise UserError(
-            f"source '{request.source}' gave {len(found)} samples where {wanted} were asked for{held}; "
+            f"source '{request.source}' gave {len(found)} samples, but {wanted} were requested{held}; "
             "set its count to fewer, give more, or loosen the conditions"
         )
     return ReferenceSet(
@@ -213,7 +213,7 @@ class _Texts(Sequence[str]):
         number, row = self.rows[place]
         text = sample_of(row, where := f"{self.path}, line {number}").text
         if text is None:
-            raise UserError(f'{where} holds token ids where a text is needed; give it as "text"')
+            raise UserError(f'{where} has token ids, but a text is needed; give it as "text"')
         return text
 
 
@@ -312,7 +312,7 @@ def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
             yield from rows.shuffle(seed=seed, buffer_size=10_000) if seed is not None else rows
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"no data set {where.get('path')} on the hub ({str(error).splitlines()[0]}); give a JSONL file "
+            f"the hub has no data set {where.get('path')} ({str(error).splitlines()[0]}); give a JSONL file "
             "instead"
         ) from None
 
