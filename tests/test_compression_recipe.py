@@ -141,7 +141,7 @@ def test_a_scope_without_quotes_is_text_and_not_a_time(tmp_path: Path) -> None:
     ("sections", "said"),
     [
         ({"compress": {"methods": ["magnitude"]}}, "fractions"),
-        ({"compress": {"scope": "2:4", "fractions": [0.5]}}, "leave fractions out"),
+        ({"compress": {"scope": "2:4", "fractions": [0.5]}}, "2:4 .*fractions"),
         ({"compress": {"fractions": [1.0]}}, "fractions"),
         ({"compress": {"methods": ["wandb"], "fractions": [0.5]}}, "wanda"),
         (

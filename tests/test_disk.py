@@ -228,4 +228,4 @@ def test_a_run_folder_has_one_run_at_a_time(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(log_of_runs, "propagate", True)
     with claim_folder(tmp_path, recipe, True):
-        assert "keeps no locks" in caplog.text
+        assert f"{tmp_path} does not support locks" in caplog.text

@@ -242,7 +242,7 @@ def test_a_nan_names_its_sample_and_a_site() -> None:
     for method in ("lrp", "wanda"):
         with pytest.raises(NonFinite, match=r"sample 2 .*model\.layers\.\d\.mlp\.up_proj"):
             attribute(model, ids, method=method, unit="weight")
-    with pytest.raises(UserError, match="unit weight .*non_finite skip"):
+    with pytest.raises(UserError, match=r"unit weight .*non_finite skip"):
         attribute(model, ids, unit="weight", non_finite="skip")
     assert attribute(model, ids, method="wanda", unit="weight", non_finite="skip").provenance["skipped"] == [
         2
