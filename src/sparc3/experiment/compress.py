@@ -83,7 +83,7 @@ def prune_sequentially(
     """
     if scope == "global":
         raise UserError(
-            "a sequential pruning has no scope global, since later layers are not known yet; use row, site, "
+            "sequential pruning works one layer at a time, so it has no scope global; use row, site, "
             "or n:m such as 2:4"
         )
     references = ReferenceSet.of(samples)

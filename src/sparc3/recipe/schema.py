@@ -194,7 +194,7 @@ class CorrectRecipe(BaseRecipe):
                     "use global or site, or leave references.matched out"
                 )
         if groups and self.compare.counts:
-            raise ValueError(f"scope {chosen} says how many weights go; leave compare.counts out")
+            raise ValueError(f"scope {chosen} already sets the number of weights; omit compare.counts")
 
     def _require_searchable(self, tune: Tune) -> None:
         asked = self.metrics()
