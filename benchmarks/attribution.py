@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/attribution.py [--repeats 7] [--peers FOLDER] [--layers 8]
     python benchmarks/attribution.py --device cuda --shape llama3-8b [--repeats 5]
+    OMP_NUM_THREADS=2 python benchmarks/attribution.py --model smollm2 [--repeats 7]
 
 The first is the table for a CPU: a random Llama of 1024 wide, 2816 in the MLP, 8 layers, vocabulary 4096, float32. --peers names the
 folder in which peers.sh made its environments. The second makes random weights of a real model's shape on the device, in bfloat16.
@@ -352,6 +353,29 @@ def prune(model: Any, ids: Samples) -> None:
         pass
 
 
+def model_rows(name: str, repeats: int) -> list[Row]:
+    """A pretrained model on a CPU, one sample of 512 tokens; all but the last two without the model's fingerprint."""
+    from sparc3 import load_model
+    from sparc3.models.families import ROLES
+
+    model, _ = load_model(name, dtype="float32", device="cpu")
+    ids = samples([512], model.config.vocab_size)
+    every: dict[str, Any] = {"unit": "weight", "sites": ROLES}
+    asked: dict[str, tuple[float, Callable[[], Any]]] = {
+        "neuron `signed`": (2.05, partial(batches_alone, model, ids, neuron="signed")),
+        "neuron `abs`": (2.05, partial(batches_alone, model, ids)),
+        "Wanda of `mlp.up`": (1.1, partial(batches_alone, model, ids, method="wanda")),
+        "Wanda of all weights": (1.1, partial(batches_alone, model, ids, method="wanda", **every)),
+        "weight, mean_abs, all sites": (0, partial(batches_alone, model, ids, reduce="mean_abs", **every)),
+        "`attribute()`, neuron `signed`": (0, partial(attribution, model, ids, neuron="signed")),
+        "`attribute()`, Wanda of `mlp.up`": (0, partial(attribution, model, ids, method="wanda")),
+    }
+    calls = {"forward": partial(forward, model, ids), **{what: call for what, (_, call) in asked.items()}}
+    seconds = in_turns(calls, repeats)
+    made = {what: row(what, seconds[what], seconds["forward"], goal) for what, (goal, _) in asked.items()}
+    return [one if asked[what][0] else replace(one, goal="", reached=None) for what, one in made.items()]
+
+
 # A device, with random weights of a real model's shape ------------------------------------------------------------------
 
 
@@ -506,6 +530,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", help="with --shape")
+    parser.add_argument("--model", help="a pretrained model, on a CPU")
     parser.add_argument(
         "--out", type=Path, default=HERE / "RESULTS.md", help="the page to write (default: %(default)s)"
     )
@@ -529,6 +554,10 @@ def main() -> None:
             args.device.partition(":")[0] if args.device != "cpu" else f"cpu, {args.shape}",
             body + table(rows) + f"\n\n{reach}",
         )
+    elif args.model:
+        rows = model_rows(args.model, args.repeats)
+        body = f"{hardware('cpu')}; float32, one sample of 512 tokens; {versions}; {told}; {args.repeats} rounds.\n\n"
+        page(args.out, f"cpu, {args.model}", body + table(rows))
     else:
         rows = cpu_rows(args.layers, args.repeats)
         rows += memory_rows(args.layers, min(3, args.repeats))

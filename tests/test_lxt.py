@@ -20,9 +20,8 @@ from sparc3.models.families import ROLES
 
 model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
 texts = {TEXTS!r}
-sites = [role for role in ROLES if role != "mlp.experts"]
 neurons = attribute(model, texts, tokenizer=tokenizer, neuron="abs")
-weights = attribute(model, texts, tokenizer=tokenizer, unit="weight", sites=sites)
+weights = attribute(model, texts, tokenizer=tokenizer, unit="weight", sites=ROLES)
 
 # LXT imports every model that it knows, of which some releases of transformers lack parts; only its rules and
 # Llama's are used here.
