@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import __version__, distributed
 from ..models.experts import by_position, tokens_of
 from ..models.fingerprint import describe
-from ..models.load import context_length, vocabulary_size
+from ..models.load import context_length, rope_switches, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, down_sites, sites_of
 from ..samples.batches import Batch, Encoded, encode, join_completions, make_batches
@@ -135,7 +135,9 @@ def largest_writes(
         maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
 
     with frozen(model), torch.no_grad():
-        for batch in make_batches(encode_whole(model, samples, tokenizer), 1024, device_of(model)):
+        for batch in make_batches(
+            encode_whole(model, samples, tokenizer), 1024, device_of(model), rope_switches(model)
+        ):
             with capture(downs, batch.mask(), receive):
                 model.base_model(input_ids=batch.ids, use_cache=False)
         return {name: maxima[name] * down.weight.float().norm(dim=0).cpu() for name, down in downs.items()}
@@ -224,7 +226,9 @@ def _largest_outputs(
     maxima = {site.name: torch.zeros(len(encoded), site.out) for site in sites}
     by_name = {site.name: site for site in sites}
     with frozen(model), torch.no_grad():
-        for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model)):
+        for batch in make_batches(
+            distributed.stride(encoded), batch_tokens, device_of(model), rope_switches(model)
+        ):
             rows = torch.tensor([sample.index for sample in batch.samples])
 
             def receive(name: str, z: Tensor, rows: Tensor = rows) -> None:

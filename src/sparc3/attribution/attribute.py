@@ -13,7 +13,7 @@ import torch
 from .. import __version__, distributed
 from ..errors import NonFinite, Sparc3Error, UserError
 from ..models.fingerprint import describe, tokenizer_fingerprint
-from ..models.load import context_length, vocabulary_size
+from ..models.load import context_length, rope_switches, vocabulary_size
 from ..models.memory import out_of_memory, remember, room, too_large
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, sites_of
@@ -128,7 +128,7 @@ def attribute(
             token_budget(batch_tokens, device_of(model).type),
         )
         budget = room(model, _room_key(settings), budget) if batch_tokens == "auto" else budget
-        batches = make_batches(distributed.stride(share), budget, device_of(model))
+        batches = make_batches(distributed.stride(share), budget, device_of(model), rope_switches(model))
         sums = _sum_batches(
             model,
             chosen,

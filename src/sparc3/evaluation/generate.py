@@ -1,16 +1,18 @@
 """Batched, seeded continuations: a prompt's draws depend on its seed, not on the rest of the batch."""
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.load import context_length, vocabulary_size
+from ..models.load import context_length, rope_switches, vocabulary_size
 from ..models.offloading import device_of
 from ..samples.batches import run_longest_first
 from ..samples.reference_set import ReferenceSet
@@ -129,8 +131,18 @@ def complete(
         label="generate",
         unit="text",
         progress=progress,
+        apart=partial(_rope_side, rope_switches(model), max_new_tokens),
     )
     return [texts[p * generations : (p + 1) * generations] for p in range(len(prompts))]
+
+
+def _rope_side(switches: Sequence[int], new: int, row: tuple[list[int], int]) -> tuple[int, int]:
+    """What the rows of one batch agree in: their side of the lengths at which the model's positions change,
+    and where one is crossed while the continuation is written, the length too, so that all cross it at
+    once."""
+    length = len(row[0])
+    side, end = (bisect_left(switches, tokens) for tokens in (length, length + new))
+    return side, 0 if side == end else length
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ..evaluation.evaluate import evaluated_on, to_results
 from ..evaluation.statistics import Evaluation
 from ..models.families import ROLES
 from ..models.fingerprint import describe
-from ..models.load import context_length, vocabulary_size
+from ..models.load import context_length, rope_switches, vocabulary_size
 from ..models.offloading import device_of
 from ..models.sites import Site, family_of, layers_of, sites_of
 from ..progress import Progress
@@ -101,7 +101,9 @@ def prune_sequentially(
     with frozen(model), torch.no_grad(), ExitStack() as removed:
         flows = [
             capture_layer_inputs(model, batch)
-            for batch in make_batches(distributed.stride(encoded), batch_tokens, device_of(model))
+            for batch in make_batches(
+                distributed.stride(encoded), batch_tokens, device_of(model), rope_switches(model)
+            )
         ]
         layers = list(layers_of(model))
         shown = removed.enter_context(Progress(len(layers), "pruning", "layer", show=progress))

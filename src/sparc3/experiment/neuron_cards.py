@@ -15,6 +15,7 @@ from ..circuits.circuit import Circuit
 from ..errors import UserError
 from ..evaluation.evaluate import fingerprint_of
 from ..evaluation.statistics import measurement
+from ..models.load import rope_switches
 from ..models.offloading import device_of, value_of
 from ..models.sites import Site, down_sites, family_of, open_experts, sites_of
 from ..samples.batches import Batch, make_batches
@@ -183,7 +184,7 @@ def _strongest_activations(
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
     ids = {sample.index: sample.ids for sample in encoded}
     best: list[list[tuple[float, int, int]]] = [[] for _ in units]
-    for batch in make_batches(encoded, 1024, device_of(model)):
+    for batch in make_batches(encoded, 1024, device_of(model), rope_switches(model)):
         # What fires on the mark at the start fires there always, and says nothing.
         readable = batch.mask().cpu() & ~torch.isin(batch.ids.cpu(), special)
         for place, (values, positions) in enumerate(_largest_entries(model, batch, units, readable)):

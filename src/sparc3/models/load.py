@@ -346,6 +346,24 @@ def context_length(model: "PreTrainedModel") -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
+def rope_switches(model: "PreTrainedModel") -> tuple[int, ...]:
+    """The lengths beyond which the model turns its positions otherwise, in tokens (LongRoPE, as in Phi-3).
+
+    It looks at the longest row of a batch, so rows on either side of such a length do not belong in one
+    batch.
+    Dynamic NTK turns them otherwise beyond `context_length` only, which no row exceeds.
+    """
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    found = {
+        kind.get("original_max_position_embeddings")
+        or getattr(model.config, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    }
+    return tuple(sorted(int(length) for length in found if length))
+
+
 def vocabulary_size(model: "PreTrainedModel") -> int:
     """The number of token ids the model has an embedding for."""
     return int(model.get_input_embeddings().weight.shape[0])

@@ -1,7 +1,9 @@
 """From samples to token batches: what is fed in, and which logits are the target y of each sample."""
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..errors import UserError, unknown
+from ..models.load import rope_switches
 from ..models.memory import in_batches
 from ..progress import Progress
 from .reference_set import ReferenceSet, Sample
@@ -245,20 +248,26 @@ def token_budget(batch_tokens: int | str, device: str) -> int:
     return batch_tokens
 
 
-def make_batches(encoded: Iterable[Encoded], tokens: int, device: torch.device) -> list[Batch]:
+def make_batches(
+    encoded: Iterable[Encoded], tokens: int, device: torch.device, switches: Sequence[int] = ()
+) -> list[Batch]:
     """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length,
-    longest first."""
-    return [make_batch(group, device) for group in group_by_length(encoded, tokens)]
+    longest first. Samples on either side of one of the model's `rope_switches` share no batch."""
+    return [make_batch(group, device) for group in group_by_length(encoded, tokens, switches)]
 
 
-def group_by_length(encoded: Iterable[Encoded], tokens: int) -> list[list[Encoded]]:
+def group_by_length(
+    encoded: Iterable[Encoded], tokens: int, switches: Sequence[int] = ()
+) -> list[list[Encoded]]:
     """The samples of each batch of `make_batches`.
 
     Longest first, because what does not fit into memory should fail at the start and not after an hour.
     """
     groups: list[list[Encoded]] = []
     for sample in sorted(encoded, key=lambda e: (-len(e.ids), e.index)):
-        if groups and len(groups[-1][0].ids) * (len(groups[-1]) + 1) <= tokens:
+        first = groups[-1][0].ids if groups else ()
+        together = bisect_left(switches, len(first)) == bisect_left(switches, len(sample.ids))
+        if groups and together and len(first) * (len(groups[-1]) + 1) <= tokens:
             groups[-1].append(sample)
         else:
             groups.append([sample])
@@ -284,6 +293,7 @@ def run_longest_first(
     label: str,
     unit: str,
     progress: bool,
+    apart: Callable[[Item], Hashable] | None = None,
 ) -> list[Result]:
     """work() over the items in batches of similar length, longest first, shared among the ranks.
 
@@ -291,18 +301,23 @@ def run_longest_first(
         size: items in a batch at the start; halved when they do not fit into memory.
         of: the model and the kind of work, for which it is remembered what fits.
         label, unit: what the progress shows.
+        apart: items for which it differs share no batch; by default the side of the model's `rope_switches`.
 
     Returns:
         one result an item, in the items' order; the same on every rank.
     """
     order = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
-    with Progress(len(distributed.stride(order)), label, unit, show=progress) as bar:
+    switches = rope_switches(of[0])
+    differ = apart or (lambda item: bisect_left(switches, length(item)))
+    parts = [list(part) for _, part in groupby(order, lambda i: differ(items[i]))]
+    with Progress(sum(len(distributed.stride(part)) for part in parts), label, unit, show=progress) as bar:
 
         def run_batch(places: Sequence[int]) -> list[Result]:
             return work([items[i] for i in places])
 
-        results = distributed.in_parallel(
-            order, lambda share: in_batches(share, size, run_batch, bar.update, of=of)
-        )
+        def run_part(share: Sequence[int]) -> list[Result]:
+            return in_batches(share, size, run_batch, bar.update, of=of)
+
+        results = [result for part in parts for result in distributed.in_parallel(part, run_part)]
     by_place = dict(zip(order, results, strict=True))
     return [by_place[i] for i in range(len(items))]
