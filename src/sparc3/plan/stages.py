@@ -134,7 +134,8 @@ class Stages:
         if recipe.job == "discover":
             return 1.0
         if recipe.job == "compress":
-            return _share(recipe.compress.scope) or max(recipe.compress.fractions)
+            groups = parse_scope(recipe.compress.scope)
+            return groups[0] / groups[1] if groups else max(recipe.compress.fractions)
         beside = sizes.comparison_for(recipe, self.sites, sizes.circuit_count(recipe, self.sites))
         return max(beside.own) / self.units
 
@@ -150,33 +151,26 @@ class Stages:
                 count * WIDER[0] if spec.choose_by == "repetition" else math.ceil(count / AT_ONCE) * AT_ONCE
             )
             self.notes.append(f"choosing {name} taken to need {many} prompts; it may need many more")
-            yield self._generate(
-                f"choosing {name}", many, of_samples(spec, self.tokenizer).longest, spec.max_new_tokens, 0.0
-            )
+            prompt = of_samples(spec, self.tokenizer).longest
+            yield self._generate(f"choosing {name}", many, prompt, spec.max_new_tokens, 0.0)
 
     def _protection(self) -> Iterator[Stage]:
         if work_list.is_protected(self.recipe):
             some = self.sets["general"].first(score.TEXTS).joined(min(self.context, score.TOKENS))
             first = [min(len(one.ids), score.FIRST) for one in some]
-            look = _stage(
-                "",
-                self.rehearsal.windows("perplexity", max(first), len(first)),
-                sum(first),
-                max(first) * len(first),
-            )
+            cost = self.rehearsal.windows("perplexity", max(first), len(first))
+            look = _stage("", cost, sum(first), max(first) * len(first))
             # A second look at the whole is for neurons that the first one finds, and most models have none.
-            yield replace(
-                self._forward("protection", some) + look * (1 + min(score.SUSPECTS, self.units)), scoring=True
-            )
+            tried = self._forward("protection", some) + look * (1 + min(score.SUSPECTS, self.units))
+            yield replace(tried, scoring=True)
 
     def _scores(self) -> Iterator[Stage]:
         for one in self.work.attributions:
             yield from self._attribute(one)
         if self.recipe.job == "correct" and set(sizes.rival_methods(self.recipe)) & set(EXPERTISE):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
-                yield replace(
-                    self._forward("scores, expertise", self.sets[name].joined(self.context)), scoring=True
-                )
+                read = self._forward("scores, expertise", self.sets[name].joined(self.context))
+                yield replace(read, scoring=True)
 
     def _attribute(self, one: work_list.Attribution) -> Iterator[Stage]:
         """Nothing for a method that looks at no sample."""
@@ -189,31 +183,22 @@ class Stages:
             return
         else:
             encoded = found.encoded(options.target if method.targeted else "predicted", self.context)
-            groups = group_by_length(encoded, self._budget())
+            budget = token_budget(options.batch_tokens, self.rehearsal.hardware.kind)
+            groups = group_by_length(encoded, budget)
             cost = self.rehearsal.attribution(Settings.of(options), options.sites, groups)
         yield replace(_sum_groups(name, cost, groups), scoring=True)
-
-    def _budget(self) -> int:
-        return token_budget(self.recipe.attribution.batch_tokens, self.rehearsal.hardware.kind)
 
     def _forward(self, name: str, encoded: Sequence[Encoded]) -> Stage:
         """Activations looked at, and nothing else."""
         groups = group_by_length(encoded, FORWARD_TOKENS)
-        return _sum_groups(
-            name,
-            self.rehearsal.attribution(
-                Settings("activation", "neuron", "predicted", "abs", "mean"), ("mlp.up",), groups
-            ),
-            groups,
-        )
+        settings = Settings("activation", "neuron", "predicted", "abs", "mean")
+        return _sum_groups(name, self.rehearsal.attribution(settings, ("mlp.up",), groups), groups)
 
     def _search(self) -> Iterator[Stage]:
         """Each circuit that a search may look at, on its validation samples."""
         if self.recipe.job == "correct" and self.recipe.tune:
-            for name, settings in (
-                *validation.search_budget(self.recipe).items(),
-                validation.search_aim(self.recipe),
-            ):
+            budget = validation.search_budget(self.recipe).items()
+            for name, settings in (*budget, validation.search_aim(self.recipe)):
                 for stage in self._metric(name, settings):
                     yield replace(stage * (self.work.trials - (name == "kl")), name=f"search, {name}")
 
@@ -221,9 +206,7 @@ class Stages:
         many = len(self.work.evaluations) + self.work.alone
         for name, settings in self.recipe.metrics().items():
             for stage in self._metric(name, settings):
-                yield stage * (
-                    many - isinstance(settings, KLSettings)
-                )  # of the original from itself it is known
+                yield stage * (many - isinstance(settings, KLSettings))  # the original's is known
 
     def _cards(self) -> Iterator[Stage]:
         if work_list.has_cards(self.recipe):
@@ -234,12 +217,8 @@ class Stages:
         if isinstance(settings, PerplexitySettings):
             yield self._windows(name, settings)
         elif isinstance(settings, IOISettings):
-            group = of_samples(settings, self.tokenizer).encoded("contrast", self.context)
-            yield _sum_groups(
-                name,
-                self.rehearsal.contrasts(group[: tasks.ROWS]),
-                [group[i : i + tasks.ROWS] for i in range(0, len(group), tasks.ROWS)],
-            )
+            groups = _rows(of_samples(settings, self.tokenizer).encoded("contrast", self.context), tasks.ROWS)
+            yield _sum_groups(name, self.rehearsal.contrasts(groups[0]), groups)
         elif isinstance(settings, PromptSettings):
             found = of_samples(settings, self.tokenizer)
             many = len(found.pairs) * getattr(settings, "generations", 1)
@@ -250,10 +229,8 @@ class Stages:
             read = self.recipe.metrics()[settings.of]
             assert isinstance(read, PromptSettings)
             found = of_samples(read, self.tokenizer)
-            many, length = (
-                len(found.pairs) * getattr(read, "generations", 1),
-                found.longest + read.max_new_tokens,
-            )
+            many = len(found.pairs) * getattr(read, "generations", 1)
+            length = found.longest + read.max_new_tokens
             yield _stage(name, self.rehearsal.windows("perplexity", length, many), many * length)
         elif isinstance(settings, HarnessSettings):
             yield self._questions(name, settings)
@@ -302,8 +279,3 @@ def _stage(name: str, cost: Cost, tokens: int, padded: int | None = None) -> Sta
     """The whole of a piece of work, of which one batch was rehearsed."""
     share = (padded or tokens) / cost.tokens
     return Stage(name, cost.live, tokens, cost.operations * share, cost.seconds * share)
-
-
-def _share(scope: str) -> float:
-    groups = parse_scope(scope)
-    return groups[0] / groups[1] if groups else 0.0
