@@ -33,9 +33,9 @@ from ..samples.batches import Batch, encode, make_batches
 from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
 from ..storage import fingerprint
-from .gather import by_samples
 from .measure import load_or_make_evaluation
 from .run_folder import RunContext, load_or_make
+from .sample_counts import by_samples
 from .score import ScoringSpec, load_or_make_parts
 from .sizes import prunings_of
 
