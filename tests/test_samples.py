@@ -70,13 +70,14 @@ def test_realtoxicityprompts_rows_are_read_as_they_are(jsonl: Rows) -> None:
     path = str(jsonl("rtp.jsonl", rows))
     whole = ReferenceSet.load(path)
     assert (whole.samples[3].text, whole.samples[3].completion) == ("p3", " c3")
-    high = S.toxic_prompts(rows, Request(path, 10, choose_by="prompt", min_toxicity=0.5), None)
+    high = S.toxic_prompts(rows, Request(path, 10, choose_by="prompt", min_toxicity=0.5), None, None)
     assert {s.text for s in high} <= {f"p{i}" for i in range(5, 10)}
-    low = S.toxic_prompts(rows, Request(path, 10, choose_by="continuation", max_toxicity=0.3), None)
+    low = S.toxic_prompts(rows, Request(path, 10, choose_by="continuation", max_toxicity=0.3), None, None)
     assert {s.text for s in low} <= {"p7", "p8", "p9"}
     completed = S.toxic_prompts(
         rows,
         Request(path, 10, choose_by="completion", min_toxicity=0.9),
+        None,
         lambda prompts: [(f" made {p}", 0.95 if p == "p1" else None) for p in prompts],
     )
     assert completed in ([Sample(text="p1", completion=" made p1")], [])

@@ -142,6 +142,7 @@ def prepare(
             choose_by=settings.choose_by,
             min_toxicity=settings.min_toxicity,
             max_toxicity=settings.max_toxicity,
+            chat=settings.chat,
         )
     score = completion_scores(model, tokenizer, settings) if isinstance(settings, ToxicitySettings) else None
     if isinstance(settings, RepetitionSettings):
@@ -175,7 +176,10 @@ def measure(
             observed[one.metric.name] = measured.observations
             texts |= {one.metric.name: measured.texts} if measured.texts else {}
     beside = MetricContext(
-        changed, texts, {p.metric.name: getattr(p.settings, "split", "test") for p in prepared}
+        changed,
+        texts,
+        {p.metric.name: getattr(p.settings, "split", "test") for p in prepared},
+        {p.metric.name: p.samples for p in prepared},
     )
     for one in (p for p in prepared if p.metric.compares):
         observed[one.metric.name] = one.measure(model, tokenizer, progress, beside).observations

@@ -75,6 +75,9 @@ class FluencySettings(MetricSettings):
 
 
 class PromptSettings(SampledSettings):
+    """`chat`: each prompt is a user's turn in the model's chat template, and the continuation its answer."""
+
+    chat: bool = False
     choose_by: Literal["prompt", "continuation", "completion", "repetition"] | None = None
     min_toxicity: float | None = Field(default=None, ge=0, le=1)
     max_toxicity: float | None = Field(default=None, ge=0, le=1)
@@ -180,11 +183,13 @@ class MetricContext:
             the variant is the original.
         texts: metric → the texts the variant wrote, as `Reading` has them.
         splits: metric → the split of its samples.
+        samples: metric → its samples, one for each row of its texts.
     """
 
     changed: Callable[[], AbstractContextManager[Any]] | None = None
     texts: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
+    samples: Mapping[str, ReferenceSet] = field(default_factory=dict)
 
 
 Measure = Callable[..., Reading]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -261,11 +262,12 @@ def fluency(
     """
     seen = beside or MetricContext()
     rows = seen.texts.get(settings.of, [])
+    prompts = seen.samples.get(settings.of, ())
     windows: list[Window] = []
     owners: list[int] = []
-    for prompt, row in enumerate(rows):
+    for prompt, (sample, row) in enumerate(zip(prompts, rows, strict=True)):
         for continuation in row["continuations"]:
-            window = _window(tokenizer, row["prompt"], continuation["text"], context_length(model))
+            window = _window(tokenizer, sample, continuation["text"], context_length(model))
             if window:
                 windows.append(window)
                 owners.append(prompt)
@@ -284,9 +286,9 @@ def fluency(
     )
 
 
-def _window(tokenizer: "PreTrainedTokenizerBase", prompt: str, text: str, context: int) -> Window | None:
+def _window(tokenizer: "PreTrainedTokenizerBase", prompt: Sample, text: str, context: int) -> Window | None:
     """Prompt and continuation, of which only the latter is predicted; None of an empty one."""
-    read = read_sample(Sample(text=prompt, completion=text), tokenizer)
+    read = read_sample(replace(prompt, completion=text), tokenizer)
     head, tail = read.prompt, read.completion[: max(0, context - len(read.prompt))]
     return ((*head, *tail), len(tail)) if tail and head else None
 

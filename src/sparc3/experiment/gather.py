@@ -62,6 +62,8 @@ def request_for(spec: Reference, taken: frozenset[str] = frozenset()) -> Request
         spec.max_toxicity,
         spec.max_rur,
         spec.column,
+        spec.chat,
+        spec.answer,
         taken,
     )
 

@@ -249,4 +249,4 @@ class RunContext:
             for name, some in samples.items()
             if self.recipe.references[name.partition(".")[0]].source == source
         ]
-        return frozenset(sample.text for some in found for sample in some if sample.text)
+        return frozenset(sample.words for some in found for sample in some if sample.words)

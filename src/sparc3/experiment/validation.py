@@ -93,7 +93,7 @@ def _prompts_in_use(work: RunContext, source: str) -> frozenset[str]:
         p.samples for p in work.prepared if p.metric.prompts and getattr(p.settings, "source", None) == source
     ]
     return work.held(work.references, source) | {
-        sample.text for some in tested for sample in some if sample.text
+        sample.words for some in tested for sample in some if sample.words
     }
 
 

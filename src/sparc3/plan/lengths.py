@@ -160,7 +160,9 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
         and _is_at_hand(spec.source)
         and (by_model(spec) or getattr(spec, "choose_by", None) is None)
     ):
-        found = gather(Request(spec.source, count, spec.split, seeds=seeds, column=spec.column), tokenizer)
+        chat = getattr(spec, "chat", False)
+        request = Request(spec.source, count, spec.split, seeds=seeds, column=spec.column, chat=chat)
+        found = gather(request, tokenizer)
         return Lengths(
             tuple(
                 (max(1, len(one.prompt)), written or max(1, len(one.completion)))

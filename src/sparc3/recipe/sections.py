@@ -113,8 +113,14 @@ class ModelSection(Strict):
 
 
 class Reference(Strict):
-    """One reference set. `seed` is short for `seeds` of one; `target` overrides attribution.target for this
-    set; `column` is that of a table's texts, where it is not called text or prompt."""
+    """One reference set.
+
+    Attributes:
+        target: overrides attribution.target for this set.
+        column: of a table, the one with the texts, where it is not called text or prompt.
+        chat: each prompt is a user's turn in the model's chat template, its completion the answer.
+        answer: of a preference set, which of its two answers is the completion.
+    """
 
     source: str
     count: int = Field(ge=1)
@@ -129,6 +135,8 @@ class Reference(Strict):
     max_new_tokens: int = Field(default=50, ge=1)
     target: str | None = None
     column: str | None = None
+    chat: bool = False
+    answer: Literal["chosen", "rejected"] = "chosen"
 
     @field_validator("source")
     @classmethod

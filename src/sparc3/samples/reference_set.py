@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from ..errors import DamagedFile, UserError
 from ..settings import short
 from ..storage import fingerprint, parse_json, read_json, write_json, write_text
+from .chat import Turn, turns_of
 from .formats import MAX_LINE, format_of, read_table, unpack
 
 FORMAT = "sparc3.samples/1"
@@ -30,7 +31,9 @@ class Sample:
         input_ids: token ids, instead of a text.
         target: a string that is one token, for the targets `label` and `contrast`.
         contrast: another one, for the target `contrast`.
-        completion: what follows the text, for the target `completion`.
+        completion: what follows the text, for the target `completion`; of a chat, the assistant's turn.
+        line: of its file; no part of what the sample is.
+        turns: of a chat, who says what before that; the text is what the model's template makes of them.
     """
 
     text: str | None = None
@@ -39,16 +42,27 @@ class Sample:
     contrast: str | None = None
     completion: str | None = None
     line: int | None = field(default=None, compare=False, repr=False)
-    """Of its file; no part of what the sample is."""
+    turns: tuple[Turn, ...] | None = None
+
+    @property
+    def words(self) -> str | None:
+        """What a prompt says, whatever its template: prompts of the same words are the same prompt."""
+        return self.text if self.turns is None else "\n".join(content for _, content in self.turns)
 
     @property
     def written(self) -> bool:
         """Whether some of it is text, which only a tokenizer can read."""
-        return any(part is not None for part in (self.text, self.target, self.contrast, self.completion))
+        parts = (self.text, self.target, self.contrast, self.completion, self.turns)
+        return any(part is not None for part in parts)
 
     def row(self) -> dict[str, Any]:
         """The sample as a JSONL object: only what is there."""
-        return {key: value for key, value in asdict(self).items() if value is not None and key != "line"}
+        row = {key: value for key, value in asdict(self).items() if value is not None and key != "line"}
+        if turns := row.pop("turns", None):
+            row["messages"] = [{"role": role, "content": content} for role, content in turns]
+            if rendered := row.pop("text", None):
+                row["rendered"] = rendered
+        return row
 
 
 @dataclass(frozen=True)
@@ -331,8 +345,40 @@ def toxicity_of(row: dict[str, Any], part: str, where: str) -> float | None:
     return value
 
 
-def sample_of(row: dict[str, Any], where: str) -> Sample:
-    """A Sample of a row of ours, of RealToxicityPrompts, or of any set with a `text` or `prompt` column."""
+def _read_chat(row: dict[str, Any], turns: tuple[Turn, ...], completion: str | None, where: str) -> Sample:
+    """A chat. What a file of ours has as `rendered` is the text that the model's template made."""
+    for key in ("text", "input_ids"):
+        if row.get(key) is not None:
+            raise UserError(f'{where} has both messages and "{key}"; keep the one that is meant')
+    text, target, contrast = (row.get(key) for key in ("rendered", "target", "contrast"))
+    _require_texts(
+        {"rendered": text, "target": target, "contrast": contrast, "completion": completion}, where
+    )
+    for _, content in turns:
+        _require_texts({"messages": content}, where)
+    return Sample(text, None, target, contrast, completion, turns=turns)
+
+
+def _require_texts(values: dict[str, Any], where: str) -> None:
+    for key, value in values.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f'{where}: "{key}" must be a string')
+        if value is not None and re.search("[\ud800-\udfff]", value):
+            raise UserError(
+                f'{where}: "{key}" contains half a character (a lone surrogate); correct the program that '
+                "wrote it"
+            )
+
+
+def sample_of(row: dict[str, Any], where: str, answer: str = "chosen") -> Sample:
+    """A Sample of a row of ours, of RealToxicityPrompts, or of any set with a `text` or `prompt` column, or
+    messages.
+
+    Args:
+        answer: "chosen" or "rejected": which of a preference set's answers follows the messages.
+    """
+    if (chat := turns_of(row, answer, where)) is not None:
+        return _read_chat(row, *chat, where)
     prompt, continuation = (
         value.get("text") if isinstance(value := row.get(key), dict) else value
         for key in ("prompt", "continuation")
@@ -348,19 +394,8 @@ def sample_of(row: dict[str, Any], where: str) -> Sample:
         isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
     ):
         raise UserError(f'{where}: "input_ids" must be a non-empty list of token ids')
-    for key, value in (
-        ("text", text),
-        ("target", row.get("target")),
-        ("contrast", row.get("contrast")),
-        ("completion", completion),
-    ):
-        if value is not None and not isinstance(value, str):
-            raise UserError(f'{where}: "{key}" must be a string')
-        if value is not None and re.search("[\ud800-\udfff]", value):
-            raise UserError(
-                f'{where}: "{key}" contains half a character (a lone surrogate); correct the program that '
-                "wrote it"
-            )
+    given = {key: row.get(key) for key in ("target", "contrast")}
+    _require_texts({"text": text, **given, "completion": completion}, where)
     if text is not None and not text:
         raise UserError(f'{where}: "text" is empty; leave the line out')
     return Sample(

@@ -5,13 +5,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown
 from ..storage import read_text
 from .formats import plain_name
 from .reference_set import ReferenceSet, Rows, Sample, is_rows, open_file, sample_of, toxicity_of
-from .tokens import tokenize
+from .tokens import ask, render_sample, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,11 @@ class Request:
     max_rur: float = 0.5
     column: str | None = None
     """Of a file: the column that holds the texts, where it is not called text or prompt."""
+    chat: bool = False
+    """Each prompt becomes a user's turn, rendered by the model's chat template; the model's completion is its
+    answer."""
+    answer: str = "chosen"
+    """Which of a preference set's answers follows its messages: chosen or rejected."""
     taken: frozenset[str] = frozenset()
     """Prompts that another set of this run already holds."""
 
@@ -112,6 +117,7 @@ def gather(
         if request.choose_by == "repetition"
         else read(request, tokenizer, score)
     )
+    found = [_as_prompt(sample, request, tokenizer, f"sample {i}") for i, sample in enumerate(found)]
     if request.seq_len and any(len(sample.input_ids or ()) != request.seq_len for sample in found):
         raise UserError(
             f"source '{request.source}' gives its texts whole, and cannot cut them to seq_len "
@@ -133,6 +139,16 @@ def gather(
     )
 
 
+def _as_prompt(
+    sample: Sample, request: Request, tokenizer: "PreTrainedTokenizerBase | None", where: str
+) -> Sample:
+    """The sample as the model reads it: a chat by its template, and a plain text too where the request says
+    so. A sample that is rendered already stays as it is."""
+    if request.chat and request.seq_len is None:
+        return ask(sample, tokenizer, where)
+    return render_sample(sample, tokenizer, where)
+
+
 def _repetitive(
     request: Request, read: "Source", tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
 ) -> list[Sample]:
@@ -150,12 +166,12 @@ def _repetitive(
         new = [
             s
             for s in read(wide, tokenizer, None)
-            if s.text and s.text not in looked and s.text not in request.taken
+            if s.text and s.text not in looked and s.words not in request.taken
         ]
         looked.update(sample.text or "" for sample in new)
         for sample, (response, rur) in zip(new, score([sample.text or "" for sample in new]), strict=True):
             if rur is not None and rur <= request.max_rur:
-                chosen[sample.text or ""] = Sample(text=sample.text, completion=response)
+                chosen[sample.text or ""] = replace(sample, completion=response, line=None)
         if len(chosen) >= request.count or not new:
             break
     return list(chosen.values())[: request.count]
@@ -173,14 +189,15 @@ def _read_file(
     if request.choose_by:
         numbered = _in_order_of(rows, request.seeds[0])
         return _choose_toxic(
-            ((f"{request.source}, line {number}", row) for number, row in numbered), request, score
+            ((f"{request.source}, line {number}", row) for number, row in numbered), request, tokenizer, score
         )
 
     def sample(place: int) -> Sample:
         number, row = rows[place]
-        return replace(sample_of(row, f"{request.source}, line {number}"), line=number)
+        read = sample_of(row, where := f"{request.source}, line {number}", request.answer)
+        return replace(_as_prompt(read, request, tokenizer, where), line=number)
 
-    fresh = [place for place in range(len(rows)) if sample(place).text not in request.taken]
+    fresh = [place for place in range(len(rows)) if sample(place).words not in request.taken]
     return [
         sample(place)
         for place in (
@@ -244,7 +261,10 @@ def _realtoxicityprompts(
 ) -> list[Sample]:
     """RealToxicityPrompts (Gehman et al. 2020): prompts chosen by a toxicity."""
     return toxic_prompts(
-        stream(request.seeds[0], path="allenai/real-toxicity-prompts", split="train"), request, score
+        stream(request.seeds[0], path="allenai/real-toxicity-prompts", split="train"),
+        request,
+        tokenizer,
+        score,
     )
 
 
@@ -410,18 +430,26 @@ def _cuts(
             left -= 1
 
 
-def toxic_prompts(rows: Iterable[dict[str, Any]], request: Request, score: Score | None) -> list[Sample]:
+def toxic_prompts(
+    rows: Iterable[dict[str, Any]],
+    request: Request,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    score: Score | None,
+) -> list[Sample]:
     """Rows of RealToxicityPrompts chosen by a toxicity between min_toxicity and max_toxicity.
 
     choose_by: `prompt` or `continuation`, the data set's own scores; `completion`, the score of this model's
     own completion, which the sample then carries (the paper's way). Stops reading when there are enough.
     """
     numbered = ((f"{request.source}, row {number}", row) for number, row in enumerate(rows, 1))
-    return _choose_toxic(numbered, request, score)
+    return _choose_toxic(numbered, request, tokenizer, score)
 
 
 def _choose_toxic(
-    rows: Iterable[tuple[str, dict[str, Any]]], request: Request, score: Score | None
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    request: Request,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    score: Score | None,
 ) -> list[Sample]:
     """`toxic_prompts` of rows that have a name."""
     ways = ("prompt", "continuation", "completion")
@@ -429,7 +457,7 @@ def _choose_toxic(
     if by not in ways:
         raise unknown("choose_by", by, ways)
     low, high = request.min_toxicity or 0.0, 1.0 if request.max_toxicity is None else request.max_toxicity
-    fresh = _fresh_prompts(rows, request)
+    fresh = _fresh_prompts(rows, request, tokenizer)
     if by != "completion":
         fits = (
             sample
@@ -440,9 +468,9 @@ def _choose_toxic(
     if score is None:
         raise UserError("choose_by: completion needs a model to complete the prompts; use it in a recipe")
     chosen: list[Sample] = []
-    batch: list[str] = []
+    batch: list[Sample] = []
     for _, _, sample in fresh:
-        batch.append(cast(str, sample.text))
+        batch.append(sample)
         if len(batch) == AT_ONCE:
             chosen += _choose_by_completion(batch, score, low, high)
             batch = []
@@ -453,28 +481,28 @@ def _choose_toxic(
 
 
 def _fresh_prompts(
-    rows: Iterable[tuple[str, dict[str, Any]]], request: Request
+    rows: Iterable[tuple[str, dict[str, Any]]], request: Request, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> Iterator[tuple[str, dict[str, Any], Sample]]:
     """Rows of the request's split whose prompt no other set of the run holds. A prompt's split follows from
     its words."""
     seen = set(map(_plain, request.taken))
     for where, row in rows:
-        sample = sample_of(row, where)
-        if sample.text is None:
+        sample = sample_of(row, where, request.answer)
+        if sample.words is None:
             raise UserError(
                 f"{where} holds token ids, and prompts are chosen by their words; give a text, or leave "
                 f"choose_by out"
             )
-        key = _plain(sample.text)
+        key = _plain(sample.words)
         if key not in seen and (prompt_split(key) == "test") == (request.split == "test"):
             seen.add(key)
-            yield where, row, sample
+            yield where, row, _as_prompt(sample, request, tokenizer, where)
 
 
-def _choose_by_completion(prompts: list[str], score: Score, low: float, high: float) -> list[Sample]:
-    scored = score(prompts) if prompts else []
+def _choose_by_completion(prompts: list[Sample], score: Score, low: float, high: float) -> list[Sample]:
+    scored = score([prompt.text or "" for prompt in prompts]) if prompts else []
     return [
-        Sample(text=prompt, completion=completion)
+        replace(prompt, completion=completion)
         for prompt, (completion, value) in zip(prompts, scored, strict=True)
         if value is not None and completion and low <= value <= high
     ]
@@ -494,5 +522,5 @@ def prompt_split(text: str) -> str:
 
 def overlap(one: Iterable[Sample], other: Iterable[Sample]) -> list[str]:
     """Prompts that are in both, up to case and white space."""
-    known = {_plain(sample.text) for sample in one if sample.text}
-    return [sample.text for sample in other if sample.text and _plain(sample.text) in known]
+    known = {_plain(sample.words) for sample in one if sample.words}
+    return [sample.words for sample in other if sample.words and _plain(sample.words) in known]

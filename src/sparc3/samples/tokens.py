@@ -9,10 +9,11 @@ lose it). Nothing closes a prompt, and it is opened once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .chat import render, show
 from .reference_set import Sample
 
 if TYPE_CHECKING:
@@ -46,20 +47,51 @@ def read_sample(
 ) -> SampleTokens:
     """Token ids of prompt and completion, and the prompt's text. Raises UserError where a text has no
     tokenizer."""
+    sample = render_sample(sample, tokenizer, where)
     completion = sample.completion or ""
     if sample.input_ids is not None:
         text = decode(sample.input_ids, tokenizer) if tokenizer is not None else ""
         added = _continue(sample.input_ids, completion, _require(tokenizer, where)) if completion else ()
         return SampleTokens(sample.input_ids, added, text)
     text = sample.text or ""
+    shown = text if sample.turns is None else show(sample.turns)
     if not completion:
-        return SampleTokens(tokenize(text, _require(tokenizer, where)), (), text)
+        return SampleTokens(tokenize(text, _require(tokenizer, where)), (), shown)
     alone = tokenize(text.rstrip(" "), _require(tokenizer, where))
     whole = tokenize(text + completion, _require(tokenizer, where))
     shared = next(
         (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole))
     )
-    return SampleTokens(whole[:shared], whole[shared:], text)
+    return SampleTokens(whole[:shared], whole[shared:], shown)
+
+
+def render_sample(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> Sample:
+    """The sample with the text of its turns by the model's template, if it has turns and no text yet.
+
+    Raises:
+        UserError: there is no tokenizer, it has no template, or the template refuses the turns.
+    """
+    if sample.turns is None or sample.text is not None:
+        return sample
+    return replace(sample, text=render(sample.turns, _require(tokenizer, where), where))
+
+
+def ask(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> Sample:
+    """A plain prompt as a user's turn, rendered; a chat as it is. The space before a plain text's completion
+    goes, since an assistant's turn begins with a word.
+
+    Raises:
+        UserError: the sample is token ids, or the template cannot render it.
+    """
+    if sample.turns is None:
+        if sample.text is None:
+            raise UserError(
+                f"{where} is token ids, which no chat template renders; leave chat out, or give texts"
+            )
+        completion = sample.completion.lstrip() if sample.completion is not None else None
+        turns = (("user", sample.text.strip()),)
+        sample = replace(sample, turns=turns, text=None, completion=completion)
+    return render_sample(sample, tokenizer, where)
 
 
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:

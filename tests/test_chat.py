@@ -1,0 +1,176 @@
+"""Chat messages become the text of the model's own template, in every shape that data sets have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparc3 import ReferenceSet, Sample, UserError, attribute, evaluate, run
+from sparc3.models.load import load_model
+from sparc3.samples.chat import turns_of
+from sparc3.samples.sources import Request, gather
+from sparc3.samples.tokens import read_sample
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' + m.role) }}{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+ASKED = (("user", "Who is angry?"),)
+USER, ANSWER = {"role": "user", "content": "Who is angry?"}, {"role": "assistant", "content": "Tom is."}
+
+
+@pytest.fixture
+def chatty() -> tuple[Any, Any]:
+    model, tokenizer = load_model("demo", device="cpu")
+    tokenizer.chat_template = TEMPLATE
+    return model, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "completion"),
+    [
+        ({"messages": [USER, ANSWER]}, "chosen", "Tom is."),
+        ({"messages": [USER]}, "chosen", None),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Who is angry?"},
+                    {"from": "gpt", "value": "Tom is."},
+                ]
+            },
+            "chosen",
+            "Tom is.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who is angry?"}]}]},
+            "chosen",
+            None,
+        ),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "No."}]},
+            "rejected",
+            "No.",
+        ),
+        ({"prompt": [USER], "chosen": "Tom is.", "rejected": "No."}, "chosen", "Tom is."),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "No."}]}, "rejected", "No."),
+        ({"prompt": [USER], "completion": [ANSWER]}, "chosen", "Tom is."),
+    ],
+)
+def test_the_shapes_of_data_sets(row: dict[str, Any], answer: str, completion: str | None) -> None:
+    assert turns_of(row, answer, "line 1") == (ASKED, completion)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": ["hello"]}, "message 1"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images"),
+        ({"messages": [ANSWER]}, "before the assistant"),
+        ({"messages": [USER], "text": "x"}, '"text"'),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    ],
+)
+def test_what_is_no_chat_is_one_line_with_its_place(row: dict[str, Any], named: str, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [USER]}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"(?s)line 2.*{named}"):
+        ReferenceSet.load(tmp_path / "c.jsonl")
+
+
+def test_a_chat_is_read_as_the_template_writes_it_with_one_bos(chatty: tuple[Any, Any]) -> None:
+    _, tokenizer = chatty
+    read = read_sample(Sample(turns=ASKED, completion="Tom is."), tokenizer)
+    whole = "<s>[user] Who is angry?\n[assistant] Tom is."
+    assert (*read.prompt, *read.completion) == tuple(tokenizer(whole, add_special_tokens=False)["input_ids"])
+    assert read.prompt.count(tokenizer.bos_token_id) == 1
+    assert read.text == "user: Who is angry?"
+
+
+def test_plain_prompts_become_a_users_turn_and_are_the_same_prompt(
+    chatty: tuple[Any, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("Who is angry?\nWho is glad?\n")
+    found = gather(Request(str(path), 2, chat=True), chatty[1])
+    assert [sample.text for sample in found] == [
+        f"<s>[user] {text}\n[assistant] " for text in ("Who is angry?", "Who is glad?")
+    ]
+    assert [sample.words for sample in found] == ["Who is angry?", "Who is glad?"]
+    again = gather(Request(str(path), 1, chat=True, taken=frozenset({"Who is angry?"})), chatty[1])
+    assert [sample.words for sample in again] == ["Who is glad?"]
+    found.save(tmp_path / "saved.jsonl")
+    assert ReferenceSet.load(tmp_path / "saved.jsonl").fingerprint == found.fingerprint
+    assert [s.turns for s in ReferenceSet.load(tmp_path / "saved.jsonl")] == [s.turns for s in found]
+
+
+def test_attribute_of_messages_equals_that_of_their_tokens(chatty: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = chatty
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [USER, ANSWER]}) + "\n")
+    ids = tokenizer("<s>[user] Who is angry?\n[assistant] ", add_special_tokens=False)["input_ids"]
+    chat = attribute(model, ReferenceSet.load(tmp_path / "c.jsonl"), tokenizer=tokenizer)
+    plain = attribute(model, [ids], tokenizer=tokenizer)
+    assert all((chat[name] == plain[name]).all() for name in chat)
+
+
+def test_no_template_and_an_unknown_role_are_one_line(chatty: tuple[Any, Any]) -> None:
+    model, tokenizer = chatty
+    with pytest.raises(UserError, match="unknown role judge"):
+        attribute(model, [Sample(turns=(("judge", "Well?"),))], tokenizer=tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="chat template"):
+        attribute(model, [Sample(turns=ASKED)], tokenizer=tokenizer)
+
+
+def test_metrics_ask_and_judge_the_answer_alone(chatty: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = chatty
+    path = tmp_path / "p.txt"
+    path.write_text("".join(f"Tom number {i} was angry and yelled\n" for i in range(40)))
+    shared = {"source": str(path), "count": 4, "scorer": "lexicon", "generations": 1, "max_new_tokens": 6}
+    metrics = {"toxicity": {**shared, "chat": True}, "fluency": {"of": "toxicity"}}
+    found = evaluate(model, tokenizer, metrics)
+    figures = {m.metric: m for m in found.measurements}
+    assert figures["fluency"].n + figures["fluency"].failures >= 4
+
+
+def test_a_recipe_on_chats(tmp_path: Path) -> None:
+    folder = tmp_path / "chatty"
+    model, tokenizer = load_model("demo", device="cpu")
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, word in (("angry", "You fool."), ("polite", "Thank you.")):
+        rows = [
+            {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": word}]}
+            for i in range(6)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.txt").write_text("".join(f"Please say {i}\n" for i in range(5)))
+    recipe = {
+        "name": "chat",
+        "model": {"id": str(folder), "device": "cpu"},
+        "references": {
+            "general": {"source": str(tmp_path / "polite.jsonl"), "count": 6},
+            "undesired": {"source": str(tmp_path / "angry.jsonl"), "count": 6},
+        },
+        "attribution": {"target": "completion:1", "neuron": "signed"},
+        "selection": {"count": 5, "protect": False},
+        "evaluation": {
+            "toxicity": {
+                "source": str(tmp_path / "test.txt"),
+                "count": 3,
+                "chat": True,
+                "scorer": "lexicon",
+                "generations": 1,
+                "max_new_tokens": 4,
+            }
+        },
+        "compare": {"random_draws": 1},
+    }
+    run(recipe, tmp_path / "run")
+    first = json.loads((tmp_path / "run/samples/undesired.jsonl").read_text().splitlines()[0])
+    assert first["completion"] == "You fool."
+    assert first["rendered"].endswith("[assistant] ")
+    assert "user: Please say" in (tmp_path / "run/report.html").read_text()
