@@ -29,6 +29,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "pad_token_id": 1,
         "torch_dtype": "float16",
     },
+    "smollm2": {
+        **_LLAMA,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "TinyLlama/TinyLlama_v1.1": {
         **_LLAMA,
         "hidden_size": 2048,
@@ -73,6 +84,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 PARAMETERS = {
     "facebook/opt-125m": 125_239_296,
+    "smollm2": 134_515_008,
     "TinyLlama/TinyLlama_v1.1": 1_100_048_384,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,

@@ -196,7 +196,7 @@ def config_file(folder: Path, hub_id: str) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in bundled_recipes() if not name.startswith("demo")])
-def test_recipes_of_the_papers_models_fit_their_real_configurations(name: str, tmp_path: Path) -> None:
+def test_recipes_fit_the_real_configurations_of_their_models(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     config = load_config(config_file(tmp_path, recipe.model.id))
     shaped = Shaped(config, torch.bfloat16)

@@ -25,9 +25,9 @@ def turns_of(row: dict[str, Any], answer: str, where: str) -> tuple[tuple[Turn, 
     """The turns before the assistant's last one, and that one if there is any; None where the row has no
     messages.
 
-    Read are `messages` and `conversations`, and `prompt` as a list of messages; what follows them is `chosen`,
-    `rejected` or `completion`, a list of messages or a string (the preference sets' columns). `chosen` and
-    `rejected` without a prompt are whole conversations.
+    Read are `messages` and `conversations`, and `prompt` as a list of messages; what follows them is
+    `chosen`, `rejected` or `completion`, a list of messages or a string (the preference sets' columns).
+    `chosen` and `rejected` without a prompt are whole conversations.
 
     Args:
         answer: "chosen" or "rejected".
