@@ -99,7 +99,7 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
     digest = hashlib.sha256(model.config.model_type.encode())
     digest.update(json.dumps(_figures(model.config), sort_keys=True).encode())
     for name, parameter in (
-        (name, part) for name, whole in named_values(model) for part in _plain_parts(whole.detach())
+        (name, part) for name, whole in named_values(model) for part in plain_parts(whole.detach())
     ):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         rows = parameter.reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
@@ -132,11 +132,11 @@ def _exact_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
     return rest.add_(many.sum(dim, dtype=torch.int64))
 
 
-def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensor itself, or the ones that a quantised tensor is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in plain_parts(getattr(tensor, name))]
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -13,7 +13,7 @@ from ..errors import UserError, unknown
 from ..storage import parse_json, read_text
 from .adapters import NOT_BY_ITSELF, find_adapter, merge_
 from .families import FAMILIES, require_family
-from .fingerprint import require_present
+from .fingerprint import plain_parts, require_present
 from .gguf import find_gguf, gguf_config, load_gguf_tokenizer, load_gguf_weights
 from .hub import CONVERT, hub_errors, looks_local, require_hub
 from .memory import available
@@ -420,7 +420,9 @@ def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], la
             f"'{name}' has weights of more than the {len(blocks)} layers that config.json says "
             f"({min(beyond)}); {remedy}"
         )
-    for key, weight in named_values(model):
+    for key, weight in (
+        (key, part) for key, whole in named_values(model) for part in plain_parts(whole.detach())
+    ):
         if (
             weight.is_floating_point()
             and weight.numel()
