@@ -164,6 +164,7 @@ def test_a_plan_lists_what_the_run_does(
     )
     run(recipe, tmp_path / "run")
     assert lists == [stages.work]
+    assert stages.work.summary in (tmp_path / "run/log.txt").read_text()
     made = {path.stem for path in (tmp_path / "run/evaluation").glob("*.json")}
     left = len(list((tmp_path / "run/scores").glob("*.safetensors")))
     if name == "demo-tune":  # what a search finds decides how far it goes: the plan has the most

@@ -84,12 +84,7 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
     todo = list_work(
         recipe, sites, lambda name: any(sample.completion is not None for sample in work.references[name])
     )
-    log.info(
-        "work: %d attributions, %d evaluations%s",
-        len(todo.attributions),
-        len(todo.evaluations) + todo.alone,
-        f", at most {todo.trials} trials" if todo.trials else "",
-    )
+    log.info("work: %s", todo.summary)
     results = JOBS[recipe.job](work, stages)
     if distributed.is_main():
         results.save(folder / "results.json")

@@ -148,6 +148,16 @@ class WorkList:
     trials: int = 0
     score_files: int = 0
 
+    @property
+    def summary(self) -> str:
+        """The list in one line."""
+        sets = len({one.set for one in self.attributions})
+        trials = f", at most {self.trials} trials of a search" if self.trials else ""
+        return (
+            f"{len(self.attributions)} attributions of {sets} reference sets, "
+            f"{len(self.evaluations) + self.alone} evaluations{trials}"
+        )
+
 
 Completed = Callable[[str], bool]
 

@@ -32,7 +32,8 @@ class Plan:
         dtype: of the weights.
         weights: bytes of the model.
         scores, disk: bytes of one file of scores, and of all that the run leaves.
-        stages: the work, on one device.
+        work: the list of work in one line.
+        stages: what it costs, on one device.
         peak: most bytes on a device at once, weights included.
         peak_at: the stage with the most.
         host: most bytes beside a GPU, in the process's own memory.
@@ -50,6 +51,7 @@ class Plan:
     sites: int
     scores: int
     disk: int
+    work: str
     stages: tuple[Stage, ...]
     peak: int
     peak_at: str
@@ -97,6 +99,7 @@ class Plan:
                 f"scores  {self.units:,} {self.unit}s in {self.sites} sites; {_size(self.scores)} a set and "
                 "method, "
                 f"{_size(self.disk)} on disk in all",
+                f"work    {self.work}",
                 f"memory  {_size(self.peak)} of {_size(self.memory)} at most{host}; the most while doing: "
                 f"{self.peak_at}",
                 "",
@@ -178,6 +181,7 @@ def plan(
         len(stages.sites),
         4 * stages.units,
         4 * stages.units * stages.work.score_files,
+        stages.work.summary,
         tuple(done),
         peak,
         peak_at,
