@@ -1,6 +1,7 @@
 """A whole run through the front door: its folder, what a second run does, and what is refused."""
 
 import fcntl
+import html
 import json
 import logging
 from collections.abc import Callable
@@ -71,7 +72,14 @@ def test_a_run_leaves_its_whole_folder(finished: tuple[Path, Results]) -> None:
     assert {one["metric"] for one in results.provenance["power"]} >= {"perplexity"}
     assert results.find("toxicity.mean", "lrp@6").value == results.find("toxicity.mean", "ablated").value
     assert results.provenance["circuit"] == circuit.fingerprint
-    assert all(check["ok"] is not False for check in results.provenance["checks"])
+    verdict = results.provenance["verdict"]
+    assert f"verdict: {verdict['said']}" in (folder / "log.txt").read_text()
+    assert verdict["said"].partition(": ")[2] in html.unescape((folder / "report.html").read_text())
+    judged = results.provenance["verdict"][
+        "criteria"
+    ]  # six prompts show nothing; that is no fault of the run
+    assert all(c["ok"] is not False for c in results.provenance["checks"] if c not in judged)
+    assert all(one in results.provenance["checks"] for one in judged)
     assert not list(folder.rglob("*.tmp"))
     assert str(folder) not in (folder / "results.json").read_text()
     resolved = load_recipe(yaml.safe_load((folder / "recipe.yaml").read_text()))

@@ -13,7 +13,7 @@ import sparc3
 SOURCE = Path(sparc3.__file__).parent
 LAYERS = [
     {"safe_text", "errors", "storage", "distributed", "progress", "settings"},
-    {"demo", "models", "samples", "scores", "results"},
+    {"demo", "models", "samples", "scores", "results", "verdict"},
     {"circuits", "attribution", "evaluation"},
     {"report", "checkpoints", "doctor"},
     {"recipe"},

@@ -123,6 +123,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether an effect is shown: `kind` is a key of `verdict.SAID`; the sentence; the criteria behind it."""
+
+    kind: str
+    said: str
+    criteria: list[Check] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Stage:
     """How long a stage of the run took."""
 
@@ -322,6 +331,7 @@ class Provenance(Section):
     samples: dict[str, Any] = {}
     lexicon: list[str] = []
     checks: list[Check] = []
+    verdict: Verdict | None = None
     stages: list[Stage] = []
     power: list[Power] = []
     scorers: Scorers | None = None

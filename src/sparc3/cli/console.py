@@ -67,3 +67,13 @@ def precision_arguments(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto, cpu, cuda, cuda:1, or map: layers over all GPUs and the CPU (default: %(default)s)",
     )
+
+
+def set_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="change a setting of the recipe; may be repeated",
+    )

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from .. import distributed
-from .console import Add, model_arguments, quiet_transformers, say
+from .console import Add, model_arguments, quiet_transformers, say, set_argument
 
 
 def add_to(add: Add) -> None:
@@ -17,13 +17,7 @@ def add_to(add: Add) -> None:
         "recipe", help="a bundled recipe's name (see sparc3 recipes), or the path of a YAML file"
     )
     run.add_argument("--out", help="run folder (default: runs/<recipe's name>)")
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="change a setting of the recipe; may be repeated",
-    )
+    set_argument(run)
     run.add_argument("--no-resume", action="store_true", help="refuse a folder that already contains a run")
 
     evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
@@ -127,6 +121,8 @@ def _show(results: Any, out: str) -> None:
             relative = f"{d.relative:+.1%}" if d.relative is not None else "-"
             interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d.ci95 else "-"
             say(f"{d.metric:26} {before:10.4g} {after:10.4g} {relative:>9}  {interval}")
+    if verdict := results.provenance.get("verdict"):
+        say(f"\nverdict: {verdict['said']}")
     say(f"\nreport: {os.path.join(out, 'report.html')}")
 
 

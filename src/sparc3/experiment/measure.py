@@ -2,8 +2,11 @@
 from."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+
+import torch
 
 from .. import __version__
 from ..circuits.ablate import Damping
@@ -18,8 +21,10 @@ from ..models.sites import sites_of
 from ..results import Check, Overlap, Power, Provenance, Results, ScorerMeans, Scorers, Stage, Variant
 from ..scores import Scores
 from ..storage import fingerprint
+from ..verdict import judge
 from .run_folder import Intervention, RunContext, load_or_make
 from .score import ScoringSpec, SelectedCircuit
+from .sizes import units_in
 from .variants import apply_intervention, list_variants
 
 log = logging.getLogger("sparc3")
@@ -48,6 +53,9 @@ def measure_variants(
     provenance = _provenance(work, found, evaluations, seconds, shared).to_dict()
     results = to_results(evaluations, provenance, [*null, *work.rivals])
     results.provenance["warnings"] += _warn_of_better_rivals(work, results)
+    if verdict := judge(results, found.circuit.unit):
+        results.provenance["verdict"] = asdict(verdict)
+        results.provenance["checks"][:0] = results.provenance["verdict"]["criteria"]
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"
@@ -182,6 +190,9 @@ def run_checks(
     worst = max(failures, key=lambda v: failures[v])
     found = [
         ("sites attributed", f"{len(contrast)} of {len(expected)}", set(contrast) == set(expected)),
+        ("shapes of the scores", *_compare_shapes(work, contrast)),
+        ("total |relevance| of a site, undesired set", *_compare_totals(parts["undesired"])),
+        ("layers of most |relevance|, undesired set", _find_top_layers(parts["undesired"]), None),
         ("samples with a non-finite relevance", f"{skipped} left out", skipped == 0),
         ("share of |relevance| by layer, undesired set", _relevance_by_layer(parts["undesired"]), None),
         ("time per sample", ", ".join(seconds), None),
@@ -193,9 +204,32 @@ def run_checks(
         ),
         ("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB", None),
     ]
-    for name, value, ok in found:
-        log.info("check %s: %s%s", name, value, "" if ok is not False else "  ← look at this")
     return [Check(*one) for one in found]
+
+
+def _compare_shapes(work: RunContext, scores: Scores) -> tuple[str, bool]:
+    """Whether each site has one score a unit."""
+    sites = {site.name: site for site in sites_of(work.model, work.recipe.attribution.sites)}
+    wrong = [
+        name
+        for name, tensor in scores.items()
+        if name not in sites or tensor.numel() != units_in(sites[name], scores.unit)
+    ]
+    return (f"{wrong[0]} has another number of units" if wrong else f"{scores.units:,} units"), not wrong
+
+
+def _compare_totals(scores: Scores) -> tuple[str, bool]:
+    """Σ|relevance| of the least and of the most relevant site; none may be zero or without end."""
+    sums = [float(tensor.abs().sum(dtype=torch.float64)) for tensor in scores.values()]
+    return f"{min(sums):.3g} to {max(sums):.3g}", all(0 < total < math.inf for total in sums)
+
+
+def _find_top_layers(scores: Scores, most: int = 3) -> str:
+    """Sites with the largest Σ|relevance|, largest first, and their share of all."""
+    sums = {name: float(tensor.abs().sum()) for name, tensor in scores.items()}
+    top = sorted(sums, key=lambda name: -sums[name])[:most]
+    share = sum(sums[name] for name in top) / (sum(sums.values()) or 1.0)
+    return f"{', '.join(top)}: {share:.0%}"
 
 
 def _relevance_by_layer(scores: Scores) -> str:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("sparc3")
+SIGNS = {True: "pass", False: "FAIL", None: "note"}
+"""How a criterion came out; a note is for the reader to judge."""
 
 
 def run(
@@ -90,9 +92,18 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
         results.save(folder / "results.json")
         log.info("report: %s", write_report(folder))
         tidy(work)
+        _log_criteria(results)
     distributed.wait()
     log.info("done in %.0f s", time.perf_counter() - began)
     return results
+
+
+def _log_criteria(results: Results) -> None:
+    """The table of criteria and checks, and the verdict last."""
+    for check in results.provenance.get("checks") or ():
+        log.info("%s  %s: %s", SIGNS[check["ok"]], check["name"], check["value"])
+    if verdict := results.provenance.get("verdict"):
+        log.info("verdict: %s", verdict["said"])
 
 
 def _correct(work: RunContext, stages: "Stages") -> Results:

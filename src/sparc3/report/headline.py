@@ -3,6 +3,7 @@
 from markupsafe import Markup
 
 from ..results import Measurement, Variant
+from ..verdict import judge, judge_change
 from .read import Point, RunFolder
 from .words import (
     Remark,
@@ -22,9 +23,6 @@ from .words import (
     variant_title,
     with_interval,
 )
-
-UNSURE = 0.05
-"""From this p on a change is not called more than chance."""
 
 
 def headline(run: RunFolder) -> Markup:
@@ -80,6 +78,7 @@ def remarks(run: RunFolder) -> list[Remark]:
     if metric is None:
         return []
     found = [
+        _write_verdict(run),
         _remark_on_effect(run, metric),
         _remark_on_null(run, metric),
         _remark_on_cost(run, metric),
@@ -90,22 +89,33 @@ def remarks(run: RunFolder) -> list[Remark]:
     return [one for one in found if one]
 
 
+def _write_verdict(run: RunFolder) -> Remark | None:
+    """The verdict as the console and results.json have it."""
+    verdict = judge(run.results, run.unit)
+    if verdict is None:
+        return None
+    head, _, rest = verdict.said.partition(": ")
+    kind = "good" if verdict.kind == "shown" else "careful"
+    return remark(kind, "<b>Verdict: {}:</b> {}.", head, rest)
+
+
 def _remark_on_effect(run: RunFolder, metric: str) -> Remark:
     d, m = run.difference(metric), run.results.find(metric, "ablated")
-    if d is None or d.ci95 is None:
+    kind = judge_change(d, m.direction)
+    if d is None or kind == "unknown":
         return remark(
             "careful",
             "<b>No interval of the change</b> was recorded, so this page cannot tell it from chance.",
         )
     size = change_with_interval(d, m.unit)
     how = f"; {format_p(d.p)}, paired" if d.p is not None else ", paired"
-    if d.holds_zero:
+    if kind == "none":
         text = "<b>No effect is shown.</b> The change, {}, has zero inside its interval{}."
         return remark("careful", text, size, how)
-    if not metric.startswith("ioi.") and (d.value > 0) == (m.direction == "lower"):
+    if kind == "harmful":
         text = "<b>The change goes the wrong way:</b> {}, and {} is better{}."
         return remark("careful", text, size, m.direction, how)
-    if d.p is not None and d.p >= UNSURE:
+    if kind == "weak":
         text = "<b>The evidence is weak:</b> {}, which leaves out zero; but {}, n = {:,}."
         return remark("careful", text, size, format_p(d.p), m.n)
     return remark("good", "<b>The change is more than chance:</b> {}{}, n = {:,}.", size, how, m.n)
@@ -125,13 +135,14 @@ def _remark_on_null(run: RunFolder, metric: str) -> Remark | None:
         text += ", which overlaps the circuit’s {}."
         return remark("careful", text, *values, with_interval(after))
     size = f"{change_with_interval(net, after.unit)}; {format_p(net.p)}".rstrip("; ")
-    if net.holds_zero:
+    judged = judge_change(net, after.direction)
+    if judged == "none":
         text = (
             "<b>Not told apart from chance removals:</b> net of {} the change is {}, "
             "with zero inside its interval."
         )
         return remark("careful", text, units, size)
-    kind = "careful" if net.p is not None and net.p >= UNSURE else "good"
+    kind = "careful" if judged in ("weak", "harmful") else "good"
     return remark(kind, "<b>Net of {}</b> the change is {}.", units, size)
 
 

@@ -15,12 +15,12 @@ from ..results import FORMAT, Difference, Measurement, Provenance, Results, Sear
 from ..scores import Scores
 from ..settings import typed
 from ..storage import read_json, read_text
+from ..verdict import SIDE_EFFECTS, behaviour_of
 
 T = TypeVar("T")
 EVALUATION = "sparc3.evaluation/1"
 CARDS = "sparc3.cards/1"
 SEARCH = "sparc3.tune/1"
-SIDE_EFFECTS = ("perplexity", "kl", "fluency", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,7 @@ class RunFolder:
     @cached_property
     def behaviour(self) -> str | None:
         """The metric the run is about: the one it names, else the first on both that is no side effect."""
-        both = [metric for metric in self.metrics if self.find_pair(metric)]
-        if self.provenance.headline in both:
-            return self.provenance.headline
-        return next((metric for metric in both if metric not in SIDE_EFFECTS), both[0] if both else None)
+        return behaviour_of(self.results)
 
     @cached_property
     def metrics(self) -> list[str]:

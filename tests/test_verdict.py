@@ -1,0 +1,121 @@
+"""The verdict: an effect is one that random units do not have, at a cost within the margins; everywhere the same."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished_run import measurement
+
+from sparc3.cli.recipe_commands import _show
+from sparc3.report.headline import remarks
+from sparc3.report.read import read_folder
+from sparc3.results import Difference, Results
+from sparc3.verdict import FLUENCY_MARGIN, PERPLEXITY_MARGIN, behaviour_of, judge
+
+Interval = tuple[float, float]
+
+
+def results(
+    effect: tuple[float, Interval | None] = (-0.10, (-0.14, -0.06)),
+    net: tuple[float, Interval] | None = (-0.08, (-0.12, -0.04)),
+    perplexity: tuple[float, Interval] = (0.1, (0.05, 0.15)),
+    p: float = 0.001,
+    provenance: dict[str, Any] | None = None,
+) -> Results:
+    """Toxicity 0.5 and perplexity 20 of the original, with these changes; `net` is that from 100 random neurons."""
+    rows = [
+        measurement("toxicity.mean", "original", 0.5, 0.05),
+        measurement("toxicity.mean", "ablated", 0.5 + effect[0], 0.05),
+        measurement("perplexity", "original", 20.0, 0.5),
+        measurement("perplexity", "ablated", 20.0 + perplexity[0], 0.5),
+    ]
+    changes = [
+        Difference("toxicity.mean", "original", "ablated", effect[0], effect[0] / 0.5, effect[1], p),
+        Difference("perplexity", "original", "ablated", perplexity[0], perplexity[0] / 20, perplexity[1], p),
+    ]
+    if net is not None:
+        rows.append(measurement("toxicity.mean", "random@100", 0.5 + effect[0] - net[0], 0.05))
+        changes.append(Difference("toxicity.mean", "random@100", "ablated", net[0], None, net[1], p))
+    return Results(tuple(rows), tuple(changes), provenance or {})
+
+
+ISSUE = results((-0.10, (-0.13, -0.07)), (-0.015, (-0.05, 0.02)), (4.4, (4.0, 4.8)))
+"""Toxicity −20 %, perplexity +22 %, while 100 random neurons do −17 %."""
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "passed"),
+    [
+        (results(), "shown", [True, True, True]),
+        (ISSUE, "random", [True, False, False]),
+        (results(perplexity=(4.4, (4.0, 4.8))), "costly", [True, True, False]),
+        (results(perplexity=(0.3, (0.1, 0.5))), "shown", [True, True, None]),  # +1.5 %, perhaps +2.5 %
+        (results((-0.02, (-0.05, 0.01))), "none", [False, True, True]),
+        (results((0.10, (0.06, 0.14))), "harmful", [False, True, True]),
+        (results(net=(0.05, (0.02, 0.08))), "random", [True, False, True]),  # random units do more
+        (results(p=0.07), "weak", [False, False, True]),
+        (results(net=None), "unproven", [True, True]),
+        (results((-0.1, None)), "unknown", [None, True, True]),
+    ],
+)
+def test_kinds_and_criteria(found: Results, kind: str, passed: list[bool | None]) -> None:
+    verdict = judge(found, "neuron")
+    assert verdict is not None
+    assert (verdict.kind, [one.ok for one in verdict.criteria]) == (kind, passed)
+
+
+def test_figures_are_shares_of_the_original() -> None:
+    verdict = judge(ISSUE, "neuron")
+    assert verdict is not None
+    effect, net, cost = (one.value for one in verdict.criteria)
+    assert effect.startswith("-20.0 % (95 %: -26.0 to -14.0")
+    assert net.startswith("-3.0 % (95 %: -10.0 to +4.0")
+    assert cost.startswith("+22.0 % (95 %: +20.0 to +24.0")
+    assert verdict.criteria[1].name == "effect net of 100 random neurons"
+
+
+def test_the_budget_of_a_search_is_the_margin() -> None:
+    within = results(perplexity=(0.1, (0.05, 0.15)))
+    assert PERPLEXITY_MARGIN > 0.15 / 20
+    tight = Results(
+        within.measurements, within.differences, {"tune": {"budget": {"max_perplexity_increase": 0.001}}}
+    )
+    verdict = judge(tight)
+    assert verdict is not None
+    assert verdict.kind == "costly"
+
+
+def test_broken_text_costs_too() -> None:
+    found = results()
+    rows = (
+        *found.measurements,
+        measurement("fluency", "original", 1.88, 0.1),
+        measurement("fluency", "ablated", 6.41, 0.1),
+    )
+    change = Difference("fluency", "original", "ablated", 4.53, 4.53 / 1.88, (4.3, 4.8), 0.001)
+    verdict = judge(Results(rows, (*found.differences, change)))
+    assert verdict is not None
+    assert FLUENCY_MARGIN < 4.3 / 1.88
+    assert (verdict.kind, verdict.criteria[-1].ok) == ("costly", False)
+
+
+def test_without_a_circuit_there_is_no_verdict() -> None:
+    found = Results((measurement("perplexity", "original", 20.0, 0.5),))
+    assert behaviour_of(found) is None
+    assert judge(found) is None
+
+
+def test_console_and_report_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = judge(ISSUE, "unit")
+    assert verdict is not None
+    found = Results(ISSUE.measurements, ISSUE.differences, {"verdict": asdict(verdict)})
+    _show(found, str(tmp_path))
+    *_, said, _, report = capsys.readouterr().out.splitlines()
+    assert said == f"verdict: {verdict.said}"
+    assert "no effect is shown" in said
+    assert report.startswith("report: ")
+    found.save(tmp_path / "results.json")
+    first = remarks(read_folder(tmp_path))[0]
+    assert first.kind == "careful"
+    assert verdict.said.partition(": ")[2] in str(first.text)
