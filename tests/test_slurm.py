@@ -112,6 +112,54 @@ def test_further_options_of_slurm() -> None:
             lines(**options)
 
 
+def test_modules_variables_and_the_token(tmp_path: Path) -> None:
+    token = tmp_path / "my token"
+    token.write_text("hf_secret")
+    text = lines(
+        modules=("cuda/12.4", "python"), environment=("HF_HOME=/scratch/a b", "EMPTY="), token_file=str(token)
+    )
+    assert "hf_secret" not in "\n".join(text)
+    first = next(number for number, line in enumerate(text) if line.startswith("type module"))
+    last = text.index("cd " + str(Path.cwd()))
+    script = "\n".join(text[first:last])
+    # a stand-in for the module system, which is not made for `set -u`
+    said = subprocess.run(
+        ["bash"],
+        input='module() { echo "$1 $2"; }\n'
+        + script
+        + '\necho "$HF_HOME|$EMPTY|$HF_TOKEN_PATH|${HF_TOKEN:-none}"',
+        text=True,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "HF_TOKEN": "of the user"},
+    ).stdout
+    assert said.splitlines() == ["load cuda/12.4", "load python", f"/scratch/a b||{token}|none"]
+
+
+def test_a_module_that_is_not_there_ends_the_job() -> None:
+    script = "\n".join(line for line in lines(modules=("nowhere",)) if "module" in line)
+    done = subprocess.run(["bash"], input=f"module() {{ return 1; }}\n{script}\necho on", text=True)
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules": ("a; rm -rf ~",)},
+        {"modules": ("-r",)},
+        {"environment": ("NAME",)},
+        {"environment": ("A B=c",)},
+        {"environment": ("A=b\nc",)},
+        {"environment": ("HF_TOKEN=hf_secret",)},
+        {"token_file": "nowhere"},
+    ],
+)
+def test_what_a_job_cannot_be_set_up_with(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as told:
+        lines(**options)
+    assert "hf_secret" not in str(told.value)
+
+
 def test_options_pass_through_and_the_log_has_a_folder(
     sparc3: Call, mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

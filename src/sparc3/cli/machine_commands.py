@@ -3,10 +3,16 @@
 import argparse
 
 from ..errors import Sparc3Error
-from .console import Add, precision_arguments, quiet_transformers, say
+from .console import Add, precision_arguments, quiet_transformers, say, set_argument
 
 
 def add_to(add: Add) -> None:
+    _add_doctor(add)
+    _add_plan(add)
+    _add_slurm(add)
+
+
+def _add_doctor(add: Add) -> None:
     doctor = add("doctor", _doctor, "what this machine has, and whether relevance on a model is right")
     doctor.add_argument(
         "model",
@@ -15,19 +21,15 @@ def add_to(add: Add) -> None:
     )
     precision_arguments(doctor)
 
+
+def _add_plan(add: Add) -> None:
     plan = add(
         "plan",
         _plan,
         "what a recipe will need, before anything is loaded: memory, time, disk, and whether it fits",
     )
     plan.add_argument("recipe", help="a bundled recipe's name, or the path of a YAML file")
-    plan.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="change a setting of the recipe; may be repeated",
-    )
+    set_argument(plan)
     plan.add_argument(
         "--hardware",
         metavar="NAME",
@@ -40,6 +42,8 @@ def add_to(add: Add) -> None:
         "--config", metavar="FILE", help="the model's config.json, if the hub cannot be reached"
     )
 
+
+def _add_slurm(add: Add) -> None:
     slurm = add(
         "slurm", _slurm, "write a batch file that runs a recipe under SLURM, and goes on after a time-out"
     )
@@ -67,6 +71,7 @@ def add_to(add: Add) -> None:
         metavar="OPTION",
         help="a further option of sbatch, such as --qos=long; may be repeated",
     )
+    _add_environment(slurm)
     slurm.add_argument(
         "--array",
         type=int,
@@ -74,17 +79,31 @@ def add_to(add: Add) -> None:
         help="N runs, with seeds 0 to N-1 of the general set, in numbered run folders",
     )
     slurm.add_argument("--run-out", metavar="DIR", help="run folder (default: runs/<recipe's name>)")
-    slurm.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="change a setting of the recipe; may be repeated",
-    )
+    set_argument(slurm)
     slurm.add_argument(
         "--out", metavar="FILE", help="where the batch file goes (default: <recipe's name>.sbatch)"
     )
     slurm.add_argument("--submit", action="store_true", help="hand it to sbatch")
+
+
+def _add_environment(slurm: argparse.ArgumentParser) -> None:
+    slurm.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an environment module to load, such as cuda/12.4; may be repeated",
+    )
+    slurm.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an environment variable of the job; may be repeated",
+    )
+    slurm.add_argument(
+        "--token-file", metavar="FILE", help="a file with the hub's token, which the job reads when it starts"
+    )
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -132,6 +151,9 @@ def _slurm(args: argparse.Namespace) -> None:
         mem=args.mem,
         cpus_per_task=args.cpus_per_task,
         options=tuple(args.sbatch),
+        modules=tuple(args.module),
+        environment=tuple(args.env),
+        token_file=args.token_file,
         array=args.array,
         folder=args.run_out,
         sets=tuple(args.set),

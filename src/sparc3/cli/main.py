@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from .. import __version__, distributed
 from ..errors import Sparc3Error, UserError, unknown
-from . import circuit_commands, machine_commands, recipe_commands
+from . import circuit_commands, machine_commands, recipe_commands, score_commands
 from .console import Command, say, speak
 
 
@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
     for add_commands in (
         recipe_commands.add_to,
-        circuit_commands.add_score_commands,
-        circuit_commands.add_circuit_commands,
+        score_commands.add_to,
+        circuit_commands.add_to,
         machine_commands.add_to,
     ):
         add_commands(add)

@@ -18,6 +18,9 @@ GRACE = 120
 """Seconds before the time limit at which the job is told: enough for the batch under way and for saving the
 sums."""
 
+SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""Variables that hold the hub's token."""
+
 HEAD = """\
 #!/bin/bash
 #SBATCH --job-name={job}
@@ -34,7 +37,7 @@ BODY = """
 # {what}
 # {grace} s before the time limit SLURM sends USR1. The ranks save their sums and end, the job is queued
 # again, and the same command resumes. It also resumes after a node failure.
-set -uo pipefail
+{setup}set -uo pipefail
 {changes}
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
 
@@ -65,6 +68,9 @@ def sbatch(
     mem: str | None = None,
     cpus_per_task: int | None = None,
     options: tuple[str, ...] = (),
+    modules: tuple[str, ...] = (),
+    environment: tuple[str, ...] = (),
+    token_file: str | None = None,
     array: int | None = None,
     folder: str | None = None,
     sets: tuple[str, ...] = (),
@@ -79,34 +85,18 @@ def sbatch(
         partition, account, mem, cpus_per_task: SLURM's options of these names; mem is of each node, such as
             64G.
         options: further options, each as an #SBATCH line has it, such as "--qos=long".
+        modules: environment modules that the job loads, such as "cuda/12.4".
+        environment: variables of the job, as "NAME=value".
+        token_file: a file that holds the hub's token, which the hub's library reads when it needs it: the
+            token itself stands in no batch file and in no list of processes.
         array: this many runs, with the seeds 0 to array - 1, whose folders are numbered by their seeds.
         folder: the run folder.
 
     Raises:
-        UserError: numbers or a time that SLURM would not take.
+        UserError: numbers, a time or names that SLURM or bash would not take; no such token file.
     """
-    limit = seconds(time)
-    names = [word for word in (partition, account, mem) if word is not None]
-    for word in (name, folder or "", *names):
-        if word != one_line(word) or (word in names and not re.fullmatch(r"[\w.,-]+", word)):
-            raise UserError(f"{word!r} is not allowed in a batch file; use letters, digits, dots and dashes")
-    for option in options:
-        if option != one_line(option) or not re.fullmatch(r"--?[A-Za-z].*", option):
-            raise UserError(
-                f"{option!r} is not allowed in a batch file; give an option of sbatch, such as --qos=long"
-            )
-    if cpus_per_task is not None and cpus_per_task < 1:
-        raise UserError(f"--cpus-per-task is {cpus_per_task}; give --cpus-per-task at least 1")
-    if nodes < 1 or gpus < 0 or (array is not None and array < 1):
-        runs = "" if array is None else f" and {array} runs"
-        raise UserError(
-            f"{nodes} nodes with {gpus} GPUs{runs} make no job; give at least one node and one run"
-        )
-    if limit < 2 * GRACE:
-        raise UserError(
-            f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at "
-            f"least {2 * GRACE // 60} minutes"
-        )
+    _require_words(name, folder, (partition, account, mem), options)
+    _require_numbers(nodes, gpus, cpus_per_task, array, time)
     out = _locate_run(recipe, folder)
     resources = "".join(
         f"#SBATCH --{option}\n"
@@ -132,6 +122,7 @@ def sbatch(
     return head + BODY.format(
         what=f"sparc3 run {one_line(name)} on {machines}",
         grace=GRACE,
+        setup=_write_setup(modules, environment, token_file),
         changes=f"cd {shlex.quote(os.getcwd())}",
         threads=1 if gpus > 1 else "$(nproc)",
         cpus=f"--cpus-per-task={cpus_per_task} "
@@ -139,6 +130,63 @@ def sbatch(
         else "",  # srun does not take it from the job
         launch=_launch(name, out, nodes, max(1, gpus), array, sets),
     )
+
+
+def _require_numbers(nodes: int, gpus: int, cpus_per_task: int | None, array: int | None, time: str) -> None:
+    """Raise UserError for numbers that make no job, and a time that leaves it none to work."""
+    if cpus_per_task is not None and cpus_per_task < 1:
+        raise UserError(f"--cpus-per-task is {cpus_per_task}; give --cpus-per-task at least 1")
+    if nodes < 1 or gpus < 0 or (array is not None and array < 1):
+        runs = "" if array is None else f" and {array} runs"
+        raise UserError(
+            f"{nodes} nodes with {gpus} GPUs{runs} make no job; give at least one node and one run"
+        )
+    if seconds(time) < 2 * GRACE:
+        raise UserError(
+            f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at "
+            f"least {2 * GRACE // 60} minutes"
+        )
+
+
+def _require_words(
+    name: str, folder: str | None, asked: tuple[str | None, ...], options: tuple[str, ...]
+) -> None:
+    """Raise UserError for a word that would be something else in a batch file."""
+    names = [word for word in asked if word is not None]
+    for word in (name, folder or "", *names):
+        if word != one_line(word) or (word in names and not re.fullmatch(r"[\w.,-]+", word)):
+            raise UserError(f"{word!r} is not allowed in a batch file; use letters, digits, dots and dashes")
+    for option in options:
+        if option != one_line(option) or not re.fullmatch(r"--?[A-Za-z].*", option):
+            raise UserError(
+                f"{option!r} is not allowed in a batch file; give an option of sbatch, such as --qos=long"
+            )
+
+
+def _write_setup(modules: tuple[str, ...], environment: tuple[str, ...], token_file: str | None) -> str:
+    """The lines that load modules and export variables; a module that is not there ends the job."""
+    lines = []
+    for module in modules:
+        if not re.fullmatch(r"[\w.+/-]+", module) or module.startswith("-"):
+            raise UserError(f"{module!r} is no name of a module; give one such as cuda/12.4")
+        # Where bash does not know modules yet, the system's profile teaches it.
+        lines.append(f"type module > /dev/null 2>&1 || . /etc/profile\nmodule load {module} || exit 1")
+    for variable in environment:
+        name, there, value = variable.partition("=")
+        if not (there and re.fullmatch(r"[A-Za-z_]\w*", name) and value == one_line(value)):
+            raise UserError(f"{variable!r} is no variable; write NAME=value, in one line")
+        if name in SECRET:
+            raise UserError(
+                f"{name} would stand in the batch file for all to read; write the token into a file, and "
+                "name it with --token-file"
+            )
+        lines.append(f"export {name}={shlex.quote(value)}")
+    if token_file is not None:
+        if not Path(token_file).is_file():
+            raise UserError(f"no token file {token_file}; write the hub's token into it, or check the path")
+        lines.append(f"export HF_TOKEN_PATH={shlex.quote(str(Path(token_file).absolute()))}")
+        lines.append("unset HF_TOKEN  # it would go before the file")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def make_log_folder(recipe: Recipe, folder: str | None = None) -> None:
