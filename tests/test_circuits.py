@@ -462,7 +462,13 @@ def test_recipes_say_rows_and_groups(tmp_path: Path) -> None:
 
     def scope(*sets: str) -> Any:
         return load_recipe(
-            "demo", ["attribution.unit=weight", "selection.count=null", *(f"selection.{one}" for one in sets)]
+            "demo",
+            [
+                "attribution.unit=weight",
+                "selection.count=null",
+                "compare.counts=[]",
+                *(f"selection.{one}" for one in sets),
+            ],
         ).selection.scope
 
     assert [

@@ -391,7 +391,7 @@ def test_texts_that_another_tokenizer_reads_are_another_task(model: Any, tmp_pat
             partial=tmp_path / str(number),
             shard=(number, 2),
         )
-    with pytest.raises(UserError, match="differ in tokens fingerprint"):
+    with pytest.raises(UserError, match="differ in tokenizer"):
         merge([tmp_path / "1", tmp_path / "2"])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from ..models.experts import one_by_one
 from ..models.families import Family
-from ..models.offloading import forward_within, renew_
+from ..models.offloading import device_of, forward_within, renew_
 from ..models.sites import (
     dense_path,
     experts_in,
@@ -392,7 +392,7 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(model.device.type, enabled=False),
+            torch.autocast(device_of(model).type, enabled=False),
             open_experts(model),
         ):
             yield
