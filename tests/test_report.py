@@ -480,3 +480,13 @@ def test_scales_and_labels() -> None:
     moved = spread([10, 11, 12], 5, 0, 20)
     assert all(b - a >= 5 for a, b in zip(moved, moved[1:], strict=False))
     assert max(moved) <= 20
+
+
+def test_every_class_of_a_method_has_a_shape_and_a_colour() -> None:
+    from sparc3.report import charts, read
+
+    classes = {f"m{number}" for number in range(1, read.CLASSES + 1)}
+    style = (Path(read.__file__).parent / "page.css").read_text()
+    assert classes == set(charts._SHAPES)
+    assert all(style.count(f"--{name}: #") == 3 and f".off-{name} .{name}" in style for name in classes)
+    assert len(set(charts._SHAPES.values())) == read.CLASSES

@@ -80,8 +80,15 @@ _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
         for x, y in ((0, -0.6), (0.7, -1.3), (1.3, -0.7), (0.6, 0), (1.3, 0.7), (0.7, 1.3))
     ),
     "m6": ((-0.6, -1.1), (0.6, -1.1), (1.2, 0), (0.6, 1.1), (-0.6, 1.1), (-1.2, 0)),
+    "m7": tuple(
+        (a * x, a * y)
+        for a in (1, -1)
+        for x, y in ((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4))
+    ),
+    "m8": ((-1.1, -1.1), (1.1, -1.1), (0, 0), (1.1, 1.1), (-1.1, 1.1), (0, 0)),
 }
-"""Corners of a mark of size 1: square, triangles, diamond, cross, hexagon; every other class is a disc."""
+"""Corners of a mark of size 1: square, triangles, diamond, cross, hexagon, plus, hourglass; any other class is
+a disc."""
 
 
 def number(value: float) -> str:

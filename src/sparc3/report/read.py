@@ -22,6 +22,9 @@ EVALUATION = "sparc3.evaluation/1"
 CARDS = "sparc3.cards/1"
 SEARCH = "sparc3.tune/1"
 
+CLASSES = 8
+"""Colours and shapes that the page has for other methods (`charts._SHAPES` and page.css)."""
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -179,9 +182,9 @@ class RunFolder:
 
     @cached_property
     def colours(self) -> dict[str, str]:
-        """Method → the class it is drawn in: m0 for the circuit's own, mr for random, else m1 … m6."""
+        """Method → the class it is drawn in: m0 for the circuit's own, mr for random, else m1 … m8."""
         others = [method for method in self.methods if method not in (self.method, "random")]
-        given = {method: f"m{index % 6 + 1}" for index, method in enumerate(others)}
+        given = {method: f"m{index % CLASSES + 1}" for index, method in enumerate(others)}
         return {**({self.method: "m0"} if self.method else {}), **given, "random": "mr"}
 
     def last_points(self, metric: str) -> dict[str, Point]:
