@@ -87,8 +87,7 @@ _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
     ),
     "m8": ((-1.1, -1.1), (1.1, -1.1), (0, 0), (1.1, 1.1), (-1.1, 1.1), (0, 0)),
 }
-"""Corners of a mark of size 1: square, triangles, diamond, cross, hexagon, plus, hourglass; any other class is
-a disc."""
+"""Corners of a mark of size 1: square, triangles, diamond, cross, hexagon, plus, hourglass; else a disc."""
 
 
 def number(value: float) -> str:
