@@ -2,6 +2,11 @@
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import distributed
@@ -41,6 +46,13 @@ def add_to(add: Add) -> None:
     evaluate.add_argument(
         "--force", action="store_true", help="apply a circuit that was made on other weights"
     )
+    evaluate.add_argument(
+        "--engine",
+        default="transformers",
+        choices=("transformers", "llama.cpp"),
+        help="what writes the continuations of toxicity and repetition; llama.cpp needs a GGUF "
+        "(default: %(default)s)",
+    )
 
     report = add("report", _report, "rebuild the report of a run folder")
     report.add_argument("run_dir", metavar="RUN_DIR")
@@ -69,6 +81,7 @@ def _run(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from ..circuits.ablate import ablated
     from ..circuits.circuit import Circuit
+    from ..evaluation.engines import llama_cpp, require_llama_cpp
     from ..evaluation.evaluate import evaluate
     from ..evaluation.metrics import parse_metrics
     from ..models.load import load_model
@@ -81,16 +94,41 @@ def _evaluate(args: argparse.Namespace) -> None:
     require_place(args.out)
     quiet_transformers()
     distributed.start()
-    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
-    if circuit and not args.force:
-        circuit.require_model(model)
-    variants = {"ablated": lambda: ablated(model, circuit)} if circuit else None
-    results = evaluate(model, tokenizer, asked, variants=variants, progress=True)
+    with ExitStack() as stack:
+        files: tuple[Path, Path] | None = None
+        if args.engine == "llama.cpp":
+            engine = require_llama_cpp()
+            files = _files_for_llama_cpp(args.model, circuit, Path(stack.enter_context(TemporaryDirectory())))
+            stack.enter_context(llama_cpp(files[0]))
+        model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
+        if circuit and not args.force:
+            circuit.require_model(model)
+
+        @contextmanager
+        def without(circuit: Circuit) -> Iterator[None]:
+            with ablated(model, circuit), llama_cpp(files[1]) if files else nullcontext():
+                yield
+
+        variants = {"ablated": lambda: without(circuit)} if circuit else None
+        results = evaluate(model, tokenizer, asked, variants=variants, progress=True)
     if not distributed.is_main():
         return
+    if files:
+        results = replace(results, provenance={**results.provenance, "engine": engine})
     results.save(args.out)
     for m in results:
         say(f"{m.metric:26} {m.variant:10} {'-' if m.value is None else format(m.value, '.4g'):>10}")
+
+
+def _files_for_llama_cpp(model: str, circuit: Any, folder: Path) -> tuple[Path, Path]:
+    """The GGUF, and one in the folder without the circuit (the same where there is none)."""
+    from ..checkpoints.gguf_patch import locate_gguf, patch_gguf
+
+    path = locate_gguf(model)
+    if circuit is None:
+        return path, path
+    patch_gguf(path, circuit, folder / "ablated.gguf", force=True)  # whose it is, is checked on the model
+    return path, folder / "ablated.gguf"
 
 
 def _report(args: argparse.Namespace) -> None:

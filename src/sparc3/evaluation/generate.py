@@ -4,9 +4,10 @@ import random
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +60,26 @@ class _Finite:
         lost = ~scores.amax(-1).isfinite()  # a NaN or +Inf anywhere; −Inf everywhere
         self.lost = lost if self.lost is None else self.lost | lost
         return torch.where(lost[:, None], 0.0, scores)
+
+
+class Engine(Protocol):
+    """Something other than transformers that writes continuations."""
+
+    def write(self, rows: list[tuple[list[int], int]], new: int, temperature: float, seed: int) -> list[str]:
+        """The continuation of each row, (token ids, number of the generation), of up to `new` tokens."""
+
+
+_ENGINE: ContextVar[Engine | None] = ContextVar("engine", default=None)
+
+
+@contextmanager
+def writes_with(engine: Engine) -> Iterator[None]:
+    """Inside, `complete` has the engine write."""
+    token = _ENGINE.set(engine)
+    try:
+        yield
+    finally:
+        _ENGINE.reset(token)
 
 
 def read_prompts(
@@ -122,6 +143,11 @@ def complete(
             f"{context_length(model)}; "
             "shorten the prompts or max_new_tokens"
         )
+    if (engine := _ENGINE.get()) and rows:
+        written = engine.write(
+            [(encoded[prompt], k) for prompt, k in rows], max_new_tokens, temperature, seed
+        )
+        return [written[p * generations : (p + 1) * generations] for p in range(len(prompts))]
     texts = run_longest_first(
         [(encoded[prompt], k) for prompt, k in rows],
         lambda row: len(row[0]),
