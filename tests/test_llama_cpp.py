@@ -104,7 +104,8 @@ def test_llama_cpp_writes_the_continuations(smollm2: tuple[Path, Any, Any], tmp_
 def test_engines_are_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    out = ["--metrics", "repetition", "--engine", "llama.cpp", "--out", str(tmp_path / "results.json")]
+    asked = ["--metrics", "repetition", "--set", "repetition.source=demo-loop"]
+    out = [*asked, "--engine", "llama.cpp", "--out", str(tmp_path / "results.json")]
     monkeypatch.setattr("sparc3.evaluation.engines.find_spec", lambda name: None)
     for engine, named in ((None, "xllamacpp"), ("llama.cpp 1", "not a GGUF")):
         if engine:
