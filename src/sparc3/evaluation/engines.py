@@ -82,7 +82,7 @@ class LlamaCpp:
 def require_llama_cpp() -> str:
     """Its version, for a provenance. Raises UserError where it is not installed."""
     if find_spec("xllamacpp") is None:
-        raise UserError("engine llama.cpp needs the package xllamacpp; run: pip install --no-deps xllamacpp")
+        raise UserError("engine llama.cpp needs the package xllamacpp; run: pip install xllamacpp")
     return f"llama.cpp (xllamacpp {importlib.metadata.version('xllamacpp')})"
 
 
