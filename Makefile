@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/sparc3 demo --out demo-run
 
 # The three jobs on a real pretrained model, SmolLM2-135M out of a package, on the slices of public data in data/:
-# about 40 minutes on two cores, without a model or data set hub. `real-all` runs the other recipes too, for hours.
+# 70 minutes on two cores beside other work, without a model or data set hub. `real-all` runs the other recipes too, for hours.
 PROMPTS := data/realtoxicityprompts.jsonl.gz
 GENERAL := --set references.general.source=data/c4.jsonl.gz
 TEXT := --set evaluation.perplexity.source=data/wikitext2-test.raw.gz
