@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sparc3 import ReferenceSet, Sample, UserError, attribute, evaluate, run
+from sparc3.evaluation.perplexity import _window
 from sparc3.models.load import load_model
 from sparc3.samples.chat import turns_of
 from sparc3.samples.sources import Request, gather
@@ -132,7 +133,14 @@ def test_metrics_ask_and_judge_the_answer_alone(chatty: tuple[Any, Any], tmp_pat
     metrics = {"toxicity": {**shared, "chat": True}, "fluency": {"of": "toxicity"}}
     found = evaluate(model, tokenizer, metrics)
     figures = {m.metric: m for m in found.measurements}
-    assert figures["fluency"].n + figures["fluency"].failures >= 4
+    assert figures["fluency"].n + figures["fluency"].failures == 4
+
+
+def test_fluency_reads_an_answer_after_the_rendered_prompt(chatty: tuple[Any, Any]) -> None:
+    _, tokenizer = chatty
+    whole = tokenizer("<s>[user] Who is angry?\n[assistant] Tom is.", add_special_tokens=False)["input_ids"]
+    answer = read_sample(Sample(turns=ASKED, completion="Tom is."), tokenizer).completion
+    assert _window(tokenizer, Sample(turns=ASKED), "Tom is.", 100) == (tuple(whole), len(answer))
 
 
 def test_a_recipe_on_chats(tmp_path: Path) -> None:

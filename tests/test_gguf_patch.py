@@ -16,7 +16,7 @@ from tests.test_gguf import logits, permute
 from tests.tiny import CONFIGS, tiny
 
 from sparc3 import Circuit, UserError, ablate_
-from sparc3.checkpoints.gguf_blocks import SCALES, scaled, zeros
+from sparc3.checkpoints.gguf_blocks import SCALES, scale_blocks, zeros
 from sparc3.checkpoints.gguf_names import architecture_of, locate
 from sparc3.checkpoints.gguf_patch import GgufPatch, patch_gguf, undo_patch
 from sparc3.cli.main import main
@@ -142,17 +142,17 @@ def test_half_the_scales_are_half_the_weights(name: str) -> None:
     block = numpy.random.default_rng(0).integers(0, 256, (20, gguf.GGML_QUANT_SIZES[kind][1]), numpy.uint8)
     for place in SCALES[name]:
         block[:, place : place + 2] = numpy.array([0.0123], numpy.float16).view(numpy.uint8)
-    halved = scaled(block, kind, 0.5)
+    halved = scale_blocks(block, kind, 0.5)
     assert numpy.array_equal(gguf.dequantize(halved, kind), gguf.dequantize(block, kind) / 2)
     with pytest.raises(UserError, match=name):
-        scaled(block, kind, 0.9)
+        scale_blocks(block, kind, 0.9)
 
 
 def test_scales_that_are_no_floats_are_refused() -> None:
     for name in ("MXFP4", "NVFP4", "IQ1_M"):
         size = gguf.GGML_QUANT_SIZES[TYPES[name]][1]
         with pytest.raises(UserError, match=name):
-            scaled(numpy.ones((1, size), numpy.uint8), TYPES[name], 0.5)
+            scale_blocks(numpy.ones((1, size), numpy.uint8), TYPES[name], 0.5)
 
 
 @pytest.mark.parametrize(("unit", "members"), [("neuron", {UP: (0, 5)}), ("head", {OUT: (1,)})])

@@ -177,8 +177,7 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
         if describe(model)["fingerprint"] != described["fingerprint"]:
             raise UserError(
                 f"the shards were made on {described['id']}, whose weights differ from this model's; give "
-                "that "
-                "model"
+                "that model"
             )
         sites = sites_of(model, {site.role for site in sites})
     roles = tuple(dict.fromkeys(site.role for site in sites))
@@ -256,8 +255,7 @@ def _samples_of_shard(encoded: list[Encoded], task: Task, partial: str | Path | 
     if not task.share():
         raise UserError(
             f"only {len(encoded)} samples were given, so shard {task.shard[0]}/{task.shard[1]} has none; use "
-            "fewer "
-            "shards"
+            "fewer shards"
         )
     return [encoded[place] for place in task.share()]
 

@@ -164,7 +164,6 @@ def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Se
     if settings.unit == "weight" and method.targeted and settings.non_finite == "skip":
         raise UserError(
             "unit weight does not support non_finite skip, because a sample cannot be removed from its "
-            "running "
-            "sums; use non_finite error, and leave out the sample that it names"
+            "running sums; use non_finite error, and leave out the sample that it names"
         )
     return method, replace(settings, seed=int(settings.method.partition(":")[2] or 0))

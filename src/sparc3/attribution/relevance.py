@@ -321,8 +321,7 @@ def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Te
         if not (g.sum(dtype=torch.float32) + x.sum(dtype=torch.float32)).isfinite():
             raise NonFinite(
                 f"the relevance of sample {batch.samples[row].index} is not finite at {site.name}; look at "
-                "that sample, leave it out, "
-                "or load the model in bfloat16 or float32"
+                "that sample, leave it out, or load the model in bfloat16 or float32"
             )
     if grad[0].device.type == "cpu" and grad[0].dtype in (torch.float16, torch.bfloat16):
         pairs = [(g.float(), x.float()) for g, x in pairs]

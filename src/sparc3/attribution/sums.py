@@ -80,8 +80,7 @@ class Sums:
                 bad = batch.samples[int((~finite).nonzero()[0])].index
                 raise NonFinite(
                     f"the relevance of sample {bad} is not finite at {name}; look at that sample, load the "
-                    "model in bfloat16 or float32, "
-                    "or leave such samples out with --non-finite skip"
+                    "model in bfloat16 or float32, or leave such samples out with --non-finite skip"
                 )
             good &= finite
         for name, value in rows.items():

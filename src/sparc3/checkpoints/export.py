@@ -199,8 +199,7 @@ def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Pat
     if not difference <= (limit := ROUNDINGS * torch.finfo(model.dtype).eps):
         raise Sparc3Error(
             "the smaller model's logits are not those of the zeroed one (relative difference "
-            f"{difference:.2g}, limit {limit:.2g}), and nothing was "
-            "written; leave out --shrink"
+            f"{difference:.2g}, limit {limit:.2g}), and nothing was written; leave out --shrink"
         )
 
 

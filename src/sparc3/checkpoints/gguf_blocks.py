@@ -75,8 +75,7 @@ def plan_changes(path: Path, reader: Any, architecture: str, circuit: Circuit) -
     if circuit.unit == "weight":
         raise UserError(
             "single weights cannot be taken out of a GGUF: a block of a quantised type holds 32 or more of "
-            "them under one scale; "
-            "ablate the Hugging Face model, and convert the result"
+            "them under one scale; ablate the Hugging Face model, and convert the result"
         )
     if reader.byte_order != "I":
         raise UserError(f"{path} is in the other byte order than this machine's; convert it first")
@@ -145,8 +144,7 @@ class _File:
         if here != size:
             raise UserError(
                 f"the circuit was found on a model with {size} {self.circuit.unit}s in {name}, and "
-                f"{self.path} has {here}; "
-                "use the model it was made on"
+                f"{self.path} has {here}; use the model it was made on"
             )
 
     def changes(self, name: str, units: tuple[int, ...]) -> Iterator[Change]:
@@ -191,9 +189,8 @@ class _File:
             if start % block or stop % block:
                 raise UserError(
                     f"head {first if start % block else last} of {where.tensor} ends inside a block of "
-                    f"{tensor.tensor_type.name}: "
-                    f"heads have {width} columns, blocks {block}; use a file of narrower blocks, or ablate "
-                    "the Hugging Face model"
+                    f"{tensor.tensor_type.name}: heads have {width} columns, blocks {block}; use a file of "
+                    "narrower blocks, or ablate the Hugging Face model"
                 )
             begin = int(tensor.data_offset) + start // block * size
             yield Change(
@@ -240,7 +237,7 @@ def _weaken(change: Change, data: Any, kind: Any, strength: float) -> Change:
 
     where = change.offset + change.stride * numpy.arange(change.count)[:, None] + numpy.arange(change.length)
     before = numpy.asarray(data[where])
-    after = zeros(before, kind) if strength == 1 else scaled(before, kind, 1 - strength)
+    after = zeros(before, kind) if strength == 1 else scale_blocks(before, kind, 1 - strength)
     return replace(change, before=before.tobytes(), after=after.tobytes())
 
 
@@ -262,12 +259,11 @@ def zeros(before: Any, kind: Any) -> Any:
     return after
 
 
-def scaled(before: Any, kind: Any, factor: float) -> Any:
+def scale_blocks(before: Any, kind: Any, factor: float) -> Any:
     """Blocks [..., bytes] of weights `factor` times as large.
 
     Weights of F32, F16 and BF16 are rounded to their type, as in a checkpoint of it. Quantised ones keep
-    their codes, and their scales are
-    multiplied.
+    their codes, and their scales are multiplied.
 
     Raises:
         UserError: a scale times the factor is no number of the scale's type, or the type's scales are no
@@ -294,8 +290,7 @@ def scaled(before: Any, kind: Any, factor: float) -> Any:
     wanted = dequantize(blocks, kind).astype(numpy.float64) * factor
     if not numpy.array_equal(dequantize(after, kind), wanted.astype(numpy.float32)):
         raise UserError(
-            f"{factor:g} times a scale of type {kind.name} is not always a 16-bit number, so that the "
-            "change would not be exact; "
-            "use a strength of 0.5 or 0.75, whose factors are powers of two, or 1"
+            f"{factor:g} times a scale of type {kind.name} is not always a 16-bit number, so that the change "
+            "would not be exact; use a strength of 0.5 or 0.75, whose factors are powers of two, or 1"
         )
     return after.reshape(before.shape)

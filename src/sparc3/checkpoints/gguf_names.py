@@ -79,8 +79,7 @@ def require_same_architecture(model_type: str | None, architecture: str, path: A
     if model_type not in known:
         raise UserError(
             f"the circuit was found on a model of architecture {model_type}, and {path} is of architecture "
-            f"{architecture}; "
-            "use the model it was made on"
+            f"{architecture}; use the model it was made on"
         )
     return model_type
 

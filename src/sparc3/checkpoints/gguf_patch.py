@@ -127,7 +127,7 @@ def patch_gguf(
     """
     path = locate_gguf(name)
     target = _target(path, name, out, in_place)
-    with _unchanged(path, in_place) as require_unchanged:
+    with _watch_for_changes(path, in_place) as require_unchanged:
         reader, architecture = read_gguf(path)
         changes, sure = plan_changes(path, reader, architecture, circuit)
         del reader  # and its map of the file
@@ -163,7 +163,7 @@ def undo_patch(
     """
     path, undone = locate_gguf(name), GgufPatch.load(patch)
     target = _target(path, name, out, in_place)
-    with _unchanged(path, in_place) as require_unchanged:
+    with _watch_for_changes(path, in_place) as require_unchanged:
         size, back = path.stat().st_size, [(c, c.before) for c in undone.changes]
         if size != undone.size:
             raise UserError(
@@ -227,7 +227,7 @@ def _free_name(path: Path) -> Path:
 
 
 @contextmanager
-def _unchanged(path: Path, alone: bool) -> Iterator[Any]:
+def _watch_for_changes(path: Path, alone: bool) -> Iterator[Any]:
     """Gives a check that raises Sparc3Error where the file was written to since, or is being changed by
     another sparc3."""
 

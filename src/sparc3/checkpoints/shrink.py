@@ -107,8 +107,7 @@ def _width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
             return key, widths.pop()
     raise UnsupportedModel(
         f"the configuration of {model.config.model_type} does not say how wide its MLPs are, so --shrink "
-        "cannot "
-        "change the width; omit --shrink"
+        "cannot change the width; omit --shrink"
     )
 
 
@@ -127,9 +126,8 @@ def _same_number(circuit: Circuit, ups: list[Site]) -> dict[str, tuple[int, ...]
     if len(counts) > 1:
         raise UserError(
             "--shrink must remove the same number of neurons from every layer, but this circuit takes "
-            f"{counts[0]} from one "
-            f"and {counts[-1]} from another; select with --scope site (selection.scope: site in a recipe), "
-            "or omit --shrink"
+            f"{counts[0]} from one and {counts[-1]} from another; select with --scope site (selection.scope: "
+            "site in a recipe), or omit --shrink"
         )
     if counts[0] in (0, ups[0].out):
         raise UserError(

@@ -92,8 +92,7 @@ def _sizes(one: Circuit, other: Circuit) -> dict[str, int] | None:
         odd = sorted(name for name in {*first, *second} if first.get(name) != second.get(name))[0]
         raise UserError(
             f"the circuits were selected from different sites or sizes (such as {odd}), so chance overlap is "
-            "undefined; "
-            "select both from the same sites"
+            "undefined; select both from the same sites"
         )
     return first if first is not None else second
 
@@ -115,8 +114,7 @@ def require_alike(one: Circuit, other: Circuit) -> None:
     if first and second and first != second:
         raise UserError(
             f"the circuits were made on {one.model.get('id')} ({first}) and {other.model.get('id')} "
-            f"({second}); "
-            "use circuits of the same model"
+            f"({second}); use circuits of the same model"
         )
     for name in one.members if one.unit == "weight" else ():
         if name in other.members and one.members[name].shape != other.members[name].shape:

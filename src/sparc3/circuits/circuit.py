@@ -111,9 +111,8 @@ class Circuit:
         here = describe(model)
         if self.model.get("fingerprint") != here["fingerprint"]:
             raise UserError(
-                f"the circuit was made on {self.model.get('id')} ({self.model.get('fingerprint')}), "
-                f"not on {here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it "
-                "anyway"
+                f"the circuit was made on {self.model.get('id')} ({self.model.get('fingerprint')}), not on "
+                f"{here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it anyway"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -84,16 +84,14 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
     if models[0].get("fingerprint") != models[1].get("fingerprint"):
         raise UserError(
             f"the {name} scores are of model {models[1].get('id')} ({models[1].get('fingerprint')}) but the "
-            "undesired "
-            f"scores are of {models[0].get('id')} ({models[0].get('fingerprint')}); score both on the same "
-            "model"
+            f"undesired scores are of {models[0].get('id')} ({models[0].get('fingerprint')}); score both on "
+            "the same model"
         )
     readers = [scores.provenance.get("tokenizer") for scores in (undesired, other)]
     if all(readers) and readers[0] != readers[1]:
         raise UserError(
             f"the {name} scores were made with tokenizer {readers[1]} and the undesired ones with "
-            f"{readers[0]}; "
-            "score both with the model's own"
+            f"{readers[0]}; score both with the model's own"
         )
     for key in ("unit", "method", "neuron"):
         expected, actual = undesired.provenance.get(key), other.provenance.get(key)
@@ -113,8 +111,7 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
         if expected_shape != actual_shape:
             raise UserError(
                 f"{site} has shape {actual_shape} in the {name} scores but {expected_shape} in the undesired "
-                "scores; "
-                "score both on the same model"
+                "scores; score both on the same model"
             )
 
 
@@ -162,8 +159,7 @@ def select(
         if not tensor.isfinite().all():
             raise NonFinite(
                 f"the scores of {name} contain a NaN or Inf at unit "
-                f"{int((~tensor.isfinite()).nonzero()[0][0])}; "
-                "compute the scores again"
+                f"{int((~tensor.isfinite()).nonzero()[0][0])}; compute the scores again"
             )
     if scope == "row" or groups:
         masks = _select_in_rows(scores, count=count, fraction=fraction, groups=groups, order=order)
@@ -226,8 +222,7 @@ def _select_in_rows(
     if _candidates_only(scores):
         raise UserError(
             f"scope {scope} takes the same number from every row, but a matched contrast only has candidates "
-            "below zero; "
-            "use scope global or site"
+            "below zero; use scope global or site"
         )
     masks = {}
     for name, tensor in scores.items():
@@ -285,8 +280,7 @@ def _resolve_count(
         if wanted > candidates:
             raise UserError(
                 f"{wanted} {scores.unit}s were asked for, but the matched contrast has {candidates} "
-                "candidates "
-                f"below zero{place}; ask for fewer, or lower the penalty"
+                f"candidates below zero{place}; ask for fewer, or lower the penalty"
             )
     return wanted
 

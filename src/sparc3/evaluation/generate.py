@@ -140,8 +140,7 @@ def complete(
     if longest + max_new_tokens > context_length(model):
         raise UserError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's "
-            f"{context_length(model)}; "
-            "shorten the prompts or max_new_tokens"
+            f"{context_length(model)}; shorten the prompts or max_new_tokens"
         )
     if (engine := _ENGINE.get()) and rows:
         written = engine.write(

@@ -121,8 +121,7 @@ class _data:  # noqa: N801  a context manager, used like a function
                 said = " ".join(str(link).split())[:200]
                 raise UserError(
                     f"lm-evaluation-harness cannot reach the data of {', '.join(self.tasks)} ({said}); run "
-                    "it once where the hub can be "
-                    "reached, or give other tasks"
+                    "it once where the hub can be reached, or give other tasks"
                 ) from None
             link = link.__cause__ or link.__context__
 

@@ -242,6 +242,5 @@ def _toxic_column(name: str, config: Any, label: str) -> int:
             return labels[wanted]
     raise UserError(
         f"sparc3 cannot tell which label of '{name}' means toxic: it has "
-        f"{', '.join(map(str, config.id2label.values()))}; "
-        f"write {name}#LABEL"
+        f"{', '.join(map(str, config.id2label.values()))}; write {name}#LABEL"
     )

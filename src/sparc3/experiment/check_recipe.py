@@ -1,6 +1,5 @@
 """One check before any work: what a recipe asks for, against the model's units and context, and its samples
-as
-tokens. `plan` makes it too."""
+as tokens. `plan` makes it too."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,8 +75,7 @@ def _check_selection(recipe: CorrectRecipe, sites: list[Site]) -> None:
             if not 0 <= count <= most:
                 raise UserError(
                     f"{key}: {count} was asked for, and there are {most} {asked.unit}s {where}; give a "
-                    f"number up "
-                    "to that"
+                    "number up to that"
                 )
 
 
@@ -89,8 +87,7 @@ def _check_groups(key: str, scope: str, unit: str, sites: Iterable[Site]) -> Non
         if groups and site.inp % groups[1]:
             raise UserError(
                 f"{key} {scope} does not divide the rows of {site.name}, which have {site.inp} inputs; "
-                f"choose "
-                "another, or other sites"
+                "choose another, or other sites"
             )
 
 
@@ -112,8 +109,7 @@ def check_samples(
     limits: Limits,
 ) -> None:
     """Raise UserError where a sample lacks what its target needs, or does not fit the model; names set,
-    sample
-    and key.
+    sample and key.
 
     Args:
         references: as the run names them: general, or task.0.
@@ -179,9 +175,8 @@ def _check_metric(settings: Any, samples: ReferenceSet, limits: Limits) -> None:
             _check_known(ids, limits, where)
             if len(ids) + settings.max_new_tokens > limits.context:
                 raise UserError(
-                    f"{where} has {len(ids)} tokens, which with max_new_tokens {settings.max_new_tokens} "
-                    f"do not "
-                    f"fit into the model's {limits.context}; shorten it, or lower max_new_tokens"
+                    f"{where} has {len(ids)} tokens, which with max_new_tokens {settings.max_new_tokens} do "
+                    f"not fit into the model's {limits.context}; shorten it, or lower max_new_tokens"
                 )
 
 

@@ -120,7 +120,6 @@ def _refuse_overlap(work: RunContext) -> None:
             if same := overlap(reference, one.samples):
                 raise UserError(
                     f"{len(same)} prompts of evaluation.{one.metric.name} are also in references.{name}; an "
-                    "effect must be shown on prompts "
-                    "that were not used to find the circuit: give another file, or a split or choose_by that "
-                    "keeps them apart"
+                    "effect must be shown on prompts that were not used to find the circuit: give another "
+                    "file, or a split or choose_by that keeps them apart"
                 )

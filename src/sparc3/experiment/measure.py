@@ -166,8 +166,7 @@ def _warn_of_better_rivals(work: RunContext, results: Results) -> list[str]:
 def _chosen_by_outcome(work: RunContext) -> list[str]:
     return [
         f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the "
-        "model moves them towards the mean; "
-        "read the effect beside its null"
+        "model moves them towards the mean; read the effect beside its null"
         for p in work.prepared
         if getattr(p.settings, "choose_by", None) in ("completion", "repetition")
     ]

@@ -170,9 +170,7 @@ def find_circuit(work: RunContext) -> SelectedCircuit:
     if circuit is None:
         raise UserError(
             f"{chosen.count} {first.unit}s were requested in {chosen.rounds} rounds, but in a later round "
-            "the "
-            "matched contrast has too few candidates "
-            "below zero; ask for fewer, or lower the penalty"
+            "the matched contrast has too few candidates below zero; ask for fewer, or lower the penalty"
         )
     return save_circuit(work, SelectedCircuit(circuit, first, parts))
 

@@ -59,8 +59,7 @@ def _validation_text(recipe: CorrectRecipe, settings: PerplexitySettings) -> dic
     if is_path(general) and Path(general).resolve() == Path(settings.source).resolve():
         raise UserError(
             "evaluation.perplexity and references.general read the same file, which leaves no text for the "
-            "search; "
-            "give selection.tune.text_source another text"
+            "search; give selection.tune.text_source another text"
         )
     return {"source": general, "column": recipe.references["general"].column}
 
@@ -104,8 +103,7 @@ def _refuse_overlap(work: RunContext, aim: Prepared) -> None:
         if same := overlap(some, aim.samples):
             raise UserError(
                 f"{len(same)} validation prompts are also in {name}; a search must not see them: give "
-                "another file there, or a split or "
-                "choose_by that keeps them apart"
+                "another file there, or a split or choose_by that keeps them apart"
             )
 
 

@@ -300,8 +300,7 @@ def require_family(config: Any, what: str) -> Family:
         within = f" with the text model '{text}'" if text != config.model_type else ""
         raise UnsupportedModel(
             f"{what}: architecture '{config.model_type}'{within} is not supported, it has no row in the "
-            "family table "
-            f"(sparc3.families.FAMILIES); supported: {', '.join(sorted(FAMILIES))}"
+            f"family table (sparc3.families.FAMILIES); supported: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[config.model_type]
     for flag, meaning in family.refused.items():

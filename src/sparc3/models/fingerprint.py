@@ -81,9 +81,8 @@ def require_present(model: "PreTrainedModel") -> None:
     """Raise UserError where accelerate left weights on the disk, where they cannot be changed."""
     if away := first_out_of_reach(model):
         raise UserError(
-            f"{away} of '{model_id(model)}' is offloaded to the disk, and attribution and ablation need "
-            "it in memory; use a machine with more of "
-            "it, or load the model in bfloat16"
+            f"{away} of '{model_id(model)}' is offloaded to the disk, and attribution and ablation need it "
+            "in memory; use a machine with more of it, or load the model in bfloat16"
         )
 
 

@@ -131,8 +131,7 @@ def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
         if tensor.name == "rope_freqs.weight" and not bool((tensor.data == 1).all()):
             raise UnsupportedModel(
                 f"{path} scales its rotary positions (rope_freqs.weight), which transformers does not read "
-                "from a GGUF; "
-                "give the model's Hugging Face checkpoint"
+                "from a GGUF; give the model's Hugging Face checkpoint"
             )
     for kind in sorted({tensor.tensor_type for tensor in reader.tensors}):
         try:

@@ -210,8 +210,7 @@ class hub_errors:  # noqa: N801  a context manager, used like a function
         if missing:
             raise UserError(
                 f"the hub has no {self.kind} '{name}', or you have no access to it; check the name, or log "
-                "in "
-                "with `hf auth login`"
+                "in with `hf auth login`"
             ) from None
         if {401, 403} & set(refused) or any(isinstance(e, LocalTokenNotFoundError) for e in chain):
             raise UserError(

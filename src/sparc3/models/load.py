@@ -170,9 +170,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
         return load_tokenizer(adapter.base)
     if Path(name).is_dir() and not _has_vocabulary(Path(name)):
         raise UserError(
-            f"'{name}' has no tokenizer; put its files beside the model (tokenizer.json), or give token "
-            "ids as "
-            "samples"
+            f"'{name}' has no tokenizer; put its files beside the model (tokenizer.json), or give token ids "
+            "as samples"
         )
     with hub_errors(name):
         try:

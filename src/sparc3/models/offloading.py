@@ -163,8 +163,7 @@ def gpu_room(free: Mapping[Any, int], needed: int, name: str) -> dict[Any, int]:
     if needed > sum(room.values()):
         raise UserError(
             f"the weights of '{name}' take {needed / 2**30:.3g} GiB, and the GPUs and the CPU together have "
-            "room for "
-            f"{sum(room.values()) / 2**30:.3g} GiB; use a machine with more"
+            f"room for {sum(room.values()) / 2**30:.3g} GiB; use a machine with more"
         )
     return room
 

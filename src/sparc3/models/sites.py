@@ -105,9 +105,8 @@ class Site:
             weight = getattr(self.module, self.parameter, None)
             kind = type(weight).__name__ if weight is not None else type(self.module).__name__
             raise UserError(
-                f"{self.name} has a quantised weight ({kind}), but its values are needed; use neuron "
-                "signed, unit head or method activation, "
-                "which need none, or load the model unquantised"
+                f"{self.name} has a quantised weight ({kind}), but its values are needed; use neuron signed, "
+                "unit head or method activation, which need none, or load the model unquantised"
             )
 
     def of(self, output: torch.Tensor) -> torch.Tensor:

@@ -79,8 +79,7 @@ class Plan:
             if weights
             else (
                 "give fewer batch_tokens, gradient_checkpointing true, or a device with more memory; a run "
-                "halves its batches, "
-                "and computes layers twice, where it meets the end of memory"
+                "halves its batches, and computes layers twice, where it meets the end of memory"
             )
         )
 

@@ -190,8 +190,7 @@ class CorrectRecipe(BaseRecipe):
             ):
                 raise ValueError(
                     f"{key} {scope} takes the same number from every row, and a matched contrast has "
-                    "candidates below zero alone; "
-                    "use global or site, or leave references.matched out"
+                    "candidates below zero alone; use global or site, or leave references.matched out"
                 )
         if groups and self.compare.counts:
             raise ValueError(f"scope {chosen} already sets the number of weights; omit compare.counts")
@@ -392,8 +391,7 @@ def _yaml(text: str, where: str) -> dict[str, Any]:
     if odd := [key for key in content if not isinstance(key, str)]:
         raise UserError(
             f"{where} has the key {short(odd[0])}, which is not a name; a recipe is a YAML mapping with "
-            "name, "
-            "model, references, …"
+            "name, model, references, …"
         )
     return dict(content)
 

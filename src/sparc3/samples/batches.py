@@ -114,9 +114,8 @@ def encode(
         longest = max(len(e.ids) for e in too_long)
         raise UserError(
             f"{len(too_long)} of {len(encoded)} samples are longer than the model's {context} tokens (the "
-            f"longest has {longest}; the first is "
-            f"{samples.where(too_long[0].index)}); shorten them, or truncate them with --truncate "
-            f"(truncate=True)"
+            f"longest has {longest}; the first is {samples.where(too_long[0].index)}); shorten them, or "
+            "truncate them with --truncate (truncate=True)"
         )
     encoded = [_truncate(e, context, name) if len(e.ids) > context else e for e in encoded]
     for e in encoded:
@@ -157,8 +156,7 @@ def _encode(
     if not ids:
         raise UserError(
             f"{where}: its text and completion begin with one token that is part of both, so nothing stands "
-            "before the completion; "
-            "give more text, or a completion that begins with a space"
+            "before the completion; give more text, or a completion that begins with a space"
         )
     # The last target token is predicted at the position before it, so it is not fed in.
     return Encoded(index, ids + answer[:-1], tuple(range(len(ids) - 1, len(ids) - 1 + len(answer))), answer)
