@@ -24,6 +24,11 @@ def add_to(add: Add) -> None:
     run.add_argument("--out", help="run folder (default: runs/<recipe's name>)")
     set_argument(run)
     run.add_argument("--no-resume", action="store_true", help="refuse a folder that already contains a run")
+    run.add_argument(
+        "--track",
+        choices=("wandb", "trackio", "tensorboard"),
+        help="tell stages, measurements and the report to this tracker, which must be installed",
+    )
 
     evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
     model_arguments(evaluate)
@@ -75,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
 
     quiet_transformers()
     out = args.out or f"runs/{recipe.name}"
-    _show(run(recipe, out, resume=not args.no_resume, progress=True), out)
+    _show(run(recipe, out, resume=not args.no_resume, track=args.track, progress=True), out)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

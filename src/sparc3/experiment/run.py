@@ -27,6 +27,7 @@ from .neuron_cards import write_cards
 from .run_folder import RunContext, claim_folder, log_to_folder, tidy
 from .score import find_circuit, protect_units, scoring_of_recipe
 from .search import search_circuit
+from .tracking import TrackedRun, Tracker, require_tracker
 from .work_list import list_work
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def run(
     out: str | os.PathLike[str],
     *,
     resume: bool = True,
+    track: "str | Tracker | None" = None,
     progress: bool = False,
 ) -> Results:
     """Run a recipe into the folder `out`, and write its results and its report.
@@ -52,12 +54,15 @@ def run(
         resume: go on with a run that `out` holds, finished or not. What fits the recipe is used again,
             whatever recipe made it; the rest is made anew, and results of an earlier recipe are moved into
             `earlier/`. False refuses such a folder.
+        track: "wandb", "trackio" or "tensorboard", or an object with the methods of `Tracker`, to which stages,
+            measurements and the report are told. A tracker that fails is left out with a warning.
 
     Raises:
-        UserError: a recipe that does not fit, `out` holding other files, or a run that is going on; prompts
+        UserError: an unknown tracker; a recipe that does not fit, `out` holding other files, or a run that is going on; prompts
             that are in a reference and an evaluation set.
     """
     loaded = load_recipe(recipe)
+    require_tracker(track)
     if loaded.job == "discover":
         discover.require_task(loaded)
     require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
@@ -65,12 +70,18 @@ def run(
     folder = Path(out)
     distributed.start()
     with claim_folder(folder, loaded, resume), log_to_folder(folder):
-        return _all_stages(loaded, folder, progress)
+        tracked = TrackedRun(track, loaded, folder)
+        try:
+            results = _all_stages(loaded, folder, Stages(tracked), progress)
+        except BaseException:
+            tracked.tell("close", False)
+            raise
+        tracked.tell("close", True)
+        return results
 
 
-def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
+def _all_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) -> Results:
     began = time.perf_counter()
-    stages = Stages()
     with stages.stage("model"):
         work = _load_context(recipe, folder, progress)
     sites = sites_of(work.model, recipe.attribution.sites)
@@ -90,7 +101,10 @@ def _all_stages(recipe: Recipe, folder: Path, progress: bool) -> Results:
     results = JOBS[recipe.job](work, stages)
     if distributed.is_main():
         results.save(folder / "results.json")
-        log.info("report: %s", write_report(folder))
+        stages.tracked.tell("measurements", list(results))
+        page = write_report(folder)
+        log.info("report: %s", page)
+        stages.tracked.tell("report", page)
         tidy(work)
         _log_criteria(results)
     distributed.wait()
@@ -136,9 +150,10 @@ JOBS = {"correct": _correct, "discover": _discover, "compress": _compress}
 
 
 class Stages:
-    """Notes how long each stage took."""
+    """Notes how long each stage took, and tells the tracker."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracked: TrackedRun) -> None:
+        self.tracked = tracked
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -146,6 +161,7 @@ class Stages:
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 2)
+        self.tracked.tell("stage", name, self.seconds[name])
 
 
 def _load_context(recipe: Recipe, folder: Path, progress: bool) -> RunContext:
