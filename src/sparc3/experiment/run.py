@@ -54,8 +54,8 @@ def run(
         resume: go on with a run that `out` holds, finished or not. What fits the recipe is used again,
             whatever recipe made it; the rest is made anew, and results of an earlier recipe are moved into
             `earlier/`. False refuses such a folder.
-        track: "wandb", "trackio", "tensorboard", or an object with the methods of `Tracker`; it is told stages,
-            measurements and the report. A tracker that fails is left out with a warning.
+        track: "wandb", "trackio", "tensorboard", or an object with the methods of `Tracker`. It is told
+            stages, measurements and the report; one that fails is left out with a warning.
 
     Raises:
         UserError: an unknown tracker; a recipe that does not fit, `out` holding other files, or a run that is

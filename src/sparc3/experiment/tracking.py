@@ -1,7 +1,7 @@
 """`--track`: a run's stages, measurements and report, told to an experiment tracker while it runs.
 
-A tracker is never a reason for a run to stop: one that is not installed, cannot be reached or raises is named in
-a warning, and the run goes on without it.
+A tracker is never a reason for a run to stop: one that is not installed, cannot be reached or raises is
+named in a warning, and the run goes on without it.
 """
 
 import importlib
@@ -35,8 +35,8 @@ class Tracker(Protocol):
 
 
 class WandbTracker:
-    """Weights & Biases, and Trackio, which has the same calls. Figures are named METRIC/VARIANT, the ends of their
-    interval METRIC/VARIANT/low and /high."""
+    """Weights & Biases, and Trackio, which has the same calls. Figures are named METRIC/VARIANT, the ends of
+    their interval METRIC/VARIANT/low and /high."""
 
     def __init__(self, module: Any, recipe: Recipe) -> None:
         self.module = module
@@ -83,7 +83,7 @@ class TensorboardTracker:
 
 
 def name_figures(one: Measurement) -> dict[str, float]:
-    """METRIC/VARIANT → the value, and /low and /high → the ends of its 95 % interval, where they are known."""
+    """METRIC/VARIANT → the value, and /low and /high → the ends of its interval, where they are known."""
     ends = dict(zip(("/low", "/high"), one.ci95 or (), strict=False))
     figures = {"": one.value, **ends, "/failures": one.failures or None}
     return {
