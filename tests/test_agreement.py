@@ -42,7 +42,7 @@ def test_the_second_scorer_changes_no_figure(demo: tuple[Any, Any], tmp_path: An
         {"toxicity": {**settings, "scorer": ["lexicon", f"lexicon:{tmp_path / 'words.txt'}"]}},
     )
     assert one.measurements == two.measurements
-    with pytest.raises(UserError, match="a list of two"):
+    with pytest.raises(UserError, match=r"scorer.*\['lexicon'\]"):
         parse_metrics({"toxicity": {"scorer": ["lexicon"]}})
 
 

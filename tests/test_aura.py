@@ -91,8 +91,5 @@ def test_damping_scales_the_neurons_output_and_is_undone(name: str) -> None:
 
 
 def test_damping_of_another_model_is_refused() -> None:
-    with (
-        pytest.raises(UserError, match="does not have"),
-        damp(tiny("llama"), Damping({"nowhere": torch.ones(3)})),
-    ):
+    with pytest.raises(UserError, match="nowhere"), damp(tiny("llama"), Damping({"nowhere": torch.ones(3)})):
         pass

@@ -70,7 +70,7 @@ def test_the_shapes_of_data_sets(row: dict[str, Any], answer: str, completion: s
         ({"messages": ["hello"]}, "message 1"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images"),
-        ({"messages": [ANSWER]}, "before the assistant"),
+        ({"messages": [ANSWER]}, "assistant"),
         ({"messages": [USER], "text": "x"}, '"text"'),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
     ],
@@ -118,10 +118,10 @@ def test_attribute_of_messages_equals_that_of_their_tokens(chatty: tuple[Any, An
 
 def test_no_template_and_an_unknown_role_are_one_line(chatty: tuple[Any, Any]) -> None:
     model, tokenizer = chatty
-    with pytest.raises(UserError, match="unknown role judge"):
+    with pytest.raises(UserError, match="judge"):
         attribute(model, [Sample(turns=(("judge", "Well?"),))], tokenizer=tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="chat template"):
+    with pytest.raises(UserError, match="template"):
         attribute(model, [Sample(turns=ASKED)], tokenizer=tokenizer)
 
 

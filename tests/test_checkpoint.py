@@ -170,7 +170,7 @@ def test_an_export_loads_and_gives_the_ablated_logits(demo: tuple[Any, Any], tmp
     with pytest.raises(UserError, match=re.escape(str(folder))):
         export(model, tokenizer, circuit, folder)
     again, _ = load_model(folder)
-    with pytest.raises(UserError, match="made on"):
+    with pytest.raises(UserError, match=f"{circuit.model['fingerprint']}.*--force"):
         circuit.require_model(again)
     circuit.require_model(model)
 
@@ -236,16 +236,16 @@ def test_what_cannot_be_shrunk_says_why(tmp_path: Path) -> None:
     model = tiny("llama", dtype=torch.float32)
     one, two = (site.name for site in sites_of(model, ["mlp.up"]))
     shrink = lambda model, circuit: export(model, tokenizer, circuit, tmp_path / "out", shrink=True)  # noqa: E731
-    with pytest.raises(UserError, match=r"1 from one and 2 from another.*--scope site"):
+    with pytest.raises(UserError, match=r"\b1 .*\b2 .*--scope site"):
         shrink(model, Circuit("neuron", {one: (0,), two: (1, 2)}))
-    with pytest.raises(UserError, match="0 from one"):
+    with pytest.raises(UserError, match=r"\b0 .*\b1 .*--scope site"):
         shrink(model, Circuit("neuron", {one: (0,)}))
     with pytest.raises(UserError, match=r"--shrink.* heads"):
         shrink(model, Circuit("head", {"model.layers.0.self_attn.o_proj": (0,)}))
     with pytest.raises(UserError, match="24 of 24"):
         shrink(model, Circuit("neuron", {name: tuple(range(24)) for name in (one, two)}))
     bloom = tiny("bloom", dtype=torch.float32)
-    with pytest.raises(UserError, match="configuration of bloom"):
+    with pytest.raises(UserError, match=r"bloom.*--shrink"):
         shrink(bloom, Circuit("neuron", {site.name: (0,) for site in sites_of(bloom, ["mlp.up"])}))
     assert not (tmp_path / "out").exists()
 
@@ -262,6 +262,6 @@ def test_a_shrunk_model_that_is_not_the_zeroed_one_is_not_written(
     monkeypatch.setattr(
         "sparc3.checkpoints.export.plan_shrinking", lambda model, _: plan_shrinking(model, other)
     )
-    with pytest.raises(Sparc3Error, match="not those of the zeroed one"):
+    with pytest.raises(Sparc3Error, match="logits"):
         export(model, tokenizer, circuit, tmp_path / "out", shrink=True)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Circuits of weights: exact selection, files, ablation, set operations, compression."""
 
 import json
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -135,14 +136,14 @@ def test_every_row_is_exactly_at_its_sparsity() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"scope": "2:3"}, "2:3 .*rows of a.* 4 inputs"),
+        ({"scope": "2:3"}, r"2:3 .*\ba\b.* 4 "),
         ({"scope": "4:4"}, "scope 4:4"),
         ({"scope": "0:4"}, "scope 0:4"),
-        ({"scope": "2:4", "fraction": 0.5}, "scope 2:4.*count and fraction"),
-        ({"scope": "2-4"}, "unknown scope '2-4'"),
-        ({"scope": "row"}, "count or a fraction"),
+        ({"scope": "2:4", "fraction": 0.5}, "2:4.*count.*fraction"),
+        ({"scope": "2-4"}, "scope '2-4'"),
+        ({"scope": "row"}, "count.*fraction"),
         ({"scope": "row", "fraction": 1.0}, r"fraction.* 1\.0"),
-        ({"scope": "row", "count": 5}, "5 weights.*rows of a have 4"),
+        ({"scope": "row", "count": 5}, r"\b5 .*\ba\b.* 4\b"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) -> None:
@@ -154,7 +155,7 @@ def test_rows_are_for_weights_and_for_plain_contrasts() -> None:
     neurons = Scores({"a": torch.zeros(4)}, {"unit": "neuron"})
     with pytest.raises(UserError, match=r"scope row .*neurons"):
         select(neurons, fraction=0.5, scope="row")
-    with pytest.raises(UserError, match=r"scope 1:2 .*matched contrast"):
+    with pytest.raises(UserError, match=r"1:2 .*matched"):
         select(weight_scores({"a": [[1, 2]]}, contrast="matched"), scope="1:2")
 
 
@@ -182,7 +183,7 @@ def test_files_are_named_by_their_unit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c\.safetensors.*\.json"):
         Circuit("neuron", {"a": (0,)}).save(tmp_path / "c.safetensors")
     weight_scores({"a": [[1, 2]]}).save(tmp_path / "s.safetensors")
-    with pytest.raises(UserError, match=r"not a sparc3\.circuit/1 file"):
+    with pytest.raises(UserError, match=r"s\.safetensors.*sparc3\.circuit/1"):
         Circuit.load(tmp_path / "s.safetensors")
 
 
@@ -370,8 +371,8 @@ def test_sequential_pruning_scores_each_layer_behind_the_pruned_ones(
 def test_sequential_pruning_refuses_what_it_cannot_do() -> None:
     model = tiny("llama")
     for asked, said in (
-        ({"scope": "global", "fraction": 0.5}, "no scope global"),
-        ({}, "a count or a fraction"),
+        ({"scope": "global", "fraction": 0.5}, "global"),
+        ({}, "count.*fraction"),
         ({"fraction": 0.5, "sites": ["mlp.upp"]}, "mlp.up"),
     ):
         with pytest.raises(UserError, match=said):
@@ -428,11 +429,11 @@ def test_the_command_line_prunes_rows_and_combines(
         for m in json.loads((tmp_path / "r.json").read_text())["measurements"]
     }
     assert (found["sparsity.row_min", "ablated"], found["sparsity.row_max", "ablated"]) == (0.5, 0.5)
-    assert "say where with --out" in mistake("circuits", "union", *pair)
-    assert "takes no --out" in mistake("circuits", "overlap", *pair, "--out", "x")
-    assert "ends in .safetensors" in mistake("circuits", "union", *pair, "--out", tmp_path / "u.json")
-    assert "did you mean 'union'" in mistake("circuits", "unoin", *pair)
-    assert "does not divide" in mistake(
+    assert re.search("union.*--out", mistake("circuits", "union", *pair))
+    assert re.search("overlap.*--out", mistake("circuits", "overlap", *pair, "--out", "x"))
+    assert ".safetensors" in mistake("circuits", "union", *pair, "--out", tmp_path / "u.json")
+    assert "'union'" in mistake("circuits", "unoin", *pair)
+    assert "scope 2:7" in mistake(
         "select",
         "--scores",
         tmp_path / "w.safetensors",
@@ -441,19 +442,22 @@ def test_the_command_line_prunes_rows_and_combines(
         "--out",
         tmp_path / "x.safetensors",
     )
-    assert "cannot score unit 'head'" in mistake(
-        "attribute",
-        "demo",
-        "--samples",
-        text,
-        "--unit",
-        "head",
-        "--sites",
-        "attn.o",
-        "--method",
-        "wanda",
-        "--out",
-        "x",
+    assert re.search(
+        "wanda.*'head'",
+        mistake(
+            "attribute",
+            "demo",
+            "--samples",
+            text,
+            "--unit",
+            "head",
+            "--sites",
+            "attn.o",
+            "--method",
+            "wanda",
+            "--out",
+            "x",
+        ),
     )
 
 
@@ -478,8 +482,8 @@ def test_recipes_say_rows_and_groups(tmp_path: Path) -> None:
         scope("scope=row", "fraction=0.5"),
     ] == ["2:4", "4:8", "16:32", "row"]
     for sets, said in (
-        (("scope=2:4", "fraction=0.5"), "scope 2:4.*count and fraction"),
-        (("scope=rwo", "fraction=0.5"), "did you mean 'row'"),
+        (("scope=2:4", "fraction=0.5"), "2:4.*count.*fraction"),
+        (("scope=rwo", "fraction=0.5"), "'row'"),
         (("scope=4:2",), "4:2"),
     ):
         with pytest.raises(UserError, match=said):
@@ -572,10 +576,10 @@ def test_the_harness_measures_the_model_in_memory(
 def test_a_harness_that_cannot_measure_says_so_at_once(
     fake_harness: dict[str, Any], demo: tuple[Any, Any]
 ) -> None:
-    with pytest.raises(UserError, match="'boolk'; did you mean 'boolq'"):
+    with pytest.raises(UserError, match=r"'boolk'.*'boolq'"):
         evaluate(*demo, {"harness": {"tasks": ["boolk"]}})
     fake_harness["unreachable"] = ConnectionError("Couldn't reach the hub")
-    with pytest.raises(UserError, match=r"cannot reach the data of boolq \(Couldn't reach the hub\)"):
+    with pytest.raises(UserError, match=r"boolq.*Couldn't reach the hub"):
         evaluate(*demo, {"harness": {"tasks": ["boolq"]}})
     assert "model" not in fake_harness
 
@@ -591,5 +595,5 @@ def test_a_harness_that_is_not_installed_is_one_line(
 def test_a_task_without_accuracy_is_named() -> None:
     from sparc3 import Sparc3Error
 
-    with pytest.raises(Sparc3Error, match="no accuracy for task gsm8k"):
+    with pytest.raises(Sparc3Error, match="gsm8k"):
         harness.observations({"gsm8k": [{"doc_id": 0, "exact_match": 1.0}]}, ["gsm8k"])

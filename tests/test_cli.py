@@ -103,39 +103,24 @@ def test_results_on_the_exported_model_are_those_of_the_trial(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["rnu", "demo"], "did you mean 'run'"),
-        (["run", "demmo"], "unknown recipe 'demmo'; did you mean 'demo'"),
-        (["run", "demo", "--set", "selection.cuont=3"], "'cuont'; did you mean 'count'"),
+        (["rnu", "demo"], "'run'"),
+        (["run", "demmo"], "'demmo'.*'demo'"),
+        (["run", "demo", "--set", "selection.cuont=3"], "'cuont'.*'count'"),
         (["run", "demo", "--set", "model=3"], "model"),
-        (["run", "demo", "--set", "attribution.method=lpr"], "unknown method 'lpr'; did you mean 'lrp'"),
-        (
-            ["run", "demo", "--set", "attribution.sites=[mlp.upp]"],
-            "unknown site 'mlp.upp'; did you mean 'mlp.up'",
-        ),
-        (
-            ["run", "demo", "--set", "evaluation.toxicty={}"],
-            "unknown metric 'toxicty'; did you mean 'toxicity'",
-        ),
-        (
-            ["run", "demo", "--set", "evaluation.toxicity.temprature=1"],
-            "'temprature'; did you mean 'temperature'",
-        ),
+        (["run", "demo", "--set", "attribution.method=lpr"], "method 'lpr'.*'lrp'"),
+        (["run", "demo", "--set", "attribution.sites=[mlp.upp]"], r"site 'mlp\.upp'.*'mlp\.up'"),
+        (["run", "demo", "--set", "evaluation.toxicty={}"], "metric 'toxicty'.*'toxicity'"),
+        (["run", "demo", "--set", "evaluation.toxicity.temprature=1"], "'temprature'.*'temperature'"),
         (
             ["run", "demo", "--set", "references.undesired.source=demo-angri"],
-            "unknown source 'demo-angri'; did you mean 'demo-angry'",
+            "source 'demo-angri'.*'demo-angry'",
         ),
-        (
-            ["run", "demo", "--set", "references.undesired.source=nowhere.jsonl"],
-            "no such file: nowhere.jsonl",
-        ),
-        (["run", "demo", "--set", "selection.count=-4"], "selection.count is -4"),
+        (["run", "demo", "--set", "references.undesired.source=nowhere.jsonl"], r"file.* nowhere\.jsonl"),
+        (["run", "demo", "--set", "selection.count=-4"], r"selection\.count .*-4"),
         (["run", "demo", "--set", "model.device=cuda"], "CUDA"),
-        (["run", "nowhere.yaml"], "no such file: nowhere.yaml"),
-        (["attribute", "demo", "--samples", "nowhere.jsonl", "--out", "x"], "no such file: nowhere.jsonl"),
-        (
-            ["attribute", "demo", "--samples", "demo-angry", "--method", "wnda", "--out", "x"],
-            "did you mean 'wanda'",
-        ),
+        (["run", "nowhere.yaml"], r"file.* nowhere\.yaml"),
+        (["attribute", "demo", "--samples", "nowhere.jsonl", "--out", "x"], r"file.* nowhere\.jsonl"),
+        (["attribute", "demo", "--samples", "demo-angry", "--method", "wnda", "--out", "x"], "'wanda'"),
         (
             [
                 "attribute",
@@ -151,7 +136,7 @@ def test_results_on_the_exported_model_are_those_of_the_trial(
                 "--out",
                 "x",
             ],
-            "cannot score unit 'head'",
+            "wanda.*'head'",
         ),
         (
             [
@@ -166,7 +151,7 @@ def test_results_on_the_exported_model_are_those_of_the_trial(
                 "--out",
                 "x",
             ],
-            "did you mean 'mlp.up'",
+            r"'mlp\.up'",
         ),
         (
             [
@@ -181,11 +166,11 @@ def test_results_on_the_exported_model_are_those_of_the_trial(
                 "--out",
                 "x",
             ],
-            "only completion takes a number",
+            "'next:3'.*completion",
         ),
-        (["attribute", "./nomodel", "--samples", "demo-angry", "--out", "x"], "no model folder at ./nomodel"),
-        (["attribute", "demo", "--out", "x"], "needs --samples"),
-        (["select", "--count", "3", "--out", "x"], "either --general and --undesired, or --scores"),
+        (["attribute", "./nomodel", "--samples", "demo-angry", "--out", "x"], r"\./nomodel"),
+        (["attribute", "demo", "--out", "x"], "--samples"),
+        (["select", "--count", "3", "--out", "x"], "--general.*--undesired.*--scores"),
         (["report", "/nowhere"], "/nowhere"),
     ],
 )
@@ -193,7 +178,7 @@ def test_mistakes_are_one_line(
     mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert said in mistake(*arguments)
+    assert re.search(said, mistake(*arguments))
     assert not list(tmp_path.rglob("*.*")), "something was left behind"
 
 
@@ -202,8 +187,9 @@ def test_mistakes_with_files_are_one_line(mistake: Call, made: Path, tmp_path: P
     select = ("select", "--general", general, "--undesired", undesired, "--out", tmp_path / "c.json")
     assert re.search(r"\b9999 .*\b2048\b", mistake(*select, "--count", "9999"))
     assert "penalty" in mistake(*select, "--count", "3", "--penalty", "2")
-    assert "not a readable safetensors" in mistake(
-        "select", "--scores", made / "angry.jsonl", "--count", "3", "--out", tmp_path / "c.json"
+    assert re.search(
+        r"angry\.jsonl.*safetensors",
+        mistake("select", "--scores", made / "angry.jsonl", "--count", "3", "--out", tmp_path / "c.json"),
     )
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{oops\n')
     assert "bad.jsonl, line 2 " in mistake(
@@ -211,12 +197,12 @@ def test_mistakes_with_files_are_one_line(mistake: Call, made: Path, tmp_path: P
     )
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "Tom " * 700}) + "\n")
     long = ("attribute", "demo", "--samples", tmp_path / "long.jsonl", "--out", tmp_path / "s.safetensors")
-    assert "1 of 1 samples are longer than the model's 512 tokens" in mistake(*long)
+    assert re.search(r"\b1 of 1 samples.*\b512 tokens", mistake(*long))
     (tmp_path / "broken.yaml").write_text("name: [\n")
     assert "broken.yaml, line 2 " in mistake("run", tmp_path / "broken.yaml")
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "config.json").write_text('{"model_type": "t5"}')
-    assert "architecture 't5' is not supported" in mistake(
+    assert "'t5'" in mistake(
         "attribute", tmp_path / "wrong", "--samples", made / "angry.jsonl", "--out", tmp_path / "s"
     )
     assert not (tmp_path / "c.json").exists()
@@ -228,7 +214,7 @@ def test_a_circuit_of_another_model_needs_force(
 ) -> None:
     assert sparc3("ablate", "demo", "--circuit", made / "c.json", "--out", tmp_path / "other")[0] == 0
     again = ("ablate", tmp_path / "other", "--circuit", made / "c.json", "--out", tmp_path / "again")
-    assert "the circuit was made on sparc3-demo" in mistake(*again)
+    assert re.search("sparc3-demo.*--force", mistake(*again))
     assert not (tmp_path / "again").exists()
     assert sparc3(*again, "--force")[0] == 0
 
@@ -257,7 +243,7 @@ def test_scores_of_another_model_are_named(mistake: Call, sparc3: Call, made: Pa
         "--out",
         tmp_path / "x.json",
     )
-    assert "the general scores are of model other" in said
+    assert re.search("general.*model other", said)
 
 
 def test_hub_models_without_a_hub_and_gated_ones(
@@ -265,14 +251,14 @@ def test_hub_models_without_a_hub_and_gated_ones(
 ) -> None:
     arguments = ("attribute", "someone/some-model", "--samples", made / "calm.txt", "--out", tmp_path / "s")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "cannot reach the hub for 'someone/some-model'" in mistake(*arguments)
+    assert re.search("reach.*'someone/some-model'", mistake(*arguments))
 
     def gated(*_: Any, **__: Any) -> None:
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", gated)
     monkeypatch.setattr("sparc3.models.load.require_hub", lambda name: None)
-    assert "is gated: accept its terms" in mistake(*arguments)
+    assert re.search("'someone/some-model'.*gated.*hf auth login", mistake(*arguments))
 
 
 def test_a_folder_that_cannot_be_written_is_named(sparc3: Call, made: Path) -> None:
@@ -281,7 +267,7 @@ def test_a_folder_that_cannot_be_written_is_named(sparc3: Call, made: Path) -> N
     )
     assert code == 1
     assert len(err.splitlines()) == 1
-    assert "cannot write /proc/nowhere/c.json" in err
+    assert "/proc/nowhere/c.json" in err
 
 
 def test_it_is_a_program() -> None:
@@ -317,7 +303,7 @@ def test_a_folder_without_a_tokenizer_does_for_token_ids_and_says_so_for_texts(
     )
     assert sparc3("attribute", model, "--samples", ids, "--out", tmp_path / "s.safetensors")[0] == 0
     said = mistake("attribute", model, "--samples", texts, "--out", tmp_path / "t.safetensors")
-    assert "has no tokenizer" in said
+    assert f"'{model}'" in said
     assert "tokenizer.json" in said
     assert (
         sparc3(
@@ -327,7 +313,7 @@ def test_a_folder_without_a_tokenizer_does_for_token_ids_and_says_so_for_texts(
     )
     code, _, err = sparc3("ablate", model, "--circuit", tmp_path / "c.json", "--out", tmp_path / "without")
     assert code == 0
-    assert "the new folder has none either" in err
+    assert "tokenizer" in err
     assert (tmp_path / "without" / "model.safetensors").is_file()
 
 
@@ -338,13 +324,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr("sparc3.models.load.load_model", lambda *_, **__: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("")
     attributed = ("attribute", "demo", "--samples", made / "calm.txt", "--out")
-    assert "is a folder" in mistake(*attributed, tmp_path)
+    assert re.search(rf"{tmp_path}: .*\bfolder", mistake(*attributed, tmp_path))
     for command in (
         attributed,
         ("ablate", "demo", "--circuit", made / "c.json", "--out"),
         ("evaluate", "demo", "--metrics", "sparsity", "--out"),
     ):
-        assert f"{tmp_path / 'file'} is a file" in mistake(*command, tmp_path / "file" / "x")
+        assert f"{tmp_path / 'file'} " in mistake(*command, tmp_path / "file" / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -362,8 +348,8 @@ def test_a_missing_word_list_is_met_before_the_work(
         "--set",
         "toxicity.scorer=lexicon:nowhere.txt",
     )
-    assert "no such file: nowhere.txt" in mistake(*asked, "--out", tmp_path / "r.json")
-    assert "no such file: nowhere.txt" in mistake(
+    assert "nowhere.txt" in mistake(*asked, "--out", tmp_path / "r.json")
+    assert "nowhere.txt" in mistake(
         "run", "demo", "--set", "evaluation.toxicity.scorer=lexicon:nowhere.txt", "--out", tmp_path / "run"
     )
     # The second scorer as early as the first.
@@ -390,15 +376,13 @@ def test_count_is_that_of_a_file_too(
             == 0
         )
         assert Scores.load(tmp_path / "s.safetensors").provenance["samples"] == samples
-    assert "gave 2 samples, but 3" in mistake(
-        "attribute", "demo", "--samples", made / "calm.txt", "--count", 3, "--out", tmp_path / "t.safetensors"
-    )
-    assert "--count is 0" in mistake(
-        "attribute", "demo", "--samples", made / "calm.txt", "--count", 0, "--out", tmp_path / "t.safetensors"
-    )
-    assert "cannot cut them to seq_len 3" in mistake(
-        "attribute", "demo", "--samples", "demo-general", "--seq-len", 3, "--out", tmp_path / "t.safetensors"
-    )
+    for source, option, named in (
+        (made / "calm.txt", ("--count", 3), r"\b2 samples.* 3\b"),
+        (made / "calm.txt", ("--count", 0), r"--count.* 0\b"),
+        ("demo-general", ("--seq-len", 3), r"'demo-general'.*seq_len 3\b"),
+    ):
+        said = mistake("attribute", "demo", "--samples", source, *option, "--out", tmp_path / "t.safetensors")
+        assert re.search(named, said), said
 
 
 def test_a_recipe_without_an_evaluation_ends_well(tmp_path: Path, sparc3: Call) -> None:
@@ -407,4 +391,4 @@ def test_a_recipe_without_an_evaluation_ends_well(tmp_path: Path, sparc3: Call) 
         "selection: {count: 3}\n"
     )
     code, out, err = sparc3("run", tmp_path / "r.yaml", "--out", tmp_path / "run")
-    assert (code, "nothing was measured" in out) == (0, True), err
+    assert (code, "evaluation" in out) == (0, True), err

@@ -150,9 +150,9 @@ def test_every_kind_of_file(
     if path.name == "log.txt":
         path.write_bytes(path.read_bytes() * 9)  # a log grows at its end, and only then meets the limit
     before, beside = path.read_bytes(), sorted(path.parent.iterdir())
-    with broken(), pytest.raises(Sparc3Error, match="cannot write") as told:
+    named = re.escape(str(path.parent if path.name == "recipe.yaml" else path))
+    with broken(), pytest.raises(Sparc3Error, match=named) as told:
         write(path)
-    assert str(path.parent if path.name == "recipe.yaml" else path) in str(told.value)
     assert "\n" not in str(told.value)
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == beside
@@ -165,7 +165,7 @@ def test_a_checkpoint(
     open_folder: Path, demo: tuple[Any, Any], broken: Callable[[], AbstractContextManager[None]]
 ) -> None:
     out, circuit = open_folder / "export", Circuit("neuron", {"model.layers.0.mlp.up_proj": (3,)})
-    with broken(), pytest.raises(Sparc3Error, match=f"cannot write {out}"):
+    with broken(), pytest.raises(Sparc3Error, match=re.escape(str(out))):
         export(*demo, circuit, out)
     assert not list(open_folder.iterdir())
     assert (export(*demo, circuit, out) / "config.json").is_file()
@@ -228,4 +228,4 @@ def test_a_run_folder_has_one_run_at_a_time(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(log_of_runs, "propagate", True)
     with claim_folder(tmp_path, recipe, True):
-        assert f"{tmp_path} does not support locks" in caplog.text
+        assert re.search(rf"{re.escape(str(tmp_path))}.*\block", caplog.text)

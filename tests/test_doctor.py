@@ -1,6 +1,7 @@
 """The doctor passes what is right, fails what is wrong, refuses what it does not know, and never runs a checkpoint's code."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_of_a_configuration_alone_it_makes_random_weights_and_says_so(
     code, out, _ = sparc3("doctor", tmp_path if alone == "folder" else tmp_path / "config.json")
     assert code == 0
     assert "random weights" in out
-    assert "smaller" not in out
+    assert " layers, " not in out
 
 
 def test_a_failed_check_ends_with_exit_code_1_and_its_name(
@@ -99,7 +100,7 @@ def test_a_failed_check_ends_with_exit_code_1_and_its_name(
     code, out, err = sparc3("doctor", "demo")
     assert code == 1
     assert "FAIL" in out
-    assert "AttnLRP equals its rules" in err
+    assert "AttnLRP" in err
     assert len(err.splitlines()) == 1
 
 
@@ -108,8 +109,8 @@ def test_another_architecture_is_refused_by_name(kind: str, tmp_path: Path, mist
     from transformers import AutoConfig
 
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    assert f"architecture '{kind}' is not supported" in mistake("doctor", tmp_path)
-    assert f"architecture '{kind}' is not supported" in mistake("doctor", tmp_path / "config.json")
+    assert f"'{kind}'" in mistake("doctor", tmp_path)
+    assert f"'{kind}'" in mistake("doctor", tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["own", "falcon"])
@@ -124,7 +125,7 @@ def test_code_from_a_checkpoint_is_not_run(kind: str, tmp_path: Path, sparc3: Ca
     code, out, err = sparc3("doctor", tmp_path)
     if kind == "own":
         assert code == 2
-        assert "Python code from its own repository" in err
+        assert "Python code" in err
     else:  # transformers has its own Falcon, which is used
         assert code == 0
         assert "FalconForCausalLM" in out
@@ -136,14 +137,14 @@ def test_a_configuration_without_what_its_architecture_needs_is_refused_by_name(
     from transformers import AutoConfig
 
     AutoConfig.for_model("hunyuan_v1_dense").save_pretrained(tmp_path)
-    assert "no head_dim" in mistake("doctor", tmp_path)
+    assert "head_dim" in mistake("doctor", tmp_path)
 
 
 def test_mistakes_are_one_line(tmp_path: Path, mistake: Call) -> None:
-    assert "no model folder at ./nomodel" in mistake("doctor", "./nomodel")
-    assert "did you mean 'float32'" in mistake("doctor", "demo", "--dtype", "float23")
+    assert "./nomodel" in mistake("doctor", "./nomodel")
+    assert "'float32'" in mistake("doctor", "demo", "--dtype", "float23")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_act": "sinus"}')
-    assert "cannot build a llama of this configuration: 'sinus'" in mistake("doctor", tmp_path)
+    assert re.search("llama.*'sinus'", mistake("doctor", tmp_path))
 
 
 # The checks -----------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_what_overflows_in_bfloat16_fails_and_names_the_site() -> None:
 
 
 def test_an_unknown_module_in_the_path_is_refused_by_its_place() -> None:
-    with pytest.raises(UnsupportedModel, match=r"model\.norm, a Softsign"):
+    with pytest.raises(UnsupportedModel, match=r"model\.norm\b.*Softsign"):
         examined(change=lambda model: setattr(model.model, "norm", nn.Softsign()))
 
 
@@ -243,10 +244,7 @@ def test_a_large_configuration_gives_a_small_model_and_says_so(monkeypatch: pyte
         vocab_size=1300,
     )
     model, note = specimens.random_model(config)
-    assert (
-        "smaller than the configuration: 2 of 5 layers, 1,000 of 1,300 tokens, 8 of 16 heads and their share of the width"
-        in note
-    )
+    assert re.search(r"\b2 of 5 layers.*\b1,000 of 1,300 tokens.*\b8 of 16 heads", note)
     assert all(parameter.std() > 0 for parameter in model.parameters())
 
 

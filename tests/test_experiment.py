@@ -4,6 +4,7 @@ import fcntl
 import html
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_folders_that_hold_something_else_are_refused(finished: tuple[Path, Resu
 def test_a_folder_in_use_is_refused(finished: tuple[Path, Results]) -> None:
     with open(finished[0] / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run"):
+        with pytest.raises(UserError, match=f"run .*{re.escape(str(finished[0]))}"):
             run(SMALL, finished[0])
 
 
@@ -138,12 +139,10 @@ def test_reference_prompts_in_an_evaluation_are_refused(tmp_path: Path, jsonl: C
     mixed |= {"attribution": {}, "selection": {"count": 3}}
     mixed["references"]["undesired"] = {"source": one, "count": 12}
     mixed["evaluation"]["toxicity"]["source"] = other
-    with pytest.raises(
-        UserError, match=r"6 prompts of evaluation\.toxicity are also in references\.undesired"
-    ):
+    with pytest.raises(UserError, match=r"\b6 .*evaluation\.toxicity.*references\.undesired"):
         run(mixed, tmp_path / "a")
     mixed["evaluation"]["toxicity"]["source"] = one
-    with pytest.raises(UserError, match="12 prompts are kept out"):
+    with pytest.raises(UserError, match=r"\b12 prompts"):
         run(mixed, tmp_path / "b")
 
 

@@ -345,16 +345,16 @@ def test_an_unknown_module_is_refused_by_its_place_and_class_and_nothing_is_touc
     model = tiny("llama")
     model.model.layers[1].mlp.act_fn = torch.nn.Mish()
     before = fingerprint(model)
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp, a Mish"):
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\b.*Mish"):
         attribute(model, samples())
     require_same(fingerprint(model), before)
     model = tiny("llama")
     model.model.norm = torch.nn.Softsign()
-    with pytest.raises(UnsupportedModel, match=r"model\.norm, a Softsign"):
+    with pytest.raises(UnsupportedModel, match=r"model\.norm\b.*Softsign"):
         attribute(model, samples())
     model = tiny("opt")
     model.model.decoder.layers[0].activation_fn = torch.nn.Mish()
-    with pytest.raises(UnsupportedModel, match=r"model\.decoder\.layers\.0\.activation_fn, a Mish"):
+    with pytest.raises(UnsupportedModel, match=r"model\.decoder\.layers\.0\.activation_fn\b.*Mish"):
         attribute(model, samples())
 
 
@@ -365,7 +365,7 @@ def test_a_class_of_the_same_name_from_elsewhere_is_refused() -> None:
 
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj = Linear(16, 24, dtype=torch.float64)
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp\.up_proj, a Linear of test_families"):
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.mlp\.up_proj\b.*Linear.*test_families"):
         attribute(model, samples())
 
 
@@ -396,5 +396,5 @@ def test_flash_attention_in_a_class_of_its_own_is_refused_with_the_remedy() -> N
         "GPTJFlashAttention2", (type(model.transformer.h[0].attn),), {"__module__": type(model).__module__}
     )
     model.transformer.h[0].attn.__class__ = own
-    with pytest.raises(UnsupportedModel, match=r'GPTJFlashAttention2; load with attn_implementation="eager"'):
+    with pytest.raises(UnsupportedModel, match=r'GPTJFlashAttention2.*attn_implementation="eager"'):
         attribute(model, samples())
