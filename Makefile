@@ -24,6 +24,7 @@ real: .venv/real
 	@ls real/*/report.html
 
 real-all: real
+	$(BIN)/sparc3 run smollm2-agreement --out real/agreement
 	$(BIN)/sparc3 run smollm2-toxicity --out real/toxicity $(GENERAL) $(TEXT) $(TOXIC)
 	$(BIN)/sparc3 run smollm2-repetition --out real/repetition $(GENERAL) $(TEXT) $(LOOPS)
 	$(BIN)/sparc3 run smollm2-samples --out real/samples $(GENERAL) $(TEXT)

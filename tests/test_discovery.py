@@ -12,6 +12,7 @@ from sparc3 import Circuit, Results, Sparc3Error, UserError, ablated, load_recip
 from sparc3.evaluation.statistics import Evaluation, Observations
 from sparc3.experiment.discover import curve_areas, mean_of, measure_stability
 from sparc3.results import find_sparsest
+from sparc3.samples import agreement_sentences
 from sparc3.samples.ioi_sentences import sentences, split_of
 from sparc3.samples.reference_set import ReferenceSet
 from sparc3.samples.sources import Request, gather
@@ -232,3 +233,35 @@ def test_ioi_refuses_a_tokenizer_with_too_few_names() -> None:
         gather(Request("ioi", 4), Letters(3))
     with pytest.raises(UserError, match=r"'ioi'.*tokenizer"):
         gather(Request("ioi", 4))
+
+
+def test_agreement_sentences_ask_for_the_verb_of_the_subjects_number() -> None:
+    made = {split: gather(Request("agreement", 96, split), Letters(6)) for split in ("reference", "test")}
+    for split, samples in made.items():
+        verbs = [(sample.target, sample.contrast) for sample in samples]
+        assert {verb for pair in verbs for verb in pair} == {
+            f" {verb}" for pair in agreement_sentences.VERBS for verb in pair
+        }
+        for number, (sample, (target, contrast)) in enumerate(zip(samples, verbs, strict=True)):
+            assert agreement_sentences.split_of(sample.text) == split
+            words = sample.text.split()
+            subject = next(w for w in words if w.removesuffix("s") in agreement_sentences.SUBJECTS)
+            plural = subject.endswith("s")
+            assert plural == number % 2
+            assert (target.strip(), contrast.strip())[:: -1 if plural else 1] in agreement_sentences.VERBS
+            attractor = words[-1]
+            assert (attractor in agreement_sentences.ATTRACTORS) == plural  # its number is the other one
+            assert "belong" not in words or plural
+            assert "belongs" not in words or not plural
+    texts = [{s.text for s in samples} for samples in made.values()]
+    assert [len(t) for t in texts] == [96, 96]
+    assert not texts[0] & texts[1]
+
+
+def test_agreement_takes_the_pairs_of_verbs_that_are_single_tokens() -> None:
+    assert len({s.target for s in gather(Request("agreement", 64), Letters(4))}) == 8
+    assert {s.target for s in gather(Request("agreement", 64), Letters(3))} == {" is", " are"}
+    with pytest.raises(UserError, match="agreement"):
+        gather(Request("agreement", 4), Letters(2))
+    with pytest.raises(UserError, match="agreement"):
+        gather(Request("agreement", 4))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-PROMPTS = {"realtoxicityprompts": 16, "ioi": 20}
+PROMPTS = {"realtoxicityprompts": 16, "ioi": 20, "agreement": 12}
 """Source → tokens of a prompt, about; of any other, 32."""
 
 TEXTS = {"wikitext2": 310_000, "c4": 530_000}

@@ -16,68 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-NAMES = (
-    "Mary",
-    "John",
-    "Tom",
-    "James",
-    "Dan",
-    "Martin",
-    "Amy",
-    "Scott",
-    "Jack",
-    "Mark",
-    "Kelly",
-    "Paul",
-    "Alan",
-    "David",
-    "Anna",
-    "Sarah",
-    "Kate",
-    "Laura",
-    "Peter",
-    "Simon",
-    "Alice",
-    "Emma",
-    "George",
-    "Frank",
-    "Jane",
-    "Rose",
-    "Henry",
-    "Lisa",
-    "Adam",
-    "Michael",
-    "Robert",
-    "Ben",
+NAMES = tuple(
+    "Mary John Tom James Dan Martin Amy Scott Jack Mark Kelly Paul Alan David Anna Sarah Kate Laura "
+    "Peter Simon Alice Emma George Frank Jane Rose Henry Lisa Adam Michael Robert Ben".split()
 )
-PLACES = (
-    "store",
-    "garden",
-    "restaurant",
-    "school",
-    "hospital",
-    "office",
-    "house",
-    "station",
-    "park",
-    "market",
-    "library",
-    "church",
+PLACES = tuple(
+    "store garden restaurant school hospital office house station park market library church".split()
 )
-THINGS = (
-    "ring",
-    "kiss",
-    "bone",
-    "basketball",
-    "computer",
-    "necklace",
-    "drink",
-    "snack",
-    "book",
-    "ball",
-    "letter",
-    "box",
-)
+THINGS = tuple("ring kiss bone basketball computer necklace drink snack book ball letter box".split())
 OPENINGS = (
     "When {one} and {other} went to the {place},",
     "Then, {one} and {other} went to the {place}.",
@@ -127,7 +73,7 @@ def sentences(
 
 def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, ...]) -> dict[str, str]:
     """Word → the string that adds to a sentence the one token that the word has there."""
-    found = {word: text for word in words if (text := _find_single_token(tokenizer, word))}
+    found = {word: text for word in words if (text := find_single_token(tokenizer, word))}
     if len(found) < LEAST[kind]:
         there = f" ({', '.join(found)})" if found else ""
         raise UserError(
@@ -138,7 +84,7 @@ def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, .
     return found
 
 
-def _find_single_token(tokenizer: "PreTrainedTokenizerBase", word: str) -> str | None:
+def find_single_token(tokenizer: "PreTrainedTokenizerBase", word: str) -> str | None:
     before, whole = (plain_ids(text, tokenizer) for text in ("gave it to", f"gave it to {word}"))
     return f" {word}" if whole[:-1] == before else None
 

@@ -4,6 +4,7 @@ import random
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,10 +303,23 @@ def _ioi(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: S
     """Indirect object identification in words that are single tokens for the model (Wang et al. 2022)."""
     from .ioi_sentences import sentences
 
-    rows = sentences(tokenizer, request.split, request.seeds[0], request.taken)
+    return _take_rows(sentences(tokenizer, request.split, request.seeds[0], request.taken), request.count)
+
+
+@source("agreement")
+def _agreement(
+    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
+) -> list[Sample]:
+    """Subject-verb agreement across a noun of the other number (Linzen et al. 2016)."""
+    from .agreement_sentences import sentences
+
+    return _take_rows(sentences(tokenizer, request.split, request.seeds[0], request.taken), request.count)
+
+
+def _take_rows(rows: Iterator[tuple[str, str, str]], count: int) -> list[Sample]:
+    """As many samples of (prompt, target, contrast) as are asked for, or as there are."""
     return [
-        Sample(text=text, target=target, contrast=contrast)
-        for (text, target, contrast), _ in zip(rows, range(request.count), strict=False)
+        Sample(text=text, target=target, contrast=contrast) for text, target, contrast in islice(rows, count)
     ]
 
 
