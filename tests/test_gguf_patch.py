@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_a_change_in_place_is_undone_and_twice_in_the_opposite_order(file: Path)
     middle = digest(file)
     _, two = patch_gguf(file, Circuit("neuron", {UP: (1, 2)}, before.model), in_place=True, force=True)
     assert one != two
-    with pytest.raises(UserError, match="later patches"):
+    with pytest.raises(UserError, match=re.escape(str(one))):
         undo_patch(file, one, in_place=True)
     assert undo_patch(file, two, in_place=True).sha256_before == digest(file) == middle
     undo_patch(file, one, in_place=True)
@@ -223,7 +224,7 @@ def test_another_models_circuit_is_refused(file: Path, tmp_path: Path) -> None:
         patch_gguf(file, Circuit("weight", mask), out)
     assert not out.exists()
     patch, _ = patch_gguf(file, Circuit("neuron", made.members, other), out, force=True)
-    assert "does not tell" in patch.checked
+    assert "architecture llama" in patch.checked
 
 
 def test_heads_narrower_than_a_block_are_refused(tmp_path: Path) -> None:
@@ -237,22 +238,22 @@ def test_heads_narrower_than_a_block_are_refused(tmp_path: Path) -> None:
 def test_bad_files_and_places_are_one_line(file: Path, tmp_path: Path) -> None:
     circuit, whole = Circuit("neuron", {UP: (1,)}), file.read_bytes()
     split = write(tmp_path / "part.gguf", tiny("llama", dtype=torch.float32, **WIDE), split__count=3)
-    with pytest.raises(UserError, match="split"):
+    with pytest.raises(UserError, match="--merge"):
         patch_gguf(split, circuit, tmp_path / "new.gguf")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"cut\.gguf is truncated"):
+    with pytest.raises(UserError, match=r"cut\.gguf.*bytes"):
         patch_gguf(cut, circuit, tmp_path / "new.gguf")
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match=r"cut\.gguf.*remove"):
         patch_gguf(file, circuit, cut)
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=r"/proc/new.gguf"):
         patch_gguf(file, circuit, "/proc/new.gguf")
     link = tmp_path / "link.gguf"
     link.symlink_to(file)
-    with pytest.raises(UserError, match="others may use"):
+    with pytest.raises(UserError, match=rf"link\.gguf.*{re.escape(str(file))}.*--out"):
         patch_gguf(link, circuit, in_place=True)
     _, kept = patch_gguf(file, circuit, tmp_path / "new.gguf")
-    with pytest.raises(UserError, match="bytes"):
+    with pytest.raises(UserError, match=rf"{cut.stat().st_size:,} .*{len(whole):,}"):
         undo_patch(cut, kept, in_place=True)
     content = json.loads(kept.read_text())
     content["changes"][0]["offset"] += 1
@@ -276,7 +277,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
     for where in ({"out": tmp_path / "new.gguf"}, {"in_place": True}):
         before = digest(file)
         os.utime(file)
-        with pytest.raises(Sparc3Error, match="was changed"):
+        with pytest.raises(Sparc3Error, match=r"tiny\.gguf"):
             patch_gguf(file, Circuit("neuron", {UP: (1,)}), **where)
         assert digest(file) == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]

@@ -59,7 +59,7 @@ def test_a_recipe_cannot_name_its_folder_out_of_place(name: str) -> None:
 
 @pytest.mark.parametrize("method", ["../../x", "lrp/../../x", "random:../x", "lrp\0"])
 def test_methods_cannot_name_files_out_of_place(method: str) -> None:
-    with pytest.raises(UserError, match="unknown method"):
+    with pytest.raises(UserError, match="method"):
         load_recipe("demo", [f"compare.methods=[{json.dumps(method)}]"])
 
 
@@ -70,7 +70,7 @@ def test_a_run_folder_with_links_is_refused_before_anything_is_written(tmp_path:
         folder.mkdir()
         victim.write_text("precious")
         (folder / name).symlink_to(victim)
-        with pytest.raises(UserError, match="symbolic link"):
+        with pytest.raises(UserError, match=f"{re.escape(str(folder / name))}.*link"):
             run("demo", folder)
         assert victim.read_text() == "precious"
         assert [path.name for path in folder.iterdir()] == [name]
@@ -123,15 +123,13 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path, kind: str) -> None:
         content |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / name).write_text(json.dumps(content))
     if kind == "model":
-        with pytest.raises(
-            UnsupportedModel, match="needs Python code from its own repository, which sparc3 does not run"
-        ):
+        with pytest.raises(UnsupportedModel, match="Python code"):
             load_model(folder)
     else:
         try:
             load_model(folder)
         except UserError as error:
-            assert "code" in str(error) or "cannot load" in str(error)  # noqa: PT017
+            assert str(folder) in str(error)  # noqa: PT017
     assert not mark.exists()
 
 
@@ -188,10 +186,10 @@ def test_a_circuit_cannot_write_markup_into_a_card() -> None:
 
 def test_a_batch_file_holds_no_line_that_a_name_smuggled_in() -> None:
     recipe = load_recipe("demo")
-    with pytest.raises(UserError, match="batch file"):
+    with pytest.raises(UserError, match="rm -rf"):
         sbatch(recipe, "demo\nrm -rf ~\n.yaml")
     for bad in ({"partition": "gpu\n#SBATCH --uid=0"}, {"folder": "runs/a\nb"}, {"partition": "a b"}):
-        with pytest.raises(UserError, match="batch file"):
+        with pytest.raises(UserError, match=re.escape(repr(*bad.values())[1:-1])):
             sbatch(recipe, "demo", **bad)  # type: ignore[arg-type]
 
 
@@ -220,7 +218,8 @@ def test_a_line_of_100_mb_is_refused_with_flat_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", code, path, many], capture_output=True, text=True, check=True
     )
     said, grown, taken, grown_many = done.stdout.splitlines()
-    assert f"a sample of more than {MAX_LINE:,} bytes, which begins at byte 17; split it" in said
+    assert f"{MAX_LINE:,} bytes" in said
+    assert "byte 17" in said
     assert int(grown) < 50, f"{grown} MiB"
     assert taken == "50"
     assert int(grown_many) < 30, f"{grown_many} MiB of a file of {many.stat().st_size // 2**20} MiB"
@@ -249,5 +248,5 @@ def test_a_fault_of_ours_is_told_without_secrets(sparc3: Any, monkeypatch: pytes
     code, _, err = sparc3("recipes")
     assert code == 1
     assert "Traceback" in err
-    assert "please report it" in err
+    assert err.splitlines()[-1].startswith("sparc3: ")
     assert not any(part in err for part in ("hf_abc", "pass1234", "\x1b"))

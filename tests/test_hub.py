@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def test_names_that_mean_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ["circuit.json", "runs/circuit.json", "./a/b", "/a/b", "a/b/c", "here/c", "here", "../b"],
         )
     )
-    with pytest.raises(UserError, match="write hf://USER/REPO"):
+    with pytest.raises(UserError, match="hf://USER/REPO"):
         place_of("hf://a")
 
 
@@ -98,7 +99,7 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(
     here = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
     assert hub.repositories["me/m"].files == here
     assert hub.repositories["me/m"].private
-    assert hub.repositories["me/m"].commits == ["8 neurons removed by sparc3"]
+    assert [commit[:9] for commit in hub.repositories["me/m"].commits] == ["8 neurons"]
     (tmp_path / "calm.txt").write_text("Mary had a small book.\n")
     say("attribute", "me/m", "--samples", "calm.txt", "--sites", "mlp.up", "--out", "s.safetensors")
     say("select", "--scores", "s.safetensors", "--count", "4", "--out", "d.json")
@@ -142,9 +143,9 @@ def test_a_circuit_made_on_one_machine_gives_the_same_logits_on_another(
         code=2,
         HF_HUB_OFFLINE="1",
     )
-    assert "the circuit was made on sparc3-demo" in refused.stderr
+    assert re.search("sparc3-demo.*--force", refused.stderr)
     assert (
-        "cannot reach the hub for 'me/circuit', and no copy"
+        "'me/circuit'"
         in say("circuits", "overlap", "me/circuit", "c.json", home="new", code=2, HF_HUB_OFFLINE="1").stderr
     )
 
@@ -157,20 +158,20 @@ def test_mistakes_on_the_hub_are_one_line(say: Say, hub: Hub, circuit: Circuit, 
         return lines[0]
 
     assert "HF_TOKEN" in mistake("push", "c.json", "me/c", token="")
-    assert "access to 'me/c'" in mistake("push", "c.json", "me/c", token="hf_wrong")
-    assert "access to 'someone-else/c'" in mistake("push", "c.json", "someone-else/c")
-    assert "'c' is not a repository name" in mistake("push", "c.json", "c")
+    assert re.search("'me/c'.*HF_TOKEN", mistake("push", "c.json", "me/c", token="hf_wrong"))
+    assert re.search("'someone-else/c'.*HF_TOKEN", mistake("push", "c.json", "someone-else/c"))
+    assert re.search("'c'.*USER/REPO", mistake("push", "c.json", "c"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "circuit.json").write_bytes((tmp_path / "c.json").read_bytes())
     assert "config.json" in mistake("push", "run", "me/c")
-    assert "no such file or folder: nowhere" in mistake("push", "nowhere", "me/c")
+    assert "nowhere" in mistake("push", "nowhere", "me/c")
     assert not hub.repositories
     say("push", "c.json", "me/open", "--public")
-    assert "pass --public" in mistake("push", "c.json", "me/open")
+    assert "--public" in mistake("push", "c.json", "me/open")
     overlap = ("circuits", "overlap", "c.json")
-    assert "no repository or file 'me/none' on the hub" in mistake(*overlap, "me/none")
-    assert "me/open on the hub has no d.json" in mistake(*overlap, "hf://me/open/d.json")
-    assert "me/open has no revision 'v9'" in mistake(*overlap, "me/open@v9")
+    assert "'me/none'" in mistake(*overlap, "me/none")
+    assert re.search(r"me/open .*d\.json", mistake(*overlap, "hf://me/open/d.json"))
+    assert re.search("me/open .*revision 'v9'", mistake(*overlap, "me/open@v9"))
     hub.repositories["me/open"].files["circuit.json"] = json.dumps({"format": "else"}).encode()
     hub.repositories["me/open"].commits.append("else")
-    assert "is not a sparc3.circuit/1 file" in mistake(*overlap, "me/open")
+    assert "sparc3.circuit/1" in mistake(*overlap, "me/open")

@@ -107,7 +107,7 @@ def test_engines_are_refused_before_the_work(
     asked = ["--metrics", "repetition", "--set", "repetition.source=demo-loop"]
     out = [*asked, "--engine", "llama.cpp", "--out", str(tmp_path / "results.json")]
     monkeypatch.setattr("sparc3.evaluation.engines.find_spec", lambda name: None)
-    for engine, named in ((None, "pip install xllamacpp"), ("llama.cpp 1", "not a GGUF")):
+    for engine, named in ((None, "pip install xllamacpp"), ("llama.cpp 1", "GGUF")):
         if engine:
             monkeypatch.setattr("sparc3.evaluation.engines.require_llama_cpp", lambda: "llama.cpp 1")
         with pytest.raises(SystemExit) as stopped:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,13 +66,13 @@ def test_a_sample_that_is_not_finite_is_named_or_left_out(demo_untied: Pair, val
     }
     alone = attribute(model, [good, good + " a"], **asked)
     with broken(model, value):
-        with pytest.raises(NonFinite, match=r"sample 1 is not finite at model\.layers"):
+        with pytest.raises(NonFinite, match=r"sample 1 .*model\.layers"):
             attribute(model, [good, bad, good + " a"], **asked)
         if unit != "weight":
             left = attribute(model, [good, bad, good + " a"], **asked, non_finite="skip")
             assert (left.provenance["samples"], left.provenance["skipped"]) == (2, [1])
             assert all(torch.allclose(left[name], alone[name], rtol=1e-4, atol=1e-8) for name in alone)
-            with pytest.raises(Sparc3Error, match="none of the 2 samples gave a finite relevance"):
+            with pytest.raises(Sparc3Error, match=r"\b2 samples.*bfloat16"):
                 attribute(model, [bad, bad], **asked, non_finite="skip")
 
 
@@ -117,7 +118,7 @@ def test_windows_and_prompts_that_are_not_finite_are_failures(
         assert part.value is not None
         assert math.isfinite(part.value)
     assert abs(results.find("kl", "ablated").value or 0) < 1e-6, "the windows that are left are untouched"
-    assert "perplexity of ablated: 1 failures" in caplog.text
+    assert re.search(r"perplexity.*ablated.*\b1 failures", caplog.text)
     results.save(tmp_path / "r.json")
 
 
@@ -132,7 +133,7 @@ def test_an_overflow_in_low_precision_is_a_failure_and_no_figure(demo: Pair) -> 
     only = found.find("perplexity")
     assert (only.value, only.ci95, only.n) == (None, None, 0)
     assert only.failures > 0
-    with pytest.raises(NonFinite, match="is not finite"):
+    with pytest.raises(NonFinite, match=r"sample 0 .*model\.layers"):
         attribute(model, ["Tom was angry"], tokenizer=demo[1])
 
 
@@ -193,7 +194,7 @@ def test_a_scorer_that_raises_loses_only_what_it_cannot_score(caplog: pytest.Log
 
     with caplog.at_level("WARNING"):
         assert _count_failures(fragile)(["a", "boom", "b", ""]) == [0.5, None, 0.5, None]
-    assert caplog.text.count("the scorer failed") == 1
+    assert len([line for line in caplog.messages if "rubbish" in line]) == 1
 
 
 def _classifier(folder: Path, demo: Pair, value: float | None = None) -> Path:
@@ -263,9 +264,9 @@ def test_a_tokenizer_without_pad_or_first_token(demo: Pair) -> None:
     )  # type: ignore[arg-type]
     assert one[1] == many[0]
     assert attribute(model, ["Tom was angry", "Tom"], tokenizer=bare).provenance["samples"] == 2  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="prompt 1 has no token"):
+    with pytest.raises(UserError, match=r"prompt 1\b"):
         complete(model, bare, ["Tom", ""], max_new_tokens=2)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="sample 0 has no token"):
+    with pytest.raises(UserError, match=r"sample 0\b"):
         attribute(model, [Sample(text="")], tokenizer=bare)  # type: ignore[arg-type]
 
 
@@ -278,7 +279,7 @@ def test_samples_of_one_token(demo: Pair) -> None:
         scores = attribute(demo[0], [sample], tokenizer=demo[1], target=target)
         assert all(tensor.isfinite().all() for tensor in scores.values())
         assert any(tensor.abs().sum() > 0 for tensor in scores.values())
-    with pytest.raises(UserError, match="one token"):
+    with pytest.raises(UserError, match=r"sample 0\b.*target next"):
         attribute(demo[0], [[7]], target="next")
     assert complete(demo[0], demo[1], [demo[1].decode([7])], max_new_tokens=3)
 

@@ -313,9 +313,7 @@ def test_weights_on_the_disk_are_refused_in_one_line(tmp_path: Path) -> None:
         lambda: damp(model, damping).__enter__(),
     ]
     for use in uses:
-        with pytest.raises(
-            UserError, match=r"^model\.embed_tokens\.weight of 'llama' is offloaded to the disk"
-        ):
+        with pytest.raises(UserError, match=r"^model\.embed_tokens\.weight .*'llama' .*disk"):
             use()
 
 
@@ -323,18 +321,16 @@ def test_a_gpu_keeps_room_for_activations_and_the_cpu_takes_the_rest() -> None:
     gib = 2**30
     room = gpu_room({0: 12 * gib, 1: gib, "cpu": 20 * gib}, 16 * gib, "m")
     assert room == {0: 12 * gib - RESERVE, 1: 0, "cpu": 18 * gib}
-    with pytest.raises(
-        UserError, match=r"'m' take 30 GiB, and the GPUs and the CPU together have room for 28 GiB"
-    ):
+    with pytest.raises(UserError, match=r"'m' .*\b30 GiB.*\b28 GiB"):
         gpu_room({0: 12 * gib, "cpu": 20 * gib}, 30 * gib, "m")
-    with pytest.raises(UserError, match=r"no GPU has more than the 2 GiB free"):
+    with pytest.raises(UserError, match=r"GPU .*\b2 GiB"):
         gpu_room({0: gib, 1: 2 * gib, "cpu": 20 * gib}, gib, "m")
     assert gpu_room({"cpu": 20 * gib}, gib, "m") == {"cpu": 18 * gib}
 
 
 def test_the_room_on_a_cpu_is_that_of_its_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "available", lambda device: 2**20)
-    with pytest.raises(UserError, match=r"take .* GiB, and the GPUs and the CPU together have room for"):
+    with pytest.raises(UserError, match=r" GiB.* GiB"):
         load_model("demo", device="map")
 
 
@@ -351,7 +347,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_front_door_offloads_and_says_so(small_gpu: None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "sparc3"):
         model, tokenizer = load_model("demo", device="map")
-    assert [line for line in caplog.messages if "2 of 4 layers stay on the CPU" in line and "slower" in line]
+    assert [line for line in caplog.messages if "2 of 4 layers" in line and "CPU" in line]
     plain, _ = load_model("demo", device="cpu")
     prompts = ["Tom was glad", "Anna went to the shop and said"]
     for temperature in (0.0, 1.0):

@@ -103,12 +103,12 @@ def test_skipping_is_recorded_and_none_is_the_default(tmp_path: Path) -> None:
 
 def test_nothing_left_of_a_sample_is_the_users_mistake(mistake: Any, jsonl: Any, tmp_path: Path) -> None:
     model = tiny("llama")
-    with pytest.raises(UserError, match=r"sample 1 has 2 tokens.*skip_positions 2"):
+    with pytest.raises(UserError, match=r"sample 1 .*\b2 tokens.*skip_positions 2"):
         attribute(model, [[3, 4, 5], [3, 4]], skip_positions=2)
-    with pytest.raises(UserError, match="skip_positions is -1"):
+    with pytest.raises(UserError, match=r"skip_positions .*-1"):
         attribute(model, [[3, 4, 5]], skip_positions=-1)
     path = jsonl("s.jsonl", [{"text": "Tom was happy."}])
-    assert "skip_positions 500 leaves none" in mistake(
+    assert "skip_positions 500" in mistake(
         "attribute", "demo", "--samples", path, "--skip-positions", "500", "--out", tmp_path / "x.safetensors"
     )
 

@@ -1,6 +1,7 @@
 """Quantised weights: what needs no value of a weight works and is right; what does says so in one line."""
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_what_needs_the_weight_is_refused_at_once_and_names_the_way_out(
 def test_a_quantised_neuron_is_not_ablated_in_place(pair: tuple[Any, Any]) -> None:
     site = sites_of(pair[0], ("mlp.up",))[0]
     with (
-        pytest.raises(UserError, match="quantised"),
+        pytest.raises(UserError, match=re.escape(site.name)),
         ablated(pair[0], Circuit("neuron", {site.name: (1,)}, describe(pair[0]), {})),
     ):
         pass
@@ -124,5 +125,5 @@ def test_a_quantised_model_without_its_package_names_it(method: str, package: st
     if method == "bitsandbytes":
         settings["load_in_8bit"] = True
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    with pytest.raises(UserError, match=rf"not installed.*{package}"):
+    with pytest.raises(UserError, match=rf"\b{package}\b"):
         load_weights(tmp_path, device="cpu")

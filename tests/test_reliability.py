@@ -1,5 +1,6 @@
 """An allocation that fails halves the batch; what cannot fit is refused with the numbers."""
 
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,12 +79,10 @@ def test_one_sample_that_does_not_fit_is_an_error_of_one_line(
     demo: tuple[Any, Any], fails_above: Call, tmp_path: Path
 ) -> None:
     fails_above(0, RuntimeError)
-    with pytest.raises(
-        Sparc3Error, match=r"sample \d, \d+ tokens, alone does not fit into memory; shorten it"
-    ):
+    with pytest.raises(Sparc3Error, match=r"sample \d, \d+ tokens\b.*memory"):
         attribute(demo[0], PROMPTS, tokenizer=demo[1])
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    with pytest.raises(Sparc3Error, match="a sample alone does not fit into memory"):
+    with pytest.raises(Sparc3Error, match=r"sample .*memory"):
         evaluate(*demo, {"perplexity": {"source": str(tmp_path / "p.txt")}})
 
 
@@ -116,14 +115,11 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers(
     told = mistake(
         "attribute", "demo", "--samples", "demo-angry", "--dtype", "float32", "--out", tmp_path / "s"
     )
-    assert (
-        "GiB in float32, and cpu has 0.000977 GiB left; load them in bfloat16, or use a device with more"
-        in told
-    )
+    assert re.search(r"GiB in float32.*\bcpu .*0\.000977 GiB.*bfloat16", told)
     monkeypatch.setattr(
         "transformers.PreTrainedModel.from_pretrained", lambda *_, **__: pytest.fail("weights were read")
     )
-    with pytest.raises(Sparc3Error, match="use a device with more"):
+    with pytest.raises(Sparc3Error, match=r"GiB in bfloat16.*\bcpu .*0\.000977 GiB"):
         load_model("demo", dtype="bfloat16", device="cpu")
 
 
