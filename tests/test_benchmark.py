@@ -26,7 +26,7 @@ def test_the_part_for_a_device_runs_and_writes_its_page(tmp_path: Path) -> None:
     ]
     subprocess.run(command, check=True, capture_output=True)
     page = (tmp_path / "page.md").read_text()
-    assert "## cuda\n\nNot measured: no GPU was at hand." in page
+    assert "## cuda\n\nNot measured" in page
     assert "## cpu, tiny" in page
     for line in (
         "s per 2048-token sample",

@@ -166,29 +166,29 @@ def test_what_does_not_belong_together_is_refused_by_name(
     one, two, three = (shard(f"s{number}", number) for number in (1, 2, 3))
     with pytest.raises(UserError):
         merge([])
-    with pytest.raises(UserError, match="shard 2/3 missing"):
+    with pytest.raises(UserError, match="shard 2/3 "):
         merge([one, three])
-    with pytest.raises(UserError, match="shards 1/3, 3/3 missing"):
+    with pytest.raises(UserError, match="shards 1/3, 3/3 "):
         merge([two])
-    with pytest.raises(UserError, match=r"sample 0 is in .*s1 and in .*s1 \(6 are in both\)"):
+    with pytest.raises(UserError, match=r"sample 0 .*\bs1 .*\bs1 .*\b6\b"):
         merge([one, two, three, one])
-    with pytest.raises(UserError, match=r"signed and .*differ in neuron|differ in neuron \(signed and abs\)"):
+    with pytest.raises(UserError, match=r"\bneuron \((signed|abs) and (signed|abs)\)"):
         merge([one, two, shard("other", 3, neuron="signed")])
-    with pytest.raises(UserError, match="differ in samples fingerprint"):
+    with pytest.raises(UserError, match="samples fingerprint"):
         merge([one, two, shard("less", 3, samples=SAMPLES[:16])])
-    with pytest.raises(UserError, match="differ in fingerprint"):
+    with pytest.raises(UserError, match="in fingerprint"):
         merge([one, two, shard("weights", 3, on=tiny("llama", seed=1))])
-    with pytest.raises(UserError, match="one of 2 shards"):
+    with pytest.raises(UserError, match=r"half\b.*\b2 shards.*\bs1\b"):
         merge([one, shard("half", 2, of=2)])
-    with pytest.raises(UserError, match="need the values of the model's weights"):
+    with pytest.raises(UserError, match=r"wanda .*model"):
         merge([shard(f"w{number}", number, method="wanda") for number in (1, 2, 3)])
     killed_after(1)
     with pytest.raises(Killed):
         shard("cut", 3, batch_tokens=8, save_every=0)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"cut is not finished: \d of its 5 samples are missing"):
+    with pytest.raises(UserError, match=r"cut .*\b\d of its 5 samples"):
         merge([one, two, tmp_path / "cut"])
-    with pytest.raises(UserError, match="use fewer shards"):
+    with pytest.raises(UserError, match=r"2 samples.*\b3/3\b"):
         shard("none", 3, samples=SAMPLES[:2])
 
 
@@ -197,13 +197,14 @@ def test_shards_on_the_command_line(sparc3: Call, mistake: Call, tmp_path: Path)
     assert sparc3(*ask, "--out", tmp_path / "whole.safetensors")[0] == 0
     for number in (1, 2):
         assert sparc3(*ask, "--shard", f"{number}/2", "--out", tmp_path / f"s{number}")[0] == 0
-    assert "shard 1/2 missing" in mistake("merge", tmp_path / "s2", "--out", tmp_path / "m.safetensors")
-    assert "write the first of three as 1/3" in mistake(*ask, "--shard", "0/2", "--out", tmp_path / "x")
+    assert "shard 1/2" in mistake("merge", tmp_path / "s2", "--out", tmp_path / "m.safetensors")
+    assert "'0/2'" in mistake(*ask, "--shard", "0/2", "--out", tmp_path / "x")
     assert "--shard" in mistake(
         "attribute", "demo", "--method", "random", "--shard", "1/2", "--out", tmp_path / "x"
     )
-    assert "is a safetensors file, but not a sparc3.shard/1 file" in mistake(
-        "merge", tmp_path / "whole.safetensors", "--out", tmp_path / "x"
+    assert re.search(
+        r"whole\.safetensors .*sparc3\.shard/1",
+        mistake("merge", tmp_path / "whole.safetensors", "--out", tmp_path / "x"),
     )
     assert sparc3("merge", tmp_path / "s1", tmp_path / "s2", "--out", tmp_path / "m.safetensors")[0] == 0
     assert close(Scores.load(tmp_path / "m.safetensors"), Scores.load(tmp_path / "whole.safetensors"))
@@ -391,7 +392,7 @@ def test_texts_that_another_tokenizer_reads_are_another_task(model: Any, tmp_pat
             partial=tmp_path / str(number),
             shard=(number, 2),
         )
-    with pytest.raises(UserError, match="differ in tokenizer"):
+    with pytest.raises(UserError, match="in tokenizer"):
         merge([tmp_path / "1", tmp_path / "2"])
 
 
@@ -400,5 +401,5 @@ def test_a_damaged_shard_is_named(model: Any, tmp_path: Path, mistake: Call) -> 
     raw = bytearray((tmp_path / "s1").read_bytes())
     raw[-3] ^= 1
     (tmp_path / "s1").write_bytes(raw)
-    assert "was changed after it was written" in mistake("merge", tmp_path / "s1", "--out", tmp_path / "x")
+    assert re.search("s1 .*checksum", mistake("merge", tmp_path / "s1", "--out", tmp_path / "x"))
     assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["s1"]'

@@ -34,13 +34,13 @@ def test_samples_come_back_as_saved(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("{nonsense", "line 2 "),
-        ("[1]", "line 2 is not a JSON object"),
-        ('{"txt": "a"}', 'line 2 needs either "text"'),
-        ('{"text": 3}', 'line 2: "text" must be'),
+        ("[1]", "line 2 .*JSON object"),
+        ('{"txt": "a"}', 'line 2 .*"text" or "input_ids"'),
+        ('{"text": 3}', 'line 2: "text"'),
         ('{"input_ids": []}', 'line 2: "input_ids"'),
         ('{"text": ""}', "line 2.*empty"),
-        ('{"text": "a", "input_ids": [1]}', "line 2 has both"),
-        ('{"prompt": null}', 'line 2 needs either "text"'),
+        ('{"text": "a", "input_ids": [1]}', 'line 2 has both .*"input_ids"'),
+        ('{"prompt": null}', 'line 2 .*"text" or "input_ids"'),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
@@ -52,7 +52,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
 
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    for name, said in (("none.jsonl", "no such file"), ("empty.jsonl", "empty.jsonl")):
+    for name, said in (("none.jsonl", "none.jsonl"), ("empty.jsonl", "empty.jsonl")):
         with pytest.raises(UserError, match=said):
             ReferenceSet.load(tmp_path / name)
     with pytest.raises(UserError, match="empty"):
@@ -147,7 +147,7 @@ def test_other_hub_sources_read_through_the_same_api(
 
 def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="cannot reach the hub for 'the data set allenai/c4'"):
+    with pytest.raises(UserError, match=r"reach .*allenai/c4"):
         next(stream(0, path="allenai/c4", name="en", split="train"))
 
 
@@ -167,11 +167,11 @@ def test_demo_texts_are_a_function_of_their_place() -> None:
 @pytest.mark.parametrize(
     ("target", "sample", "said"),
     [
-        ("label", Sample(text="a"), 'has no "target"'),
-        ("contrast", Sample(text="a", target=" Tom"), 'has no "contrast"'),
-        ("completion", Sample(text="a"), 'has no "completion"'),
-        ("label", Sample(text="a", target=" Tom Anna"), "is 2 tokens"),
-        ("next", Sample(input_ids=(1,)), "one token"),
+        ("label", Sample(text="a"), '"target"'),
+        ("contrast", Sample(text="a", target=" Tom"), '"contrast"'),
+        ("completion", Sample(text="a"), '"completion"'),
+        ("label", Sample(text="a", target=" Tom Anna"), "2 tokens"),
+        ("next", Sample(input_ids=(1,)), "sample 0 .*target next"),
         ("predicted", Sample(input_ids=(99999,)), "99999"),
     ],
 )
@@ -186,9 +186,7 @@ def test_too_long_is_counted_and_truncated_only_when_told() -> None:
     long = ReferenceSet(
         (Sample(input_ids=tuple(range(9))), Sample(input_ids=(1, 2)), Sample(input_ids=tuple(range(12))))
     )
-    with pytest.raises(
-        UserError, match=r"2 of 3 samples are longer than the model's 8 tokens \(the longest has 12"
-    ):
+    with pytest.raises(UserError, match=r"\b2 of 3 samples.*\b8 tokens.*\b12\b"):
         encode(long, None, "predicted", context=8, vocabulary=20)
     cut = encode(long, None, "next", context=8, vocabulary=20, truncate=True)
     assert [len(e.ids) for e in cut] == [8, 2, 8]

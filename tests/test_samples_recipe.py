@@ -113,9 +113,10 @@ def test_distribution_by_hand() -> None:
 def test_the_report_draws_it_and_the_plan_counts_it(finished: tuple[Path, Results]) -> None:
     folder, _ = finished
     page = (folder / "report.html").read_text()
-    assert "How many reference samples" in page
-    assert "Histogram of the scores" in page
-    assert "Scores above a threshold" in page
+    assert page.count("<svg") >= 3
+    assert "reference samples" in page
+    assert "Histogram" in page
+    assert "threshold" in page
     kept = json.loads((folder / "distributions/lrp.json").read_text())
     assert sum(map(sum, kept["sites"].values())) == 2 * COUNT
     expected = plan(load_recipe(SMALL))
@@ -139,9 +140,9 @@ def test_it_is_not_done_again(finished: tuple[Path, Results]) -> None:
 @pytest.mark.parametrize(
     ("compress", "said"),
     [
-        ({"methods": ["lrp"], "fractions": [0.5], "samples": [7]}, "references.general.count is less"),
-        ({"methods": ["lrp"], "fractions": [0.4, 0.5], "samples": [1]}, "at one fraction"),
-        ({"methods": ["wanda-sequential"], "fractions": [0.5], "samples": [1]}, "leave wanda-sequential out"),
+        ({"methods": ["lrp"], "fractions": [0.5], "samples": [7]}, r"references\.general\.count"),
+        ({"methods": ["lrp"], "fractions": [0.4, 0.5], "samples": [1]}, "samples.*fraction"),
+        ({"methods": ["wanda-sequential"], "fractions": [0.5], "samples": [1]}, "wanda-sequential"),
         ({"methods": ["lrp"], "fractions": [0.5], "samples": [0]}, "samples"),
     ],
 )

@@ -88,8 +88,8 @@ def test_times(time: str, there: int) -> None:
 def test_mistakes() -> None:
     for options, said in (
         ({"time": "soon"}, "soon"),
-        ({"time": "3"}, "at least 4 minutes"),
-        ({"nodes": 0}, "make no job"),
+        ({"time": "3"}, "3 .*4 minutes"),
+        ({"nodes": 0}, "0 nodes"),
     ):
         with pytest.raises(UserError, match=said):
             lines(**options)
@@ -180,11 +180,12 @@ def test_options_pass_through_and_the_log_has_a_folder(
 def test_the_command(sparc3: Call, mistake: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, _ = sparc3("slurm", "demo", "--gpus", "0")
-    assert (code, out) == (0, "demo.sbatch: submit it with sbatch demo.sbatch\n")
+    assert code == 0
+    assert "sbatch demo.sbatch" in out
     assert os.access("demo.sbatch", os.X_OK)
-    assert "did you mean 'demo'" in mistake("slurm", "demoo")
+    assert "'demo'" in mistake("slurm", "demoo")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "sbatch is not installed" in mistake("slurm", "demo", "--gpus", "0", "--submit")
+    assert "sbatch demo.sbatch" in mistake("slurm", "demo", "--gpus", "0", "--submit")
 
 
 @pytest.fixture
@@ -267,6 +268,6 @@ def test_a_job_out_of_time_is_queued_again_and_finishes(sparc3: Call, tmp_path: 
     wait_for("the end", lambda: of_job(job, "JobState") in ("COMPLETED", "FAILED"))
     log = Path(f"{folder}-{job}.log").read_text()
     assert of_job(job, "JobState") == "COMPLETED", log
-    assert "samples are done" in log
+    assert re.search(r"\d+ of \d+ samples", log)
     assert Results.load(folder / "results.json").find("perplexity", "ablated").value
     assert not list(folder.glob("scores/*.partial"))

@@ -90,7 +90,8 @@ def test_other_methods_get_the_same_budget(finished: tuple[Path, Results]) -> No
             < results.find("toxicity.mean", "ablated").value
         )
         assert ahead == any(
-            f"{one['variant']} does better" in warning for warning in results.provenance["warnings"]
+            f"under the same budget {one['variant']} " in warning
+            for warning in results.provenance["warnings"]
         )
     assert f"wanda@{results.provenance['count']}" in {m.variant for m in results}
 
@@ -198,12 +199,12 @@ def test_a_budget_that_nothing_keeps_is_said(tmp_path: Path) -> None:
     ("selection", "said"),
     [
         ({"tune": {}}, "tune.counts"),
-        ({"count": 3, "tune": {"counts": [4]}}, "or one count"),
-        ({"fraction": 0.1, "tune": {"counts": [4]}}, "leave fraction"),
+        ({"count": 3, "tune": {"counts": [4]}}, r"tune\.counts"),
+        ({"fraction": 0.1, "tune": {"counts": [4]}}, "tune.*fraction"),
         ({"penalty": 2.0, "tune": {"counts": [4]}}, r"tune\.penalties"),
         ({"tune": {"counts": [4], "max_perplexity_increas": 1}}, "max_perplexity_increase"),
         ({"tune": {"counts": [4], "targets": ["predictd"]}}, "predicted"),
-        ({}, "tune to search"),
+        ({}, "count.*fraction.*tune"),
     ],
 )
 def test_what_does_not_go_together_is_refused(selection: dict[str, Any], said: str) -> None:

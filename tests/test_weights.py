@@ -252,9 +252,9 @@ def test_a_nan_names_its_sample_and_a_site() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "activation"}, "cannot score unit 'weight'"),
-        ({"sums_dtype": "float8"}, "unknown sums_dtype 'float8'"),
-        ({"sums_device": "nowhere"}, "unknown sums_device 'nowhere'"),
+        ({"method": "activation"}, "activation.*'weight'"),
+        ({"sums_dtype": "float8"}, "sums_dtype 'float8'"),
+        ({"sums_device": "nowhere"}, "sums_device 'nowhere'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, str], said: str) -> None:
