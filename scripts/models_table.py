@@ -15,10 +15,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 from tiny import CONFIGS, samples, tiny  # noqa: E402
 
 from sparc3.doctor import checks  # noqa: E402
-from sparc3.doctor.completeness import relevance_ledger  # noqa: E402
-from sparc3.doctor.second_opinion import exact_copy, flows  # noqa: E402
+from sparc3.doctor.checks import relevance_ledger  # noqa: E402
+from sparc3.doctor.second_opinion import all_sites, exact_copy, flows  # noqa: E402
 from sparc3.models.families import FAMILIES, Family  # noqa: E402
-from sparc3.models.sites import sites_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- models: written by scripts/models_table.py -->", "<!-- end of models -->"
@@ -48,9 +47,8 @@ def measured(name: str) -> tuple[float, float]:
     """(largest gap of the ledger, relative to its largest part; difference of AttnLRP from the second
     opinion) of a tiny model."""
     model = exact_copy(tiny(name))
-    seen = flows(model, samples()[0], sites_of(model, checks.roles_of(model)))
-    difference = checks.attnlrp_agrees(model, samples(), seen).value
-    assert difference is not None
+    seen = flows(model, samples()[0], all_sites(model))
+    difference, _, _ = checks.attnlrp_agrees(model, samples(), seen)
     return max(relevance_ledger(model, ids).gap for ids in samples()), difference
 
 

@@ -20,7 +20,7 @@ from sparc3.attribution.patching import frozen, lrp_rules
 from sparc3.attribution.relevance import target_of
 from sparc3.attribution.sums import Settings, Sums
 from sparc3.cli.score_commands import OPTIONS
-from sparc3.doctor.completeness import relevance_ledger
+from sparc3.doctor.checks import relevance_ledger
 from sparc3.errors import NonFinite, UserError
 from sparc3.models.families import ROLES
 from sparc3.models.sites import family_of, sites_of

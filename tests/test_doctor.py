@@ -15,10 +15,9 @@ from unchanged import fingerprint, require_same
 
 from sparc3.attribution import patching, rules
 from sparc3.doctor import examine as whole
-from sparc3.doctor import specimen as specimens
 from sparc3.doctor.checks import Finding
+from sparc3.doctor.examine import Specimen, shrink_config
 from sparc3.doctor.second_opinion import exact_copy, flows
-from sparc3.doctor.specimen import Specimen, shrink_config
 from sparc3.errors import UnsupportedModel
 from sparc3.models.families import FAMILIES
 from sparc3.models.sites import sites_of
@@ -233,7 +232,7 @@ def test_second_opinion_leaves_the_model_alone_and_knows_no_names() -> None:
 def test_a_large_configuration_gives_a_small_model_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig
 
-    monkeypatch.setattr(specimens, "LARGE", 1000)
+    monkeypatch.setattr(whole, "LARGE", 1000)
     config = AutoConfig.for_model(
         "qwen2",
         hidden_size=64,
@@ -243,7 +242,7 @@ def test_a_large_configuration_gives_a_small_model_and_says_so(monkeypatch: pyte
         num_key_value_heads=4,
         vocab_size=1300,
     )
-    model, note = specimens.random_model(config)
+    model, note = whole.random_model(config)
     assert re.search(r"\b2 of 5 layers.*\b1,000 of 1,300 tokens.*\b8 of 16 heads", note)
     assert all(parameter.std() > 0 for parameter in model.parameters())
 

@@ -11,7 +11,7 @@ from tests.tiny import tiny
 
 from sparc3 import Circuit, UserError, load_model
 from sparc3.checkpoints.export import export
-from sparc3.doctor.specimen import has_weights
+from sparc3.doctor.examine import has_weights
 from sparc3.errors import UnsupportedModel
 from sparc3.models.fingerprint import describe
 from sparc3.models.gguf import find_gguf

@@ -20,11 +20,9 @@ from torch.utils import backend_registration
 from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, run, select
 from sparc3.checkpoints.shrink import furthest
 from sparc3.circuits.ablate import Damping, damp, removed_units
-from sparc3.doctor import checks
-from sparc3.doctor.completeness import relevance_ledger
-from sparc3.doctor.examine import examine_specimen
-from sparc3.doctor.second_opinion import flows
-from sparc3.doctor.specimen import Specimen
+from sparc3.doctor.checks import relevance_ledger
+from sparc3.doctor.examine import Specimen, examine_specimen
+from sparc3.doctor.second_opinion import all_sites, flows
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.perplexity import negative_log_likelihoods
 from sparc3.experiment.compress import prune_sequentially
@@ -175,7 +173,7 @@ def test_other_backward_passes_copy_one_layer_at_a_time_too(copies: Copies) -> N
     one, two = (relevance_ledger(each, samples(1)[0]) for each in (plain, model))
     assert (one.target, one.gap, one.biases) == (two.target, two.gap, two.biases)
     assert torch.equal(one.tokens, two.tokens)
-    sites = [sites_of(each, checks.roles_of(each)) for each in (plain, model)]
+    sites = [all_sites(each) for each in (plain, model)]
     first, second = flows(plain, samples(1)[0], sites[0]), flows(model, samples(1)[0], sites[1])
     assert all(
         torch.equal(first[site].of_a, second[site].of_a) and torch.equal(first[site].of_z, second[site].of_z)

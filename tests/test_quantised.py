@@ -14,7 +14,7 @@ from torch import nn
 
 from sparc3 import UserError, ablated, attribute
 from sparc3.circuits.circuit import Circuit
-from sparc3.doctor.completeness import relevance_ledger
+from sparc3.doctor.checks import relevance_ledger
 from sparc3.models.fingerprint import describe
 from sparc3.models.load import load_weights
 from sparc3.models.sites import sites_of

@@ -1,8 +1,10 @@
 """The machine and the cluster: doctor, plan and slurm."""
 
 import argparse
+import time
 
 from ..errors import Sparc3Error
+from ..progress import write_duration
 from .console import Add, precision_arguments, quiet_transformers, say, set_argument
 
 
@@ -114,8 +116,10 @@ def _doctor(args: argparse.Namespace) -> None:
             say(f"{what:16} {how}")
         return
     quiet_transformers()
-    found = examine(args.model, dtype=args.dtype, device=args.device)
+    began = time.monotonic()
+    found = examine(args.model, dtype=args.dtype, device=args.device, progress=True)
     say("\n".join(found.lines()))
+    say(f"\nexamined in {write_duration(time.monotonic() - began)}, the loading included")
     if found.failed:
         raise Sparc3Error(
             f"{len(found.failed)} of {len(found.findings)} checks failed: "

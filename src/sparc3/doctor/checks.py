@@ -1,24 +1,27 @@
-"""The checks: each looks at one promise and says by how much it is kept."""
+"""The checks: each looks at one promise and says by how much it is kept. The first of them is the ledger:
+where the relevance of one target logit ends up."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attribution.attribute import attribute
-from ..attribution.patching import lrp_rules
+from ..attribution.patching import frozen, lrp_rules
+from ..attribution.relevance import checkpoint_layers, target_of
 from ..circuits.ablate import ablated
 from ..circuits.circuit import Circuit
-from ..errors import NonFinite
-from ..models.families import ROLES
+from ..errors import NonFinite, Sparc3Error, UnsupportedModel
 from ..models.fingerprint import describe
-from ..models.offloading import copy_model, device_of, named_values
+from ..models.offloading import copy_model, device_of, is_offloaded, named_values, value_of
 from ..models.sites import family_of, layers_of, sites_of
-from .completeness import relevance_ledger
-from .second_opinion import Flow, quantised
+from ..samples.batches import Encoded, make_batch
+from .second_opinion import Flow, all_sites, exact_copy, flows, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,12 +36,14 @@ class Finding:
         value: the figure; None where there is none.
         limit: the largest figure that passes; None where the finding is for information only.
         note: anything to add.
+        seconds: how long it took, the copy included where it is the first that needs one.
     """
 
     name: str
     value: float | None
     limit: float | None = None
     note: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def passed(self) -> bool | None:
@@ -46,10 +51,6 @@ class Finding:
         if self.limit is None:
             return None
         return self.value is not None and self.value <= self.limit
-
-    @property
-    def verdict(self) -> str:
-        return {True: "pass", False: "FAIL", None: ""}[self.passed]
 
 
 LIMITS = {torch.float64: (1e-6, 1e-5, 1e-5), torch.float32: (1e-3, 1e-2, 1e-3)}
@@ -60,85 +61,56 @@ COARSE = (0.2, 0.2, 0.2)
 """The same where nothing better than 16 bits or quantised weights fits into memory."""
 
 Ids = list[list[int]]
+Figure = tuple[float, float | None, str]
+"""What a check gives: value, limit and note, as `Finding` has them."""
 
 
-def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """‖found − wanted‖ / ‖wanted‖ over all sites, the largest."""
-    pairs = [(found[site].double().cpu(), value.double().cpu()) for site, value in wanted.items()]
-    return max(float((one - other).norm() / other.norm().clamp(min=1e-300)) for one, other in pairs)
+def run_checks(model: "PreTrainedModel", ids: Ids) -> Iterator[Finding]:
+    """Each check's finding as soon as it is there; one that cannot be made fails, and says why."""
+    began = time.perf_counter()
+
+    def check(name: str, measure: Callable[..., Figure], *given: Any) -> Finding:
+        nonlocal began
+        try:
+            figure: tuple[float | None, float | None, str] = measure(*given)
+        except UnsupportedModel:
+            raise
+        except Sparc3Error as error:
+            figure = None, 0.0, str(error)
+        before, began = began, time.perf_counter()
+        return Finding(name, *figure, seconds=began - before)
+
+    # First what looks at the model itself, then what needs a copy, so that the two are not in memory longer
+    # than needed.
+    yield check("forward values are the same under the rules", forward_unchanged, model, ids)
+    yield check("the model is restored bit for bit", restored, model, ids)
+    exact = exact_copy(model)
+    yield check("CP-LRP's ledger adds up to the logit", ledger_balances, exact, ids)
+    seen = flows(exact, ids[0], all_sites(exact))
+    yield check("AttnLRP equals its rules on torch's functions", attnlrp_agrees, exact, ids, seen)
+    yield check("a batch gives what its samples give", batched_is_single, exact, ids)
+    # A CPU takes five to ten times as long in 16 bits, and what overflows does so in the first text, too.
+    for dtype in (torch.bfloat16, torch.float16):
+        yield check(f"relevance is finite in {spelt(dtype)}", low_precision, model, exact, ids[:1], dtype)
+    yield check("share of neurons' relevance at the first position", first_position, exact, ids, seen)
+    yield check("largest activation, in medians", largest_activation, model, ids)
 
 
-def roles_of(model: "PreTrainedModel") -> tuple[str, ...]:
-    return tuple(role for role in ROLES if role in family_of(model).roles)
-
-
-def ledger_balances(exact: "PreTrainedModel", ids: Ids) -> Finding:
-    """In CP mode nothing is lost: embeddings, positions and biases together get the target logit."""
-    gaps, parts = [], ""
-    for one in ids:
-        book = relevance_ledger(exact, one)
-        total = book.embeddings + book.positions + book.biases
-        gaps.append(abs(book.target - total) / max(abs(book.target), 1e-300))
-        parts = (
-            parts
-            or f"logit {book.target:.4g} = embeddings {book.embeddings:.4g} + positions {book.positions:.4g} "
-            f"+ biases {book.biases:.4g}"
-        )
-    return Finding("CP-LRP's ledger adds up to the logit", max(gaps), _limits(exact)[0], parts)
-
-
-def attnlrp_agrees(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Finding:
-    """Signed relevance of the outputs of all sites, and that of heads, against `second_opinion` on the first
-    sequence."""
-    sites = sites_of(exact, roles_of(exact))
-    neurons = attribute(exact, ids[:1], neuron="signed", sites=roles_of(exact))
-    heads = attribute(exact, ids[:1], unit="head", sites=("attn.o",))
-    worst = distance(neurons, {site.name: seen[site.name].signed for site in sites})
-    of_heads = {site.name: seen[site.name].heads(site.heads) for site in sites if site.role == "attn.o"}
-    worst = max(worst, distance(heads, of_heads))
-    return Finding(
-        "AttnLRP equals its rules on torch's functions",
-        worst,
-        _limits(exact)[1],
-        "neurons of all sites, heads",
-    )
-
-
-def batched_is_single(exact: "PreTrainedModel", ids: Ids) -> Finding:
-    """Padding and batches change nothing."""
-    alone, together = (
-        attribute(exact, ids, neuron="signed", sites=roles_of(exact), batch_tokens=tokens)
-        for tokens in (1, 10**6)
-    )
-    return Finding(
-        "a batch gives what its samples give",
-        distance(together, alone),
-        _limits(exact)[2],
-        f"{len(ids)} samples of unequal length",
-    )
-
-
-def forward_unchanged(model: "PreTrainedModel", ids: Ids) -> Finding:
+def forward_unchanged(model: "PreTrainedModel", ids: Ids) -> Figure:
     """The rules change what flows back, and nothing else; experts and fused attention may be rounded
     otherwise."""
-    batch = torch.tensor(ids[:1], device=device_of(model))
+    batch, worst = torch.tensor(ids[:1], device=device_of(model)), 0.0
     with torch.no_grad():
         plain = model(batch, use_cache=False).logits
-        worst = 0.0
         for cp in (False, True):
             with lrp_rules(model, cp=cp):
-                worst = max(
-                    worst,
-                    float((model(batch, use_cache=False).logits - plain).abs().max() / plain.abs().max()),
-                )
+                changed = model(batch, use_cache=False).logits
+            worst = max(worst, float((changed - plain).abs().max() / plain.abs().max()))
     rounded = family_of(model).experts or model.config._attn_implementation not in ("sdpa", "eager", None)
-    limit = _limits(model)[2] if rounded else 0.0
-    return Finding(
-        "forward values are the same under the rules", worst, limit, "largest difference of a logit"
-    )
+    return worst, _limits(model)[2] if rounded else 0.0, "largest difference of a logit"
 
 
-def restored(model: "PreTrainedModel", ids: Ids) -> Finding:
+def restored(model: "PreTrainedModel", ids: Ids) -> Figure:
     """Values, flags, hooks and attributes of every module, before and after attribution and an ablation."""
     before = _state(model)
     attribute(model, ids[:1], neuron="signed", non_finite="skip" if model.dtype == torch.float16 else "error")
@@ -149,117 +121,123 @@ def restored(model: "PreTrainedModel", ids: Ids) -> Finding:
     after = _state(model)
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     note = f"changed: {min(changed)}" if changed else "parameters, buffers, attributes, hooks"
-    return Finding("the model is restored bit for bit", float(len(changed)), 0.0, note)
+    return float(len(changed)), 0.0, note
 
 
 def _state(model: "PreTrainedModel") -> dict[str, Any]:
-    found: dict[str, Any] = {"config": (_Same(model.config), model.config._attn_implementation)}
+    """Objects stand here with their addresses, so that none is the same but itself, and are held on to, so
+    that nothing new takes an address."""
+    found: dict[str, Any] = {"config": (id(model.config), model.config, model.config._attn_implementation)}
     for name, tensor in [*named_values(model), *model.named_buffers()]:
         found[f"{name} (value)"] = _digest(tensor)
     for name, tensor in model.named_parameters():
         found[f"{name} (flag)"] = tensor.requires_grad
     for name, module in model.named_modules():
-        hooks = {
-            key: tuple(value)
-            for key, value in module.__dict__.items()
-            if "hook" in key and isinstance(value, dict)
-        }
-        found[f"{name or 'the model'} (attributes)"] = (
-            {key: _Same(value) for key, value in module.__dict__.items()},
-            hooks,
-        )
+        for key, value in module.__dict__.items():
+            place = f"{name or 'the model'} (attribute {key})"
+            hooks = tuple(value) if "hook" in key and isinstance(value, dict) else ()
+            found[place] = (id(value), hooks, value)
     return found
-
-
-class _Same:
-    """Equal to itself alone; held on to, so that nothing new can take its address."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _digest(tensor: Tensor) -> str:
     if hasattr(tensor, "__tensor_flatten__"):
         return "".join(_digest(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return hashlib.blake2b(
-        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, digest_size=16
-    ).hexdigest()
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def low_precision(
-    model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype
-) -> Finding:
-    """Whether relevance is finite in 16 bits, and how far it is from what the exact copy gives (rounded
-    weights included)."""
+def ledger_balances(exact: "PreTrainedModel", ids: Ids) -> Figure:
+    """In CP mode nothing is lost: embeddings, positions and biases together get the target logit."""
+    books = [relevance_ledger(exact, one) for one in ids]
+    gaps = [
+        abs(book.target - book.embeddings - book.positions - book.biases) / max(abs(book.target), 1e-300)
+        for book in books
+    ]
+    first = books[0]
+    parts = f"{first.embeddings:.4g} + positions {first.positions:.4g} + biases {first.biases:.4g}"
+    return max(gaps), _limits(exact)[0], f"logit {first.target:.4g} = embeddings {parts}"
+
+
+def attnlrp_agrees(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Figure:
+    """Signed relevance of the outputs of all sites, and that of heads, against `second_opinion` on the first
+    sequence."""
+    sites = all_sites(exact)
+    neurons = attribute(exact, ids[:1], neuron="signed", sites=tuple(family_of(exact).roles))
+    heads = attribute(exact, ids[:1], unit="head", sites=("attn.o",))
+    of_heads = {site.name: seen[site.name].heads(site.heads) for site in sites if site.role == "attn.o"}
+    worst = max(
+        distance(neurons, {site.name: seen[site.name].signed for site in sites}), distance(heads, of_heads)
+    )
+    return worst, _limits(exact)[1], "neurons of all sites, heads"
+
+
+def batched_is_single(exact: "PreTrainedModel", ids: Ids) -> Figure:
+    """Padding and batches change nothing."""
+    alone, together = (
+        attribute(exact, ids, neuron="signed", sites=tuple(family_of(exact).roles), batch_tokens=tokens)
+        for tokens in (1, 10**6)
+    )
+    return distance(together, alone), _limits(exact)[2], f"{len(ids)} samples of unequal length"
+
+
+def _relevance(model: "PreTrainedModel", ids: Ids) -> dict[str, Tensor]:
+    """Signed relevance of all sites' outputs, those of attention among them, whose overflow reaches no
+    neuron in the first layer. Raises NonFinite."""
+    return dict(attribute(model, ids, neuron="signed", sites=tuple(family_of(model).roles), target="next"))
+
+
+def low_precision(model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype) -> Figure:
+    """Whether relevance is finite in 16 bits, and how far that of neurons is from what the exact copy gives
+    (rounded weights included)."""
     low = model if model.dtype == dtype or quantised(model) else copy_model(model).to(dtype)
-    name = f"relevance is finite in {spelt(dtype)}"
     limit = 0.0 if dtype == torch.bfloat16 else None
     try:
-        found, wanted = (attribute(m, ids, neuron="signed", target="next") for m in (low, exact))
-        attribute(low, ids, unit="head", sites=("attn.o",), target="next")
+        scores = [_relevance(one, ids) for one in (low, exact)]
     except NonFinite as error:
-        return Finding(name, 1.0, limit, str(error))
-    note = (
-        f"{distance(found, wanted):.2g} from {spelt(exact.dtype)}; {_count_common(found, wanted):.0%} of the "
-        "strongest 5 % of neurons in common"
-    )
-    return Finding(name, 0.0, limit, note)
+        return 1.0, limit, str(error)
+    names = [site.name for site in sites_of(model, ("mlp.up",))]
+    found, wanted = ({name: one[name] for name in names} for one in scores)
+    sizes = [torch.cat([value.abs().cpu() for value in one.values()]) for one in (found, wanted)]
+    count = max(1, round(0.05 * len(sizes[0])))
+    strongest = [set(values.topk(count).indices.tolist()) for values in sizes]
+    common = len(strongest[0] & strongest[1]) / count
+    gap = f"{distance(found, wanted):.2g} from {spelt(exact.dtype)}"
+    return 0.0, limit, f"{gap}; {common:.0%} of the strongest 5 % of neurons in common"
 
 
-def _count_common(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share: float = 0.05) -> float:
-    one, other = (
-        torch.cat([value.flatten().abs() for value in scores.values()]) for scores in (found, wanted)
-    )
-    count = max(1, round(share * len(one)))
-    strongest = [set(values.topk(count).indices.tolist()) for values in (one, other)]
-    return len(strongest[0] & strongest[1]) / count
-
-
-def first_position(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Finding:
+def first_position(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Figure:
     """How much of all relevance (absolute, by position) sits at the first position; for information."""
+    passing = [seen[site.name] for site in sites_of(exact, ("mlp.up",))]
+    neurons = torch.stack([(flow.of_z * flow.z).abs().sum(1).cpu() for flow in passing]).sum(0)
     tokens = relevance_ledger(exact, ids[0], cp=False).tokens.abs()
-    neurons = sum(
-        (seen[site.name].of_z * seen[site.name].z).abs().sum(1).cpu() for site in sites_of(exact, ("mlp.up",))
-    )
-    assert isinstance(neurons, Tensor)
-    share = float(neurons[0] / neurons.sum())
     share = float(tokens[0] / tokens.sum())
     note = f"of the input tokens' relevance {share:.2g}; an even share is {1 / len(tokens):.2g}"
-    return Finding("share of neurons' relevance at the first position", share, None, note)
+    return float(neurons[0] / neurons.sum()), None, note
 
 
-def largest_activation(model: "PreTrainedModel", ids: Ids) -> Finding:
+def largest_activation(model: "PreTrainedModel", ids: Ids) -> Figure:
     """Massive activations (Sun et al. 2024): the largest entry of a residual stream as a multiple of the
     median; for information."""
     found: list[tuple[float, int, int]] = []
 
-    def measure(layer: int, hidden: Tensor) -> None:
-        sizes = hidden[0].float().abs()
-        found.append(
-            (float(sizes.max() / sizes.median().clamp(min=1e-30)), layer, int(sizes.amax(-1).argmax()))
-        )
+    def measure(_: nn.Module, args: Any, output: Any) -> None:
+        sizes = (output[0] if isinstance(output, tuple) else output)[0].float().abs()
+        ratio = float(sizes.max() / sizes.median().clamp(min=1e-30))
+        found.append((ratio, len(found), int(sizes.amax(-1).argmax())))
 
-    hooks = [
-        layer.register_forward_hook(
-            lambda _, args, out, index=index: measure(index, out[0] if isinstance(out, tuple) else out)
-        )
-        for index, layer in enumerate(layers_of(model))
-    ]
-    try:
-        with torch.no_grad():
-            model(torch.tensor(ids[:1], device=device_of(model)), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack, torch.no_grad():
+        for layer in layers_of(model):
+            stack.callback(layer.register_forward_hook(measure).remove)
+        model(torch.tensor(ids[:1], device=device_of(model)), use_cache=False)
     ratio, layer, position = max(found)
-    return Finding(
-        "largest activation, in medians", ratio, None, f"after layer {layer}, at position {position}"
-    )
+    return ratio, None, f"after layer {layer}, at position {position}"
+
+
+def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """‖found − wanted‖ / ‖wanted‖ over all sites, the largest."""
+    pairs = [(found[site].double().cpu(), value.double().cpu()) for site, value in wanted.items()]
+    return max(float((one - other).norm() / other.norm().clamp(min=1e-300)) for one, other in pairs)
 
 
 def _limits(exact: "PreTrainedModel") -> tuple[float, float, float]:
@@ -269,3 +247,81 @@ def _limits(exact: "PreTrainedModel") -> tuple[float, float, float]:
 def spelt(dtype: torch.dtype) -> str:
     """ "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Relevance of the largest logit at the last position, by the part of the model that it ends in.
+
+    Attributes:
+        target: the logit.
+        tokens: relevance of each input token's embedding [T], float64, on the CPU.
+        positions: of the learned position embeddings together; 0 where there are none.
+        biases: of all biases together.
+    """
+
+    target: float
+    tokens: Tensor
+    positions: float
+    biases: float
+
+    @property
+    def embeddings(self) -> float:
+        return float(self.tokens.sum())
+
+    @property
+    def gap(self) -> float:
+        """|target − sum of the parts|, relative to the larger of |target| and Σ |part|, so that parts that
+        cancel are no excuse."""
+        parts = (self.embeddings, self.positions, self.biases)
+        return abs(self.target - sum(parts)) / max(abs(self.target), sum(map(abs, parts)), 1e-300)
+
+
+def relevance_ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> Ledger:
+    """The ledger of one sequence of token ids.
+
+    In CP mode nothing is lost, so the parts must add up to the logit. AttnLRP (cp=False) loses relevance in
+    the softmax and has no reason to balance; its `tokens` are the usual input heatmap.
+
+    Raises:
+        UnsupportedModel: a module without a rule.
+    """
+    batch = make_batch([Encoded(0, tuple(ids), (len(ids) - 1,))], device_of(model))
+    parts = {part: torch.zeros(1, dtype=torch.float64) for part in ("tokens", "positions", "biases")}
+    again = checkpoint_layers(model) if is_offloaded(model) else nullcontext()
+    with frozen(model), lrp_rules(model, cp=cp), again, _record_relevance(model, parts):
+        y = target_of(model, batch)
+        y.backward()
+    return Ledger(float(y.detach()), parts["tokens"], float(parts["positions"].sum()), float(parts["biases"]))
+
+
+@contextmanager
+def _record_relevance(model: "PreTrainedModel", parts: dict[str, Tensor]) -> Iterator[None]:
+    """Hooks on the embeddings, which the graph then begins at, and on every module that adds a bias; each
+    adds to its part what flows back to it."""
+    inputs: dict[nn.Module, str] = {model.get_input_embeddings(): "tokens"}
+    if (positions := family_of(model).positions) is not None:
+        inputs[model.get_submodule(positions)] = "positions"
+
+    def add(part: str, grad: Tensor | None, value: Tensor) -> None:
+        if grad is not None:  # nothing flows to queries, keys and gates in CP mode
+            relevance = grad.double() * value.detach().to(grad.device).double()
+            flow = relevance.sum().reshape(1) if part == "biases" else relevance.sum(-1).sum(0)
+            parts[part] = parts[part] + flow.cpu()
+
+    def watch_input(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        value = output.detach().requires_grad_()
+        value.register_hook(lambda grad: add(inputs[module], grad, value))
+        return value
+
+    def watch_bias(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: add("biases", grad, value_of(module, "bias")))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module in inputs:
+                stack.callback(module.register_forward_hook(watch_input).remove)
+            elif module._parameters.get("bias") is not None:
+                stack.callback(module.register_forward_hook(watch_bias).remove)
+        yield

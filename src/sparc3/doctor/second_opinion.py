@@ -1,10 +1,17 @@
 """A copy of a model that computes in float64 throughout, so that what is left of a gap is a mistake and not
-rounding."""
+rounding; and AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that
+needs no name of any module.
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so
+that its plain gradient is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code with
+attribution/rules.py and patching.py, computes f(x)/x by dividing, and of the family table reads only where an
+MLP's non-linearity is.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from ..attribution.patching import frozen
 from ..attribution.relevance import checkpoint_layers
 from ..models.experts import by_position, tokens_of
-from ..models.families import ROLES
+from ..models.memory import available
 from ..models.offloading import copy_model, device_of, is_offloaded
-from ..models.sites import Site, family_of, layers_of, non_linearities, sites_of
+from ..models.sites import Site, family_of, layers_of, non_linearities, shadowed, sites_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,56 +51,31 @@ def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
     does, or it is quantised."""
     if quantised(model):
         return model
-    room, now = (
-        _room(torch.device("cpu") if is_offloaded(model) else model.device),
-        _size(model, model.dtype.itemsize),
-    )
+    room = available(torch.device("cpu") if is_offloaded(model) else model.device) or 4 * 2**30
+    numbers = sum(parameter.numel() for parameter in model.parameters())
     for dtype in (torch.float64, torch.float32):
         if dtype == model.dtype == torch.float32:
             return model
-        if now + 1.3 * _size(model, dtype.itemsize) < room:
+        # A later check copies the model once more, in 16 bits.
+        if numbers * (model.dtype.itemsize + 1.3 * dtype.itemsize) < room:
             twin = copy_model(model).to(dtype)
             if dtype == torch.float64:
-                twin.forward = _run_in_float64(twin.forward)
+                twin.forward = partial(_run_in_float64, twin.forward)
             return twin
     return model
 
 
+def _run_in_float64(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _Float64():
+        return forward(*args, **kwargs)
+
+
+def all_sites(model: "PreTrainedModel") -> list[Site]:
+    return sites_of(model, family_of(model).roles)
+
+
 def quantised(model: "PreTrainedModel") -> bool:
-    return any(
-        site.quantised for site in sites_of(model, [role for role in ROLES if role in family_of(model).roles])
-    )
-
-
-def _run_in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _Float64():
-            return forward(*args, **kwargs)
-
-    return run
-
-
-def _size(model: "PreTrainedModel", width: int) -> int:
-    return width * int(sum(parameter.numel() for parameter in model.parameters()))
-
-
-def _room(device: torch.device) -> int:
-    """Free bytes on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):  # not every system says
-        return 4 * 2**30
-
-
-# AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that needs no
-# name of any module.
-#
-# While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so
-# that its plain gradient is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code
-# with attribution/rules.py and patching.py, computes f(x)/x by dividing, and of the family table reads only
-# where an MLP's non-linearity is.
+    return any(site.quantised for site in all_sites(model))
 
 
 def _half(x: Tensor) -> Tensor:
@@ -143,11 +125,9 @@ def _attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
-        scores = (
-            scores.masked_fill(~attn_mask, -torch.inf)
-            if attn_mask.dtype == torch.bool
-            else scores + attn_mask
-        )
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(scores).masked_fill_(~attn_mask, -torch.inf)
+        scores = scores + attn_mask
     return _half(scores.softmax(-1)) @ _half(v)
 
 
@@ -161,26 +141,17 @@ def _route_tokens(*args: Any, **kwargs: Any) -> Any:
     return values.detach(), indices
 
 
-_PRODUCTS = (
-    torch.mul,
-    Tensor.mul,
-    Tensor.__mul__,
-    Tensor.__rmul__,
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    torch.bmm,
-)
+_PRODUCTS: tuple[Any, ...] = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_PRODUCTS += (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
 _RULES: dict[Any, Callable[..., Tensor]] = {
     **{function: _product(function) for function in _PRODUCTS},
     **{function: lambda x, f=function: f(x).detach() for function in (torch.rsqrt, Tensor.rsqrt)},
-    **{torch.topk: _route_tokens, Tensor.sigmoid: lambda x: x.detach().sigmoid()},
-    **{
-        torch.tanh: _identity(torch.tanh),
-        F.layer_norm: _layer_norm,
-        F.scaled_dot_product_attention: _attention,
-        Tensor.baddbmm: _baddbmm,
-    },
+    torch.topk: _route_tokens,
+    torch.tanh: _identity(torch.tanh),
+    Tensor.sigmoid: lambda x: x.detach().sigmoid(),
+    Tensor.baddbmm: _baddbmm,
+    F.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _attention,
 }
 
 
@@ -211,10 +182,6 @@ class Flow:
         """Σ_t ĝ_ti z_ti [out]."""
         return (self.of_z * self.z).sum(0)
 
-    def absolute(self, weight: Tensor) -> Tensor:
-        """Σ_j |R_W,ij| [out]."""
-        return (weight.detach() * (self.of_z.T @ self.a)).abs().sum(1)
-
     def heads(self, count: int) -> Tensor:
         """Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td [heads], at attn.o."""
         return (self.a * self.of_a).sum(0).view(count, -1).sum(1)
@@ -225,21 +192,23 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
     seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.setdefault(
-            module, (args[0], output, tokens_of(args))
-        )  # the first time: a checkpointed layer comes by again
+        # The first time counts: a checkpointed layer comes by again.
+        seen.setdefault(module, (args[0], output, tokens_of(args)))
         return output.clone()  # a model may write into what it gets
 
     def begin(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
     again = checkpoint_layers(model, Rules) if is_offloaded(model) else nullcontext()
-    with frozen(model), _activations_by_ratio(model), again, ExitStack() as hooks:
+    with frozen(model), again, ExitStack() as stack:
+        family = family_of(model)
+        for module in {one for layer in layers_of(model) for one in non_linearities(layer, family)}:
+            stack.enter_context(shadowed(module, "forward", _identity(module.forward)))
         modules = {site.name: site.hooked for site in sites}
         distinct = list(dict.fromkeys(modules.values()))
         for module in distinct:
-            hooks.callback(module.register_forward_hook(watch).remove)
-        hooks.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
+            stack.callback(module.register_forward_hook(watch).remove)
+        stack.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
         with Rules():
             logit = model(torch.tensor([ids], device=device_of(model)), use_cache=False).logits[0, -1].max()
         of_z = torch.autograd.grad(logit, [seen[module][1] for module in distinct], retain_graph=True)
@@ -248,27 +217,6 @@ def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[s
     found = {}
     for site in sites:
         (a, z, tokens), (to_a, to_z) = seen[modules[site.name]], gradients[modules[site.name]]
-        rows = [
-            by_position(x.detach(), tokens, (1, len(ids)))[0] for x in (a, site.of(z), to_a, site.of(to_z))
-        ]
-        found[site.name] = Flow(*rows)
+        parts = (a.detach(), site.of(z.detach()), to_a, site.of(to_z))
+        found[site.name] = Flow(*(by_position(part, tokens, (1, len(ids)))[0] for part in parts))
     return found
-
-
-@contextmanager
-def _activations_by_ratio(model: "PreTrainedModel") -> Iterator[None]:
-    """The MLPs' non-linearities under the identity rule, whatever function they are."""
-    family = family_of(model)
-    modules = list(
-        dict.fromkeys(module for layer in layers_of(model) for module in non_linearities(layer, family))
-    )
-    earlier = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = _identity(module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, earlier, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward

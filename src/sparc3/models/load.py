@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UserError, unknown
+from ..errors import Sparc3Error, UserError, unknown
 from ..storage import parse_json, read_text
 from .adapters import NOT_BY_ITSELF, find_adapter, merge_
 from .families import FAMILIES, require_family
@@ -107,6 +107,22 @@ def load_weights(
         model.set_experts_implementation("eager")  # the default, grouped_mm, knows no float64
     # A quantised model may refuse to be moved, even to where it is.
     return (model if mapped or model.device == target else model.to(target)).eval()
+
+
+def build_model(config: Any, **options: Any) -> "PreTrainedModel":
+    """A model of a configuration alone, in eval mode, on torch's present device; its weights are as
+    transformers draws them. Raises UserError where transformers cannot build it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, **options).eval()  # type: ignore[no-any-return]
+    except Sparc3Error:
+        raise
+    except Exception as error:  # a configuration can be wrong in any way that Python can
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"transformers cannot build a {config.model_type} of this configuration: {why}"
+        ) from error
 
 
 def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
