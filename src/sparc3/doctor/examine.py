@@ -15,6 +15,7 @@ from ..attribution.patching import lrp_rules
 from ..errors import UserError
 from ..models.families import ROLES
 from ..models.fingerprint import model_id
+from ..models.gguf import is_gguf
 from ..models.hub import require_hub
 from ..models.load import (
     build_model,
@@ -139,7 +140,7 @@ def has_weights(name: str) -> bool:
     missing."""
     path = Path(name)
     if path.is_file():
-        return path.suffix.lower() == ".gguf"
+        return path.suffix.lower() == ".gguf" or is_gguf(path)
     return not path.is_dir() or any(
         file.suffix.lower() in (".safetensors", ".bin", ".gguf") for file in path.iterdir()
     )
