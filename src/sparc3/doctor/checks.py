@@ -230,8 +230,8 @@ def largest_activation(model: "PreTrainedModel", ids: Ids) -> Figure:
         for layer in layers_of(model):
             stack.callback(layer.register_forward_hook(measure).remove)
         model(torch.tensor(ids[:1], device=device_of(model)), use_cache=False)
-    ratio, layer, position = max(found)
-    return ratio, None, f"after layer {layer}, at position {position}"
+    ratio, index, position = max(found)
+    return ratio, None, f"after layer {index}, at position {position}"
 
 
 def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

@@ -115,7 +115,7 @@ def build_model(config: Any, **options: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_config(config, **options).eval()  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config, **options).eval()
     except Sparc3Error:
         raise
     except Exception as error:  # a configuration can be wrong in any way that Python can
