@@ -19,7 +19,7 @@ from sparc3.attribution.options import AttributionOptions
 from sparc3.attribution.patching import frozen, lrp_rules
 from sparc3.attribution.relevance import target_of
 from sparc3.attribution.sums import Settings, Sums
-from sparc3.cli.score_commands import OPTIONS
+from sparc3.cli.stage_commands import OPTIONS
 from sparc3.doctor.checks import relevance_ledger
 from sparc3.errors import NonFinite, UserError
 from sparc3.models.families import ROLES

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -392,3 +393,54 @@ def test_a_recipe_without_an_evaluation_ends_well(tmp_path: Path, sparc3: Call) 
     )
     code, out, err = sparc3("run", tmp_path / "r.yaml", "--out", tmp_path / "run")
     assert (code, "evaluation" in out) == (0, True), err
+
+
+# Completion -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Shell → the file that it would read."""
+    from sparc3.cli.completion import SHELLS, write_completion
+    from sparc3.cli.main import make_parser
+
+    files = {shell: tmp_path_factory.mktemp("completion") / f"sparc3.{shell}" for shell in SHELLS}
+    for shell, path in files.items():
+        path.write_text(write_completion(make_parser(), shell) + "\n")
+    return files
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (("attr",), {"attribute"}),
+        (("run", "demo-c"), {"demo-compress"}),
+        (("run", "demo", "--no-"), {"--no-resume"}),
+        (("evaluate", "demo", "--engine", ""), {"transformers", "llama.cpp"}),
+        (("circuits", "u"), {"union"}),
+        (("run", "--out", ""), set()),  # a file: bash's own
+        (("nonsense", ""), set()),
+    ],
+)
+def test_bash_completes_what_argparse_takes(
+    scripts: dict[str, Path], typed: tuple[str, ...], offered: set[str]
+) -> None:
+    ask = 'source "$0"; COMP_WORDS=(sparc3 "$@"); COMP_CWORD=$#; _sparc3; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", ask, scripts["bash"], *typed], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(done.stdout.split()) == offered
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_read_their_script(scripts: dict[str, Path], shell: str) -> None:
+    text = scripts[shell].read_text()
+    assert all(command in text for command in ("attribute", "doctor", "demo-compress"))
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    done = subprocess.run([shell, "-n", scripts[shell]], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_prints_the_script(scripts: dict[str, Path], sparc3: Call, mistake: Call) -> None:
+    assert sparc3("completion", "fish") == (0, scripts["fish"].read_text(), "")
+    assert "did you mean 'fish'" in mistake("completion", "fsh")

@@ -148,12 +148,12 @@ def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path) -> None:
     "page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name
 )
 def test_links_and_commands_exist(page: Path) -> None:
-    from sparc3.cli.main import _parser
+    from sparc3.cli.main import make_parser
 
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (page.parent / link).exists(), link
-    (commands,) = (action.choices for action in _parser()._actions if action.dest == "command")
+    (commands,) = (action.choices for action in make_parser()._actions if action.dest == "command")
     fenced = "\n".join(found[2] for found in FENCE.finditer(text) if not found[1] or found[1] == "sh")
     for command in [
         *re.findall(r"^sparc3 ([a-z]+)", fenced, re.MULTILINE),

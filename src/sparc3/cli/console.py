@@ -1,19 +1,46 @@
-"""What every command shares: arguments of models, and a console without other libraries' chatter or terminal
-escapes."""
+"""What every command shares: its arguments as a table, and a console without other libraries' chatter or
+terminal escapes."""
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from ..safe_text import LineFormatter, visible, without_secrets
 
 Command = Callable[[argparse.Namespace], None]
-Add = Callable[[str, Command, str], argparse.ArgumentParser]
-"""Adds a command: its name, what it runs, its line of help."""
+Arguments = Mapping[str, str | tuple[str, dict[str, Any]]]
+"""An argument as the help shows it ("model", "--count N") → its line of help, or that and what else argparse
+is told of it."""
+Add = Callable[[str, Command, str, Arguments], None]
+"""Adds a command: its name, what it runs, its line of help, its arguments."""
+
+FLAG: dict[str, Any] = {"action": "store_true"}
+REPEATED: dict[str, Any] = {"action": "append", "default": []}
+REQUIRED: dict[str, Any] = {"required": True}
+OPTIONAL: dict[str, Any] = {"nargs": "?"}
+INTEGER: dict[str, Any] = {"type": int}
+
+PRECISION: Arguments = {
+    "--dtype": ("auto, float32, bfloat16, float16, float64 (default: %(default)s)", {"default": "auto"}),
+    "--device": (
+        "auto, cpu, cuda, cuda:1, or map: layers over all GPUs and the CPU (default: %(default)s)",
+        {"default": "auto"},
+    ),
+}
+MODEL: Arguments = {"model": "a hub id, or the folder of a checkpoint", **PRECISION}
+RECIPE: Arguments = {"recipe": "a bundled recipe's name (see sparc3 recipes), or the path of a YAML file"}
+SET: Arguments = {"--set a.b=c": ("change a setting of the recipe; may be repeated", REPEATED)}
+
+
+def add_arguments(command: argparse.ArgumentParser, arguments: Arguments) -> None:
+    for shown, about in arguments.items():
+        name, _, metavar = shown.partition(" ")
+        text, more = (about, {}) if isinstance(about, str) else about
+        command.add_argument(name, help=text, **({"metavar": metavar} if metavar else {}), **more)
 
 
 def say(text: object = "", error: bool = False) -> None:
@@ -51,29 +78,3 @@ def quiet_transformers() -> None:
 
     theirs.disable_progress_bar()
     theirs.set_verbosity_error()
-
-
-def model_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="a hub id, or the folder of a checkpoint")
-    precision_arguments(command)
-
-
-def precision_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dtype", default="auto", help="auto, float32, bfloat16, float16, float64 (default: %(default)s)"
-    )
-    command.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda, cuda:1, or map: layers over all GPUs and the CPU (default: %(default)s)",
-    )
-
-
-def set_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="change a setting of the recipe; may be repeated",
-    )

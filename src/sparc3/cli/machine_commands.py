@@ -1,111 +1,78 @@
-"""The machine and the cluster: doctor, plan and slurm."""
+"""The machine and the cluster: doctor, plan, slurm, and the shell's completion."""
 
 import argparse
 import time
 
 from ..errors import Sparc3Error
 from ..progress import write_duration
-from .console import Add, precision_arguments, quiet_transformers, say, set_argument
+from .completion import SHELLS, write_completion
+from .console import (
+    FLAG,
+    INTEGER,
+    OPTIONAL,
+    PRECISION,
+    RECIPE,
+    REPEATED,
+    SET,
+    Add,
+    Arguments,
+    quiet_transformers,
+    say,
+)
+
+DOCTOR: Arguments = {
+    "model": (
+        "a hub id, a checkpoint's folder, a config.json (random weights), a GGUF, smollm2, or demo",
+        OPTIONAL,
+    ),
+    **PRECISION,
+}
+PLAN: Arguments = {
+    **RECIPE,
+    **SET,
+    "--hardware NAME": "another device than this machine's, such as h100, a100-80 or rtx4090",
+    "--gpus": (
+        "number of devices that share the samples (default: %(default)s)",
+        {"type": int, "default": 1},
+    ),
+    "--config FILE": "the model's config.json, if the hub cannot be reached",
+}
+SLURM: Arguments = {
+    **RECIPE,
+    "--nodes": ("(default: %(default)s)", {"type": int, "default": 1}),
+    "--gpus": (
+        "GPUs per node, one rank each; 0 for CPUs only (default: %(default)s)",
+        {"type": int, "default": 1},
+    ),
+    "--time": (
+        "time limit of one job; it is queued again until the run is done (default: %(default)s)",
+        {"default": "04:00:00"},
+    ),
+    "--partition NAME": "partition that takes the job",
+    "--account NAME": "account that the job is charged to",
+    "--mem SIZE": "memory of each node, such as 64G",
+    "--cpus-per-task N": ("CPUs on each node", INTEGER),
+    "--sbatch OPTION": ("a further option of sbatch, such as --qos=long; may be repeated", REPEATED),
+    "--module NAME": ("an environment module to load, such as cuda/12.4; may be repeated", REPEATED),
+    "--env NAME=VALUE": ("an environment variable of the job; may be repeated", REPEATED),
+    "--token-file FILE": "a file with the hub's token, which the job reads when it starts",
+    "--array N": ("N runs, with seeds 0 to N-1 of the general set, in numbered run folders", INTEGER),
+    "--run-out DIR": "run folder (default: runs/<recipe's name>)",
+    **SET,
+    "--out FILE": "where the batch file goes (default: <recipe's name>.sbatch)",
+    "--submit": ("hand it to sbatch", FLAG),
+}
+COMPLETION: Arguments = {"shell": ("bash, zsh or fish", {"choices": SHELLS})}
 
 
 def add_to(add: Add) -> None:
-    _add_doctor(add)
-    _add_plan(add)
-    _add_slurm(add)
-
-
-def _add_doctor(add: Add) -> None:
-    doctor = add("doctor", _doctor, "what this machine has, and whether relevance on a model is right")
-    doctor.add_argument(
-        "model",
-        nargs="?",
-        help="a hub id, a checkpoint's folder, a config.json (random weights), a GGUF, smollm2, or demo",
-    )
-    precision_arguments(doctor)
-
-
-def _add_plan(add: Add) -> None:
-    plan = add(
-        "plan",
-        _plan,
-        "what a recipe will need, before anything is loaded: memory, time, disk, and whether it fits",
-    )
-    plan.add_argument("recipe", help="a bundled recipe's name, or the path of a YAML file")
-    set_argument(plan)
-    plan.add_argument(
-        "--hardware",
-        metavar="NAME",
-        help="another device than this machine's, such as h100, a100-80 or rtx4090",
-    )
-    plan.add_argument(
-        "--gpus", type=int, default=1, help="number of devices that share the samples (default: %(default)s)"
-    )
-    plan.add_argument(
-        "--config", metavar="FILE", help="the model's config.json, if the hub cannot be reached"
-    )
-
-
-def _add_slurm(add: Add) -> None:
-    slurm = add(
-        "slurm", _slurm, "write a batch file that runs a recipe under SLURM, and goes on after a time-out"
-    )
-    slurm.add_argument("recipe", help="a bundled recipe's name, or the path of a YAML file")
-    slurm.add_argument("--nodes", type=int, default=1, help="(default: %(default)s)")
-    slurm.add_argument(
-        "--gpus",
-        type=int,
-        default=1,
-        help="GPUs per node, one rank each; 0 for CPUs only (default: %(default)s)",
-    )
-    slurm.add_argument(
-        "--time",
-        default="04:00:00",
-        help="time limit of one job; it is queued again until the run is done (default: %(default)s)",
-    )
-    slurm.add_argument("--partition", metavar="NAME", help="partition that takes the job")
-    slurm.add_argument("--account", metavar="NAME", help="account that the job is charged to")
-    slurm.add_argument("--mem", metavar="SIZE", help="memory of each node, such as 64G")
-    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs on each node")
-    slurm.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="a further option of sbatch, such as --qos=long; may be repeated",
-    )
-    _add_environment(slurm)
-    slurm.add_argument(
-        "--array",
-        type=int,
-        metavar="N",
-        help="N runs, with seeds 0 to N-1 of the general set, in numbered run folders",
-    )
-    slurm.add_argument("--run-out", metavar="DIR", help="run folder (default: runs/<recipe's name>)")
-    set_argument(slurm)
-    slurm.add_argument(
-        "--out", metavar="FILE", help="where the batch file goes (default: <recipe's name>.sbatch)"
-    )
-    slurm.add_argument("--submit", action="store_true", help="hand it to sbatch")
-
-
-def _add_environment(slurm: argparse.ArgumentParser) -> None:
-    slurm.add_argument(
-        "--module",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="an environment module to load, such as cuda/12.4; may be repeated",
-    )
-    slurm.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an environment variable of the job; may be repeated",
-    )
-    slurm.add_argument(
-        "--token-file", metavar="FILE", help="a file with the hub's token, which the job reads when it starts"
-    )
+    add("doctor", _doctor, "what this machine has, and whether relevance on a model is right", DOCTOR)
+    about = "what a recipe will need, before anything is loaded: memory, time, disk, and whether it fits"
+    add("plan", _plan, about, PLAN)
+    about = "write a batch file that runs a recipe under SLURM, and goes on after a time-out"
+    add("slurm", _slurm, about, SLURM)
+    about = "print the lines that complete sparc3's commands and options in a shell"
+    add("completion", _complete, about, COMPLETION)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -132,11 +99,8 @@ def _plan(args: argparse.Namespace) -> None:
     from ..recipe.schema import load_recipe
 
     quiet_transformers()
-    say(
-        plan(
-            load_recipe(args.recipe, args.set), hardware=args.hardware, gpus=args.gpus, config=args.config
-        ).text()
-    )
+    recipe = load_recipe(args.recipe, args.set)
+    say(plan(recipe, hardware=args.hardware, gpus=args.gpus, config=args.config).text())
 
 
 def _slurm(args: argparse.Namespace) -> None:
@@ -144,21 +108,14 @@ def _slurm(args: argparse.Namespace) -> None:
     from ..recipe.schema import load_recipe
 
     recipe = load_recipe(args.recipe, args.set)
+    names = ("nodes", "gpus", "time", "partition", "account", "mem", "cpus_per_task", "token_file", "array")
     text = sbatch(
         recipe,
         args.recipe,
-        nodes=args.nodes,
-        gpus=args.gpus,
-        time=args.time,
-        partition=args.partition,
-        account=args.account,
-        mem=args.mem,
-        cpus_per_task=args.cpus_per_task,
+        **{name: getattr(args, name) for name in names},
         options=tuple(args.sbatch),
         modules=tuple(args.module),
         environment=tuple(args.env),
-        token_file=args.token_file,
-        array=args.array,
         folder=args.run_out,
         sets=tuple(args.set),
     )
@@ -166,3 +123,9 @@ def _slurm(args: argparse.Namespace) -> None:
     make_log_folder(recipe, args.run_out)
     write_job(path, text)
     say(f"{path}: {f'submitted as job {submit(path)}' if args.submit else f'submit it with sbatch {path}'}")
+
+
+def _complete(args: argparse.Namespace) -> None:
+    from .main import make_parser
+
+    print(write_completion(make_parser(), args.shell))

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from .. import __version__, distributed
 from ..errors import Sparc3Error, UserError, unknown
-from . import circuit_commands, machine_commands, recipe_commands, score_commands
-from .console import Command, say, speak
+from . import machine_commands, recipe_commands, stage_commands
+from .console import Arguments, Command, add_arguments, say, speak
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. End the process if its exit code is not 0, and always under torchrun."""
     command = ""
     try:
-        parsed = _parser().parse_args(_join_sbatch_options(sys.argv[1:] if arguments is None else arguments))
+        parsed = make_parser().parse_args(
+            _join_sbatch_options(sys.argv[1:] if arguments is None else arguments)
+        )
         command = parsed.command
         speak()
         parsed.run(parsed)
@@ -69,7 +71,7 @@ def _stop(code: int, message: str) -> NoReturn:
     raise SystemExit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sparc3",
         description="Find and remove the parts of a model that produce a behaviour, and measure the effect.",
@@ -77,16 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparc3 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, run: Command, help: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Command, help: str, arguments: Arguments) -> None:
         command = commands.add_parser(name, help=help, description=help)
+        add_arguments(command, arguments)
         command.set_defaults(run=run)
-        return command
 
-    for add_commands in (
-        recipe_commands.add_to,
-        score_commands.add_to,
-        circuit_commands.add_to,
-        machine_commands.add_to,
-    ):
-        add_commands(add)
+    for module in (recipe_commands, stage_commands, machine_commands):
+        module.add_to(add)
     return parser

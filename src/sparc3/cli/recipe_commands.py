@@ -10,59 +10,45 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import distributed
-from .console import Add, model_arguments, quiet_transformers, say, set_argument
+from .console import FLAG, MODEL, RECIPE, REPEATED, REQUIRED, SET, Add, Arguments, quiet_transformers, say
+from .stage_commands import FORCE
+
+DEMO: Arguments = {"--out": ("run folder (default: %(default)s)", {"default": "sparc3-demo"})}
+RUN: Arguments = {
+    **RECIPE,
+    "--out": "run folder (default: runs/<recipe's name>)",
+    **SET,
+    "--no-resume": ("refuse a folder that already contains a run", FLAG),
+    "--track": (
+        "tell stages, measurements and the report to this tracker, which must be installed",
+        {"choices": ("wandb", "trackio", "tensorboard")},
+    ),
+}
+EVALUATE: Arguments = {
+    **MODEL,
+    "--circuit": "circuit.json, or USER/REPO on the hub: also measure the model without it",
+    "--metrics": (
+        "comma-separated: perplexity, kl, toxicity, fluency, repetition, ioi, sparsity, harness",
+        REQUIRED,
+    ),
+    "--set METRIC.KEY=VALUE": ("such as perplexity.source=wiki.txt", REPEATED),
+    "--out": ("where the results go (results.json)", REQUIRED),
+    **FORCE,
+    "--engine": (
+        "what writes the continuations of toxicity and repetition; llama.cpp needs a GGUF "
+        "(default: %(default)s)",
+        {"default": "transformers", "choices": ("transformers", "llama.cpp")},
+    ),
+}
 
 
 def add_to(add: Add) -> None:
-    demo = add("demo", _demo, "the whole thing on the embedded model, offline, with a report")
-    demo.add_argument("--out", default="sparc3-demo", help="run folder (default: %(default)s)")
-
-    run = add("run", _run, "run a recipe; resumes by itself, and after a change makes anew what it touches")
-    run.add_argument(
-        "recipe", help="a bundled recipe's name (see sparc3 recipes), or the path of a YAML file"
-    )
-    run.add_argument("--out", help="run folder (default: runs/<recipe's name>)")
-    set_argument(run)
-    run.add_argument("--no-resume", action="store_true", help="refuse a folder that already contains a run")
-    run.add_argument(
-        "--track",
-        choices=("wandb", "trackio", "tensorboard"),
-        help="tell stages, measurements and the report to this tracker, which must be installed",
-    )
-
-    evaluate = add("evaluate", _evaluate, "measure a model, and the model without a circuit")
-    model_arguments(evaluate)
-    evaluate.add_argument(
-        "--circuit", help="circuit.json, or USER/REPO on the hub: also measure the model without it"
-    )
-    evaluate.add_argument(
-        "--metrics",
-        required=True,
-        help="comma-separated: perplexity, kl, toxicity, fluency, repetition, ioi, sparsity, harness",
-    )
-    evaluate.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="METRIC.KEY=VALUE",
-        help="such as perplexity.source=wiki.txt",
-    )
-    evaluate.add_argument("--out", required=True, help="where the results go (results.json)")
-    evaluate.add_argument(
-        "--force", action="store_true", help="apply a circuit that was made on other weights"
-    )
-    evaluate.add_argument(
-        "--engine",
-        default="transformers",
-        choices=("transformers", "llama.cpp"),
-        help="what writes the continuations of toxicity and repetition; llama.cpp needs a GGUF "
-        "(default: %(default)s)",
-    )
-
-    report = add("report", _report, "rebuild the report of a run folder")
-    report.add_argument("run_dir", metavar="RUN_DIR")
-
-    add("recipes", _recipes, "list the recipes that come with sparc3")
+    add("demo", _demo, "the whole thing on the embedded model, offline, with a report", DEMO)
+    about = "run a recipe; resumes by itself, and after a change makes anew what it touches"
+    add("run", _run, about, RUN)
+    add("evaluate", _evaluate, "measure a model, and the model without a circuit", EVALUATE)
+    add("report", _report, "rebuild the report of a run folder", {"run_dir RUN_DIR": "what run wrote"})
+    add("recipes", _recipes, "list the recipes that come with sparc3", {})
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -150,13 +136,17 @@ def _recipes(args: argparse.Namespace) -> None:
 
 
 def _show(results: Any, out: str) -> None:
-    """The figures of the original and the ablated model, and where the report is."""
+    """The figures of the original and the ablated model, or of all variants, and where the report is."""
     if int(os.environ.get("RANK", "0")):
         return
-    if not any(m.variant == "ablated" for m in results):
+    if any(m.variant == "ablated" for m in results):
+        _show_change(results)
+    else:
         _show_variants(results)
-        say(f"\nreport: {os.path.join(out, 'report.html')}")
-        return
+    say(f"\nreport: {os.path.join(out, 'report.html')}")
+
+
+def _show_change(results: Any) -> None:
     say(f"{'metric':26} {'original':>10} {'ablated':>10} {'change':>9}  95 % interval of the change")
     for d in results.differences:
         if (d.from_, d.to) == ("original", "ablated"):
@@ -166,7 +156,6 @@ def _show(results: Any, out: str) -> None:
             say(f"{d.metric:26} {before:10.4g} {after:10.4g} {relative:>9}  {interval}")
     if verdict := results.provenance.get("verdict"):
         say(f"\nverdict: {verdict['said']}")
-    say(f"\nreport: {os.path.join(out, 'report.html')}")
 
 
 def _show_variants(results: Any) -> None:
@@ -180,8 +169,5 @@ def _show_variants(results: Any) -> None:
         say("nothing was measured: the recipe has no evaluation")
     say(" ".join([" " * width, *columns]))
     for variant, found in rows.items():
-        say(
-            " ".join(
-                [f"{variant:{width}}", *(f"{found.get(metric, ''):>{len(metric)}}" for metric in columns)]
-            )
-        )
+        figures = [f"{found.get(metric, ''):>{len(metric)}}" for metric in columns]
+        say(" ".join([f"{variant:{width}}", *figures]))
