@@ -40,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser, arguments: Arguments) -> Non
     for shown, about in arguments.items():
         name, _, metavar = shown.partition(" ")
         text, more = (about, {}) if isinstance(about, str) else about
-        command.add_argument(name, help=text, **({"metavar": metavar} if metavar else {}), **more)
+        command.add_argument(name, help=text, **({**more, "metavar": metavar} if metavar else more))
 
 
 def say(text: object = "", error: bool = False) -> None:
