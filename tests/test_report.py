@@ -291,14 +291,14 @@ def test_every_point_of_the_trade_off_is_one_measured(run: Path) -> None:
     on_test, searched, *_ = tradeoffs(folder)
     assert len(on_test.tips) == 4 * 6
     wanda = on_test.tips["perplexity~wanda@40"]
-    rows = {row.name: row.text for row in wanda.rows}
+    rows = {name: text for name, text, _ in wanda.rows}
     assert wanda.head == "Wanda, 40 neurons"
     assert rows["mean toxicity"] == with_interval(folder.results.find("toxicity.mean", "wanda@40"))
     assert rows["perplexity"] == "+16.0\u202f%"
     # seven of eight candidates: one was hopeless; and two counts of another method
     assert len(searched.tips) == 7 + 2
     assert re.match(r"8 candidates .*\b50 prompts .*\b60 texts .*\b6 .*\b1 ", searched.note)
-    kept = {tip.head: tip.rows[-1].text for tip in searched.tips.values()}
+    kept = {tip.head: tip.rows[-1][1] for tip in searched.tips.values()}
     assert kept["40 neurons, target completion:1, signed, matched contrast"] == "kept"
     assert kept["600 neurons, target completion:1, signed, matched contrast"] == "exceeded"
     assert kept["160 neurons, Wanda"] == "exceeded"

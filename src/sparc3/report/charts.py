@@ -1,33 +1,16 @@
-"""Figures: shapes as SVG markup, scales, axes, tips; and curves, a metric against the number of units."""
+"""Figures: shapes as SVG markup, scales, and the chart that axes, lines, marks and tips are drawn on."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from markupsafe import Markup
 
-from ..results import Measurement
 from ..safe_text import visible
-from .read import Point, RunFolder
-from .words import (
-    MINUS,
-    PERCENT,
-    count_units,
-    explained,
-    is_share,
-    method_title,
-    number_of_units,
-    percent,
-    title,
-    value_of,
-    with_interval,
-)
 
 Attribute = str | float | int | None
-WIDTH, HEIGHT = 480.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 378.0, 14.0, 258.0
-"""Size and plotting area of a figure with room for names at the right, in pixels."""
+Place = tuple[float, float]
 
 
 def tag(tag_name: str, *children: str, **attributes: Attribute) -> Markup:
@@ -116,59 +99,42 @@ class Scale:
     soft: float = 0.0
 
     def __call__(self, value: float) -> float:
-        bend: Callable[[float], float] = math.log if self.log else self._bend_softly if self.soft else float
+        def soften(number: float) -> float:
+            return math.asinh(number / self.soft)
+
+        bend: Callable[[float], float] = math.log if self.log else soften if self.soft else float
         held = min(max(value, self.low), self.high)
         share = (bend(held) - bend(self.low)) / ((bend(self.high) - bend(self.low)) or 1.0)
         return self.start + share * (self.end - self.start)
 
-    def _bend_softly(self, value: float) -> float:
-        return math.asinh(value / self.soft)
-
     def ticks(self, about: int = 4) -> list[float]:
         """Round numbers inside the scale."""
-        if self.soft:
-            powers = _powers(self.soft, max(self.high, -self.low))
-            every = [*(-p for p in reversed(powers)), 0.0, *powers]
-            return [tick for tick in every if self.low <= tick <= self.high]
-        return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high, about)
+        low, high = self.low, self.high
+        if self.log or self.soft:
+            first, last = math.log10(self.soft or low), math.log10(max(high, -low))
+            powers = [10.0**e for e in range(math.floor(first), math.ceil(last) + 1)]
+            every = [m * power for power in powers for m in (1, 2, 5)]
+            if self.soft:
+                every = [*(-power for power in reversed(powers)), 0.0, *powers]
+            inside = [tick for tick in every if low <= tick <= high]
+            few = self.soft or len(inside) <= 6
+            return inside if few else [tick for tick in inside if math.log10(tick).is_integer()]
+        raw = (high - low) / about or 1.0
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(power * size for size in (1, 2, 2.5, 5, 10) if power * size >= raw * 0.999)
+        return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten, from the one at or below `low` to the one at or above `high`."""
-    return [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-
-
-def _linear_ticks(low: float, high: float, about: int) -> list[float]:
-    raw = (high - low) / about or 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * size for size in (1, 2, 2.5, 5, 10) if power * size >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    inside = [value for p in _powers(low, high) for m in (1, 2, 5) if low <= (value := m * p) <= high]
-    return inside if len(inside) <= 6 else [value for value in inside if math.log10(value).is_integer()]
-
-
-class TipRow(NamedTuple):
-    """A line of a tip; `key` is the class of the swatch before it."""
-
-    name: str
-    text: str
-    key: str = ""
-
-
-@dataclass(frozen=True)
-class Tip:
-    """What the script shows over a mark, and what is read aloud."""
+class Tip(NamedTuple):
+    """What the script shows over a mark, and what is read aloud: rows of (name, text), each with the class of
+    the swatch before it, if any."""
 
     head: str
-    rows: Sequence[TipRow]
+    rows: Sequence[tuple[str, str, str]]
 
     @property
     def words(self) -> str:
-        return f"{self.head}: " + "; ".join(f"{row.name} {row.text}" for row in self.rows)
+        return f"{self.head}: " + "; ".join(f"{name} {text}" for name, text, _ in self.rows)
 
 
 @dataclass(frozen=True)
@@ -178,7 +144,7 @@ class Figure:
     title: str
     note: str
     drawing: Markup
-    tips: dict[str, Tip] = field(default_factory=dict)
+    tips: Mapping[str, Tip] = field(default_factory=dict)
 
 
 def tip_target(
@@ -189,58 +155,70 @@ def tip_target(
     return tag(name, *children, **attributes, tabindex=stop, role="img", aria_label=words, data_tip=key)
 
 
-@dataclass(frozen=True)
 class Chart:
-    """The plotting area of a figure, in pixels, and the scales of its axes, which may end inside it."""
+    """A figure that grows: axes, lines, marks and names are added in the order in which they are drawn.
 
-    x: Scale
-    y: Scale
-    left: float = LEFT
-    right: float = RIGHT
-    top: float = TOP
-    bottom: float = BOTTOM
+    Attributes:
+        left, right, top, bottom: the plotting area in pixels; the scales may end inside it.
+        tips: those of the marks so far, by their ids.
+    """
 
-    def draw_axes(
+    def __init__(
+        self,
+        x: Scale,
+        y: Scale,
+        area: tuple[float, float, float, float] = (54.0, 378.0, 14.0, 258.0),
+        size: tuple[float, float] = (480.0, 300.0),
+    ) -> None:
+        self.x, self.y, self.size = x, y, size
+        self.left, self.right, self.top, self.bottom = area
+        self.tips: dict[str, Tip] = {}
+        self._parts: list[Markup] = []
+
+    def add(self, *parts: Markup) -> None:
+        self._parts += parts
+
+    def add_axes(
         self,
         x_ticks: Iterable[tuple[float, str]],
         y_ticks: Iterable[tuple[float, str]],
         x_label: str,
         *labels: Markup,
         vertical_grid: bool = False,
-    ) -> Markup:
-        """Grid lines, ticks given as (place in pixels, text), the label under the x axis, and any labels of
-        the figure's own."""
+    ) -> None:
+        """Grid lines, ticks given as (value, text), the label under the x axis, and any labels of the
+        figure's own."""
         parts = []
-        for y, text in y_ticks:
+        for y, text in ((self.y(value), text) for value, text in y_ticks):
             parts.append(line(self.left, self.right, y, y, "grid"))
             parts.append(tag("text", text, x=self.left - 8, y=y + 4, class_="end tick"))
-        for x, text in x_ticks:
+        for x, text in ((self.x(value), text) for value, text in x_ticks):
             if vertical_grid:
                 parts.append(line(x, x, self.top, self.bottom, "grid"))
             parts.append(tag("text", text, x=x, y=self.bottom + 19, class_="middle tick"))
         middle = (self.left + self.right) / 2
         parts.append(tag("text", x_label, x=middle, y=self.bottom + 37, class_="middle tick"))
-        return tag("g", *parts, *labels, aria_hidden="true")
+        self.add(tag("g", *parts, *labels, aria_hidden="true"))
 
-    def draw_line(
+    def add_line(
         self,
-        points: Iterable[tuple[float, float]],
+        points: Iterable[Place],
         colour: str,
-        marked: Iterable[tuple[float, float]] = (),
+        marked: Iterable[Place] = (),
         size: float = 0.0,
         thin: bool = False,
-    ) -> Markup:
+    ) -> None:
         """A line through points, and marks of this `size` at those `marked`, all in the units of the axes."""
         path = polyline([(self.x(x), self.y(y)) for x, y in points])
         drawn = tag("path", d=path, class_="line thin" if thin else "line")
         marks = [mark(colour, self.x(x), self.y(y), size) for x, y in marked]
-        return tag("g", drawn, *marks, class_=f"series {colour}")
+        self.add(tag("g", drawn, *marks, class_=f"series {colour}"))
 
-    def draw_reference(self, value: float) -> Markup:
+    def add_reference(self, value: float) -> None:
         """A dashed line across the chart at one height."""
-        return line(self.left, self.right, self.y(value), self.y(value), "reference")
+        self.add(line(self.left, self.right, self.y(value), self.y(value), "reference"))
 
-    def label_ends(self, ends: Sequence[tuple[str, str, float]]) -> Markup:
+    def add_names(self, ends: Sequence[tuple[str, str, float]]) -> None:
         """Names to the right of the lines' ends, moved apart where they would touch: (name, class, height in
         the axis's unit)."""
         heights = spread([self.y(value) for *_, value in ends], 15.0, self.top + 4, self.bottom)
@@ -248,7 +226,17 @@ class Chart:
             tag("text", name, x=self.right + 8, y=y + 4, class_=f"name {colour}")
             for (name, colour, _), y in zip(ends, heights, strict=True)
         ]
-        return tag("g", *texts, aria_hidden="true")
+        self.add(tag("g", *texts, aria_hidden="true"))
+
+    def add_target(self, key: str, tip: Tip, *children: Markup, class_: str) -> None:
+        """Shapes with a tip."""
+        first = not self.tips
+        self.tips[key] = tip
+        self.add(tip_target("g", *children, class_=class_, key=key, words=tip.words, first=first))
+
+    def draw(self, title: str, note: str, label: str, class_: str = "curve") -> Figure:
+        """The figure; `label` names it for those who do not see it."""
+        return Figure(title, note, drawing(*self.size, label, *self._parts, class_=class_), self.tips)
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -264,187 +252,3 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
         for after, before in zip(order[::-1], order[-2::-1], strict=False):
             moved[before] = max(low, min(moved[before], moved[after] - gap))
     return moved
-
-
-# Curves: a metric against the number of removed units, a line a method, its 95 % interval as a band.
-
-
-@dataclass(frozen=True)
-class Plot:
-    """What the parts of one figure share; `lines`: method → its points by count."""
-
-    run: RunFolder
-    metric: str
-    lines: dict[str, list[Point]]
-    original: Measurement | None
-    circuit: Measurement | None
-    chart: Chart
-
-    @property
-    def points(self) -> list[Point]:
-        return [point for points in self.lines.values() for point in points]
-
-    @property
-    def counts(self) -> list[int]:
-        return sorted({point.count for point in self.points})
-
-    @property
-    def shows_shares(self) -> bool:
-        """Whether most units go, so that the axis tells shares of them."""
-        return bool(self.run.total) and max(self.counts) > 0.5 * self.run.total
-
-
-def curves(run: RunFolder) -> list[Figure]:
-    """A figure for every metric that was measured at two counts or more, but sparsity, which follows."""
-    return [_draw_curves(plot) for metric in run.drawn if (plot := _make_plot(run, metric))]
-
-
-def _make_plot(run: RunFolder, metric: str) -> Plot | None:
-    found = run.points(metric)
-    low, high = min((p.count for p in found), default=0), max((p.count for p in found), default=0)
-    if low == high:
-        return None
-    lines = {method: [p for p in found if p.method == method] for method in run.methods}
-    original, circuit = run.find(metric, "original"), run.find(metric, "ablated")
-    # Where most units go, what counts is how few are left: even steps there, a logarithm where few go.
-    few = high <= 0.5 * run.total or not run.total
-    x = Scale(low, high, LEFT + 14, RIGHT - 10, log=few and low > 0 and high / low > 5)
-    shown = [*(point.measurement for point in found), *(m for m in (original, circuit) if m)]
-    chart = Chart(x, _scale_values(run, shown, original))
-    return Plot(run, metric, {m: points for m, points in lines.items() if points}, original, circuit, chart)
-
-
-def _ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
-    """The interval to draw; of perplexity, whose texts differ more than variants, of the paired change."""
-    before, d = run.find(m.metric, "original"), run.difference(m.metric, m.variant)
-    if m.metric != "perplexity" or before is None or before.value is None:
-        return m.ci95
-    if d and d.ci95:
-        return before.value + d.ci95[0], before.value + d.ci95[1]
-    return None if m.variant == "original" else m.ci95
-
-
-def _scale_values(run: RunFolder, shown: list[Measurement], original: Measurement | None) -> Scale:
-    """From the lowest to the highest end; logarithmic where one method runs away, from zero for shares."""
-    values = [m.value for m in shown if m.value is not None]
-    ends = [end for m in shown for end in _ends_of(run, m) or ()]
-    low, high = min(values + ends), max(values + ends)
-    if is_share(shown[0].metric, shown[0].unit) and low >= 0:
-        return Scale(0.0, min(1.0, high * 1.06) if high > 0 else 1.0, BOTTOM, TOP)
-    anchor = original.value if original and original.value else values[0]
-    if min(values) > 0 and max(values) > 8 * abs(anchor) and low > 0:
-        return Scale(low * 0.9, high * 1.1, BOTTOM, TOP, log=True)
-    room = max(high - low, 0.01 * abs(anchor), 1e-9)
-    middle = (high + low) / 2
-    return Scale(middle - 0.56 * room, middle + 0.56 * room, BOTTOM, TOP)
-
-
-def _draw_curves(plot: Plot) -> Figure:
-    run, metric, chart = plot.run, plot.metric, plot.chart
-    tips = {f"{metric}@{count}": _make_tip(plot, count) for count in plot.counts}
-    measured = plot.points[0].measurement
-    heights = [(chart.y(tick), _write_tick(tick, measured)) for tick in chart.y.ticks(5)]
-    across = f"{'share of ' if plot.shows_shares else ''}{count_units(None, run)} removed"
-    original = plot.original.value if plot.original else None
-    parts = [
-        chart.draw_axes(_choose_ticks(plot), heights, across),
-        *([] if original is None else [chart.draw_reference(original)]),
-        *(_draw_band(plot, method) for method in plot.lines),
-        *(
-            chart.draw_line(places, run.colours[method], places, 3.3)
-            for method, points in plot.lines.items()
-            if (places := [(p.count, p.value) for p in points])
-        ),
-        _ring_circuit(plot),
-        _label_lines(plot),
-        *_draw_columns(plot, tips),
-    ]
-    # A task's circuit is found by what its removal breaks, so no way is the better one.
-    better = "" if metric.startswith("ioi.") else f"{measured.direction} is better"
-    measured_in = measured.unit if measured.unit.startswith("nats") else ""
-    paired = metric == "perplexity" and run.difference(metric) is not None
-    shaded = "shaded, the paired change from the original" if paired else ""
-    note = "; ".join(part for part in (explained(metric), measured_in, better, shaded) if part)
-    units = count_units(None, run)
-    label = f"{title(metric)} against the number of removed {units}; arrow keys step through the counts"
-    return Figure(title(metric), note, drawing(WIDTH, HEIGHT, label, *parts, class_="curve"), tips)
-
-
-def _choose_ticks(plot: Plot) -> list[tuple[float, str]]:
-    """(place, text) of the counts, or of round shares where most units go, as far as they do not touch."""
-    x, total = plot.chart.x, plot.run.total
-    tenths = [step for step in range(11) if plot.shows_shares and x.low <= total * step / 10 <= x.high]
-    every = [(x(step / 10 * total), f"{step * 10}{PERCENT}") for step in tenths]
-    kept: list[tuple[float, str]] = []
-    for place, text in every or [(x(n), f"{n:,}") for n in plot.counts]:
-        if not kept or place - kept[-1][0] > 8 + 4 * (len(text) + len(kept[-1][1])):
-            kept.append((place, text))
-    return kept
-
-
-def _write_tick(value: float, measured: Measurement) -> str:
-    if not is_share(measured.metric, measured.unit):
-        return f"{value:,.6g}".replace("-", MINUS)
-    exact = abs(value * 100 - round(value * 100, 2)) < 1e-9
-    return f"{value * 100:{'g' if exact else '.1f'}}{PERCENT}"
-
-
-def _draw_band(plot: Plot, method: str) -> Markup:
-    """The intervals of one method as an area, or as bars where some point has none or stands alone."""
-    colour, points, y = plot.run.colours[method], plot.lines[method], plot.chart.y
-    found = [(plot.chart.x(p.count), _ends_of(plot.run, p.measurement)) for p in points]
-    ends = [(x, y(both[0]), y(both[1])) for x, both in found if both]
-    if not ends:
-        return Markup("")
-    if len(ends) == len(points) > 1:
-        outline = [(x, low) for x, low, _ in ends] + [(x, high) for x, _, high in reversed(ends)]
-        return tag("path", d=polyline(outline) + "Z", class_=f"band {colour}")
-    bars = "".join(f"M{number(x)} {number(low)}V{number(high)}" for x, low, high in ends)
-    return tag("path", d=bars, class_=f"bar {colour}")
-
-
-def _ring_circuit(plot: Plot) -> Markup:
-    """A ring around the circuit that this run chose."""
-    x, count = plot.chart.x, plot.run.count
-    inside = plot.run.circuit is not None and x.low <= count <= x.high
-    if plot.circuit is None or plot.circuit.value is None or not inside:
-        return Markup("")
-    return tag("circle", cx=x(count), cy=plot.chart.y(plot.circuit.value), r=7.5, class_="chosen")
-
-
-def _label_lines(plot: Plot) -> Markup:
-    """Each method's name where its line ends, and the original's where the reference does."""
-    ends = [(method_title(m), plot.run.colours[m], points[-1].value) for m, points in plot.lines.items()]
-    if plot.original and plot.original.value is not None:
-        ends.append(("original", "reference-name", plot.original.value))
-    return plot.chart.label_ends(
-        [(name if len(name) < 15 else name[:13] + "…", colour, value) for name, colour, value in ends]
-    )
-
-
-def _draw_columns(plot: Plot, tips: dict[str, Tip]) -> list[Markup]:
-    """One place to point at, or to step to, for every count; the script shows its numbers."""
-    edges = [plot.chart.x(count) for count in plot.counts]
-    middles = [LEFT, *((a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)), RIGHT]
-    made = []
-    for index, (key, tip) in enumerate(tips.items()):
-        start, width = middles[index], middles[index + 1] - middles[index]
-        area = tag("rect", x=start, y=TOP - 8, width=width, height=BOTTOM - TOP + 8, class_="hit")
-        rule = line(edges[index], edges[index], TOP - 6, BOTTOM, "rule")
-        made.append(tip_target("g", rule, area, class_="column", key=key, words=tip.words, first=index == 0))
-    return made
-
-
-def _make_tip(plot: Plot, count: int) -> Tip:
-    """The numbers of one count, as the lines stand above each other."""
-    run = plot.run
-    here = sorted((p for p in plot.points if p.count == count), key=lambda point: -point.value)
-    rows = [TipRow(method_title(p.method), with_interval(p.measurement), run.colours[p.method]) for p in here]
-    if plot.circuit and run.circuit is not None and run.count == count:
-        own = next((p.value for p in here if p.method == run.method), None)
-        if own != plot.circuit.value:
-            rows.insert(0, TipRow("this circuit", with_interval(plot.circuit), "chosen"))
-    if plot.original:
-        rows.append(TipRow("original", value_of(plot.original), "reference-name"))
-    share = f" ({percent(count / run.total)})" if run.total else ""
-    return Tip(f"{number_of_units(count, run)} removed{share}", rows)

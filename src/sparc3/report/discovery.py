@@ -9,21 +9,23 @@ from .read import Point, RunFolder
 from .words import (
     MINUS,
     Remark,
-    count_units,
     in_words,
     join_words,
     method_title,
-    number_of_units,
     percent,
     plain,
     remark,
-    small_interval,
     value_of,
     with_interval,
+    with_small_interval,
 )
 
 METRIC = "ioi.accuracy"
 SPARSEST = "circuit.sparsest"
+RANKINGS = {
+    "signed": "the score itself, highest first, as the paper’s Eq. 1 and 2 have it",
+    "abs": "the size of the score",
+}
 
 
 def find_sparsest_point(run: RunFolder, method: str | None) -> Point | None:
@@ -47,20 +49,14 @@ def headline(run: RunFolder) -> Markup:
     if best is None:
         return Markup("No {} circuit that was tried keeps {} of the answers right.").format(own, enough)
     said = Markup(
-        'The {} circuit answers right {}{} of the time with <b class="figure after">{}</b> of {} removed'
-    ).format(
-        own,
-        value_of(best.measurement),
-        small_interval(best.measurement),
-        _write_share(run, best.count),
-        number_of_units(run.total, run),
-    )
-    others = [(point.count, point.method) for point in _find_others(run)]
+        'The {} circuit answers right {} of the time with <b class="figure after">{}</b> of {} removed'
+    ).format(own, with_small_interval(best.measurement), _write_share(run, best), run.number_of(run.total))
+    others = _find_others(run)
     if not others:
         return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
-    count, method = max(others)
+    most = max(others, key=lambda point: (point.count, point.method))
     return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(
-        said, method_title(method), enough, _write_share(run, count)
+        said, method_title(most.method), enough, _write_share(run, most)
     )
 
 
@@ -70,78 +66,71 @@ def _find_others(run: RunFolder) -> list[Point]:
     return [point for point in found if point]
 
 
+def _write_enough(run: RunFolder) -> str:
+    return percent(run.provenance.enough).replace(".0", "")
+
+
+def _write_share(run: RunFolder, point: Point) -> str:
+    return percent(point.count / max(1, run.total))
+
+
 def remarks(run: RunFolder) -> list[Remark]:
-    found = [
-        _remark_on_sparser_methods(run),
+    return [
+        *_remark_on_sparser_methods(run),
         _remark_on_sparsest(run),
-        _remark_on_margins(run),
-        _remark_on_rankings(run),
-        _remark_on_faithfulness(run),
-        _remark_on_whole_model(run),
+        *_remark_on_margins(run),
+        *_remark_on_rankings(run),
+        *_remark_on_faithfulness(run),
+        *_remark_on_whole_model(run),
         _remark_on_choice(run),
     ]
-    return [one for one in found if one]
 
 
-def _remark_on_sparser_methods(run: RunFolder) -> Remark | None:
-    """Methods whose circuit may be as sparse, or sparser."""
+def _remark_on_sparser_methods(run: RunFolder) -> list[Remark]:
     own = find_sparsest_point(run, run.method)
     ahead = [point.method for point in _find_others(run) if point.count >= (own.count if own else 0)]
-    if not ahead:
-        return None
     text = "<b>As sparse or sparser at the same accuracy:</b> {}."
-    return remark("careful", text, join_words(map(method_title, ahead)))
+    return [remark("careful", text, join_words(map(method_title, ahead)))] if ahead else []
 
 
 def _remark_on_sparsest(run: RunFolder) -> Remark:
     """The sparsest circuit of every method, the mean of its reference sets."""
     found = sorted((m for m in run.results if m.metric == SPARSEST), key=lambda m: -(m.value or 0.0))
-    parts = [f"{method_title(m.variant)} {with_interval(m)}" for m in found]
     text = (
         "<b>Largest share removed with at least {} accuracy,</b> of those tried, "
         "each reference set for itself: {}."
     )
+    parts = [f"{method_title(m.variant)} {with_interval(m)}" for m in found]
     return remark("plain", text, _write_enough(run), join_words(parts))
 
 
-def _remark_on_margins(run: RunFolder) -> Remark | None:
+def _remark_on_margins(run: RunFolder) -> list[Remark]:
     """How much further the run's own method gets than each other one, paired by reference set."""
+
+    def write(d: Difference) -> str:
+        value, *ends = (f"{100 * x:+.1f}".replace("-", MINUS) for x in (d.value, *(d.ci95 or ())))
+        return f"{method_title(d.from_)} {value}" + (f" [{', '.join(ends)}]" if ends else "")
+
     found = [d for d in run.results.differences if d.metric == SPARSEST and d.to == run.method]
-    if not found:
-        return None
-    parts = [f"{method_title(d.from_)} {_write_points(d)}" for d in sorted(found, key=lambda d: d.value)]
+    parts = [write(d) for d in sorted(found, key=lambda d: d.value)]
     text = (
         "<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}."
     )
-    return remark("plain", text, method_title(run.method), join_words(parts))
+    return [remark("plain", text, method_title(run.method), join_words(parts))] if parts else []
 
 
-def _write_points(d: Difference) -> str:
-    """ "+3.2 [+1.0, +5.0]": a difference of shares in percentage points."""
-    value, *ends = (f"{100 * x:+.1f}".replace("-", MINUS) for x in (d.value, *(d.ci95 or ())))
-    return f"{value} [{', '.join(ends)}]" if ends else value
-
-
-def _remark_on_rankings(run: RunFolder) -> Remark | None:
+def _remark_on_rankings(run: RunFolder) -> list[Remark]:
     """What the names say, where methods were ranked twice."""
     first, *others = run.provenance.ranks or ["signed"]
-    if not others:
-        return None
-    said = {
-        "signed": "the score itself, highest first, as the paper’s Eq. 1 and 2 have it",
-        "abs": "the size of the score",
-    }
     text = "<b>Units are kept by</b> {}; where a name ends in ({}), by {}."
-    return remark("plain", text, said[first], others[0], said[others[0]])
+    return [remark("plain", text, RANKINGS[first], o, RANKINGS[o]) for o in others[:1]]
 
 
-def _remark_on_faithfulness(run: RunFolder) -> Remark | None:
+def _remark_on_faithfulness(run: RunFolder) -> list[Remark]:
     cpr, cmd = (
         {m.variant: m.value for m in run.results if m.metric == f"circuit.{area}" and m.value is not None}
         for area in ("cpr", "cmd")
     )
-    if not cpr:
-        return None
     parts = [
         f"{method_title(method)} {plain(value)} and {plain(cmd[method])}"
         for value, method in sorted(((value, method) for method, value in cpr.items()), reverse=True)
@@ -150,20 +139,19 @@ def _remark_on_faithfulness(run: RunFolder) -> Remark | None:
         "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; "
         "removed units are set to zero."
     )
-    return remark("plain", text, join_words(parts))
+    return [remark("plain", text, join_words(parts))] if parts else []
 
 
-def _remark_on_whole_model(run: RunFolder) -> Remark | None:
+def _remark_on_whole_model(run: RunFolder) -> list[Remark]:
     original, empty, enough = run.find(METRIC, "original"), run.find(METRIC, "empty"), run.provenance.enough
     if original is None or empty is None:
-        return None
+        return []
     text = (
         "<b>The whole model</b> has {} {}; without any of these {} it has {}, "
         "which is what a circuit has to beat."
     )
     kind = "plain" if (original.value or 0.0) >= enough > (empty.value or 0.0) else "careful"
-    units = count_units(None, run)
-    return remark(kind, text, in_words(METRIC), with_interval(original), units, value_of(empty))
+    return [remark(kind, text, in_words(METRIC), with_interval(original), run.units, value_of(empty))]
 
 
 def _remark_on_choice(run: RunFolder) -> Remark:
@@ -176,11 +164,3 @@ def _remark_on_choice(run: RunFolder) -> Remark:
         "intervals of the curves are over prompts{}."
     )
     return remark("plain", text, over, also)
-
-
-def _write_enough(run: RunFolder) -> str:
-    return percent(run.provenance.enough).replace(".0", "")
-
-
-def _write_share(run: RunFolder, count: int) -> str:
-    return percent(count / max(1, run.total))

@@ -1,21 +1,18 @@
 """Before and after: what the original and the ablated model write after the same prompt, with the difference
-marked."""
+marked, and offensive words masked until the reader asks for them: both forms are in the page, and a switch
+chooses without any script."""
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from ..safe_text import visible
 from .read import Continuation, Prompt, RunFolder
 from .words import percent
-
-# Offensive words, masked until the reader asks for them: both forms are in the page, and a switch chooses
-# without any script.
-
 
 Span = tuple[int, int]
 HIDDEN_FROM = 0.5
@@ -30,8 +27,9 @@ class Mask:
 
     def spans(self, text: str) -> list[Span]:
         """Where the lexicon's words stand, plurals too."""
-        pattern = _compile_lexicon(self.lexicon)
-        return [match.span() for match in pattern.finditer(text)] if pattern else []
+        words = sorted({w.strip() for w in self.lexicon if w.strip()}, key=lambda word: (-len(word), word))
+        pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?:s|es)?(?!\w)"
+        return [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)] if words else []
 
     def of_continuation(self, text: str, score: float | None, toxic: bool) -> list[Span]:
         """What to hide of a continuation; `toxic`: whether its score is a toxicity."""
@@ -52,34 +50,19 @@ class Mask:
         cuts = sorted({0, len(text), *(end for span in (*hidden, *marked) for end in span)})
         pieces = []
         for start, end in zip(cuts, cuts[1:], strict=False):
-            piece = self._write_piece(text[start:end], _is_covered(hidden, start))
-            form = '<mark class="{0}">{1}</mark>' if _is_covered(marked, start) else "{1}"
-            pieces.append(Markup(form).format(mark, piece))
+            veiled, is_marked = (any(a <= start < b for a, b in spans) for spans in (hidden, marked))
+            piece = self._write_piece(text[start:end], veiled)
+            pieces.append(Markup('<mark class="{0}">{1}</mark>' if is_marked else "{1}").format(mark, piece))
         return Markup("").join(pieces)
 
     def _write_piece(self, text: str, hidden: bool) -> Markup:
+        shown = visible_lines(text)
         if not hidden or not text.strip():
-            return Markup("{}").format(visible_lines(text))
-        kind, veil = (
-            ("veil", _dot_letters(text)) if self.lexicon else ("veil blurred", re.sub(r"\S", "x", text))
-        )
-        form = Markup('<span class="{}">{}</span><span class="bare">{}</span>')
-        return form.format(kind, veil, visible_lines(text))
-
-
-def _is_covered(spans: Iterable[Span], place: int) -> bool:
-    return any(start <= place < end for start, end in spans)
-
-
-def _dot_letters(words: str) -> str:
-    """The first letter of each word, and a dot for each of the others."""
-    return re.sub(r"(\w)(\w*)", lambda match: match[1] + "•" * len(match[2]), visible_lines(words))
-
-
-def _compile_lexicon(lexicon: tuple[str, ...]) -> re.Pattern[str] | None:
-    words = sorted({word.strip() for word in lexicon if word.strip()}, key=lambda word: (-len(word), word))
-    either = "|".join(map(re.escape, words))
-    return re.compile(rf"(?<!\w)(?:{either})(?:s|es)?(?!\w)", re.IGNORECASE) if words else None
+            return Markup("{}").format(shown)
+        kind, veil = "veil blurred", re.sub(r"\S", "x", text)
+        if self.lexicon:  # the first letter of each word, and a dot for each of the others
+            kind, veil = "veil", re.sub(r"(\w)(\w*)", lambda match: match[1] + "•" * len(match[2]), shown)
+        return Markup('<span class="{}">{}</span><span class="bare">{}</span>').format(kind, veil, shown)
 
 
 # Text of models and users on the page: nothing in it is left out, and nothing in it acts.
@@ -102,8 +85,7 @@ LONGEST = 1200
 _KINDS = {"toxicity": ("Toxicity", "toxicity"), "repetition": ("Repetition", "unique tokens")}
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One continuation: text as markup, score in words, and width of the score's bar in percent."""
 
     text: Markup
@@ -111,8 +93,7 @@ class Side:
     width: float | None
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One prompt with what came after it, before and after; `change` orders the pairs."""
 
     prompt: Markup
@@ -121,13 +102,11 @@ class Pair:
     change: float
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """All pairs of one kind of text."""
 
     title: str
     score_name: str
-    toxic: bool
     pairs: list[Pair]
     total: int
 
@@ -138,11 +117,9 @@ def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
     made = []
     for kind in (name for name in before if name in after):
         heading, score_name = _KINDS.get(kind, (kind.replace("_", " ").capitalize(), "score"))
-        toxic = kind == "toxicity"
-        matched = list(_match_continuations(before[kind], after[kind]))
-        if matched:
-            shown = [_make_pair(*found, mask, toxic) for found in matched[:MOST]]
-            made.append(Kind(heading, score_name, toxic, shown, len(matched)))
+        if matched := list(_match_continuations(before[kind], after[kind])):
+            shown = [_make_pair(*found, mask, kind == "toxicity") for found in matched[:MOST]]
+            made.append(Kind(heading, score_name, shown, len(matched)))
     return made
 
 
@@ -151,56 +128,40 @@ def _match_continuations(
 ) -> Iterator[tuple[str, Continuation, Continuation]]:
     """What both wrote after the same prompt: every prompt's first continuation, then its second …"""
     answers = {row.prompt: row.continuations for row in after}
-    rows = [
-        (row.prompt, list(zip(row.continuations, answers[row.prompt], strict=False)))
-        for row in before
-        if row.prompt in answers
-    ]
+    both = [(row.prompt, row.continuations, answers.get(row.prompt, [])) for row in before]
+    rows = [(prompt, list(zip(one, other, strict=False))) for prompt, one, other in both]
     for turn in range(max((len(pairs) for _, pairs in rows), default=0)):
         yield from ((prompt, *pairs[turn]) for prompt, pairs in rows if turn < len(pairs))
 
 
 def _make_pair(prompt: str, before: Continuation, after: Continuation, mask: Mask, toxic: bool) -> Pair:
-    one, other, prompt = _clip_text(before.text), _clip_text(after.text), _clip_text(prompt)
+    one, other, prompt = (
+        text if len(text) <= LONGEST else text[:LONGEST] + " …" for text in (before.text, after.text, prompt)
+    )
     gone, came = find_changes(one, other)
     was, now = before.score, after.score
-    return Pair(
-        mask.write(prompt, mask.spans(prompt)),
-        _make_side(one, was, gone, "gone", mask, toxic),
-        _make_side(other, now, came, "came", mask, toxic),
-        (now - was) if was is not None and now is not None else 0.0,
-    )
 
+    def side(text: str, score: float | None, marked: list[Span], mark: str) -> Side:
+        written = mask.write(text, mask.of_continuation(text, score, toxic), marked, mark)
+        if score is None:
+            return Side(written, "not scored", None)
+        share = 0.0 <= score <= 1.0
+        return Side(written, percent(score) if share else f"{score:.2f}", score * 100 if share else None)
 
-def _make_side(
-    text: str, score: float | None, marked: list[Span], mark: str, mask: Mask, toxic: bool
-) -> Side:
-    written = mask.write(text, mask.of_continuation(text, score, toxic), marked, mark)
-    if score is None:
-        return Side(written, "not scored", None)
-    share = 0.0 <= score <= 1.0
-    return Side(written, percent(score) if share else f"{score:.2f}", score * 100 if share else None)
-
-
-def _clip_text(text: str) -> str:
-    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
+    change = (now - was) if was is not None and now is not None else 0.0
+    shown = mask.write(prompt, mask.spans(prompt))
+    return Pair(shown, side(one, was, gone, "gone"), side(other, now, came, "came"), change)
 
 
 def find_changes(one: str, other: str) -> tuple[list[Span], list[Span]]:
     """Which stretches of each text the other does not have, word by word."""
-    words, other_words = _find_words(one), _find_words(other)
-    matcher = difflib.SequenceMatcher(
-        None, [one[a:b] for a, b in words], [other[a:b] for a, b in other_words], autojunk=False
-    )
+    ours, theirs = ([match.span() for match in re.finditer(r"\w+|[^\w\s]", text)] for text in (one, other))
+    words = [one[a:b] for a, b in ours], [other[a:b] for a, b in theirs]
     gone: list[Span] = []
     came: list[Span] = []
-    for what, i, j, k, m in matcher.get_opcodes():
+    for what, i, j, k, m in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         if what != "equal" and j > i:
-            gone.append((words[i][0], words[j - 1][1]))
+            gone.append((ours[i][0], ours[j - 1][1]))
         if what != "equal" and m > k:
-            came.append((other_words[k][0], other_words[m - 1][1]))
+            came.append((theirs[k][0], theirs[m - 1][1]))
     return gone, came
-
-
-def _find_words(text: str) -> list[Span]:
-    return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]

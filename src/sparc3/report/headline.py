@@ -8,20 +8,18 @@ from .read import Point, RunFolder
 from .words import (
     Remark,
     change_with_interval,
-    count_units,
     format_p,
     in_words,
     join_words,
     method_title,
-    number_of_units,
     percent,
     relative,
     relative_interval,
     remark,
-    small_interval,
     value_of,
     variant_title,
     with_interval,
+    with_small_interval,
 )
 
 
@@ -30,19 +28,17 @@ def headline(run: RunFolder) -> Markup:
     pair = run.find_pair(run.behaviour)
     if run.behaviour is None or pair is None:
         return Markup("{} figures of one run").format(len(run.results.measurements))
-    figures = [
-        Markup('<b class="{}">{}</b>{}').format(kind, value_of(m), small_interval(m))
-        for kind, m in zip(("figure", "figure after"), pair, strict=True)
-    ]
-    sentence = Markup("Removing {} took {} from {} to {}").format(
-        _write_removed(run), in_words(run.behaviour), *figures
+    before, after = (with_small_interval(m, c) for m, c in zip(pair, ("figure", "figure after"), strict=True))
+    said = Markup("Removing {} took {} from {} to {}").format(
+        _write_removed(run), in_words(run.behaviour), before, after
     )
     null = run.find_null(run.behaviour)
-    if null is None:
-        return Markup("{}.").format(sentence)
-    return Markup("{}; {} leave it at {}{}.").format(
-        sentence, _write_random_units(run), value_of(null.measurement), small_interval(null.measurement)
+    beside = (
+        Markup("; {} leave it at {}").format(run.null_units, with_small_interval(null.measurement))
+        if null
+        else ""
     )
+    return Markup("{}{}.").format(said, beside)
 
 
 def damage(run: RunFolder) -> Markup | None:
@@ -61,143 +57,129 @@ def _write_removed(run: RunFolder) -> str:
     """What was taken out: "40 of 2,048 neurons", or "50 % of each of 40 of 2,048 neurons"."""
     if run.circuit is None:
         sparsity = run.find("sparsity", "ablated")
-        return f"{value_of(sparsity)} of the {count_units(None, run)}" if sparsity else "the chosen units"
+        return f"{value_of(sparsity)} of the {run.units}" if sparsity else "the chosen units"
     share = f"{run.circuit.strength * 100:g} % of each of " if run.circuit.strength != 1 else ""
-    of = f"{run.count:,} of {number_of_units(run.total, run)}" if run.total else None
-    return share + (of or number_of_units(run.count, run))
-
-
-def _write_random_units(run: RunFolder) -> str:
-    return f"{run.count:,} random {count_units(run.count, run)}"
+    of = f"{run.count:,} of {run.number_of(run.total)}" if run.total else None
+    return share + (of or run.number_of(run.count))
 
 
 def remarks(run: RunFolder) -> list[Remark]:
     """What must stand beside the headline: whether it is more than chance, what it cost, what random units
     and others do."""
-    metric = run.behaviour
-    if metric is None:
+    metric, verdict = run.behaviour, judge(run.results, run.unit)
+    if metric is None or verdict is None:
         return []
-    found = [
-        _write_verdict(run),
-        _remark_on_effect(run, metric),
-        _remark_on_null(run, metric),
-        _remark_on_cost(run, metric),
-        *standing_remarks(run, metric),
-        _remark_on_fluency(run),
-        _remark_on_failures(run),
-    ]
-    return [one for one in found if one]
-
-
-def _write_verdict(run: RunFolder) -> Remark | None:
-    """The verdict as the console and results.json have it."""
-    verdict = judge(run.results, run.unit)
-    if verdict is None:
-        return None
     head, _, rest = verdict.said.partition(": ")
     kind = "good" if verdict.kind == "shown" else "careful"
-    return remark(kind, "<b>Verdict: {}:</b> {}.", head, rest)
+    return [
+        remark(kind, "<b>Verdict: {}:</b> {}.", head, rest),
+        _remark_on_effect(run, metric),
+        *_remark_on_null(run, metric),
+        *_remark_on_cost(run, metric),
+        *standing_remarks(run, metric),
+        *_remark_on_fluency(run),
+        *_remark_on_failures(run),
+    ]
+
+
+EFFECTS = {
+    "unknown": "<b>No interval of the change</b> was recorded, so this page cannot tell it from chance.",
+    "none": "<b>No effect is shown.</b> The change, {size}, has zero inside its interval{how}.",
+    "harmful": "<b>The change goes the wrong way:</b> {size}, and {direction} is better{how}.",
+    "weak": "<b>The evidence is weak:</b> {size}, which leaves out zero; but {p}, n = {n:,}.",
+    "shown": "<b>The change is more than chance:</b> {size}{how}, n = {n:,}.",
+}
+"""What `judge_change` says → the sentence."""
 
 
 def _remark_on_effect(run: RunFolder, metric: str) -> Remark:
     d, m = run.difference(metric), run.results.find(metric, "ablated")
-    kind = judge_change(d, m.direction)
-    if d is None or kind == "unknown":
-        return remark(
-            "careful",
-            "<b>No interval of the change</b> was recorded, so this page cannot tell it from chance.",
-        )
-    size = change_with_interval(d, m.unit)
-    how = f"; {format_p(d.p)}, paired" if d.p is not None else ", paired"
-    if kind == "none":
-        text = "<b>No effect is shown.</b> The change, {}, has zero inside its interval{}."
-        return remark("careful", text, size, how)
-    if kind == "harmful":
-        text = "<b>The change goes the wrong way:</b> {}, and {} is better{}."
-        return remark("careful", text, size, m.direction, how)
-    if kind == "weak":
-        text = "<b>The evidence is weak:</b> {}, which leaves out zero; but {}, n = {:,}."
-        return remark("careful", text, size, format_p(d.p), m.n)
-    return remark("good", "<b>The change is more than chance:</b> {}{}, n = {:,}.", size, how, m.n)
+    judged = judge_change(d, m.direction)
+    p = format_p(d.p) if d else ""
+    text = Markup(EFFECTS[judged]).format(
+        size=change_with_interval(d, m.unit) if d else "",
+        how=f"; {p}, paired" if p else ", paired",
+        p=p,
+        direction=m.direction,
+        n=m.n,
+    )
+    return Remark("good" if judged == "shown" else "careful", text)
 
 
-def _remark_on_null(run: RunFolder, metric: str) -> Remark | None:
+def _remark_on_null(run: RunFolder, metric: str) -> list[Remark]:
     """The effect net of the null: what the circuit does that as many random units do not."""
     null, after = run.find_null(metric), run.results.find(metric, "ablated")
     if null is None:
-        return None
-    units, net = _write_random_units(run), run.difference(metric, "ablated", null.variant)
+        return []
+    net = run.difference(metric, "ablated", null.variant)
     if net is None:
-        text = "<b>{}</b> leave {} at {}"
-        values = (units, in_words(metric), with_interval(null.measurement))
-        if not intervals_overlap(null.measurement, after):
-            return remark("good", text + ".", *values)
-        text += ", which overlaps the circuit’s {}."
-        return remark("careful", text, *values, with_interval(after))
+        apart = not intervals_overlap(null.measurement, after)
+        text = "<b>{}</b> leave {} at {}" + ("." if apart else ", which overlaps the circuit’s {}.")
+        values = (run.null_units, in_words(metric), with_interval(null.measurement), with_interval(after))
+        return [remark("good" if apart else "careful", text, *values)]
     size = f"{change_with_interval(net, after.unit)}; {format_p(net.p)}".rstrip("; ")
     judged = judge_change(net, after.direction)
+    text = "<b>Net of {}</b> the change is {}."
     if judged == "none":
         text = (
             "<b>Not told apart from chance removals:</b> net of {} the change is {}, "
             "with zero inside its interval."
         )
-        return remark("careful", text, units, size)
-    kind = "careful" if judged in ("weak", "harmful") else "good"
-    return remark(kind, "<b>Net of {}</b> the change is {}.", units, size)
+    kind = "careful" if judged in ("none", "weak", "harmful") else "good"
+    return [remark(kind, text, run.null_units, size)]
 
 
-def _remark_on_cost(run: RunFolder, metric: str) -> Remark | None:
+def _remark_on_cost(run: RunFolder, metric: str) -> list[Remark]:
     d = run.difference("perplexity")
     if d is None or metric == "perplexity":
-        return None
+        return []
     size = change_with_interval(d)
     share = f"{relative(d.relative)}, that is {size}" if d.relative is not None else size
     if d.holds_zero:
         text = "<b>Perplexity did not measurably move:</b> {}; its interval includes zero."
-        return remark("good", text, share)
+        return [remark("good", text, share)]
     null = run.difference("perplexity", str(Variant("random", run.count))) if run.circuit else None
-    beside = ""
-    if null and null.relative is not None:
-        beside = f"; as many random {count_units(None, run)} move it by {relative(null.relative)}"
-    return remark("plain", "<b>Perplexity moved by</b> {}{}.", share, beside)
+    known = null is not None and null.relative is not None
+    beside = f"; as many random {run.units} move it by {relative(null.relative)}" if null and known else ""
+    return [remark("plain", "<b>Perplexity moved by</b> {}{}.", share, beside)]
 
 
-def _remark_on_fluency(run: RunFolder) -> Remark | None:
+def _remark_on_fluency(run: RunFolder) -> list[Remark]:
     """Whether what the ablated model writes reads like the original's own text, to the original."""
-    d, pair = run.difference("fluency"), run.find_pair("fluency")
+    d, pair, null = run.difference("fluency"), run.find_pair("fluency"), run.find_null("fluency")
     if d is None or pair is None:
-        return None
-    before, after = pair
-    null = run.find_null("fluency")
-    beside = f" ({_write_random_units(run)}: {value_of(null.measurement)})" if null else ""
-    figures = f"{value_of(before)} → {with_interval(after)}{beside}"
-    figures = f"perplexity of the continuations under the original model {figures}"
-    if d.holds_zero:
-        return remark("good", "<b>The text stays as likely:</b> {}.", figures)
-    if d.value > 0:
-        text = (
-            "<b>The text is less likely to the original model:</b> {}. "
-            "Part of that is the behaviour’s absence, part may be broken text."
+        return []
+    beside = f" ({run.null_units}: {value_of(null.measurement)})" if null else ""
+    figures = f"{value_of(pair[0])} → {with_interval(pair[1])}{beside}"
+    kind, head, rest = (
+        ("good", "stays as likely", "")
+        if d.holds_zero
+        else (
+            "plain",
+            "is less likely to the original model",
+            " Part of that is the behaviour’s absence, part may be broken text.",
         )
-    else:
-        text = (
-            "<b>The text is likelier to the original model:</b> {}. "
-            "That does not make it better: loops are likely too."
+        if d.value > 0
+        else (
+            "plain",
+            "is likelier to the original model",
+            " That does not make it better: loops are likely too.",
         )
-    return remark("plain", text, figures)
+    )
+    text = "<b>The text {}:</b> perplexity of the continuations under the original model {}.{}"
+    return [remark(kind, text, head, figures, rest)]
 
 
-def _remark_on_failures(run: RunFolder) -> Remark | None:
+def _remark_on_failures(run: RunFolder) -> list[Remark]:
     failed = [
         f"{m.failures:,} for {in_words(m.metric)} of {variant_title(m.variant, run)}"
         for m in run.results
         if m.failures
     ]
-    if not failed:
-        return None
-    rest = [f"{len(failed) - 3} more"] if len(failed) > 4 else []
-    where = join_words([*failed[: 3 if rest else 4], *rest])
-    return remark("careful", "<b>Some units could not be measured</b> and are in no mean: {}.", where)
+    if len(failed) > 4:
+        failed = [*failed[:3], f"{len(failed) - 3} more"]
+    text = "<b>Some units could not be measured</b> and are in no mean: {}."
+    return [remark("careful", text, join_words(failed))] if failed else []
 
 
 # Where the circuit stands among the other methods: at the same count, at the same damage, under the same
@@ -219,7 +201,7 @@ def standing_remarks(run: RunFolder, metric: str) -> list[Remark]:
     """At the circuit's own count, then under the search's budget, or else at no more than its damage."""
     searched = run.search is not None and run.search.rivals
     here = _remark_under_budget(run, metric) if searched else _remark_at_same_damage(run, metric)
-    return [*_remarks_at_same_count(run, metric), *([here] if here else [])]
+    return [*_remarks_at_same_count(run, metric), *here]
 
 
 def _remarks_at_same_count(run: RunFolder, metric: str) -> list[Remark]:
@@ -232,26 +214,20 @@ def _remarks_at_same_count(run: RunFolder, metric: str) -> list[Remark]:
         best = min(others, key=lambda point: harm_of(point.measurement))
         text = "<b>No other method is ahead</b> at the same count; the nearest, {}, reaches {}."
         return [remark("good", text, method_title(best.method), _write_with_perplexity(run, best))]
+    close = [point for point in ahead if intervals_overlap(point.measurement, after)]
     text = "<b>{} is ahead at the same count:</b> {}, against {} here."
     said = [
-        remark(
-            "careful",
-            text,
-            method_title(point.method),
-            _write_with_perplexity(run, point),
-            with_interval(after),
-        )
-        for point in ahead
-        if not intervals_overlap(point.measurement, after)
+        remark("careful", text, method_title(p.method), _write_with_perplexity(run, p), with_interval(after))
+        for p in ahead
+        if p not in close
     ]
-    close = [point for point in ahead if intervals_overlap(point.measurement, after)]
     if close:
+        names = join_words(method_title(point.method) for point in close)
+        figures = join_words(_write_with_perplexity(run, point) for point in close)
         text = (
             "<b>{} {} slightly ahead at the same count,</b> with {}; "
             "the intervals overlap with this circuit’s."
         )
-        names = join_words(method_title(point.method) for point in close)
-        figures = join_words(_write_with_perplexity(run, point) for point in close)
         said.append(remark("careful", text, names, "is" if len(close) == 1 else "are", figures))
     return said
 
@@ -264,11 +240,13 @@ def _write_with_perplexity(run: RunFolder, point: Point) -> str:
     return f"{said} (perplexity {value_of(found)}, {relative(increase)})"
 
 
-def _remark_at_same_damage(run: RunFolder, metric: str) -> Remark | None:
+def _remark_at_same_damage(run: RunFolder, metric: str) -> list[Remark]:
     """The best of every method, at any count, that costs not measurably more perplexity than the circuit."""
-    limit = _allowed_increase(run)
-    if limit is None or metric == "perplexity" or run.method is None:
-        return None
+    limit, d, before = run.harm("ablated"), run.difference("perplexity"), run.find("perplexity", "original")
+    if limit is None or metric == "perplexity" or run.method is None or before is None or not before.value:
+        return []
+    if d and d.ci95:
+        limit = max(limit, d.ci95[1] / before.value)
     best: dict[str, Point] = {}
     for point in run.points(metric):
         increase = run.harm(point.variant)
@@ -278,46 +256,31 @@ def _remark_at_same_damage(run: RunFolder, metric: str) -> Remark | None:
     own = best.pop(run.method, None)
     others = sorted(best.values(), key=lambda point: harm_of(point.measurement))
     if own is None or not others:
-        return None
+        return []
     where = f"perplexity up to {relative(limit)}, each method at its best count on these prompts"
     said = join_words(
         f"{method_title(p.method)} ({p.count:,}) {with_interval(p.measurement)}" for p in [own, *others]
     )
     if harm_of(others[0].measurement) >= harm_of(own.measurement):
-        return remark("good", "<b>Ahead at the same damage</b> ({}): {}.", where, said)
+        return [remark("good", "<b>Ahead at the same damage</b> ({}): {}.", where, said)]
     unsure = "; the intervals overlap" if intervals_overlap(others[0].measurement, own.measurement) else ""
-    return remark("careful", "<b>Not ahead at the same damage</b> ({}): {}{}.", where, said, unsure)
+    return [remark("careful", "<b>Not ahead at the same damage</b> ({}): {}{}.", where, said, unsure)]
 
 
-def _allowed_increase(run: RunFolder) -> float | None:
-    """The upper end of the circuit's own increase of perplexity."""
-    increase, before, d = (
-        run.harm("ablated"),
-        run.find("perplexity", "original"),
-        run.difference("perplexity"),
-    )
-    if increase is None or before is None or not before.value:
-        return None
-    return max(increase, d.ci95[1] / before.value) if d and d.ci95 else increase
-
-
-def _remark_under_budget(run: RunFolder, metric: str) -> Remark | None:
+def _remark_under_budget(run: RunFolder, metric: str) -> list[Remark]:
     """Every other method at the count that was its best on validation samples within the budget."""
     own, limit, found = run.find(metric, "ablated"), run.budget("perplexity"), run.budgeted(metric)
     if own is None or limit is None or not found:
-        return None
+        return []
     found.sort(key=lambda one: harm_of(one[1]))
-    said = join_words(f"{_write_with_count(variant)} {with_interval(m)}" for variant, m in found)
-    ahead = [_write_with_count(variant) for variant, m in found if harm_of(m) < harm_of(own)]
+
+    def name(variant: Variant) -> str:
+        counted = "" if variant.count is None else f" ({variant.count:,})"
+        return method_title(variant.method) + counted
+
+    said = join_words(f"{name(variant)} {with_interval(m)}" for variant, m in found)
+    ahead = [name(variant) for variant, m in found if harm_of(m) < harm_of(own)]
     where = f"{percent(limit)} perplexity, each method’s best count chosen on validation prompts"
-    if not ahead:
-        text = "<b>Under the same budget no other method is ahead</b> ({}): {}, against {} here."
-        return remark("good", text, where, said, with_interval(own))
-    text = "<b>Under the same budget {} {} ahead</b> ({}): {}, against {} here."
-    verb = "is" if len(ahead) == 1 else "are"
-    return remark("careful", text, join_words(ahead), verb, where, said, with_interval(own))
-
-
-def _write_with_count(variant: Variant) -> str:
-    name = method_title(variant.method)
-    return name if variant.count is None else f"{name} ({variant.count:,})"
+    who = f"{join_words(ahead)} {'is' if len(ahead) == 1 else 'are'}" if ahead else "no other method is"
+    text = "<b>Under the same budget {} ahead</b> ({}): {}, against {} here."
+    return [remark("careful" if ahead else "good", text, who, where, said, with_interval(own))]

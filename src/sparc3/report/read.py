@@ -124,9 +124,12 @@ class RunFolder:
         return said.unit if said else self.provenance.unit or "unit"
 
     @property
-    def job(self) -> str:
-        """What the run was for: "correct", "discover" or "compress"."""
-        return self.provenance.job
+    def units(self) -> str:
+        return f"{self.unit}s"
+
+    def number_of(self, count: int) -> str:
+        """ "1 neuron", "1,000 neurons"."""
+        return f"{count:,} {self.unit if count == 1 else self.units}"
 
     @property
     def count(self) -> int:
@@ -203,6 +206,11 @@ class RunFolder:
         """As many random units as the circuit has; None where they were not measured."""
         return next((point for point in self.rival_points(metric) if point.method == "random"), None)
 
+    @property
+    def null_units(self) -> str:
+        """ "100 random neurons"."""
+        return f"{self.count:,} random {self.unit if self.count == 1 else self.units}"
+
     def harm(self, variant: str, damage: str = "perplexity") -> float | None:
         """A variant's relative increase of perplexity, or its KL divergence; None where not measured."""
         after, before = self.find(damage, variant), self.find(damage, "original")
@@ -237,7 +245,7 @@ class RunFolder:
     def drawn(self) -> list[str]:
         """The metrics that a figure tells something of: the behaviour, side effects, then the rest."""
         mattering = {"correct": (self.behaviour, *SIDE_EFFECTS[:-1]), "compress": ("perplexity",)}
-        first = [metric for metric in mattering.get(self.job, ()) if metric in self.metrics]
+        first = [metric for metric in mattering.get(self.provenance.job, ()) if metric in self.metrics]
         ordered = dict.fromkeys([*filter(None, first), *self.metrics])
         return [metric for metric in ordered if not metric.startswith("sparsity")]
 

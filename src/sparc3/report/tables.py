@@ -1,19 +1,17 @@
-"""Figures side by side: tiles, how sure a change is, methods, all figures, what is needed to repeat them."""
+"""Figures side by side: each metric before and after, methods, all figures, what is needed to repeat them."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from ..results import Difference, Measurement, ScorerMeans, Variant
+from ..results import Difference, Measurement, Variant
 from .charts import Figure, Scale, drawing, line, mark, tag
 from .read import RunFolder
 from .words import (
     change,
     change_interval,
-    count_units,
     explained,
     interval_of,
     is_share,
@@ -25,32 +23,36 @@ from .words import (
     value_of,
 )
 
-# The tiles under the headline: each metric before and after, with both intervals on one small axis.
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One metric: its two figures, the change in words, and a drawing."""
+class Change(NamedTuple):
+    """One metric before and after: the change, in words too; that net of random units; the smallest change
+    that its samples show; and both figures with their intervals on one small axis."""
 
     before: Measurement
     after: Measurement
-    change: str
+    difference: Difference | None
+    words: str
+    net: Difference | None
+    detects: str
     drawing: Markup
 
 
-def tiles(run: RunFolder) -> list[Tile]:
-    """A tile for every metric measured on the original and on the ablated model."""
-    pairs = [pair for metric in run.drawn if (pair := run.find_pair(metric))]
-    return [Tile(*pair, _describe_change(run, pair[0]), _draw_strip(*pair)) for pair in pairs]
+def changes(run: RunFolder) -> list[Change]:
+    """Of every metric measured on the original and on the circuit's model."""
+    return [_describe_change(run, *pair) for metric in run.drawn if (pair := run.find_pair(metric))]
 
 
-def _describe_change(run: RunFolder, m: Measurement) -> str:
-    d = run.difference(m.metric)
-    if d is None or d.is_nothing:
-        return "" if d is None else "no change on any sample"
-    share = f" ({relative(d.relative)})" if d.relative is not None else ""
-    zero = ", zero inside" if d.holds_zero else ""
-    return f"change {change(d, m.unit)}{share} {change_interval(d, m.unit)}{zero}".replace(" ,", ",")
+def _describe_change(run: RunFolder, before: Measurement, after: Measurement) -> Change:
+    d, null, unit = run.difference(after.metric), run.find_null(after.metric), before.unit
+    words = ""
+    if d is not None and d.is_nothing:
+        words = "no change on any sample"
+    elif d is not None:
+        share = f" ({relative(d.relative)})" if d.relative is not None else ""
+        zero = ", zero inside" if d.holds_zero else ""
+        words = f"change {change(d, unit)}{share} {change_interval(d, unit)}{zero}".replace(" ,", ",")
+    net = run.difference(after.metric, "ablated", null.variant) if null else None
+    return Change(before, after, d, words, net, _write_power(run, after), _draw_strip(before, after))
 
 
 def _draw_strip(before: Measurement, after: Measurement) -> Markup:
@@ -58,9 +60,6 @@ def _draw_strip(before: Measurement, after: Measurement) -> Markup:
     low, high = min(shown), max(shown)
     room = max(high - low, 0.02 * abs(high), 1e-9)
     scale = Scale((low + high - room) / 2, (low + high + room) / 2, 8, 252)
-    label = (
-        f"original {value_of(before)} {interval_of(before)}, ablated {value_of(after)} {interval_of(after)}"
-    )
     rows = [
         tag(
             "g",
@@ -71,47 +70,17 @@ def _draw_strip(before: Measurement, after: Measurement) -> Markup:
         )
         for m, y, colour in ((before, 8.0, "m-original"), (after, 22.0, "m0"))
     ]
-    return drawing(260, 30, label, *rows, class_="pair")
+    was, now = (f"{value_of(m)} {interval_of(m)}" for m in (before, after))
+    return drawing(260, 30, f"original {was}, ablated {now}", *rows, class_="pair")
 
 
 def _draw_interval(m: Measurement, scale: Scale, y: float) -> Markup:
     return line(scale(m.ci95[0]), scale(m.ci95[1]), y, y, "interval") if m.ci95 else Markup("")
 
 
-# How sure it is: every change, net of random units, with what the samples could have shown; and two scorers.
-
-
-@dataclass(frozen=True)
-class Proof:
-    """One metric: two figures, the change, that net of random units, and the smallest its samples show."""
-
-    before: Measurement
-    after: Measurement
-    change: Difference | None
-    net: Difference | None
-    detects: str
-
-
-def proofs(run: RunFolder) -> list[Proof]:
-    """A row for every metric measured on the original and on the circuit's model."""
-    pairs = [pair for metric in run.drawn if (pair := run.find_pair(metric))]
-    return [
-        Proof(
-            *pair, run.difference(pair[1].metric), _find_net(run, pair[1].metric), _write_power(run, pair[1])
-        )
-        for pair in pairs
-    ]
-
-
-def _find_net(run: RunFolder, metric: str) -> Difference | None:
-    null = run.find_null(metric)
-    return run.difference(metric, "ablated", null.variant) if null else None
-
-
 def describe_null(run: RunFolder) -> str:
     """The random units that effects are told net of: "100 random neurons"; "" without any."""
-    null = next(filter(None, map(run.find_null, run.metrics)), None)
-    return f"{null.count:,} random {count_units(null.count, run)}" if null else ""
+    return run.null_units if any(map(run.find_null, run.metrics)) else ""
 
 
 def _write_power(run: RunFolder, m: Measurement) -> str:
@@ -133,25 +102,17 @@ def power_words(run: RunFolder) -> str:
 
 def compare_scorers(run: RunFolder) -> list[tuple[str, Measurement, Measurement, Difference]]:
     """(name, before, after, change) of either scorer; none where one scorer judged."""
-    found = run.provenance.scorers
+    found, metric = run.provenance.scorers, "toxicity.mean"
     if found is None or len(found.means) != 2:
         return []
-    return [
-        (name, *_read_means(one)) for name, one in zip((found.first, found.second), found.means, strict=True)
-    ]
-
-
-def _read_means(row: ScorerMeans) -> tuple[Measurement, Measurement, Difference]:
-    metric = "toxicity.mean"
-    before, after = (
-        Measurement(metric, variant, "test", mean, ci95, row.n, row.failures, "share", "lower")
-        for variant, mean, ci95 in (
-            ("original", row.before, row.before_ci95),
-            ("ablated", row.after, row.after_ci95),
-        )
-    )
-    change = Difference(metric, "original", "ablated", row.change or 0.0, None, row.change_ci95, row.p)
-    return before, after, change
+    rows = []
+    for name, one in zip((found.first, found.second), found.means, strict=True):
+        rest = (one.n, one.failures, "share", "lower")
+        before = Measurement(metric, "original", "test", one.before, one.before_ci95, *rest)
+        after = Measurement(metric, "ablated", "test", one.after, one.after_ci95, *rest)
+        moved = Difference(metric, "original", "ablated", one.change or 0.0, None, one.change_ci95, one.p)
+        rows.append((name, before, after, moved))
+    return rows
 
 
 def describe_agreement(run: RunFolder) -> str:
@@ -166,11 +127,10 @@ def describe_agreement(run: RunFolder) -> str:
     return f"On {found.n:,} continuations: {', '.join(parts)}."
 
 
-# Methods side by side at the circuit's own count: a dot and its 95 % interval each, one drawing a metric.
+# Methods side by side: a dot and its 95 % interval each, one drawing a metric.
 
 
-WIDTH, ROW = 480.0, 34.0
-LEFT, RIGHT = 112.0, 304.0
+ROW, LEFT, RIGHT = 34.0, 112.0, 304.0
 LONGEST = 22
 """Characters of a name; a longer one is cut."""
 
@@ -179,9 +139,27 @@ Rows = list[tuple[str, str, Measurement]]
 
 
 def comparisons(run: RunFolder) -> list[Figure]:
-    """One drawing for every metric that another method was measured on at the same count."""
-    collect = _collect_last if run.job == "compress" else _collect_same_count
-    return [_draw_rows(metric, rows) for metric in run.drawn if len(rows := collect(run, metric)) > 2]
+    """One drawing for every metric that another method was measured on at the same count, or, where weights
+    were pruned, at its largest count."""
+    made = []
+    for metric in run.drawn:
+        original, after = run.find(metric, "original"), run.find(metric, "ablated")
+        if original is None:
+            continue
+        rows: Rows = [("original", "m-original", original)]
+        if run.provenance.job == "compress":
+            points = list(run.last_points(metric).values())
+        elif run.circuit is not None and after is not None:
+            rows.append(("this circuit", "m0", after))
+            here = [point for point in run.points(metric) if point.count == run.count]
+            points = [p for p in here if p.method != run.method or p.value != after.value]
+            points.sort(key=lambda p: (p.method == "random", p.value))
+        else:
+            continue
+        rows += [(method_title(p.method), run.colours[p.method], p.measurement) for p in points]
+        if len(rows) > 2:
+            made.append(_draw_rows(metric, rows))
+    return made
 
 
 def compare_under_budget(run: RunFolder) -> list[Figure]:
@@ -203,56 +181,26 @@ def compare_under_budget(run: RunFolder) -> list[Figure]:
     return made
 
 
-def _collect_last(run: RunFolder, metric: str) -> Rows:
-    """The original, then every method at its largest count."""
-    original = run.find(metric, "original")
-    last = run.last_points(metric).items()
-    rows = [(method_title(method), run.colours[method], point.measurement) for method, point in last]
-    return [("original", "m-original", original), *rows] if original else []
-
-
-def _collect_same_count(run: RunFolder, metric: str) -> Rows:
-    """The original, this circuit, then every method at its count that is not this circuit again."""
-    pair = run.find_pair(metric)
-    if run.circuit is None or pair is None:
-        return []
-    here = [
-        p
-        for p in run.points(metric)
-        if p.count == run.count and not (p.method == run.method and p.value == pair[1].value)
-    ]
-    here.sort(key=lambda p: (p.method == "random", p.value))
-    others = [(method_title(p.method), run.colours[p.method], p.measurement) for p in here]
-    return [("original", "m-original", pair[0]), ("this circuit", "m0", pair[1]), *others]
-
-
 def _draw_rows(metric: str, rows: Rows) -> Figure:
     left = max(LEFT, 26 + 7 * max(min(len(name), LONGEST) for name, *_ in rows))
     scale = _choose_scale([m for *_, m in rows], left)
-    height = ROW * len(rows) + 8
-    x = scale(rows[0][2].value or 0.0)
-    lines = [
-        _draw_row(name, colour, m, scale, ROW * (index + 0.5) + 4, left)
-        for index, (name, colour, m) in enumerate(rows)
-    ]
+    height, x = ROW * len(rows) + 8, scale(rows[0][2].value or 0.0)
+    parts = [line(x, x, 4, height - 4, "reference")]
+    for index, (name, colour, m) in enumerate(rows):
+        y = ROW * (index + 0.5) + 4
+        shown = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+        interval = tag("tspan", f" {interval_of(m)}", class_="faint")
+        shapes = [
+            tag("text", shown, x=left - 16, y=y + 4.5, class_="end label"),
+            line(left, RIGHT, y, y, "grid"),
+            _draw_interval(m, scale, y),
+            mark(colour, scale(m.value or 0.0), y, 5.2),
+            tag("text", value_of(m), interval, x=RIGHT + 14, y=y + 4.5, class_="label"),
+        ]
+        parts.append(tag("g", *shapes, class_=f"series {colour}"))
     words = "; ".join(f"{name} {value_of(m)} {interval_of(m)}" for name, _, m in rows)
-    label = f"{title(metric)}: {words}"
-    drawn = drawing(WIDTH, height, label, line(x, x, 4, height - 4, "reference"), *lines, class_="dots")
+    drawn = drawing(480, height, f"{title(metric)}: {words}", *parts, class_="dots")
     return Figure(title(metric), explained(metric), drawn)
-
-
-def _draw_row(name: str, colour: str, m: Measurement, scale: Scale, y: float, left: float) -> Markup:
-    shown = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-    interval = tag("tspan", f" {interval_of(m)}", class_="faint")
-    return tag(
-        "g",
-        tag("text", shown, x=left - 16, y=y + 4.5, class_="end label"),
-        line(left, RIGHT, y, y, "grid"),
-        _draw_interval(m, scale, y),
-        mark(colour, scale(m.value or 0.0), y, 5.2),
-        tag("text", value_of(m), interval, x=RIGHT + 14, y=y + 4.5, class_="label"),
-        class_=f"series {colour}",
-    )
 
 
 def _choose_scale(shown: list[Measurement], left: float) -> Scale:
@@ -264,56 +212,39 @@ def _choose_scale(shown: list[Measurement], left: float) -> Scale:
     anchor = abs(shown[0].value or 0.0)
     if low > 0 and high > 5 * anchor:
         return Scale(low, high, left + 8, RIGHT - 8, log=True)
-    room = max(high - low, 0.05 * anchor, 1e-9)
-    middle = (high + low) / 2
+    room, middle = max(high - low, 0.05 * anchor, 1e-9), (high + low) / 2
     return Scale(middle - room / 2, middle + room / 2, left + 8, RIGHT - 8)
 
 
 # All figures.
 
 
-@dataclass(frozen=True)
-class Column:
-    """One metric on one split; `note` says what holds for all of it."""
+class Table(NamedTuple):
+    """Columns are (metric, what holds for all of it); rows are (variant, method, cells), a cell a figure and
+    what its column does not say, or None."""
 
-    metric: str
-    split: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant; `group` changes with the method; a cell is a figure and what its column does not say."""
-
-    variant: str
-    group: str
-    cells: list[tuple[Measurement, str] | None]
+    columns: list[tuple[str, str]]
+    rows: list[tuple[str, str, list[tuple[Measurement, str] | None]]]
 
 
-def columns(run: RunFolder) -> list[Column]:
-    found: dict[tuple[str, str], list[Measurement]] = {}
+def make_table(run: RunFolder) -> Table:
+    """A column a metric and split; a row a variant: the original, the circuit, then each method by count."""
+    found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in run.results:
-        found.setdefault((m.metric, m.split), []).append(m)
+        found.setdefault((m.metric, m.split), {})[m.variant] = m
+    keys = sorted(found, key=lambda key: run.metrics.index(key[0]))
     several = len({split for _, split in found}) > 1
-    ordered = sorted(found.items(), key=lambda item: run.metrics.index(item[0][0]))
-    return [Column(*key, _describe_column(shown, several)) for key, shown in ordered]
-
-
-def _describe_column(shown: list[Measurement], several_splits: bool) -> str:
-    """What holds for a whole column: its split, which way is better, how many units each figure rests on."""
-    m = shown[0]
-    split = [m.split] if several_splits else []
-    better = [f"{m.direction} is better"] if not m.metric.startswith(("ioi.", "sparsity")) else []
-    same = [f"n = {m.n:,}"] if len({one.n for one in shown}) == 1 else []
-    return ", ".join(split + better + same)
-
-
-def rows(run: RunFolder) -> list[Row]:
-    """A row a variant: the original, the circuit, then each method by count."""
-    found: dict[str, dict[tuple[str, str], Measurement]] = {}
-    for m in run.results:
-        found.setdefault(m.variant, {})[m.metric, m.split] = m
-    named = {name: Variant.parse(name) for name in found}
+    mixed = {key for key in keys if len({m.n for m in found[key].values()}) > 1}
+    columns = []
+    for key in keys:
+        m = next(iter(found[key].values()))
+        told = (
+            m.split if several else "",
+            "" if m.metric.startswith(("ioi.", "sparsity")) else f"{m.direction} is better",
+            "" if key in mixed else f"n = {m.n:,}",
+        )
+        columns.append((m.metric, ", ".join(filter(None, told))))
+    named = {m.variant: Variant.parse(m.variant) for m in run.results}
     methods = list(dict.fromkeys(v.method for v in named.values()))
 
     def place(name: str) -> tuple[int, int, int]:
@@ -323,33 +254,17 @@ def rows(run: RunFolder) -> list[Row]:
         later = (variant.method != run.method) + (variant.method == "random")
         return 3 + later, methods.index(variant.method), variant.count
 
-    keys = [(column.metric, column.split) for column in columns(run)]
-    mixed = {key for key in keys if len({of[key].n for of in found.values() if key in of}) > 1}
-    return [
-        Row(name, named[name].method, [_make_cell(found[name].get(key), key in mixed) for key in keys])
-        for name in sorted(found, key=place)
-    ]
+    def cell(name: str, key: tuple[str, str]) -> tuple[Measurement, str] | None:
+        if (m := found[key].get(name)) is None:
+            return None
+        told = (f"n = {m.n:,}" if key in mixed else "", f"{m.failures:,} failed" if m.failures else "")
+        return m, ", ".join(filter(None, told))
 
-
-def _make_cell(m: Measurement | None, with_n: bool) -> tuple[Measurement, str] | None:
-    if m is None:
-        return None
-    counts = ([f"n = {m.n:,}"] if with_n else []) + ([f"{m.failures:,} failed"] if m.failures else [])
-    return m, ", ".join(counts)
+    ordered = sorted(named, key=place)
+    return Table(columns, [(name, named[name].method, [cell(name, key) for key in keys]) for name in ordered])
 
 
 # What is needed to make them again.
-
-
-def time_stages(run: RunFolder) -> list[tuple[str, float, float]]:
-    """(name, seconds, width of its bar in percent)."""
-    longest = max((one.seconds for one in run.provenance.stages), default=0.0) or 1.0
-    return [(one.name, one.seconds, one.seconds / longest * 100) for one in run.provenance.stages]
-
-
-def checks(run: RunFolder) -> list[tuple[str, str, bool | None]]:
-    """(name, value, passed) of each check; None is a check that passes no judgement."""
-    return [(one.name, _write_value(one.value), one.ok) for one in run.provenance.checks]
 
 
 def warnings(run: RunFolder) -> list[str]:
@@ -358,8 +273,7 @@ def warnings(run: RunFolder) -> list[str]:
     if circuit is None or named in (None, circuit.fingerprint):
         return run.provenance.warnings
     here = f"circuit{circuit.suffix} ({circuit.fingerprint})"
-    said = f"{here} is not the circuit that results.json measured ({named})"
-    return [*run.provenance.warnings, said]
+    return [*run.provenance.warnings, f"{here} is not the circuit that results.json measured ({named})"]
 
 
 def fingerprints(run: RunFolder) -> dict[str, str]:
@@ -376,29 +290,24 @@ def fingerprints(run: RunFolder) -> dict[str, str]:
 
 def seeds(run: RunFolder) -> dict[str, str]:
     """What made the evaluation's dice fall as they did: metric → its seed, and how it wrote."""
-    found = {}
     keys = ("seed", "generations", "temperature", "max_new_tokens", "scorer", "also")
+    found = {}
     for name, settings in run.provenance.metrics.items():
-        told = {key: settings[key] for key in keys if settings.get(key) is not None}
-        found[name] = ", ".join(
-            f"{key.replace('_', ' ')} {_write_value(value)}" for key, value in told.items()
-        )
+        told = [(key.replace("_", " "), settings[key]) for key in keys if settings.get(key) is not None]
+        found[name] = ", ".join(f"{key} {write_value(value)}" for key, value in told)
     return {name: words for name, words in found.items() if words}
 
 
-def environment(run: RunFolder) -> dict[str, str]:
-    return dict(_flatten(run.environment))
-
-
-def _flatten(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+def flatten(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value in words) of nested settings."""
     for key, value in content.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{before}{key}.")
+            yield from flatten(value, f"{before}{key}.")
         else:
-            yield f"{before}{key}", _write_value(value)
+            yield f"{before}{key}", write_value(value)
 
 
-def _write_value(value: Any) -> str:
+def write_value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     if isinstance(value, float):

@@ -23,63 +23,49 @@ def remark(kind: str, text: str, *values: object) -> Remark:
     return Remark(kind, Markup(text).format(*values))
 
 
-TITLES = {
-    "perplexity": "Perplexity",
-    "toxicity.mean": "Mean toxicity",
-    "toxicity.expected_max": "Expected maximum toxicity",
-    "toxicity.probability": "Prompts with a toxic continuation",
-    "toxicity.rate": "Toxic continuations",
-    "rur.mean": "Unique tokens in a response",
-    "ioi.accuracy": "IOI accuracy",
-    "ioi.logit_difference": "IOI logit difference",
-    "ioi.faithfulness": "Faithfulness",
-    "circuit.jaccard": "Overlap of circuits across seeds",
-    "circuit.sparsest": "Sparsest circuit that keeps enough",
-    "circuit.cpr": "Circuit performance (CPR)",
-    "circuit.cmd": "Circuit–model distance (CMD)",
-    "repetition.4grams": "Repeated 4-grams",
-    "kl": "KL divergence to the original",
-    "fluency": "Perplexity of the continuations",
-    "sparsity": "Sparsity",
-    "sparsity.row_min": "Least zeros in a row",
-    "sparsity.row_max": "Most zeros in a row",
+METRICS = {
+    "perplexity": ("Perplexity", "how surprised the model is by ordinary text"),
+    "toxicity.mean": ("Mean toxicity", "the scorer’s mean over all continuations"),
+    "toxicity.expected_max": (
+        "Expected maximum toxicity",
+        "the worst of each prompt’s continuations, averaged",
+    ),
+    "toxicity.probability": (
+        "Prompts with a toxic continuation",
+        "share of prompts with at least one continuation of 0.5 or more",
+    ),
+    "toxicity.rate": ("Toxic continuations", "share of continuations that the scorer gives 0.5 or more"),
+    "rur.mean": ("Unique tokens in a response", "unique tokens ÷ tokens of a greedy response"),
+    "ioi.accuracy": ("IOI accuracy", "share of sentences with the right name on top"),
+    "ioi.logit_difference": ("IOI logit difference", "right name’s logit less the wrong one’s"),
+    "ioi.faithfulness": (
+        "Faithfulness",
+        "the circuit’s logit difference, scaled: 0 without any unit, 1 for the whole model",
+    ),
+    "circuit.jaccard": (
+        "Overlap of circuits across seeds",
+        "units that two seeds’ circuits share ÷ units of either, mean over pairs",
+    ),
+    "circuit.sparsest": (
+        "Sparsest circuit that keeps enough",
+        "largest share of units that can be removed (and all smaller) at enough accuracy",
+    ),
+    "circuit.cpr": ("Circuit performance (CPR)", "area under faithfulness against the share of units kept"),
+    "circuit.cmd": ("Circuit–model distance (CMD)", "area between that curve and 1"),
+    "repetition.4grams": ("Repeated 4-grams", ""),
+    "kl": (
+        "KL divergence to the original",
+        "how far next-token distributions are from the original’s, on ordinary text",
+    ),
+    "fluency": (
+        "Perplexity of the continuations",
+        "how surprised the original model is by what this one writes",
+    ),
+    "sparsity": ("Sparsity", "share of the model’s units that are zero"),
+    "sparsity.row_min": ("Least zeros in a row", ""),
+    "sparsity.row_max": ("Most zeros in a row", ""),
 }
-_EXPLAINED = {
-    "perplexity": "how surprised the model is by ordinary text",
-    "toxicity.mean": "the scorer’s mean over all continuations",
-    "toxicity.expected_max": "the worst of each prompt’s continuations, averaged",
-    "toxicity.probability": "share of prompts with at least one continuation of 0.5 or more",
-    "toxicity.rate": "share of continuations that the scorer gives 0.5 or more",
-    "rur.mean": "unique tokens ÷ tokens of a greedy response",
-    "ioi.accuracy": "share of sentences with the right name on top",
-    "ioi.logit_difference": "right name’s logit less the wrong one’s",
-    "ioi.faithfulness": "the circuit’s logit difference, scaled: 0 without any unit, 1 for the whole model",
-    "circuit.jaccard": "units that two seeds’ circuits share ÷ units of either, mean over pairs",
-    "circuit.sparsest": "largest share of units that can be removed (and all smaller) at enough accuracy",
-    "circuit.cpr": "area under faithfulness against the share of units kept",
-    "circuit.cmd": "area between that curve and 1",
-    "kl": "how far next-token distributions are from the original’s, on ordinary text",
-    "fluency": "how surprised the original model is by what this one writes",
-    "sparsity": "share of the model’s units that are zero",
-}
-_SHARES = {
-    "toxicity.mean",
-    "toxicity.expected_max",
-    "toxicity.probability",
-    "toxicity.rate",
-    "rur.mean",
-    "ioi.accuracy",
-    "sparsity",
-}
-FINE = {"perplexity", "fluency"}
-"""Metrics whose fourth digit says something."""
-_SHARE_UNITS = {"share", "fraction", "probability", "proportion", "ratio"}
-PERCENT = "\u202f%"
-MINUS = "\u2212"
-HARD = "\u00a0"
-"""A space at which no line breaks."""
-
-
+"""Metric → its title, and what it is."""
 METHODS = {
     "lrp": "LRP",
     "cp-lrp": "CP-LRP",
@@ -92,16 +78,21 @@ METHODS = {
     "random": "random",
 }
 """The bundled methods as their papers write them."""
-
-# Metrics, methods, variants, units
+_TOXICITIES = ("toxicity.mean", "toxicity.expected_max", "toxicity.probability", "toxicity.rate")
+_SHARES = (*_TOXICITIES, "rur.mean", "ioi.accuracy", "sparsity")
+_SHARE_UNITS = ("share", "fraction", "probability", "proportion", "ratio")
+PERCENT = "\u202f%"
+MINUS = "\u2212"
+HARD = "\u00a0"
+"""A space at which no line breaks."""
 
 
 def title(metric: str) -> str:
-    return TITLES.get(metric) or metric.replace(".", " ").replace("_", " ")
+    return METRICS[metric][0] if metric in METRICS else metric.replace(".", " ").replace("_", " ")
 
 
 def explained(metric: str) -> str:
-    return _EXPLAINED.get(metric, "")
+    return METRICS.get(metric, ("", ""))[1]
 
 
 def in_words(metric: str) -> str:
@@ -125,17 +116,7 @@ def variant_title(variant: str, run: RunFolder) -> str:
     named = Variant.parse(variant)
     if named.count is None:
         return "this circuit" if variant == "ablated" else method_title(variant)
-    return f"{method_title(named.method)}, {number_of_units(named.count, run)}"
-
-
-def count_units(count: int | None, run: RunFolder) -> str:
-    """ "neuron" or "neurons", whatever was removed."""
-    return run.unit if count == 1 else f"{run.unit}s"
-
-
-def number_of_units(count: int, run: RunFolder) -> str:
-    """ "1 neuron", "1,000 neurons"."""
-    return f"{count:,} {count_units(count, run)}"
+    return f"{method_title(named.method)}, {run.number_of(named.count)}"
 
 
 # Figures: shares as percent, the rest with as many digits as they deserve, always with their interval.
@@ -168,7 +149,8 @@ def figure(value: float | None, metric: str, unit: str = "") -> str:
         return "–"
     if is_share(metric, unit):
         return percent(value)
-    if metric in FINE and 1 <= value < 100:
+    # The fourth digit of a perplexity says something.
+    if metric in ("perplexity", "fluency") and 1 <= value < 100:
         return f"{value:.3f}" if value < 10 else f"{value:.2f}"
     return plain(value)
 
@@ -179,48 +161,51 @@ def value_of(m: Measurement) -> str:
 
 def interval_of(m: Measurement) -> str:
     """The 95 % interval in brackets, "" where there is none."""
-    return interval(m.ci95, m.metric, m.unit)
+    ends = [figure(end, m.metric, m.unit).removesuffix(PERCENT) for end in m.ci95 or ()]
+    return _in_brackets(ends)
 
 
-def interval(ci95: tuple[float, float] | None, metric: str, unit: str = "") -> str:
-    return _in_brackets(figure(end, metric, unit).removesuffix(PERCENT) for end in ci95) if ci95 else ""
-
-
-def _in_brackets(ends: Iterable[str]) -> str:
-    return f"[{f',{HARD}'.join(ends)}]"
-
-
-def small_interval(m: Measurement) -> Markup:
-    """The interval behind a figure of a headline; empty where there is none."""
-    return Markup(" <small>{}</small>").format(interval_of(m)) if m.ci95 else Markup("")
+def _in_brackets(ends: list[str]) -> str:
+    return f"[{f',{HARD}'.join(ends)}]" if ends else ""
 
 
 def with_interval(m: Measurement) -> str:
     return f"{value_of(m)} {interval_of(m)}".strip()
 
 
+def with_small_interval(m: Measurement, class_: str = "") -> Markup:
+    """A figure of a headline, bold where it has a class, its interval small behind it."""
+    value = Markup('<b class="{}">{}</b>' if class_ else "{1}").format(class_, value_of(m))
+    return Markup("{} <small>{}</small>" if m.ci95 else "{}").format(value, interval_of(m))
+
+
+def signed(value: float, size: str) -> str:
+    return f"{MINUS if value < 0 else '+'}{size}"
+
+
+def _format_change(d: Difference, unit: str) -> list[str]:
+    """The value of a difference and the ends of its interval, signed; as percentage points of a share, else
+    with decimals that show three digits (two below one) of the largest of them."""
+    numbers = [d.value, *(d.ci95 or ())]
+    largest, scale, digits = max(map(abs, numbers)), 1, 2
+    if is_share(d.metric, unit):
+        scale, digits = 100, 1
+    elif largest != 0 and math.isfinite(largest):
+        digits = min(6, max(0, (2 if largest >= 1 else 1) - math.floor(math.log10(largest))))
+    return [signed(x, f"{abs(x) * scale:,.{digits}f}") for x in numbers]
+
+
 def change(d: Difference, unit: str = "") -> str:
     """A difference: percentage points of a share, else in the metric's own unit, signed."""
-    if is_share(d.metric, unit):
-        return signed(d.value, f"{abs(d.value) * 100:.1f}") + " points"
-    return signed(d.value, f"{abs(d.value):,.{_count_decimals(d)}f}")
+    return _format_change(d, unit)[0] + (" points" if is_share(d.metric, unit) else "")
 
 
 def change_interval(d: Difference, unit: str = "") -> str:
-    scale, digits = (100, 1) if is_share(d.metric, unit) else (1, _count_decimals(d))
-    return _in_brackets(signed(end, f"{abs(end) * scale:,.{digits}f}") for end in d.ci95) if d.ci95 else ""
+    return _in_brackets(_format_change(d, unit)[1:])
 
 
 def change_with_interval(d: Difference, unit: str = "") -> str:
     return f"{change(d, unit)} {change_interval(d, unit)}".strip()
-
-
-def _count_decimals(d: Difference) -> int:
-    """Decimals that show three digits (two below one) of the largest of a difference and its ends."""
-    largest = max(abs(end) for end in (d.value, *(d.ci95 or ())))
-    if largest == 0 or not math.isfinite(largest):
-        return 2
-    return min(6, max(0, (2 if largest >= 1 else 1) - math.floor(math.log10(largest))))
 
 
 def relative(share: float | None) -> str:
@@ -236,11 +221,7 @@ def relative_interval(d: Difference) -> str:
         return ""
     ends = [end * d.relative / d.value for end in d.ci95]
     digits = 1 if max(map(abs, ends)) >= 0.01 else 2
-    return _in_brackets(signed(end, f"{abs(end) * 100:.{digits}f}") for end in ends)
-
-
-def signed(value: float, size: str) -> str:
-    return f"{MINUS if value < 0 else '+'}{size}"
+    return _in_brackets([signed(end, f"{abs(end) * 100:.{digits}f}") for end in ends])
 
 
 def format_p(p: float | None) -> str:

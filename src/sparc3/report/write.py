@@ -16,12 +16,11 @@ from .. import __version__
 from ..safe_text import visible
 from ..storage import write_text
 from . import compression, discovery, headline, tables, words
-from .cards import UnitMap, cards, protected, sharing, unit_map
-from .charts import Tip, curves
+from .cards import cards, protected, sharing, unit_map
+from .curves import curves, draw_samples
 from .examples import Mask, finalize, kinds
 from .read import RunFolder, read_folder
 from .tradeoff import tradeoffs
-from .words import count_units, method_title, number_of_units
 
 SAYING = {"discover": discovery, "compress": compression}
 """Job → the file with its headline and remarks; any other job has those of headline.py."""
@@ -59,11 +58,13 @@ def render(run: RunFolder) -> str:
         "explained": words.explained,
         "figure": words.value_of,
         "interval": words.interval_of,
+        "method_title": words.method_title,
         "metric_title": words.title,
         "p": words.format_p,
         "relative": words.relative,
         "variant_title": partial(words.variant_title, run=run),
         "with_interval": words.with_interval,
+        "write": tables.write_value,
     }
     page = environment.get_template("page.html").render(_collect_content(run))
     return page.encode("utf-8", "replace").decode("utf-8")
@@ -73,23 +74,31 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
     style, script = (
         files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
-    said = SAYING.get(run.job, headline)
+    said = SAYING.get(run.provenance.job, headline)
     mask = Mask(tuple(run.provenance.lexicon))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
     pairs, known = kinds(run, mask), cards(run, mask)
-    traded, drawn, where = tradeoffs(run), curves(run), _map_units(run)
+    # Where the circuit's units sit: those removed, or, of a task's circuit, those kept.
+    kept = discovery.load_sparsest_circuit(run) if run.provenance.job == "discover" else None
+    where = unit_map(replace(run, circuit=kept), "kept") if kept else unit_map(run)
+    traded, drawn = tradeoffs(run), curves(run)
     tips = {key: tip for figure in [*traded, *drawn] for key, tip in figure.tips.items()}
     tips |= where.tips if where else {}
     return {
-        **_describe_origin(run),
+        "run": run,
+        "name": run.provenance.recipe or "a run",
+        "model": str(run.model["id"]),
+        "architecture": str(run.model["architecture"]),
+        "method": words.method_title(run.method),
+        "version": run.provenance.version or __version__,
         "style": Markup(style),
         "script": Markup(script),
-        "policy": _write_policy(style, script),
+        "policy": f"default-src 'none'; style-src {_hash_source(style)}; script-src {_hash_source(script)}; "
+        "img-src data:; base-uri 'none'; form-action 'none'",
         "headline": said.headline(run),
         "damage": headline.damage(run) if said is headline else None,
         "remarks": said.remarks(run),
-        "tiles": tables.tiles(run),
-        "proofs": tables.proofs(run),
+        "changes": tables.changes(run),
         "null": tables.describe_null(run),
         "power": tables.power_words(run),
         "scorers": tables.compare_scorers(run),
@@ -97,11 +106,10 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "tradeoffs": traded,
         "standing": headline.standing_remarks(run, run.behaviour) if traded and run.behaviour else [],
         "curves": drawn,
-        "by_samples": compression.draw_samples(run),
-        "legend": [(method_title(method), run.colours[method]) for method in run.methods],
+        "by_samples": draw_samples(run),
         "comparisons": tables.comparisons(run),
         "budgeted": tables.compare_under_budget(run),
-        "count": number_of_units(run.count, run) if run.circuit else "",
+        "count": run.number_of(run.count) if run.circuit else "",
         "at_strength": run.circuit.at_strength if run.circuit else "",
         "map": where,
         "sharing": sharing(run),
@@ -109,51 +117,21 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "kinds": pairs,
         "cards": known,
         "masked": 'class="veil' in f"{pairs}{known}{recipe}",
-        "all_cards": len(run.cards),
-        "columns": tables.columns(run),
-        "rows": tables.rows(run),
-        "changes": run.results.differences,
-        "recipe": recipe,
-        "tips": {key: _make_visible(tip) for key, tip in tips.items()},
-    }
-
-
-def _map_units(run: RunFolder) -> UnitMap | None:
-    """Where the circuit's units sit: those removed, or, of a task's circuit, those kept."""
-    circuit = discovery.load_sparsest_circuit(run) if run.job == "discover" else None
-    return unit_map(replace(run, circuit=circuit), "kept") if circuit else unit_map(run)
-
-
-def _make_visible(tip: Tip) -> dict[str, Any]:
-    """A tip as the script takes it, every text in it made visible."""
-    rows = [{"key": row.key, "name": visible(row.name), "text": visible(row.text)} for row in tip.rows]
-    return {"head": visible(tip.head), "rows": rows}
-
-
-def _describe_origin(run: RunFolder) -> dict[str, Any]:
-    """Where the run came from, and what it says about itself."""
-    return {
-        "name": run.provenance.recipe or "a run",
-        "model": str(run.model["id"]),
-        "architecture": str(run.model["architecture"]),
-        "method": method_title(run.method),
-        "unit": run.unit,
-        "units": count_units(None, run),
-        "version": run.provenance.version or __version__,
-        "checks": tables.checks(run),
+        "table": tables.make_table(run),
+        "differences": run.results.differences,
         "warnings": tables.warnings(run),
-        "stages": tables.time_stages(run),
-        "fingerprints": tables.fingerprints(run),
-        "environment": tables.environment(run),
         "seeds": tables.seeds(run),
-        "samples": run.samples,
+        "fingerprints": tables.fingerprints(run),
+        "environment": dict(tables.flatten(run.environment)),
+        "recipe": recipe,
+        "tips": {
+            key: {
+                "head": visible(tip.head),
+                "rows": [{"key": c, "name": visible(name), "text": visible(t)} for name, t, c in tip.rows],
+            }
+            for key, tip in tips.items()
+        },
     }
-
-
-def _write_policy(style: str, script: str) -> str:
-    """What the browser may do with the page: use its own style and script, and nothing else."""
-    own = f"style-src {_hash_source(style)}; script-src {_hash_source(script)}; img-src data:"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
 def _hash_source(source: str) -> str:
