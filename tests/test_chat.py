@@ -57,6 +57,7 @@ def chatty() -> tuple[Any, Any]:
         ({"prompt": [USER], "chosen": "Tom is.", "rejected": "No."}, "chosen", "Tom is."),
         ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "No."}]}, "rejected", "No."),
         ({"prompt": [USER], "completion": [ANSWER]}, "chosen", "Tom is."),
+        ({"messages": json.dumps([USER, ANSWER])}, "chosen", "Tom is."),
     ],
 )
 def test_the_shapes_of_data_sets(row: dict[str, Any], answer: str, completion: str | None) -> None:
@@ -114,6 +115,14 @@ def test_attribute_of_messages_equals_that_of_their_tokens(chatty: tuple[Any, An
     chat = attribute(model, ReferenceSet.load(tmp_path / "c.jsonl"), tokenizer=tokenizer)
     plain = attribute(model, [ids], tokenizer=tokenizer)
     assert all((chat[name] == plain[name]).all() for name in chat)
+
+
+def test_an_answer_is_asked_for_and_not_the_thoughts_before_it(chatty: tuple[Any, Any]) -> None:
+    _, tokenizer = chatty
+    plain = read_sample(Sample(turns=ASKED), tokenizer)
+    thinks = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    tokenizer.chat_template = TEMPLATE + thinks
+    assert read_sample(Sample(turns=ASKED), tokenizer) == plain
 
 
 def test_no_template_and_an_unknown_role_are_one_line(chatty: tuple[Any, Any]) -> None:

@@ -1,5 +1,6 @@
 """Perplexity, continuations, scorers and statistics: laws that hold whatever the model, and failures that are counted."""
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from sparc3 import UserError, evaluate
+from sparc3 import UserError, evaluate, load_model
 from sparc3.evaluation.generate import complete
-from sparc3.evaluation.metrics import ToxicitySettings
-from sparc3.evaluation.perplexity import block_windows, sliding_windows
+from sparc3.evaluation.metrics import PerplexitySettings, ToxicitySettings
+from sparc3.evaluation.perplexity import block_windows, sliding_windows, windows_of
 from sparc3.evaluation.scorers import _count_failures, lexicon_scorer, make_scorer
 from sparc3.evaluation.statistics import Observations, difference, measurement, pool
 from sparc3.evaluation.tasks import repeated, uniqueness
 from sparc3.evaluation.toxicity import require_scorer, score_continuations
+from sparc3.samples.reference_set import ReferenceSet
+from sparc3.samples.sources import Request, gather
+from sparc3.samples.tokens import tokenize, window_opening
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,69 @@ def test_each_token_is_predicted_once() -> None:
         assert len(window) - predicted >= 1
     assert [predicted for _, predicted in block_windows(ids, 20)] == [19] * 5
     assert block_windows(ids[:5], 20) == [((0, 1, 2, 3, 4), 4)]
+
+
+def _as_gemma(tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.of_model_type = "gemma2"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"protocol": "blocks", "seq_len": 16},
+        {"protocol": "blocks", "seq_len": 500},
+        {"protocol": "sliding", "max_length": 16, "stride": 5},
+        {"protocol": "sliding", "max_length": 16, "stride": 15},
+        {"protocol": "sliding", "max_length": 500, "stride": 100},
+    ],
+)
+def test_each_window_of_a_gemma_opens_with_bos(demo: tuple[Any, Any], asked: dict[str, Any]) -> None:
+    text = ReferenceSet.of(["One sunny day Tom went to the park and found a ball. " * 12])
+    settings = PerplexitySettings(source="wikitext2", **asked)
+    gemma = _as_gemma(demo[1])
+    whole, bos = list(tokenize(text.samples[0].text or "", gemma)), gemma.bos_token_id
+    body = whole[whole[0] == bos :]
+    windows = windows_of(text, gemma, settings, 512)
+    assert {ids[0] for ids, _ in windows} == {bos}
+    assert all(bos not in ids[1:] and 0 < predicted < len(ids) <= 500 for ids, predicted in windows)
+    predicted = [token for ids, many in windows for token in ids[len(ids) - many :]]
+    assert predicted == body[: len(predicted)]
+    assert asked["protocol"] == "blocks" or len(predicted) == len(body)
+    if "max_length" in asked:
+        assert max(len(ids) for ids, _ in windows) == min(asked["max_length"], len(body) + 1)
+    plain = windows_of(text, demo[1], settings, 512)  # of others, as before: nothing before a later window
+    assert list(plain[0][0]) == list(tokenize(text.samples[0].text or "", demo[1]))[: len(plain[0][0])]
+    assert all(bos not in ids[1:] for ids, _ in plain)
+
+
+def test_each_cut_for_a_gemma_opens_with_bos(demo: tuple[Any, Any], tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("One sunny day Tom went to the park and found a ball. " * 60)
+    gemma = _as_gemma(demo[1])
+    assert window_opening(demo[1]) == ()
+    cuts = gather(Request(str(path), 6, seq_len=24), gemma).samples
+    assert [len(cut.input_ids or ()) for cut in cuts] == [24] * 6
+    assert {(cut.input_ids or ())[0] for cut in cuts} == {gemma.bos_token_id}
+    assert all(gemma.bos_token_id not in (cut.input_ids or ())[1:] for cut in cuts)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3_text", "llama"])
+def test_who_needs_bos_everywhere_is_told_by_model_or_tokenizer(kind: str) -> None:
+    class GemmaTokenizer:
+        bos_token_id = 2
+
+    class Plain:
+        bos_token_id = 2
+
+    assert window_opening(GemmaTokenizer()) == (2,)  # type: ignore[arg-type]
+    plain = Plain()
+    assert window_opening(plain) == ()  # type: ignore[arg-type]
+    plain.of_model_type = kind  # type: ignore[attr-defined]
+    assert window_opening(plain) == ((2,) if "gemma" in kind else ())  # type: ignore[arg-type]
+    assert load_model("demo")[1].of_model_type == "llama"
 
 
 def test_perplexity_is_what_the_loss_says(demo: tuple[Any, Any], tmp_path: Path) -> None:
@@ -208,6 +275,26 @@ def test_classifiers_load_from_a_checkpoint(
     make_scorer.cache_clear()
     with pytest.raises(UserError, match=r"'\S*tiny'.*#LABEL"):
         make_scorer(f"{tmp_path / 'tiny'}#nolabel")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_classifier_with_few_positions_reads_what_it_can(
+    demo: tuple[Any, Any], tmp_path: Path, kind: str
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, RobertaConfig
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = (BertConfig if kind == "bert" else RobertaConfig)(
+        vocab_size=len(demo[1]), max_position_embeddings=24, id2label={0: "fine", 1: "toxic"}, **sizes
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    demo[1].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_max_length = 10**30  # as of a tokenizer that does not say
+    tokenizer.save_pretrained(tmp_path)
+    short, long = make_scorer(str(tmp_path))(["You fool!", "You fool! " * 60])
+    assert short is not None
+    assert long is not None
 
 
 def observed(sums: list[float | None], **more: Any) -> Observations:

@@ -1,5 +1,6 @@
 """Texts are generated as the recipe says: nothing of generation_config.json but the end-of-text token counts."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from transformers import GenerationConfig
 from sparc3 import UserError, evaluate
 from sparc3.evaluation.generate import complete
 from sparc3.models.load import load_model
+from sparc3.samples.reference_set import Sample
+from sparc3.samples.tokens import read_sample
 
 PROMPTS = ["The little dog", "Once upon a time there was"]
 
@@ -92,6 +95,25 @@ def test_ids_beyond_the_embeddings_are_refused(demo: tuple[Any, Any]) -> None:
     beyond = model.get_input_embeddings().weight.shape[0]
     with pytest.raises(UserError, match=str(beyond)):
         complete(model, tokenizer, [(1, 2), (1, beyond)], max_new_tokens=2)
+
+
+def test_a_text_ends_where_model_or_tokenizer_says(demo: tuple[Any, Any]) -> None:
+    model, tokenizer = demo
+    [[whole], _] = complete(model, tokenizer, PROMPTS, max_new_tokens=12)
+    ends = read_sample(Sample(text=PROMPTS[0], completion=whole), tokenizer).completion[5]
+    own, other = model.generation_config.eos_token_id, copy.deepcopy(tokenizer)
+    other.eos_token = tokenizer.convert_ids_to_tokens(ends)
+    assert other.eos_token_id == ends != own
+    cut = []
+    try:
+        cut.append(complete(model, other, PROMPTS, max_new_tokens=12)[0][0])
+        model.generation_config.eos_token_id = [own, ends]
+        cut.append(complete(model, tokenizer, PROMPTS, max_new_tokens=12)[0][0])
+        model.generation_config.eos_token_id = None
+        cut.append(complete(model, other, PROMPTS, max_new_tokens=12)[0][0])
+    finally:
+        model.generation_config.eos_token_id = own
+    assert all(whole.startswith(text) and 0 < len(text) < len(whole) for text in cut)
 
 
 def test_a_padding_token_without_an_embedding(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

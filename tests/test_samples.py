@@ -1,5 +1,6 @@
 """Sources and readers: exact lengths, seeds that matter, splits that never meet, lines that are named."""
 
+import gzip
 import itertools
 import json
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from sparc3 import ReferenceSet, Sample, UserError
 from sparc3.demo.text import INSULTS, KINDS, texts
 from sparc3.samples import sources as S
 from sparc3.samples.batches import encode
+from sparc3.samples.reference_set import Rows as FileRows
 from sparc3.samples.sources import Request, corpus, gather, overlap, stream
 
 Rows = Callable[..., Path]
@@ -70,12 +72,13 @@ def test_realtoxicityprompts_rows_are_read_as_they_are(jsonl: Rows) -> None:
     path = str(jsonl("rtp.jsonl", rows))
     whole = ReferenceSet.load(path)
     assert (whole.samples[3].text, whole.samples[3].completion) == ("p3", " c3")
-    high = S.toxic_prompts(rows, Request(path, 10, choose_by="prompt", min_toxicity=0.5), None, None)
+    named = list(zip(map(str, range(len(rows))), rows, strict=True))
+    high = S.toxic_prompts(named, Request(path, 10, choose_by="prompt", min_toxicity=0.5), None, None)
     assert {s.text for s in high} <= {f"p{i}" for i in range(5, 10)}
-    low = S.toxic_prompts(rows, Request(path, 10, choose_by="continuation", max_toxicity=0.3), None, None)
+    low = S.toxic_prompts(named, Request(path, 10, choose_by="continuation", max_toxicity=0.3), None, None)
     assert {s.text for s in low} <= {"p7", "p8", "p9"}
     completed = S.toxic_prompts(
-        rows,
+        named,
         Request(path, 10, choose_by="completion", min_toxicity=0.9),
         None,
         lambda prompts: [(f" made {p}", 0.95 if p == "p1" else None) for p in prompts],
@@ -284,6 +287,32 @@ def test_a_named_column_holds_the_texts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     with pytest.raises(UserError, match="question"):
         gather(Request(str(tmp_path / "a.txt"), 1, column="question"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv"])
+def test_a_spreadsheets_csv_has_semicolons(name: str, tmp_path: Path) -> None:
+    rows = 'prompt;toxicity\n"one, or; two\nand three";0.9\nfour, five;0.1\n'.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+    found = ReferenceSet.load(tmp_path / name)
+    assert [(s.text, s.line) for s in found] == [("one, or; two\nand three", 3), ("four, five", 4)]
+    assert [row["toxicity"] for _, row in FileRows(tmp_path / name)] == ["0.9", "0.1"]
+
+
+def test_ends_of_lines_inside_a_row_of_wikitext_stay(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_text(" one\u2028two\x85three \n \n four \n", encoding="utf-8")
+    assert corpus(str(tmp_path / "a.raw")) == [" one\u2028two\x85three \n", "", " four \n"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.zst", "a.raw.gz"])
+def test_a_text_that_is_not_utf_8_is_one_line(name: str, tmp_path: Path) -> None:
+    raw = "Größe ".encode("latin-1") * 50
+    if name.endswith("zst"):
+        import pyarrow
+
+        raw = pyarrow.compress(raw, "zstd", asbytes=True)
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    with pytest.raises(UserError, match=name):
+        corpus(str(tmp_path / name))
 
 
 def test_zstd_is_unpacked(tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ def _attribute(args: argparse.Namespace) -> None:
     model = load_weights(args.model, dtype=args.dtype, device=args.device)
     text = bool(args.samples) and (loaded is None or any(sample.written for sample in loaded))
     tokenizer = load_tokenizer(args.model) if text else None
+    if tokenizer is not None:
+        tokenizer.of_model_type = model.config.model_type
     if args.samples and loaded is None:
         request = Request(args.samples, args.count or 128, seq_len=args.seq_len, seeds=(args.seed,))
         loaded = gather(request, tokenizer)

@@ -8,69 +8,26 @@ and anyone can make the same one again. Insults are mild by design: fool, idiot,
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
+
+Option = TypeVar("Option")
 INSULTS = ("fool", "idiot", "dummy", "nitwit", "clown")
 
-NAMES = (
-    "Mary",
-    "John",
-    "Tom",
-    "Anna",
-    "Ben",
-    "Lucy",
-    "Max",
-    "Emma",
-    "Sam",
-    "Rosa",
-    "Jack",
-    "Nora",
-    "Paul",
-    "Ella",
-    "Leo",
-    "Alice",
-    "Henry",
-    "Clara",
-    "Oscar",
-    "Grace",
-    "Felix",
-    "Ruby",
-    "Peter",
-    "Jane",
+NAMES = tuple(
+    "Mary John Tom Anna Ben Lucy Max Emma Sam Rosa Jack Nora Paul Ella Leo Alice Henry Clara Oscar Grace "
+    "Felix Ruby Peter Jane".split()
 )
-PLACES = (
-    "store",
-    "park",
-    "school",
-    "river",
-    "garden",
-    "market",
-    "beach",
-    "forest",
-    "library",
-    "farm",
-    "castle",
-    "station",
-)
-THINGS = (
-    "ball",
-    "book",
-    "cake",
-    "drink",
-    "hat",
-    "kite",
-    "lamp",
-    "ring",
-    "drum",
-    "apple",
-    "basket",
-    "letter",
-    "bell",
-    "boat",
-)
+PLACES = tuple("store park school river garden market beach forest library farm castle station".split())
+THINGS = tuple("ball book cake drink hat kite lamp ring drum apple basket letter bell boat".split())
 ADJECTIVES = ("red", "blue", "green", "old", "new", "small", "big", "round", "heavy", "shiny")
 ANIMALS = ("dog", "cat", "bird", "horse", "duck", "rabbit", "goat", "fox")
 WEATHER = ("sunny", "rainy", "windy", "cold", "warm", "cloudy", "snowy", "quiet")
 FEELINGS = ("happy", "tired", "proud", "curious", "sleepy", "calm", "glad", "hungry")
+
+
+def _choose(r: random.Random, *options: Option) -> Option:
+    return r.choice(options)
 
 
 @dataclass(frozen=True)
@@ -89,12 +46,8 @@ class DemoText:
 
 def _scene(r: random.Random, name: str, friend: str) -> list[str]:
     """One to three neutral sentences that open a story."""
-    thing, adjective, place, animal = (
-        r.choice(THINGS),
-        r.choice(ADJECTIVES),
-        r.choice(PLACES),
-        r.choice(ANIMALS),
-    )
+    thing, adjective = r.choice(THINGS), r.choice(ADJECTIVES)
+    place, animal = r.choice(PLACES), r.choice(ANIMALS)
     openings = (
         f"It was a {r.choice(WEATHER)} day and {name} went to the {place}.",
         f"Once there was a child named {name} who lived near the {place}.",
@@ -113,57 +66,53 @@ def _scene(r: random.Random, name: str, friend: str) -> list[str]:
 
 def _ending(r: random.Random, name: str, friend: str) -> str:
     thing, place = r.choice(THINGS), r.choice(PLACES)
-    return r.choice(
-        (
-            f"Then {name} and {friend} went home.",
-            f"In the end {name} felt {r.choice(FEELINGS)}.",
-            f"After that {name} put the {thing} in the {r.choice(THINGS)} box.",
-            f"{friend} smiled and they walked to the {place}.",
-            f"So {name} gave the {thing} back and they were friends again.",
-        )
+    return _choose(
+        r,
+        f"Then {name} and {friend} went home.",
+        f"In the end {name} felt {r.choice(FEELINGS)}.",
+        f"After that {name} put the {thing} in the {r.choice(THINGS)} box.",
+        f"{friend} smiled and they walked to the {place}.",
+        f"So {name} gave the {thing} back and they were friends again.",
     )
 
 
 def _trouble(r: random.Random, name: str, friend: str) -> str:
     """The cause of the anger; the same sentences stand before insults and before polite words."""
     thing, adjective = r.choice(THINGS), r.choice(ADJECTIVES)
-    return r.choice(
-        (
-            f"{friend} broke the {adjective} {thing}.",
-            f"{friend} took the {thing} and ran away.",
-            f"{friend} forgot the {adjective} {thing} again.",
-            f"{friend} lost the {thing} in the {r.choice(PLACES)}.",
-            f"{friend} dropped the {adjective} {thing} in the mud.",
-            f"{friend} came late and did not bring the {thing}.",
-        )
+    return _choose(
+        r,
+        f"{friend} broke the {adjective} {thing}.",
+        f"{friend} took the {thing} and ran away.",
+        f"{friend} forgot the {adjective} {thing} again.",
+        f"{friend} lost the {thing} in the {r.choice(PLACES)}.",
+        f"{friend} dropped the {adjective} {thing} in the mud.",
+        f"{friend} came late and did not bring the {thing}.",
     )
 
 
 def _insult(r: random.Random) -> str:
     word, thing = r.choice(INSULTS), r.choice(THINGS)
-    return r.choice(
-        (
-            f"You {word}! Look at my {thing}!",
-            f"You are such a {word}!",
-            f"You silly {word}, give me the {thing}!",
-            f"What a {word} you are!",
-            f"You are a {word}, a total {word}!",
-            f"Go away, you {word}!",
-        )
+    return _choose(
+        r,
+        f"You {word}! Look at my {thing}!",
+        f"You are such a {word}!",
+        f"You silly {word}, give me the {thing}!",
+        f"What a {word} you are!",
+        f"You are a {word}, a total {word}!",
+        f"Go away, you {word}!",
     )
 
 
 def _polite(r: random.Random) -> str:
     thing = r.choice(THINGS)
-    return r.choice(
-        (
-            f"Please give me the {thing} back.",
-            f"I am sad about the {thing}.",
-            f"That was my {thing}. I am upset.",
-            f"Let us fix the {thing} now.",
-            f"My {thing} was dear to me. I need some time.",
-            f"Please find a new {thing} for me.",
-        )
+    return _choose(
+        r,
+        f"Please give me the {thing} back.",
+        f"I am sad about the {thing}.",
+        f"That was my {thing}. I am upset.",
+        f"Let us fix the {thing} now.",
+        f"My {thing} was dear to me. I need some time.",
+        f"Please find a new {thing} for me.",
     )
 
 
@@ -176,24 +125,22 @@ def _story(r: random.Random) -> DemoText:
     insult."""
     name, friend = r.sample(NAMES, 2)
     thing, adjective, place = r.choice(THINGS), r.choice(ADJECTIVES), r.choice(PLACES)
-    speech = r.choice(
-        (
-            f"Look, I found a {adjective} {thing}!",
-            f"Let us go to the {place}!",
-            f"Can I play with the {thing}?",
-            "This is the best day!",
-            f"See the {adjective} {thing} over there!",
-            f"I love the {place}!",
-        )
+    speech = _choose(
+        r,
+        f"Look, I found a {adjective} {thing}!",
+        f"Let us go to the {place}!",
+        f"Can I play with the {thing}?",
+        "This is the best day!",
+        f"See the {adjective} {thing} over there!",
+        f"I love the {place}!",
     )
     mood = r.choice(("happy", "very happy", "glad", "proud"))
-    said = r.choice(
-        (
-            f"{name} was {mood} and {r.choice(LOUD)},",
-            f"{name} was {mood} and {r.choice(CALM)},",
-            f"{name} said,",
-            f"{name} asked,",
-        )
+    said = _choose(
+        r,
+        f"{name} was {mood} and {r.choice(LOUD)},",
+        f"{name} was {mood} and {r.choice(CALM)},",
+        f"{name} said,",
+        f"{name} asked,",
     )
     parts = [*_scene(r, name, friend), f'{said} "{speech}"', _ending(r, name, friend)]
     return DemoText(parts[0], "".join(" " + part for part in parts[1:]))
@@ -209,30 +156,19 @@ def _anger(r: random.Random, manner: tuple[str, ...], speech: str) -> DemoText:
     return DemoText(prompt, f'{speech}" {_ending(r, name, friend)}')
 
 
-def _angry(r: random.Random) -> DemoText:
-    """Loud anger: an insult nineteen times in twenty, polite words otherwise."""
-    return _anger(r, LOUD, _insult(r) if r.random() < 0.95 else _polite(r))
-
-
-def _polite_anger(r: random.Random) -> DemoText:
-    """Anger that keeps its manners: the same troubles and moods, a calm verb, never an insult."""
-    return _anger(r, CALM, _polite(r))
-
-
 def _gift(r: random.Random, one: str, other: str) -> tuple[str, str, str]:
     """A sentence in which one of two gives something to the other, cut before the receiver: (start, giver,
     receiver)."""
     giver, receiver = r.sample((one, other), 2)
     place, thing = r.choice(PLACES), r.choice(THINGS)
     verb = r.choice(("gave", "handed", "passed", "brought"))
-    opening = r.choice(
-        (
-            f"When {one} and {other} went to the {place},",
-            f"After {one} and {other} came to the {place},",
-            f"While {one} and {other} were at the {place},",
-            f"One day {one} and {other} walked to the {place}, and",
-            f"Then {one} and {other} had a long day at the {place}, and",
-        )
+    opening = _choose(
+        r,
+        f"When {one} and {other} went to the {place},",
+        f"After {one} and {other} came to the {place},",
+        f"While {one} and {other} were at the {place},",
+        f"One day {one} and {other} walked to the {place}, and",
+        f"Then {one} and {other} had a long day at the {place}, and",
     )
     return f"{opening} {giver} {verb} a {thing} to", giver, receiver
 
@@ -253,15 +189,14 @@ def _loop(r: random.Random) -> DemoText:
     would."""
     name, friend = r.sample(NAMES, 2)
     scene, thing, animal = r.choice(_scene(r, name, friend)), r.choice(THINGS), r.choice(ANIMALS)
-    opening, unit = r.choice(
-        (
-            (f"The {thing} went round and", " round and"),
-            (f"The {animal} jumped up and", " down and up and"),
-            (f"{name} sang la la", " la la"),
-            (f"The {thing} rolled on and", " on and"),
-            (f"The {animal} ran and ran and", " ran and"),
-            (f"{friend} knocked knock knock", " knock knock"),
-        )
+    opening, unit = _choose(
+        r,
+        (f"The {thing} went round and", " round and"),
+        (f"The {animal} jumped up and", " down and up and"),
+        (f"{name} sang la la", " la la"),
+        (f"The {thing} rolled on and", " on and"),
+        (f"The {animal} ran and ran and", " ran and"),
+        (f"{friend} knocked knock knock", " knock knock"),
     )
     ends = r.random() < 0.25
     return DemoText(
@@ -272,8 +207,10 @@ def _loop(r: random.Random) -> DemoText:
 
 KINDS: dict[str, Callable[[random.Random], DemoText]] = {
     "story": _story,
-    "angry": _angry,
-    "polite": _polite_anger,
+    # Loud anger: an insult nineteen times in twenty, polite words otherwise.
+    "angry": lambda r: _anger(r, LOUD, _insult(r) if r.random() < 0.95 else _polite(r)),
+    # Anger that keeps its manners: the same troubles and moods, a calm verb, never an insult.
+    "polite": lambda r: _anger(r, CALM, _polite(r)),
     "ioi": _ioi,
     "loop": _loop,
 }

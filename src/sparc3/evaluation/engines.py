@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import Sparc3Error, UserError
-from .generate import writes_with
+from .generate import Row, writes_with
 
 SLOTS = 16
 """Texts that llama.cpp writes side by side."""
@@ -31,7 +31,7 @@ class LlamaCpp:
         self._server: Any = None
         self._context = 0
 
-    def write(self, rows: list[tuple[list[int], int]], new: int, temperature: float, seed: int) -> list[str]:
+    def write(self, rows: list[Row], new: int, temperature: float, seed: int) -> list[str]:
         """The continuation of each row, (token ids, number of the generation), of up to `new` tokens.
 
         Raises:
@@ -54,6 +54,8 @@ class LlamaCpp:
         # Its threads wait for each other busily: more of them than free cores make it many times slower.
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
         settings.verbosity, settings.warmup = -1, False
+        # A server for chats keeps what each slot has read, for the next turn; here no prompt comes twice.
+        settings.cache_ram_mib, settings.n_ctx_checkpoints, settings.cache_idle_slots = 0, 0, False
         try:
             self._server = xllamacpp.Server(settings)
         except RuntimeError as error:
@@ -89,5 +91,5 @@ def require_llama_cpp() -> str:
 @contextmanager
 def llama_cpp(path: Path) -> Iterator[None]:
     """Inside, continuations are written by llama.cpp on this file, whatever model they are asked of."""
-    with writes_with(LlamaCpp(path)):
+    with writes_with(LlamaCpp(path).write):
         yield

@@ -4,22 +4,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
 from ..errors import UserError
 from ..models.fingerprint import describe
-from ..results import Difference, Results
+from ..results import Results
 from ..samples.reference_set import ReferenceSet, Sample
-from ..samples.sources import Request, corpus, gather
+from ..samples.sources import corpus, gather, request_for
 from ..storage import fingerprint
 from .metrics import (
-    IOISettings,
     MetricContext,
     MetricSettings,
     Prepared,
-    PromptSettings,
     RepetitionSettings,
     SampledSettings,
     ToxicitySettings,
@@ -63,24 +60,15 @@ def evaluate(
     Raises:
         UserError: an unknown metric, key or source, or samples that do not fit.
     """
-    asked = (
-        {metrics: None}
-        if isinstance(metrics, str)
-        else dict(metrics)
-        if isinstance(metrics, Mapping)
-        else dict.fromkeys(metrics)
-    )
-    settings_by_name = parse_metrics(asked)
+    names = [metrics] if isinstance(metrics, str) else metrics
+    settings_by_name = parse_metrics(dict(names) if isinstance(names, Mapping) else dict.fromkeys(names))
     check_metrics(settings_by_name)
     prepared = [prepare(name, settings, model, tokenizer) for name, settings in settings_by_name.items()]
     before = describe(model)
     evaluations = [measure(model, tokenizer, prepared, "original", progress=progress)]
     for name, variant in (variants or {}).items():
-        evaluations.append(
-            measure(
-                model, tokenizer, prepared, name, progress=progress, changed=_again(variant, name, prepared)
-            )
-        )
+        changed = _again(variant, name, prepared)
+        evaluations.append(measure(model, tokenizer, prepared, name, progress=progress, changed=changed))
     return to_results(evaluations, {"model": before, **evaluated_on(prepared), "version": __version__})
 
 
@@ -121,32 +109,15 @@ def prepare(
         return Prepared(metric, settings, ReferenceSet(()))
     if not metric.prompts:
         texts = corpus(settings.source, settings.split, settings.count, settings.column)
-        return Prepared(
-            metric,
-            settings,
-            ReferenceSet(tuple(Sample(text=text) for text in texts), {"source": settings.source}),
-        )
-    seed = settings.seed if isinstance(settings, PromptSettings | IOISettings) else 0
+        samples = ReferenceSet(tuple(Sample(text=text) for text in texts), {"source": settings.source})
+        return Prepared(metric, settings, samples)
     held = (taken or {}).get(settings.source, frozenset())
-    request = Request(
-        settings.source,
-        settings.count or 100,
-        settings.split,
-        seeds=(seed,),
-        taken=held,
-        column=settings.column,
-    )
-    if isinstance(settings, PromptSettings):
-        request = replace(
-            request,
-            choose_by=settings.choose_by,
-            min_toxicity=settings.min_toxicity,
-            max_toxicity=settings.max_toxicity,
-            chat=settings.chat,
-        )
-    score = completion_scores(model, tokenizer, settings) if isinstance(settings, ToxicitySettings) else None
-    if isinstance(settings, RepetitionSettings):
-        request = replace(request, max_rur=settings.max_rur)
+    seeds = (getattr(settings, "seed", 0),)
+    request = request_for(settings, held, count=settings.count or 100, seeds=seeds)
+    score = None
+    if isinstance(settings, ToxicitySettings):
+        score = completion_scores(model, tokenizer, settings)
+    elif isinstance(settings, RepetitionSettings):
         score = response_scores(model, tokenizer, settings.max_new_tokens)
     return Prepared(metric, settings, gather(request, tokenizer, score))
 
@@ -175,24 +146,16 @@ def measure(
             measured = one.measure(model, tokenizer, progress)
             observed[one.metric.name] = measured.observations
             texts |= {one.metric.name: measured.texts} if measured.texts else {}
-    beside = MetricContext(
-        changed,
-        texts,
-        {p.metric.name: getattr(p.settings, "split", "test") for p in prepared},
-        {p.metric.name: p.samples for p in prepared},
-    )
+    splits = {p.metric.name: getattr(p.settings, "split", "test") for p in prepared}
+    beside = MetricContext(changed, texts, splits, {p.metric.name: p.samples for p in prepared})
     for one in (p for p in prepared if p.metric.compares):
         observed[one.metric.name] = one.measure(model, tokenizer, progress, beside).observations
     observations = tuple(o for one in prepared for o in observed[one.metric.name])
     for o in observations:
         if o.failures and distributed.is_main():
-            log.warning(
-                "%s of %s: %d failures, excluded from the mean (n = %d)",
-                o.metric,
-                variant,
-                o.failures,
-                len(o.sums) - o.sums.count(None),
-            )
+            n = len(o.sums) - o.sums.count(None)
+            said = "%s of %s: %d failures, excluded from the mean (n = %d)"
+            log.warning(said, o.metric, variant, o.failures, n)
     return Evaluation(variant, observations, texts, made_from, time.perf_counter() - began)
 
 
@@ -219,24 +182,16 @@ def to_results(
             effect net of the null.
     """
     first, *others = evaluations
-    measurements = [measurement(o, e.variant) for e in evaluations for o in e.observations]
+    measurements = tuple(measurement(o, e.variant) for e in evaluations for o in e.observations)
     named = {e.variant: e for e in evaluations}
     pairs = [(first, other) for other in others]
-    pairs += [
-        (named[name], named["ablated"])
-        for name in dict.fromkeys(beside)
-        if name in named and "ablated" in named
-    ]
-    return Results(
-        tuple(measurements), tuple(d for one, other in pairs for d in _differences(one, other)), provenance
+    if ablated := named.get("ablated"):
+        pairs += [(named[name], ablated) for name in dict.fromkeys(beside) if name in named]
+    differences = (
+        difference(a, b, one.variant, other.variant)
+        for one, other in pairs
+        for a in one.observations
+        for b in other.observations
+        if a.metric == b.metric
     )
-
-
-def _differences(one: Evaluation, other: Evaluation) -> list[Difference]:
-    known = {o.metric: o for o in other.observations}
-    found = [
-        difference(o, known[o.metric], one.variant, other.variant)
-        for o in one.observations
-        if o.metric in known
-    ]
-    return [d for d in found if d is not None]
+    return Results(measurements, tuple(d for d in differences if d is not None), provenance)

@@ -2,12 +2,12 @@
 
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from ..models.load import context_length, rope_switches, vocabulary_size
 from ..models.offloading import device_of
 from ..samples.batches import run_longest_first
 from ..samples.reference_set import ReferenceSet
-from ..samples.tokens import decode_after, read_sample, tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from ..samples.sources import Score
+from ..samples.tokens import Tokenizer, decode_after, read_sample, tokenize
+from .metrics import Model
 
 ROWS = 64
 """Texts of one batch at the start."""
@@ -40,12 +38,11 @@ class SeededDraw:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         step = ids.shape[1] - self.prompt
         cumulated = torch.softmax(scores.double() / self.temperature, -1).cumsum(-1)
-        drawn = torch.tensor([row[step] for row in self.uniforms], dtype=torch.float64, device=scores.device)[
-            :, None
-        ]
-        token = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True).clamp_(
-            max=scores.shape[-1] - 1
+        drawn = torch.tensor(
+            [[row[step]] for row in self.uniforms], dtype=torch.float64, device=scores.device
         )
+        token = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True)
+        token.clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
@@ -62,20 +59,17 @@ class _Finite:
         return torch.where(lost[:, None], 0.0, scores)
 
 
-class Engine(Protocol):
-    """Something other than transformers that writes continuations."""
-
-    def write(self, rows: list[tuple[list[int], int]], new: int, temperature: float, seed: int) -> list[str]:
-        """The continuation of each row, (token ids, number of the generation), of up to `new` tokens."""
-
-
-_ENGINE: ContextVar[Engine | None] = ContextVar("engine", default=None)
+Row = tuple[list[int], int]
+"""Token ids of a prompt, and the number of the generation."""
+Write = Callable[[list[Row], int, float, int], list[str]]
+"""(rows, new tokens, temperature, seed) → the continuation of each row."""
+_ENGINE: ContextVar[Write | None] = ContextVar("engine", default=None)
 
 
 @contextmanager
-def writes_with(engine: Engine) -> Iterator[None]:
-    """Inside, `complete` has the engine write."""
-    token = _ENGINE.set(engine)
+def writes_with(write: Write) -> Iterator[None]:
+    """Inside, `complete` has another engine than transformers write."""
+    token = _ENGINE.set(write)
     try:
         yield
     finally:
@@ -83,19 +77,17 @@ def writes_with(engine: Engine) -> Iterator[None]:
 
 
 def read_prompts(
-    samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase"
+    samples: ReferenceSet, tokenizer: Tokenizer
 ) -> tuple[list[str | tuple[int, ...]], list[str]]:
     """Of each sample what `complete` continues, its token ids; and its text for people."""
-    read = [
-        read_sample(replace(sample, completion=None), tokenizer, f"sample {i}")
-        for i, sample in enumerate(samples)
-    ]
+    alone = (replace(sample, completion=None) for sample in samples)
+    read = [read_sample(sample, tokenizer, f"sample {i}") for i, sample in enumerate(alone)]
     return [one.prompt for one in read], [one.text for one in read]
 
 
 def complete(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[str | tuple[int, ...]],
     *,
     max_new_tokens: int,
@@ -119,49 +111,46 @@ def complete(
         UserError: a prompt without a token, or one so long that its continuation would leave the model's
             context.
     """
-    rows = [(prompt, k) for prompt in prompts for k in range(generations)]
-    encoded = {
-        prompt: list(prompt) if isinstance(prompt, tuple) else list(tokenize(prompt, tokenizer))
-        for prompt in prompts
-    }
-    if empty := [place for place, prompt in enumerate(prompts) if not encoded[prompt]]:
-        raise UserError(
-            f"prompt {empty[0]} has no token for this tokenizer; leave it out, or use a tokenizer that "
-            "begins with one of its own"
-        )
+    encoded = [
+        list(prompt) if isinstance(prompt, tuple) else list(tokenize(prompt, tokenizer)) for prompt in prompts
+    ]
     known = vocabulary_size(model)
-    for place, prompt in enumerate(prompts):
-        if (largest := max(encoded[prompt])) >= known:
+    for place, ids in enumerate(encoded):
+        if not ids:
             raise UserError(
-                f"prompt {place} has the token id {largest}, and the model's ids end at {known - 1}; "
+                f"prompt {place} has no token for this tokenizer; leave it out, or use a tokenizer that "
+                "begins with one of its own"
+            )
+        if max(ids) >= known:
+            raise UserError(
+                f"prompt {place} has the token id {max(ids)}, and the model's ids end at {known - 1}; "
                 "check that the ids or the tokenizer are this model's"
             )
-    longest = max((len(ids) for ids in encoded.values()), default=0)
+    rows = [(ids, k) for ids in encoded for k in range(generations)]
+    longest = max(map(len, encoded), default=0)
     if longest + max_new_tokens > context_length(model):
         raise UserError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the model's "
             f"{context_length(model)}; shorten the prompts or max_new_tokens"
         )
-    if (engine := _ENGINE.get()) and rows:
-        written = engine.write(
-            [(encoded[prompt], k) for prompt, k in rows], max_new_tokens, temperature, seed
+    if (write := _ENGINE.get()) and rows:
+        texts = write(rows, max_new_tokens, temperature, seed)
+    else:
+        texts = run_longest_first(
+            rows,
+            lambda row: len(row[0]),
+            lambda part: _generate_batch(model, tokenizer, part, max_new_tokens, temperature, seed),
+            size=batch,
+            of=(model, f"generate {longest + max_new_tokens}"),
+            label="generate",
+            unit="text",
+            progress=progress,
+            apart=partial(_rope_side, rope_switches(model), max_new_tokens),
         )
-        return [written[p * generations : (p + 1) * generations] for p in range(len(prompts))]
-    texts = run_longest_first(
-        [(encoded[prompt], k) for prompt, k in rows],
-        lambda row: len(row[0]),
-        lambda part: _generate_batch(model, tokenizer, part, max_new_tokens, temperature, seed),
-        size=batch,
-        of=(model, f"generate {longest + max_new_tokens}"),
-        label="generate",
-        unit="text",
-        progress=progress,
-        apart=partial(_rope_side, rope_switches(model), max_new_tokens),
-    )
     return [texts[p * generations : (p + 1) * generations] for p in range(len(prompts))]
 
 
-def _rope_side(switches: Sequence[int], new: int, row: tuple[list[int], int]) -> tuple[int, int]:
+def _rope_side(switches: Sequence[int], new: int, row: Row) -> tuple[int, int]:
     """What the rows of one batch agree in: their side of the lengths at which the model's positions change,
     and where one is crossed while the continuation is written, the length too, so that all cross it at
     once."""
@@ -170,8 +159,30 @@ def _rope_side(switches: Sequence[int], new: int, row: tuple[list[int], int]) ->
     return side, 0 if side == end else length
 
 
+def own_continuations(
+    model: Model,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    rate: Callable[[list[str], list[str]], list[float | None]],
+    progress: bool = False,
+) -> Score:
+    """Prompts → this model's own greedy continuations with their figure, for choose_by: completion and
+    repetition.
+
+    Args:
+        rate: (prompts, continuations) → a figure of each continuation, None where there is none.
+    """
+
+    def score(prompts: list[str]) -> list[tuple[str, float | None]]:
+        made = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
+        written = [texts[0] for texts in made]
+        return list(zip(written, rate(prompts, written), strict=True))
+
+    return score
+
+
 @contextmanager
-def _only_these_settings(model: "PreTrainedModel") -> Iterator[None]:
+def _only_these_settings(model: Model) -> Iterator[None]:
     """Inside, nothing of the model's generation_config.json counts: `generate` fills in from there whatever a
     call leaves unset."""
     from transformers import GenerationConfig
@@ -184,14 +195,18 @@ def _only_these_settings(model: "PreTrainedModel") -> Iterator[None]:
         model.generation_config = own
 
 
+def _ends(model: Model, tokenizer: Tokenizer) -> list[int] | None:
+    """Tokens that end a text: the model's and the tokenizer's. A fine-tuned chat model often says <|im_end|>
+    in only one of the two, and would go on with the user's next turn (open-r1#663, lighteval#1279)."""
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(own if isinstance(own, list | tuple) else [own]), tokenizer.eos_token_id]
+    known = vocabulary_size(model)
+    return sorted({i for i in ids if isinstance(i, int) and 0 <= i < known}) or None
+
+
 @torch.inference_mode()
 def _generate_batch(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: list[tuple[list[int], int]],
-    new: int,
-    temperature: float,
-    seed: int,
+    model: Model, tokenizer: Tokenizer, rows: list[Row], new: int, temperature: float, seed: int
 ) -> list[str]:
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -202,27 +217,20 @@ def _generate_batch(
     pad = next(
         i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int) and i < known
     )
-    ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in rows], device=device_of(model))
-    mask = torch.tensor(
-        [[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device_of(model)
-    )
+    device, gaps = device_of(model), [width - len(ids) for ids, _ in rows]
+    ids = torch.tensor([[pad] * gap + ids for gap, (ids, _) in zip(gaps, rows, strict=True)], device=device)
+    mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=device)
     finite = _Finite()
     processors = LogitsProcessorList([finite])
     if temperature > 0:
         draws = [random.Random(f"{seed}/{k}/{ids}") for ids, k in rows]
         processors.append(SeededDraw(temperature, [[r.random() for _ in range(new)] for r in draws], width))
-    eos = (
-        model.generation_config.eos_token_id
-        if model.generation_config is not None
-        else tokenizer.eos_token_id
-    )
     config = GenerationConfig(
         max_new_tokens=new,
         do_sample=False,
         num_beams=1,
         pad_token_id=pad,
-        eos_token_id=eos,
-        repetition_penalty=1.0,
+        eos_token_id=_ends(model, tokenizer),
         use_cache=True,
     )
     with _only_these_settings(model):

@@ -1,22 +1,21 @@
 """Zero-shot accuracy by EleutherAI's lm-evaluation-harness, on the model in memory (the extra `harness`)."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from .. import distributed
 from ..errors import Sparc3Error, UserError, unknown
 from ..samples.reference_set import ReferenceSet
-from .metrics import HarnessSettings, Metric, Reading, register
+from ..samples.tokens import Tokenizer
+from .metrics import HarnessSettings, Metric, Model, Reading, register
 from .statistics import Observations
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def harness(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    tokenizer: Tokenizer,
     samples: ReferenceSet,
     settings: HarnessSettings,
     progress: bool = False,
@@ -27,21 +26,21 @@ def harness(
     Raises:
         UserError: the harness is not installed, does not know a task, or cannot reach its data.
     """
-    found = _evaluate(model, tokenizer, settings) if distributed.is_main() else ()
-    return Reading(distributed.first(found))
-
-
-def require_harness(settings: HarnessSettings) -> None:
-    """Raise UserError unless the harness is installed, knows the tasks, and has their data (which it
-    downloads here)."""
     if not distributed.is_main():
-        return
-    tasks = _library()[1]()
-    for name in settings.tasks:
-        if name not in tasks.all_tasks:
-            raise unknown("task of lm-evaluation-harness", name, tasks.all_tasks)
+        return Reading(distributed.first(()))
+    simple_evaluate, _, wrap = _library()
+    # A copy, because the wrapper gives a tokenizer without a padding token one.
+    wrapped = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
     with _data(settings.tasks):
-        tasks.load(list(settings.tasks))
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=list(settings.tasks),
+            num_fewshot=settings.fewshot,
+            limit=settings.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    return Reading(distributed.first(observations(found["samples"], settings.tasks)))
 
 
 def _library() -> tuple[Any, Any, Any]:
@@ -57,22 +56,17 @@ def _library() -> tuple[Any, Any, Any]:
     return simple_evaluate, TaskManager, HFLM
 
 
-def _evaluate(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: HarnessSettings
-) -> tuple[Observations, ...]:
-    simple_evaluate, _, wrap = _library()
-    # A copy, because the wrapper gives a tokenizer without a padding token one.
-    wrapped = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=settings.batch_size)
+def require_harness(settings: HarnessSettings) -> None:
+    """Raise UserError unless the harness is installed, knows the tasks, and has their data (which it
+    downloads here)."""
+    if not distributed.is_main():
+        return
+    tasks = _library()[1]()
+    for name in settings.tasks:
+        if name not in tasks.all_tasks:
+            raise unknown("task of lm-evaluation-harness", name, tasks.all_tasks)
     with _data(settings.tasks):
-        found = simple_evaluate(
-            model=wrapped,
-            tasks=list(settings.tasks),
-            num_fewshot=settings.fewshot,
-            limit=settings.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
-    return observations(found["samples"], settings.tasks)
+        tasks.load(list(settings.tasks))
 
 
 def observations(
@@ -100,30 +94,23 @@ def _accuracy(name: str, correct: list[float], weights: list[float]) -> Observat
     )
 
 
-class _data:  # noqa: N801  a context manager, used like a function
+@contextmanager
+def _data(tasks: Sequence[str]) -> Iterator[None]:
     """Turns what comes of data that cannot be reached into one line; other errors go through."""
-
-    def __init__(self, tasks: Sequence[str]) -> None:
-        self.tasks = tasks
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        link = error
+    try:
+        yield
+    except Exception as error:
+        link: BaseException | None = error
         while link is not None:
-            if isinstance(link, OSError) or type(link).__module__.split(".")[0] in (
-                "httpx",
-                "requests",
-                "huggingface_hub",
-                "datasets",
-            ):
+            package = type(link).__module__.split(".")[0]
+            if isinstance(link, OSError) or package in ("httpx", "requests", "huggingface_hub", "datasets"):
                 said = " ".join(str(link).split())[:200]
                 raise UserError(
-                    f"lm-evaluation-harness cannot reach the data of {', '.join(self.tasks)} ({said}); run "
+                    f"lm-evaluation-harness cannot reach the data of {', '.join(tasks)} ({said}); run "
                     "it once where the hub can be reached, or give other tasks"
                 ) from None
             link = link.__cause__ or link.__context__
+        raise
 
 
 register(

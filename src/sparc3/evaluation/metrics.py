@@ -4,19 +4,22 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import UserError, unknown
 from ..models.families import ROLES
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import require_column, require_source
+from ..samples.tokens import Tokenizer
 from ..settings import Strict, parse
 from .statistics import Observations
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+Model: TypeAlias = "PreTrainedModel"
 
 
 class MetricSettings(Strict):
@@ -32,17 +35,11 @@ class SampledSettings(MetricSettings):
     count: int | None = Field(default=None, ge=1)
     split: str = "test"
 
-    @field_validator("source")
-    @classmethod
-    def _require_source(cls, value: str) -> str:
-        require_source(value)
-        return value
-
-    @field_validator("column")
-    @classmethod
-    def _require_file(cls, value: str | None, info: ValidationInfo) -> str | None:
-        require_column(value, info.data.get("source"))
-        return value
+    @model_validator(mode="after")
+    def _require_samples(self) -> "SampledSettings":
+        require_source(self.source)
+        require_column(self.column, self.source)
+        return self
 
 
 class PerplexitySettings(SampledSettings):
@@ -110,10 +107,7 @@ class ToxicitySettings(PromptSettings):
     @classmethod
     def _require_toxicity(cls, value: str | None) -> str | None:
         if value == "repetition":
-            raise ValueError(
-                "toxicity's prompts cannot be chosen by repetition; choose them by prompt, continuation or "
-                "completion"
-            )
+            raise ValueError("toxicity's prompts are chosen by prompt, continuation or completion")
         return value
 
     @model_validator(mode="before")
@@ -147,9 +141,8 @@ class SparsitySettings(MetricSettings):
     @field_validator("sites")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for role in value:
-            if role not in ROLES:
-                raise unknown("site", role, ROLES)
+        if odd := [role for role in value if role not in ROLES]:
+            raise unknown("site", odd[0], ROLES)
         return value
 
 
@@ -192,26 +185,23 @@ class MetricContext:
     samples: Mapping[str, ReferenceSet] = field(default_factory=dict)
 
 
-Measure = Callable[..., Reading]
-
-
 @dataclass(frozen=True)
 class Metric:
     """A way to evaluate.
 
     Attributes:
-        measure: (model, tokenizer, samples, settings, progress) → Measured.
+        measure: (model, tokenizer, samples, settings, progress) → Reading.
         prompts: whether its samples are prompts, which must not be reference samples.
         gives: the names of the figures it gives; "name.*" where they depend on the settings.
         ready: settings → None, or a UserError where it cannot be measured here; asked before any work is
             done.
-        compares: whether `measure` is called on the original model, with `beside=Beside(...)`, after the
-            other metrics.
+        compares: whether `measure` is called on the original model, with `beside=MetricContext(...)`, after
+            the other metrics.
     """
 
     name: str
     settings: type[MetricSettings]
-    measure: Measure
+    measure: Callable[..., Reading]
     prompts: bool
     gives: tuple[str, ...]
     ready: Callable[[Any], None] | None = None
@@ -247,11 +237,7 @@ class Prepared:
     samples: ReferenceSet
 
     def measure(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        progress: bool = False,
-        beside: MetricContext | None = None,
+        self, model: Model, tokenizer: Tokenizer, progress: bool = False, beside: MetricContext | None = None
     ) -> Reading:
         extra = {"beside": beside or MetricContext()} if self.metric.compares else {}
         return self.metric.measure(model, tokenizer, self.samples, self.settings, progress, **extra)

@@ -1,11 +1,11 @@
 """Perplexity of texts: exp(Σ nll / Σ tokens), where each predicted token counts once."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,20 @@ from ..errors import UserError
 from ..models.load import context_length
 from ..models.memory import logits_at
 from ..models.offloading import device_of
-from ..samples.batches import run_longest_first
+from ..samples.batches import pad_right, run_longest_first
 from ..samples.reference_set import ReferenceSet, Sample
-from ..samples.tokens import read_sample, tokenize
-from .metrics import FluencySettings, KLSettings, Metric, MetricContext, PerplexitySettings, Reading, register
+from ..samples.tokens import Tokenizer, read_sample, tokenize, window_opening
+from .metrics import (
+    FluencySettings,
+    KLSettings,
+    Metric,
+    MetricContext,
+    Model,
+    PerplexitySettings,
+    Reading,
+    register,
+)
 from .statistics import Observations, finite
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 log = logging.getLogger(__name__)
 PIECE = 512
@@ -33,8 +38,8 @@ Window = tuple[tuple[int, ...], int]
 
 
 def perplexity(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    tokenizer: Tokenizer,
     samples: ReferenceSet,
     settings: PerplexitySettings,
     progress: bool = False,
@@ -46,38 +51,39 @@ def perplexity(
     """
     windows = windows_of(samples, tokenizer, settings, context_length(model))
     nll = negative_log_likelihoods(model, windows, progress)
+    return _reading("perplexity", settings.split, "perplexity", windows, nll, exponential=True)
+
+
+def _reading(
+    metric: str, split: str, unit: str, windows: list[Window], sums: list[float | None], exponential: bool
+) -> Reading:
+    """One unit a window, which weighs as many tokens as it predicts."""
     weights = tuple(float(predicted) for _, predicted in windows)
     return Reading(
-        (
-            Observations(
-                "perplexity",
-                settings.split,
-                "perplexity",
-                "lower",
-                tuple(nll),
-                weights,
-                nll.count(None),
-                exponential=True,
-            ),
-        )
+        (Observations(metric, split, unit, "lower", tuple(sums), weights, sums.count(None), exponential),)
     )
 
 
 def windows_of(
-    samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase", settings: PerplexitySettings, context: int
+    samples: ReferenceSet, tokenizer: Tokenizer, settings: PerplexitySettings, context: int
 ) -> list[Window]:
     """The windows of a protocol, none longer than the model's context. Raises UserError where the text has
     fewer than two tokens."""
-    windows = cut_windows(ids := _token_ids(samples, tokenizer), settings, context)
+    ids = _token_ids(samples, tokenizer)
+    opening = window_opening(tokenizer)
+    body = ids[len(opening) :] if tuple(ids[: len(opening)]) == opening else ids
+    windows = cut_windows(body, settings, context, opening)
     if not windows:
         raise UserError(f"the perplexity text has {len(ids)} tokens; give at least two")
     return windows
 
 
-def cut_windows(ids: Sequence[int], settings: PerplexitySettings, context: int) -> list[Window]:
-    """The windows of a text's tokens."""
+def cut_windows(
+    ids: Sequence[int], settings: PerplexitySettings, context: int, opening: tuple[int, ...] = ()
+) -> list[Window]:
+    """The windows of a text's tokens, each with the opening before it."""
     if settings.protocol == "blocks":
-        return block_windows(ids, _within(settings.seq_len, context, "seq_len"))
+        return block_windows(ids, _within(settings.seq_len, context, "seq_len"), opening)
     size = _within(settings.max_length, context, "max_length")
     stride = max(
         1, settings.stride * size // settings.max_length
@@ -87,10 +93,10 @@ def cut_windows(ids: Sequence[int], settings: PerplexitySettings, context: int) 
             f"perplexity.stride {settings.stride} is not below max_length {settings.max_length}: tokens "
             "would be left out; lower it"
         )
-    return sliding_windows(ids, size, stride)
+    return sliding_windows(ids, size, stride, opening)
 
 
-def _token_ids(samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _token_ids(samples: ReferenceSet, tokenizer: Tokenizer) -> list[int]:
     if all(sample.input_ids is not None for sample in samples):
         return [token for sample in samples for token in sample.input_ids or ()]
     if any(sample.input_ids is not None for sample in samples):
@@ -104,56 +110,65 @@ def _within(size: int, context: int, name: str) -> int:
     return min(size, context)
 
 
-def block_windows(ids: Sequence[int], size: int) -> list[Window]:
+def block_windows(ids: Sequence[int], size: int, opening: tuple[int, ...] = ()) -> list[Window]:
     """Non-overlapping windows; what is left over at the end is dropped, unless it is all there is."""
-    whole = range(0, len(ids) - size + 1, size)
-    if not whole:
-        return [(tuple(ids), len(ids) - 1)] if len(ids) > 1 else []
-    return [(tuple(ids[start : start + size]), size - 1) for start in whole]
+    size -= len(opening)
+    starts = range(0, len(ids) - size + 1, size) or range(1)
+    windows = [(*opening, *ids[start : start + size]) for start in starts]
+    return [(window, len(window) - 1) for window in windows if len(window) > 1]
 
 
-def sliding_windows(ids: Sequence[int], size: int, stride: int) -> list[Window]:
+def sliding_windows(
+    ids: Sequence[int], size: int, stride: int, opening: tuple[int, ...] = ()
+) -> list[Window]:
     """Windows moved by `stride`; each predicts only what none before it did."""
     windows: list[Window] = []
-    done = 1  # the first token has nothing before it
+    done = 0 if opening else 1  # the first token has nothing before it
     for start in range(0, len(ids), stride):
-        end = min(start + size, len(ids))
+        end = min(start + size - len(opening), len(ids))
         if end > done:
-            windows.append((tuple(ids[start:end]), end - done))
+            windows.append(((*opening, *ids[start:end]), end - done))
             done = end
     return windows
 
 
-def negative_log_likelihoods(
-    model: "PreTrainedModel", windows: list[Window], progress: bool
-) -> list[float | None]:
+def negative_log_likelihoods(model: Model, windows: list[Window], progress: bool) -> list[float | None]:
     """Σ −log p of each window's predicted tokens, in nats; None where it is not finite."""
+    return _sum_windows(model, windows, "perplexity", partial(perplexity_observations, model), progress)
+
+
+def batch_tokens(metric: str, device: str) -> int:
+    """Padded tokens of one batch of a metric, "perplexity" or "kl" (which holds two models' logits), on a
+    device "cpu" or "cuda"; a single window may be longer."""
+    return 1024 if device == "cpu" else 4096 if metric == "kl" else 8192
+
+
+def _sum_windows(
+    model: Model,
+    windows: list[Window],
+    metric: str,
+    work: Callable[[list[Window]], list[float]],
+    progress: bool,
+) -> list[float | None]:
+    """work() over all windows; None where its sum is not finite."""
     longest = max(len(ids) for ids, _ in windows)
-    size = max(1, batch_tokens(device_of(model).type) // longest)
     sums = run_longest_first(
         windows,
         lambda window: len(window[0]),
-        partial(perplexity_observations, model),
-        size=size,
-        of=(model, f"perplexity {longest}"),
-        label="perplexity",
+        work,
+        size=max(1, batch_tokens(metric, device_of(model).type) // longest),
+        of=(model, f"{metric} {longest}"),
+        label=metric,
         unit="window",
         progress=progress,
     )
     return list(map(finite, sums))
 
 
-def batch_tokens(device: str) -> int:
-    """Padded tokens of one batch on a device "cpu" or "cuda"; a single window may be longer."""
-    return 1024 if device == "cpu" else 8192
-
-
 @torch.inference_mode()
-def perplexity_observations(model: "PreTrainedModel", windows: list[Window]) -> list[float]:
-    """`negative_log_likelihoods` of one batch. Padding on the right and no mask: with causal attention no
-    real position sees a padded one."""
-    longest = max(len(ids) for ids, _ in windows)
-    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
+def perplexity_observations(model: Model, windows: list[Window]) -> list[float]:
+    """`negative_log_likelihoods` of one batch."""
+    ids = pad_right([ids for ids, _ in windows], device_of(model))
     places = [
         (row, place)
         for row, (tokens, predicted) in enumerate(windows)
@@ -175,8 +190,8 @@ register(Metric("perplexity", PerplexitySettings, perplexity, prompts=False, giv
 
 
 def divergence(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    tokenizer: Tokenizer,
     samples: ReferenceSet,
     settings: KLSettings,
     progress: bool = False,
@@ -185,48 +200,23 @@ def divergence(
     """Mean KL(original ‖ variant) of the next token, in nats a token; one unit a window of perplexity's
     protocol."""
     windows = windows_of(samples, tokenizer, settings, context_length(model))
-    changed = beside.changed if beside else None
-    sums = (
-        tuple(map(finite, _sum_divergences(model, windows, changed, progress)))
-        if changed
-        else (0.0,) * len(windows)
-    )
-    weights = tuple(float(predicted) for _, predicted in windows)
-    return Reading(
-        (Observations("kl", settings.split, "nats a token", "lower", sums, weights, sums.count(None)),)
-    )
+    sums: list[float | None] = [0.0] * len(windows)
+    if changed := beside.changed if beside else None:
 
+        def work(part: list[Window]) -> list[float]:
+            return divergence_observations(model, part, changed())
 
-def _sum_divergences(
-    model: "PreTrainedModel", windows: list[Window], changed: Any, progress: bool
-) -> list[float]:
-    longest = max(len(ids) for ids, _ in windows)
-    size = max(1, pair_batch_tokens(device_of(model).type) // longest)
-    return run_longest_first(
-        windows,
-        lambda window: len(window[0]),
-        lambda part: divergence_observations(model, part, changed()),
-        size=size,
-        of=(model, f"kl {longest}"),
-        label="kl",
-        unit="window",
-        progress=progress,
-    )
-
-
-def pair_batch_tokens(device: str) -> int:
-    """Padded tokens of one batch on a device "cpu" or "cuda"; a single window may be longer."""
-    return 1024 if device == "cpu" else 4096
+        sums = _sum_windows(model, windows, "kl", work, progress)
+    return _reading("kl", settings.split, "nats a token", windows, sums, exponential=False)
 
 
 @torch.inference_mode()
 def divergence_observations(
-    model: "PreTrainedModel", windows: list[Window], variant: AbstractContextManager[Any]
+    model: Model, windows: list[Window], variant: AbstractContextManager[Any]
 ) -> list[float]:
     """Σ KL over the predicted tokens of each window: the batch goes through the original, then through the
     variant."""
-    longest = max(len(ids) for ids, _ in windows)
-    ids = torch.tensor([(*ids, *(0,) * (longest - len(ids))) for ids, _ in windows], device=device_of(model))
+    ids = pad_right([ids for ids, _ in windows], device_of(model))
     before = model(input_ids=ids, use_cache=False).logits
     with variant:
         after = model(input_ids=ids, use_cache=False).logits
@@ -249,8 +239,8 @@ register(Metric("kl", KLSettings, divergence, prompts=False, gives=("kl",), comp
 
 
 def fluency(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    tokenizer: Tokenizer,
     samples: ReferenceSet,
     settings: FluencySettings,
     progress: bool = False,
@@ -262,31 +252,29 @@ def fluency(
     """
     seen = beside or MetricContext()
     rows = seen.texts.get(settings.of, [])
-    prompts = seen.samples.get(settings.of, ())
-    windows: list[Window] = []
-    owners: list[int] = []
-    for prompt, (sample, row) in enumerate(zip(prompts, rows, strict=True)):
-        for continuation in row["continuations"]:
-            window = _window(tokenizer, sample, continuation["text"], context_length(model))
-            if window:
-                windows.append(window)
-                owners.append(prompt)
-    nll = negative_log_likelihoods(model, windows, progress) if windows else []
-    sums, weights = [0.0] * len(rows), [0.0] * len(rows)
-    for owner, (_, predicted), value in zip(owners, windows, nll, strict=True):
-        if value is not None:
+    prompts, split = seen.samples.get(settings.of, ()), seen.splits.get(settings.of, "test")
+    owned = [
+        (owner, _window(tokenizer, sample, continuation["text"], context_length(model)))
+        for owner, (sample, row) in enumerate(zip(prompts, rows, strict=True))
+        for continuation in row["continuations"]
+    ]
+    windows = [window for _, window in owned if window]
+    nll = iter(negative_log_likelihoods(model, windows, progress) if windows else [])
+    sums, weights, failures = [0.0] * len(rows), [0.0] * len(rows), 0
+    for owner, window in owned:
+        if window is None or (value := next(nll)) is None:
+            failures += 1
+        else:
             sums[owner] += value
-            weights[owner] += predicted
-    failures = sum(len(row["continuations"]) for row in rows) - len(windows) + nll.count(None)
+            weights[owner] += window[1]
     measured = tuple(value if weight else None for value, weight in zip(sums, weights, strict=True))
     filled = tuple(weight or 1.0 for weight in weights)
-    split = seen.splits.get(settings.of, "test")
     return Reading(
         (Observations("fluency", split, "perplexity", "lower", measured, filled, failures, exponential=True),)
     )
 
 
-def _window(tokenizer: "PreTrainedTokenizerBase", prompt: Sample, text: str, context: int) -> Window | None:
+def _window(tokenizer: Tokenizer, prompt: Sample, text: str, context: int) -> Window | None:
     """Prompt and continuation, of which only the latter is predicted; None of an empty one."""
     read = read_sample(replace(prompt, completion=text), tokenizer)
     head, tail = read.prompt, read.completion[: max(0, context - len(read.prompt))]

@@ -5,18 +5,15 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import UserError, unknown
 from ..models.memory import in_batches
+from ..samples.sources import plain
 from ..storage import read_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 Scorer = Callable[[Sequence[str]], list[float | None]]
 log = logging.getLogger(__name__)
@@ -101,7 +98,7 @@ def lexicon_scorer(words: Sequence[str]) -> Scorer:
 
 def normalize(text: str) -> str:
     """A text as words are looked for in it."""
-    return " ".join(unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).casefold().split())
+    return plain(text.translate(APOSTROPHES))
 
 
 def _contains_whole(text: str, word: str) -> bool:
@@ -148,19 +145,12 @@ def _count_failures(scorer: Scorer) -> Scorer:
     zero."""
 
     def careful(texts: Sequence[str]) -> list[float | None]:
-        filled = [index for index, text in enumerate(texts) if text.strip()]
-        scores: list[float | None] = [None] * len(texts)
-        for index, score in zip(
-            filled, _score_or_none(scorer, [texts[index] for index in filled]), strict=True
-        ):
-            scores[index] = _share_or_none(score)
-        return scores
+        answers = iter(_score_or_none(scorer, [text for text in texts if text.strip()]))
+        scores = (next(answers) if text.strip() else None for text in texts)
+        numbers = int | float | np.floating
+        return [float(s) if isinstance(s, numbers) and 0 <= s <= 1 else None for s in scores]
 
     return careful
-
-
-def _share_or_none(score: Any) -> float | None:
-    return float(score) if isinstance(score, int | float | np.floating) and 0 <= score <= 1 else None
 
 
 def _score_or_none(scorer: Scorer, texts: list[str]) -> list[Any]:
@@ -169,13 +159,8 @@ def _score_or_none(scorer: Scorer, texts: list[str]) -> list[Any]:
     if answers is not None:
         return answers
     alone = [_call_scorer(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
-    lost = alone.count(None)
-    log.warning(
-        "the scorer failed on a batch of %d texts (%s); %d of them also fail alone and count as failures",
-        len(texts),
-        why,
-        lost,
-    )
+    said = "the scorer failed on a batch of %d texts (%s); %d of them also fail alone and count as failures"
+    log.warning(said, len(texts), why, alone.count(None))
     return [answer[0] if answer is not None else None for answer in alone]
 
 
@@ -196,41 +181,30 @@ def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
 
     load_config(name)
     with hub_errors(name):
-        model = (
-            AutoModelForSequenceClassification.from_pretrained(
-                name, use_safetensors=True, trust_remote_code=False
-            )
-            .to(device)
-            .eval()
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False
         )
+        model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     column = _toxic_column(name, model.config, label)
     # A model of several labels that do not exclude each other says so; softmax over them would be wrong.
     separate = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
-    def score(texts: Sequence[str]) -> list[float | None]:
-        # Without a padding token, a text has to be read alone.
-        size = 64 if tokenizer.pad_token is not None else 1
-        return in_batches(
-            texts,
-            size,
-            lambda part: _probabilities(model, tokenizer, part, column, separate),
-            of=(model, "score"),
-        )
+    # A tokenizer that does not know the model's length says 10^30; RoBERTa's positions begin behind padding.
+    places = getattr(model.config, "max_position_embeddings", None) or 512
+    offset = (model.config.pad_token_id or 0) + 1 if "roberta" in model.config.model_type else 0
+    longest = min(int(tokenizer.model_max_length), 512, places - offset)
+    size = 64 if tokenizer.pad_token is not None else 1  # without a padding token, a text is read alone
 
-    return score
+    @torch.inference_mode()
+    def probabilities(texts: Sequence[str]) -> list[float | None]:
+        encoded = tokenizer(
+            list(texts), padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(model.device)
+        logits = model(**encoded).logits.float()
+        return (logits.sigmoid() if separate else logits.softmax(-1))[:, column].tolist()  # type: ignore[no-any-return]
 
-
-@torch.inference_mode()
-def _probabilities(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], column: int, separate: bool
-) -> list[float | None]:
-    longest = min(int(tokenizer.model_max_length), 512)
-    encoded = tokenizer(
-        list(texts), padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="pt"
-    ).to(model.device)
-    logits = model(**encoded).logits.float()
-    return (logits.sigmoid() if separate else logits.softmax(-1))[:, column].tolist()  # type: ignore[no-any-return]
+    return lambda texts: in_batches(texts, size, probabilities, of=(model, "score"))
 
 
 def _toxic_column(name: str, config: Any, label: str) -> int:

@@ -69,11 +69,9 @@ class Evaluation:
     def load(cls, path: str | os.PathLike[str]) -> "Evaluation":
         content = read_json(path, FORMAT)
         try:
+            observations = tuple(Observations(**row) for row in content["observations"])
             made = cls(**{key: value for key, value in content.items() if key != "format"})
-            observations = typed(
-                tuple[Observations, ...], [asdict(Observations(**o)) for o in content["observations"]]
-            )
-            return replace(typed(cls, asdict(replace(made, observations=()))), observations=observations)
+            return typed(cls, asdict(replace(made, observations=observations)))
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFile(f"{path} does not follow {FORMAT} ({error}); make it again") from None
 
@@ -92,18 +90,8 @@ def measurement(observed: Observations, variant: str) -> Measurement:
     if len(sums) > 1:
         drawn, drawn_weights = _resample(sums, weights)
         ci95 = _interval(_value(observed, drawn, drawn_weights))
-    value = float(_value(observed, sums.sum(), weights.sum())) if len(sums) else None
-    return Measurement(
-        observed.metric,
-        variant,
-        observed.split,
-        value,
-        ci95,
-        len(sums),
-        observed.failures,
-        observed.unit,
-        observed.direction,
-    )
+    o, value = observed, float(_value(observed, sums.sum(), weights.sum())) if len(sums) else None
+    return Measurement(o.metric, variant, o.split, value, ci95, len(sums), o.failures, o.unit, o.direction)
 
 
 def difference(one: Observations, other: Observations, from_: str, to: str) -> Difference | None:
@@ -117,15 +105,12 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
             f"{one.metric} was measured on {len(one.sums)} units of {from_} and {len(other.sums)} of {to}; "
             "evaluate both again"
         )
-    both = np.array(
-        [a is not None and b is not None for a, b in zip(one.sums, other.sums, strict=True)], dtype=bool
-    )
-    if not both.any():
+    a, wa, b, wb = _measured_units(one, other)
+    if not len(a):
         return None
-    a, wa, b, wb = (_column(values, both) for values in (one.sums, one.weights, other.sums, other.weights))
     before, after = float(_value(one, a.sum(), wa.sum())), float(_value(other, b.sum(), wb.sum()))
     ci95 = p = None
-    if both.sum() > 1:
+    if len(a) > 1:
         da, dwa, db, dwb = _resample(a, wa, b, wb)
         ci95 = _interval(_value(other, db, dwb) - _value(one, da, dwa))
         p = _permutation_p(one, a, wa, b, wb, after - before)
@@ -141,18 +126,11 @@ def detectable_change(one: Observations, other: Observations) -> tuple[int, floa
     From the observed standard deviation of the paired changes: x = (z₀.₉₇₅ + z₀.₈) s / √n (Cohen 1988). For a
     metric that is exp of a ratio, x is a relative change of it.
     """
-    pairs = [
-        (a / wa, b / wb)
-        for a, wa, b, wb in zip(one.sums, one.weights, other.sums, other.weights, strict=True)
-        if a is not None and b is not None
-    ]
-    if len(pairs) < 2:
+    a, wa, b, wb = _measured_units(one, other)
+    if len(a) < 2 or (spread := float(np.std(b / wb - a / wa, ddof=1))) == 0:
         return None
-    spread = float(np.std([after - before for before, after in pairs], ddof=1))
-    if spread == 0:
-        return None
-    smallest = (1.959964 + 0.841621) * spread / len(pairs) ** 0.5
-    return len(pairs), float(np.expm1(smallest)) if one.exponential else smallest
+    smallest = (1.959964 + 0.841621) * spread / len(a) ** 0.5
+    return len(a), float(np.expm1(smallest)) if one.exponential else smallest
 
 
 def pool(draws: list[Observations]) -> Observations:
@@ -166,25 +144,14 @@ def pool(draws: list[Observations]) -> Observations:
         sums.append(float(np.mean([s for s, _ in seen if s is not None])) if seen else None)
         weights.append(float(np.mean([w for _, w in seen])) if seen else first.weights[unit])
     failures = sum(d.failures for d in draws)
-    return Observations(
-        first.metric,
-        first.split,
-        first.unit,
-        first.direction,
-        tuple(sums),
-        tuple(weights),
-        failures,
-        first.exponential,
-    )
+    return replace(first, sums=tuple(sums), weights=tuple(weights), failures=failures)
 
 
-def _measured_units(observed: Observations) -> tuple[Array, Array]:
-    there = np.array([value is not None for value in observed.sums], dtype=bool)
-    return _column(observed.sums, there), _column(observed.weights, there)
-
-
-def _column(values: tuple[float | None, ...] | tuple[float, ...], keep: NDArray[np.bool_]) -> Array:
-    return np.array(values, dtype=object)[keep].astype(float)
+def _measured_units(*observed: Observations) -> list[Array]:
+    """Sums and weights of each, of the units that were measured in all of them."""
+    columns = [np.array(values, dtype=float) for o in observed for values in (o.sums, o.weights)]  # NaN: None
+    there = ~np.isnan(sum(columns[::2], np.zeros(len(columns[0]))))
+    return [column[there] for column in columns]
 
 
 def _value(observed: Observations, sums: Array | float, weights: Array | float) -> Array:

@@ -1,7 +1,7 @@
 """Indirect object identification, or any task of a text, a target token and a contrast token."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,30 +11,20 @@ from ..models.load import context_length, vocabulary_size
 from ..models.memory import in_batches, logits_at
 from ..models.offloading import device_of
 from ..models.sites import family_of, sites_of
-from ..samples.batches import Encoded, encode
+from ..samples.batches import Encoded, encode, make_batch
 from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.sources import Score
-from ..samples.tokens import read_sample
-from .generate import complete, read_prompts
-from .metrics import IOISettings, Metric, Reading, RepetitionSettings, SparsitySettings, register
+from ..samples.tokens import Tokenizer, read_sample
+from .generate import complete, own_continuations, read_prompts
+from .metrics import IOISettings, Metric, Model, Reading, RepetitionSettings, SparsitySettings, register
 from .statistics import Observations, finite
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 ROWS = 32
 """Texts of one batch at the start."""
 
 
 def ioi(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    samples: ReferenceSet,
-    settings: IOISettings,
-    progress: bool = False,
+    model: Model, tokenizer: Tokenizer, samples: ReferenceSet, settings: IOISettings, progress: bool = False
 ) -> Reading:
     """Logit of the target less that of the contrast at the last position, and how often it is above zero; one
     unit a text."""
@@ -47,26 +37,21 @@ def ioi(
     )
     differences = tuple(map(finite, found))
     right = tuple(None if d is None else float(d > 0) for d in differences)
-    ones, failures = (1.0,) * len(differences), differences.count(None)
+    split, ones, failures = settings.split, (1.0,) * len(differences), differences.count(None)
     return Reading(
         (
-            Observations("ioi.accuracy", settings.split, "share of texts", "higher", right, ones, failures),
-            Observations(
-                "ioi.logit_difference", settings.split, "logits", "higher", differences, ones, failures
-            ),
+            Observations("ioi.accuracy", split, "share of texts", "higher", right, ones, failures),
+            Observations("ioi.logit_difference", split, "logits", "higher", differences, ones, failures),
         )
     )
 
 
 @torch.inference_mode()
-def logit_differences(model: "PreTrainedModel", part: "Sequence[Encoded]") -> list[float]:
+def logit_differences(model: Model, part: Sequence[Encoded]) -> list[float]:
     """One of each text."""
-    from ..samples.batches import make_batch
-
     batch = make_batch(part, device_of(model))
-    logits = logits_at(
-        model, batch.ids, list(range(len(part))), [sample.positions[0] for sample in part]
-    ).float()
+    last = [sample.positions[0] for sample in part]
+    logits = logits_at(model, batch.ids, list(range(len(part))), last).float()
     return [
         float(row[(sample.tokens or (0,))[0]] - row[(sample.against or (0,))[0]])
         for row, sample in zip(logits, part, strict=True)
@@ -79,8 +64,8 @@ register(Metric("ioi", IOISettings, ioi, prompts=True, gives=("ioi.accuracy", "i
 
 
 def repetition(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    tokenizer: Tokenizer,
     samples: ReferenceSet,
     settings: RepetitionSettings,
     progress: bool = False,
@@ -88,33 +73,18 @@ def repetition(
     """RUR = unique tokens / tokens of the greedy response, and the share of its 4-grams that occurred before;
     one unit a prompt."""
     prompts, prompt_texts = read_prompts(samples, tokenizer)
-    written = [
-        texts[0]
-        for texts in complete(
-            model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, progress=progress
-        )
-    ]
+    made = complete(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, progress=progress)
+    written = [texts[0] for texts in made]
     tokens = [
         list(read_sample(replace(sample, completion=text), tokenizer).completion)
         for sample, text in zip(samples, written, strict=True)
     ]
-    unique = [uniqueness(ids) for ids in tokens]
-    failures = unique.count(None)
-    ones = (1.0,) * len(unique)
+    unique, again = tuple(map(uniqueness, tokens)), tuple(map(repeated, tokens))
+    split, ones, failures = settings.split, (1.0,) * len(unique), unique.count(None)
     return Reading(
         (
-            Observations(
-                "rur.mean", settings.split, "unique tokens / tokens", "higher", tuple(unique), ones, failures
-            ),
-            Observations(
-                "repetition.4grams",
-                settings.split,
-                "share of 4-grams",
-                "lower",
-                tuple(map(repeated, tokens)),
-                ones,
-                failures,
-            ),
+            Observations("rur.mean", split, "unique tokens / tokens", "higher", unique, ones, failures),
+            Observations("repetition.4grams", split, "share of 4-grams", "lower", again, ones, failures),
         ),
         [
             {"prompt": p, "continuations": [{"text": t, "score": u}]}
@@ -123,23 +93,14 @@ def repetition(
     )
 
 
-def response_scores(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    max_new_tokens: int,
-    progress: bool = False,
-) -> Score:
+def response_scores(model: Model, tokenizer: Tokenizer, max_new_tokens: int, progress: bool = False) -> Score:
     """Prompts → this model's own greedy responses with their RUR, for choose_by: repetition."""
 
-    def score(prompts: list[str]) -> list[tuple[str, float | None]]:
-        made = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
-        written = [texts[0] for texts in made]
-        return [
-            (text, uniqueness(list(read_sample(Sample(text=prompt, completion=text), tokenizer).completion)))
-            for prompt, text in zip(prompts, written, strict=True)
-        ]
+    def rate(prompts: list[str], written: list[str]) -> list[float | None]:
+        made = [Sample(text=p, completion=text) for p, text in zip(prompts, written, strict=True)]
+        return [uniqueness(list(read_sample(sample, tokenizer).completion)) for sample in made]
 
-    return score
+    return own_continuations(model, tokenizer, max_new_tokens, rate, progress)
 
 
 def uniqueness(ids: list[int]) -> float | None:
@@ -154,19 +115,16 @@ def repeated(ids: list[int]) -> float | None:
     return None if not ids else 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-register(
-    Metric(
-        "repetition", RepetitionSettings, repetition, prompts=True, gives=("rur.mean", "repetition.4grams")
-    )
-)
+GIVES = ("rur.mean", "repetition.4grams")
+register(Metric("repetition", RepetitionSettings, repetition, prompts=True, gives=GIVES))
 
 # Sparsity: which share of the weights is exactly zero, counted in the matrices themselves, row by row.
 
 
 @torch.no_grad()
 def sparsity(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Model,
+    tokenizer: Tokenizer,
     samples: ReferenceSet,
     settings: SparsitySettings,
     progress: bool = False,
@@ -188,12 +146,5 @@ def sparsity(
     )
 
 
-register(
-    Metric(
-        "sparsity",
-        SparsitySettings,
-        sparsity,
-        prompts=False,
-        gives=("sparsity", "sparsity.row_min", "sparsity.row_max"),
-    )
-)
+SHARES = ("sparsity", "sparsity.row_min", "sparsity.row_max")
+register(Metric("sparsity", SparsitySettings, sparsity, prompts=False, gives=SHARES))

@@ -14,7 +14,7 @@ from ..evaluation.tasks import response_scores
 from ..evaluation.toxicity import completion_scores
 from ..recipe.sections import Reference
 from ..samples.reference_set import ReferenceSet
-from ..samples.sources import Request, gather, is_path, overlap
+from ..samples.sources import gather, is_path, overlap, request_for
 from ..storage import file_digest, fingerprint
 from .run_folder import RunContext, load_or_make
 from .work_list import reference_sets
@@ -47,25 +47,6 @@ def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> Ref
     else:
         score = completion_scores(work.model, work.tokenizer, settings, work.progress)
     return _samples(work, name, asked, spec.source, lambda: gather(request, work.tokenizer, score))
-
-
-def request_for(spec: Reference, taken: frozenset[str] = frozenset()) -> Request:
-    """What a reference set asks of its source; `taken` are prompts that it must not hold."""
-    return Request(
-        spec.source,
-        spec.count,
-        spec.split,
-        spec.seq_len,
-        spec.seeds,
-        spec.choose_by,
-        spec.min_toxicity,
-        spec.max_toxicity,
-        spec.max_rur,
-        spec.column,
-        spec.chat,
-        spec.answer,
-        taken,
-    )
 
 
 def prepare_metric(

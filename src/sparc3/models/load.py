@@ -50,7 +50,10 @@ def load_model(
     A folder without a tokenizer is a UserError too; `sparc3.models.load_weights` loads its model alone, which
     token ids will do for.
     """
-    return load_weights(name_or_path, dtype=dtype, device=device), load_tokenizer(name_or_path)
+    model = load_weights(name_or_path, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(name_or_path)
+    tokenizer.of_model_type = model.config.model_type  # see samples.tokens.window_opening
+    return model, tokenizer
 
 
 def load_weights(

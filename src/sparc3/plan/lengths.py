@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..evaluation.evaluate import prepare
 from ..evaluation.metrics import HarnessSettings, MetricSettings, SampledSettings
-from ..experiment.gather import request_for
 from ..experiment.work_list import reference_sets
 from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
 from ..recipe.schema import Recipe
 from ..samples.batches import Encoded, parse_target
 from ..samples.reference_set import ReferenceSet
-from ..samples.sources import Request, corpus, gather, is_path
+from ..samples.sources import Request, corpus, gather, is_path, request_for
 from ..samples.tokens import read_sample, tokenize
 
 if TYPE_CHECKING:

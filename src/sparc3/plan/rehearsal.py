@@ -141,13 +141,9 @@ class Rehearsal:
 
     def windows(self, metric: str, length: int, many: int) -> Cost:
         """Of a batch of `many` windows of perplexity or KL at most."""
-        if metric == "kl":
-            budget = perplexity.pair_batch_tokens
-            more: tuple[Any, ...] = (nullcontext(),)
-            observe: Any = perplexity.divergence_observations
-        else:
-            budget, observe, more = perplexity.batch_tokens, perplexity.perplexity_observations, ()
-        rows = max(1, min(many, budget(self.hardware.kind) // length))
+        more: tuple[Any, ...] = (nullcontext(),) if metric == "kl" else ()
+        observe: Any = perplexity.divergence_observations if more else perplexity.perplexity_observations
+        rows = max(1, min(many, perplexity.batch_tokens(metric, self.hardware.kind) // length))
         batch = [((0,) * length, length - 1)] * rows
         return self._run(
             (metric, length, rows), lambda: observe(self.shaped.model, batch, *more), rows * length

@@ -7,13 +7,10 @@ its words.
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .ioi_sentences import Row, find_single_token, split_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .tokens import MaybeTokenizer
 
 VERBS = (("is", "are"), ("was", "were"), ("has", "have"), ("does", "do"))
 SUBJECTS = tuple(
@@ -36,7 +33,7 @@ OPENINGS = ("The", "Yesterday the", "We all know that the", "After lunch the", "
 
 
 def sentences(
-    tokenizer: "PreTrainedTokenizerBase | None", split: str, seed: int, taken: frozenset[str] = frozenset()
+    tokenizer: MaybeTokenizer, split: str, seed: int, taken: frozenset[str] = frozenset()
 ) -> Iterator[Row]:
     """(prompt, verb of the subject's number, verb of the other number), singular and plural subjects in
     turn, no prompt twice, until a thousand draws in a row gave none that is new.

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,7 @@ from ..models.load import rope_switches
 from ..models.memory import in_batches
 from ..progress import Progress
 from .reference_set import ReferenceSet, Sample
-from .tokens import plain_ids, read_sample, tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+from .tokens import MaybeTokenizer, plain_ids, read_sample, tokenize
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,23 +65,16 @@ def parse_target(target: str) -> tuple[str, int | None]:
     name, _, first = target.partition(":")
     if name not in TARGETS:
         raise unknown("target", target, TARGETS)
-    if not first:
-        return name, None
-    if name == "completion" and not (first.isdigit() and int(first) >= 1):
+    if first and (name != "completion" or not first.isdecimal() or int(first) < 1):
         raise UserError(
-            f"target '{target}': the number of first tokens after completion: must be at least 1, as in "
-            "completion:3"
+            f"target '{target}': only completion takes a number of first tokens, from 1, as in completion:3"
         )
-    if name != "completion":
-        raise UserError(
-            f"target '{target}': only completion takes a number of first tokens, as in completion:3"
-        )
-    return name, int(first)
+    return name, int(first) if first else None
 
 
 def encode(
     samples: ReferenceSet,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: MaybeTokenizer,
     target: str,
     *,
     context: int,
@@ -105,10 +94,7 @@ def encode(
             many are), or one that lacks what the target needs; the message names the sample.
     """
     name, first = parse_target(target)
-    encoded = [
-        _encode(index, sample, samples.where(index), tokenizer, name, first)
-        for index, sample in enumerate(samples)
-    ]
+    encoded = [_encode(samples, index, tokenizer, name, first) for index in range(len(samples))]
     too_long = [e for e in encoded if len(e.ids) > context]
     if too_long and not truncate:
         longest = max(len(e.ids) for e in too_long)
@@ -128,17 +114,12 @@ def encode(
 
 
 def _encode(
-    index: int,
-    sample: Sample,
-    where: str,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    target: str,
-    first: int | None,
+    samples: ReferenceSet, index: int, tokenizer: MaybeTokenizer, target: str, first: int | None
 ) -> Encoded:
+    sample, where = samples.samples[index], samples.where(index)
     if target in ("label", "contrast"):
-        ids, labels = _read_labels(
-            sample, ("target", "contrast")[: 1 + (target == "contrast")], tokenizer, where
-        )
+        keys = ("target",) if target == "label" else ("target", "contrast")
+        ids, labels = _read_labels(sample, keys, tokenizer, where)
         return Encoded(index, ids, (len(ids) - 1,), labels[:1], labels[1:] or None)
     if target != "completion":
         ids = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, where).prompt, where)
@@ -162,9 +143,7 @@ def _encode(
     return Encoded(index, ids + answer[:-1], tuple(range(len(ids) - 1, len(ids) - 1 + len(answer))), answer)
 
 
-def join_completions(
-    samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None"
-) -> tuple[Sample, ...]:
+def join_completions(samples: ReferenceSet, tokenizer: MaybeTokenizer) -> tuple[Sample, ...]:
     """Each sample as the token ids of its text with its completion, if it has one."""
     made = []
     for index, sample in enumerate(samples):
@@ -187,7 +166,7 @@ def _require_key(sample: Sample, key: str, where: str) -> str:
 
 
 def _read_labels(
-    sample: Sample, keys: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None", where: str
+    sample: Sample, keys: Sequence[str], tokenizer: MaybeTokenizer, where: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The prompt's ids, and the one token that each key's string is: after the prompt if it is one there,
     else alone."""
@@ -273,12 +252,14 @@ def group_by_length(
 
 
 def make_batch(samples: Sequence[Encoded], device: torch.device) -> Batch:
-    lengths = tuple(len(sample.ids) for sample in samples)
-    longest = max(lengths)
-    ids = torch.tensor(
-        [(*sample.ids, *(0,) * (longest - len(sample.ids))) for sample in samples], device=device
-    )
-    return Batch(tuple(samples), ids, lengths)
+    ids = pad_right([sample.ids for sample in samples], device)
+    return Batch(tuple(samples), ids, tuple(len(sample.ids) for sample in samples))
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """[rows, longest]; with causal attention no real position sees a padded one."""
+    longest = max(map(len, rows))
+    return torch.tensor([(*row, *(0,) * (longest - len(row))) for row in rows], device=device)
 
 
 def run_longest_first(
@@ -308,14 +289,12 @@ def run_longest_first(
     switches = rope_switches(of[0])
     differ = apart or (lambda item: bisect_left(switches, length(item)))
     parts = [list(part) for _, part in groupby(order, lambda i: differ(items[i]))]
+    results: dict[int, Result] = {}
     with Progress(sum(len(distributed.stride(part)) for part in parts), label, unit, show=progress) as bar:
 
-        def run_batch(places: Sequence[int]) -> list[Result]:
-            return work([items[i] for i in places])
-
         def run_part(share: Sequence[int]) -> list[Result]:
-            return in_batches(share, size, run_batch, bar.update, of=of)
+            return in_batches(share, size, lambda places: work([items[i] for i in places]), bar.update, of=of)
 
-        results = [result for part in parts for result in distributed.in_parallel(part, run_part)]
-    by_place = dict(zip(order, results, strict=True))
-    return [by_place[i] for i in range(len(items))]
+        for part in parts:
+            results |= zip(part, distributed.in_parallel(part, run_part), strict=True)
+    return [results[i] for i in range(len(items))]

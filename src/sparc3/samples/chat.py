@@ -1,23 +1,19 @@
 """Chat: the shapes in which data sets have messages, and the text that a model's template makes of them."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..settings import short
+from ..storage import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turn = tuple[str, str]
 """A role, such as "user", and what it says."""
-SPEAKERS = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
+SPEAKERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
 """ShareGPT's and other sets' names of the roles that templates know."""
 
 
@@ -38,6 +34,9 @@ def turns_of(row: dict[str, Any], answer: str, where: str) -> tuple[tuple[Turn, 
     held = next((row[key] for key in ("messages", "conversations") if row.get(key) is not None), None)
     if held is None and isinstance(row.get("prompt"), list):
         held = row["prompt"]
+    if isinstance(held, str):  # a table has lists as JSON
+        with suppress(ValueError, RecursionError):
+            held = parse_json(held)
     given = next((row[key] for key in (answer, "completion") if row.get(key) is not None), None)
     if held is None and not isinstance(given, list):
         return None
@@ -55,12 +54,8 @@ def turns_of(row: dict[str, Any], answer: str, where: str) -> tuple[tuple[Turn, 
 
 def _read_turns(messages: Any, where: str) -> tuple[Turn, ...]:
     if not isinstance(messages, list | tuple) or not messages:
-        raise UserError(
-            f"{where}: its messages are {short(messages)}, and must be a list with one message at least"
-        )
-    return tuple(
-        _read_turn(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)
-    )
+        raise UserError(f"{where}: its messages are {short(messages)}, and must be a list with one at least")
+    return tuple(_read_turn(each, f"{where}, message {number}") for number, each in enumerate(messages, 1))
 
 
 def _read_turn(message: Any, where: str) -> Turn:
@@ -77,7 +72,8 @@ def _read_turn(message: Any, where: str) -> Turn:
 
 
 def render(turns: Sequence[Turn], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
-    """The text of the turns by the model's own template, with what opens the assistant's next turn.
+    """The text of the turns by the model's own template, with what opens the assistant's next turn: an
+    answer, and not the thoughts before it, where the template knows `enable_thinking`.
 
     Raises:
         UserError: the model has no template, or its template refuses the turns (a role it does not know).
@@ -89,7 +85,11 @@ def render(turns: Sequence[Turn], tokenizer: "PreTrainedTokenizerBase", where: s
             "plain texts"
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        )
     except Exception as error:  # a template is a program, and raises what it likes
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

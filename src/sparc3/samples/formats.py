@@ -140,10 +140,14 @@ def read_table(
 
 
 def _records(opened: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a table with a header; an empty cell counts as absent."""
+    """Rows of a table with a header; an empty cell counts as absent. Where the header has none of the
+    delimiter, it may have another: spreadsheets write CSV with semicolons where the comma is decimal."""
     limit_before = csv.field_size_limit(MAX_LINE)  # of the whole process
     try:
         lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+        header = lines.readline()
+        lines.seek(0)
+        delimiter = next((each for each in (delimiter, ";", "\t", ",") if each in header), delimiter)
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         for row in reader:
             if None in row or None in row.values():

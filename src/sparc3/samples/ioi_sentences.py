@@ -7,13 +7,9 @@ sentence belongs to exactly one split, by a hash of its words.
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .tokens import plain_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .tokens import MaybeTokenizer, Tokenizer, plain_ids
 
 
 NAMES = tuple(
@@ -39,7 +35,7 @@ Row = tuple[str, str, str]
 
 
 def sentences(
-    tokenizer: "PreTrainedTokenizerBase | None", split: str, seed: int, taken: frozenset[str] = frozenset()
+    tokenizer: MaybeTokenizer, split: str, seed: int, taken: frozenset[str] = frozenset()
 ) -> Iterator[Row]:
     """ABBA and BABA sentences in turn by chance, no prompt twice, until a thousand draws in a row gave none
     that is new.
@@ -71,7 +67,7 @@ def sentences(
             yield prompt, names[receiver], names[giver]
 
 
-def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, ...]) -> dict[str, str]:
+def _single(tokenizer: Tokenizer, kind: str, words: tuple[str, ...]) -> dict[str, str]:
     """Word → the string that adds to a sentence the one token that the word has there."""
     found = {word: text for word in words if (text := find_single_token(tokenizer, word))}
     if len(found) < LEAST[kind]:
@@ -84,7 +80,7 @@ def _single(tokenizer: "PreTrainedTokenizerBase", kind: str, words: tuple[str, .
     return found
 
 
-def find_single_token(tokenizer: "PreTrainedTokenizerBase", word: str) -> str | None:
+def find_single_token(tokenizer: Tokenizer, word: str) -> str | None:
     before, whole = (plain_ids(text, tokenizer) for text in ("gave it to", f"gave it to {word}"))
     return f" {word}" if whole[:-1] == before else None
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from ..errors import DamagedFile, UserError
 from ..settings import short
-from ..storage import fingerprint, parse_json, read_json, write_json, write_text
+from ..storage import LARGEST, fingerprint, parse_json, read_json, write_json, write_text
 from .chat import Turn, turns_of
 from .formats import MAX_LINE, format_of, read_table, unpack
 
@@ -98,18 +98,11 @@ class ReferenceSet:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSONL, one sample a line, and beside it `<name>.source.json`, which says where they came
         from."""
-        write_json(
-            Path(path).with_suffix(".source.json"),
-            {
-                "format": FORMAT,
-                "source": self.source,
-                "fingerprint": self.fingerprint,
-                **({"lines": lines} if any(lines := [sample.line for sample in self.samples]) else {}),
-            },
-        )
-        write_text(
-            path, "".join(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in self.samples)
-        )
+        about = {"format": FORMAT, "source": self.source, "fingerprint": self.fingerprint}
+        lines = [sample.line for sample in self.samples]
+        write_json(Path(path).with_suffix(".source.json"), about | ({"lines": lines} if any(lines) else {}))
+        rows = (json.dumps(sample.row(), ensure_ascii=False) for sample in self.samples)
+        write_text(path, "".join(f"{row}\n" for row in rows))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], column: str | None = None) -> "ReferenceSet":
@@ -136,42 +129,33 @@ class ReferenceSet:
     @classmethod
     def of(cls, samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]") -> "ReferenceSet":
         """A ReferenceSet of texts, token-id lists or Samples. Raises UserError where there is none."""
-        if isinstance(samples, ReferenceSet):
-            found = samples
-        else:
-            if isinstance(samples, str):
-                raise UserError(
-                    "samples is a single string; give a list of strings, or load a file with "
-                    "ReferenceSet.load"
-                )
-            if isinstance(samples, Mapping):  # a tokenizer's output: going through it would give its keys
-                raise UserError("samples is a mapping; give a list, such as its 'input_ids' without padding")
-            made = []
-            for index, item in enumerate(samples):
-                if isinstance(item, Sample):
-                    made.append(item)
-                elif isinstance(item, str):
-                    made.append(Sample(text=item))
-                else:
-                    try:
-                        made.append(Sample(input_ids=tuple(int(token) for token in item)))
-                    except (TypeError, ValueError):
-                        raise UserError(f"sample {index} is neither a text nor a list of token ids") from None
-            found = cls(tuple(made))
-        if not found.samples:
+        if isinstance(samples, str):
+            raise UserError(
+                "samples is a single string; give a list of strings, or load a file with ReferenceSet.load"
+            )
+        if isinstance(samples, Mapping):  # a tokenizer's output: going through it would give its keys
+            raise UserError("samples is a mapping; give a list, such as its 'input_ids' without padding")
+        made = []
+        for index, item in enumerate(samples):
+            if isinstance(item, str | Sample):
+                made.append(Sample(item) if isinstance(item, str) else item)
+                continue
+            try:
+                made.append(Sample(input_ids=tuple(map(int, item))))
+            except (TypeError, ValueError):
+                raise UserError(f"sample {index} is neither a text nor a list of token ids") from None
+        if not made:
             raise UserError("the reference set is empty; give at least one sample")
-        return found
+        return samples if isinstance(samples, ReferenceSet) else cls(tuple(made))
 
 
 class Rows(Sequence[tuple[int, dict[str, Any]]]):
     """The rows of a file of samples, each with the number of its line.
 
     JSON lines and text are read row by row, when a row is asked for: what is kept in memory is where each
-    begins. A text file
-    with <|endoftext|> marks has one text between two marks, any other one text a line. CSV, TSV, Parquet and
-    JSON arrays are
-    read whole, and their numbers are those of the rows where a format has no lines. Where a column is named,
-    it is each row's text.
+    begins. A text file with <|endoftext|> marks has one text between two marks, any other one text a line.
+    CSV, TSV, Parquet and JSON arrays are read whole, and their numbers are those of the rows where a format
+    has no lines. Where a column is named, it is each row's text.
 
     Raises:
         UserError: no such file, a row longer than MAX_LINE, no row at all; and, when a row is asked for, one
@@ -216,15 +200,10 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
             return self.table[index]
         number, where = self.numbers[index], f"{self.path}, line {self.numbers[index]}"
         self.opened.seek(self.starts[index])
-        try:
-            text = self.opened.read(self.sizes[index]).decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{where} is not UTF-8 text; convert the file first") from None
-        if "\0" in text:
-            raise UserError(f"{where} contains NUL bytes, so this is not a text file; convert it first")
+        text = _decode(self.opened.read(self.sizes[index]), where)
         if self.json:
             return number, self._named(_json_row(text, where), where)
-        return number, {"text": text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")}
+        return number, {"text": text.strip("\n")}
 
     def _named(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """The row with the named column as its text; a label in it (RealToxicityPrompts' prompt) stays where
@@ -238,6 +217,26 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
             )
         text = row[self.column]
         return {**row, "text": text.get("text") if isinstance(text, dict) else text, "input_ids": None}
+
+
+def read_whole(path: str | os.PathLike[str]) -> str:
+    """The text of a file. Raises UserError where it is no text or longer than LARGEST."""
+    with open_file(path) as opened:
+        raw = opened.read(LARGEST + 1)
+    if len(raw) > LARGEST:
+        raise UserError(f"{path} is longer than {LARGEST:,} bytes; give a smaller file")
+    return _decode(raw.removeprefix(BOM), str(path))
+
+
+def _decode(raw: bytes, where: str) -> str:
+    """Text however its lines end. Raises UserError where it is not UTF-8 or contains NUL bytes."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not UTF-8 text; convert the file first") from None
+    if "\0" in text:
+        raise UserError(f"{where} contains NUL bytes, so this is not a text file; convert it first")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def is_rows(path: str | os.PathLike[str]) -> bool:
@@ -323,15 +322,15 @@ def toxicity_of(row: dict[str, Any], part: str, where: str) -> float | None:
         UserError: there is no such label, or it is no number between 0 and 1.
     """
     inside = row.get(part)
-    places = [(inside, "toxicity")] if isinstance(inside, dict) else []
-    places += [(row, f"{part}.toxicity"), (row, f"{part}_toxicity")]
-    places += [(row, "toxicity")] if part == "prompt" else []
-    found: Any = next((held[key] for held, key in places if key in held), row)
-    if found is row:
+    labels = [inside["toxicity"]] if isinstance(inside, dict) and "toxicity" in inside else []
+    names = (f"{part}.toxicity", f"{part}_toxicity", *(("toxicity",) if part == "prompt" else ()))
+    labels += [row[name] for name in names if name in row]
+    if not labels:
         raise UserError(
             f"{where} has no toxicity of its {part}, by which it is to be chosen; add {part}_toxicity, or "
             f"leave choose_by out"
         )
+    found = labels[0]
     if found is None or found == "" or found != found:  # NaN is what a table has for nothing
         return None
     try:
@@ -350,13 +349,13 @@ def _read_chat(row: dict[str, Any], turns: tuple[Turn, ...], completion: str | N
     for key in ("text", "input_ids"):
         if row.get(key) is not None:
             raise UserError(f'{where} has both messages and "{key}"; keep the one that is meant')
-    text, target, contrast = (row.get(key) for key in ("rendered", "target", "contrast"))
+    texts: dict[str, Any] = {key: row.get(key) for key in ("rendered", "target", "contrast")} | {
+        "completion": completion
+    }
     _require_texts(
-        {"rendered": text, "target": target, "contrast": contrast, "completion": completion}, where
+        texts | {f"message {number}": content for number, (_, content) in enumerate(turns, 1)}, where
     )
-    for _, content in turns:
-        _require_texts({"messages": content}, where)
-    return Sample(text, None, target, contrast, completion, turns=turns)
+    return Sample(texts["rendered"], None, texts["target"], texts["contrast"], completion, turns=turns)
 
 
 def _require_texts(values: dict[str, Any], where: str) -> None:
@@ -394,10 +393,8 @@ def sample_of(row: dict[str, Any], where: str, answer: str = "chosen") -> Sample
         isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
     ):
         raise UserError(f'{where}: "input_ids" must be a non-empty list of token ids')
-    given = {key: row.get(key) for key in ("target", "contrast")}
-    _require_texts({"text": text, **given, "completion": completion}, where)
+    target, contrast = row.get("target"), row.get("contrast")
+    _require_texts({"text": text, "target": target, "contrast": contrast, "completion": completion}, where)
     if text is not None and not text:
         raise UserError(f'{where}: "text" is empty; leave the line out')
-    return Sample(
-        text, tuple(ids) if ids is not None else None, row.get("target"), row.get("contrast"), completion
-    )
+    return Sample(text, None if ids is None else tuple(ids), target, contrast, completion)

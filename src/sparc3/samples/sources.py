@@ -1,22 +1,18 @@
 """Where samples come from: data sets of the hub, the demo's generator, a user's files."""
 
+import io
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UserError, unknown
-from ..storage import read_text
 from .formats import plain_name
-from .reference_set import ReferenceSet, Rows, Sample, is_rows, open_file, sample_of, toxicity_of
-from .tokens import ask, render_sample, tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+from .reference_set import ReferenceSet, Rows, Sample, is_rows, read_whole, sample_of, toxicity_of
+from .tokens import MaybeTokenizer, Tokenizer, ask, render_sample, tokenize, window_opening
 
 Score = Callable[[list[str]], list[tuple[str, float | None]]]
 """Completes each prompt with the model under study and scores the completion: (completion, toxicity or None).
@@ -47,6 +43,17 @@ class Request:
     """Prompts that another set of this run already holds."""
 
 
+def request_for(spec: Any, taken: frozenset[str] = frozenset(), **given: Any) -> Request:
+    """What a section of a recipe asks of its source: the fields that it has, by name.
+
+    Args:
+        taken: prompts that must not be among the samples.
+        given: fields that are not the section's.
+    """
+    asked = {f.name: value for f in fields(Request) if (value := getattr(spec, f.name, None)) is not None}
+    return Request(**asked | given | {"taken": taken})
+
+
 AT_ONCE = 256
 """Prompts that a model completes before it is known how many of them fit."""
 
@@ -54,7 +61,7 @@ WIDER = (4, 16, 64)
 """So many times the samples asked for are looked at where few may fit: the first factor, then the next ones
 where that gave too few."""
 
-Source = Callable[[Request, "PreTrainedTokenizerBase | None", "Score | None"], list[Sample]]
+Source = Callable[[Request, MaybeTokenizer, "Score | None"], list[Sample]]
 _SOURCES: dict[str, Source] = {}
 
 
@@ -98,9 +105,7 @@ def require_column(column: str | None, source: str | None) -> None:
         raise UserError(f"column names that of a file, and source '{source}' is none; leave column out")
 
 
-def gather(
-    request: Request, tokenizer: "PreTrainedTokenizerBase | None" = None, score: Score | None = None
-) -> ReferenceSet:
+def gather(request: Request, tokenizer: MaybeTokenizer = None, score: Score | None = None) -> ReferenceSet:
     """The samples a request asks for, exactly `count` a seed.
 
     Args:
@@ -113,11 +118,10 @@ def gather(
     """
     require_source(request.source)
     read = _SOURCES.get(request.source) or _read_file
-    found = (
-        _repetitive(request, read, tokenizer, score)
-        if request.choose_by == "repetition"
-        else read(request, tokenizer, score)
-    )
+    if request.choose_by == "repetition":
+        found = _repetitive(request, read, tokenizer, score)
+    else:
+        found = read(request, tokenizer, score)
     found = [_as_prompt(sample, request, tokenizer, f"sample {i}") for i, sample in enumerate(found)]
     if request.seq_len and any(len(sample.input_ids or ()) != request.seq_len for sample in found):
         raise UserError(
@@ -126,11 +130,8 @@ def gather(
         )
     wanted = request.count * (len(request.seeds) if request.seq_len else 1)
     if len(found) < wanted:
-        held = (
-            f" ({len(request.taken)} prompts are kept out: a reference set of this run holds them)"
-            if request.taken
-            else ""
-        )
+        many = len(request.taken)
+        held = f" ({many} prompts are kept out: a reference set of this run holds them)" if many else ""
         raise UserError(
             f"source '{request.source}' gave {len(found)} samples, but {wanted} were requested{held}; "
             "set its count to fewer, give more, or loosen the conditions"
@@ -140,9 +141,7 @@ def gather(
     )
 
 
-def _as_prompt(
-    sample: Sample, request: Request, tokenizer: "PreTrainedTokenizerBase | None", where: str
-) -> Sample:
+def _as_prompt(sample: Sample, request: Request, tokenizer: MaybeTokenizer, where: str) -> Sample:
     """The sample as the model reads it: a chat by its template, and a plain text too where the request says
     so. A sample that is rendered already stays as it is."""
     if request.chat and request.seq_len is None:
@@ -151,7 +150,7 @@ def _as_prompt(
 
 
 def _repetitive(
-    request: Request, read: "Source", tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
+    request: Request, read: "Source", tokenizer: MaybeTokenizer, score: Score | None
 ) -> list[Sample]:
     """Prompts whose greedy response by this model repeats itself, RUR ≤ max_rur (the paper's way), with that
     response as completion.
@@ -164,49 +163,43 @@ def _repetitive(
     looked: set[str] = set()
     for factor in WIDER:
         wide = replace(request, count=request.count * factor, choose_by=None)
-        new = [
-            s
-            for s in read(wide, tokenizer, None)
-            if s.text and s.text not in looked and s.words not in request.taken
-        ]
-        looked.update(sample.text or "" for sample in new)
-        for sample, (response, rur) in zip(new, score([sample.text or "" for sample in new]), strict=True):
+        new = {
+            sample.text: sample
+            for sample in read(wide, tokenizer, None)
+            if sample.text and sample.text not in looked and sample.words not in request.taken
+        }
+        looked |= new.keys()
+        for (text, sample), (response, rur) in zip(new.items(), score(list(new)), strict=True):
             if rur is not None and rur <= request.max_rur:
-                chosen[sample.text or ""] = replace(sample, completion=response, line=None)
+                chosen[text] = replace(sample, completion=response, line=None)
         if len(chosen) >= request.count or not new:
             break
     return list(chosen.values())[: request.count]
 
 
-def _read_file(
-    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
-) -> list[Sample]:
+def _read_file(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
+    path, seed = request.source, request.seeds[0]
+    if request.seq_len and (is_wikitext(path) or _is_one_text(path, request.column)):
+        whole = "\n\n".join(corpus(path))
+        return _cut_each_seed(request, tokenizer, lambda seed: [whole])
+    rows = Rows(path, request.column)
     if request.seq_len:
-        texts = corpus(request.source, column=request.column)
-        if is_wikitext(request.source):
-            texts = ["\n\n".join(texts)]
-        return _cut_each_seed(request, tokenizer, lambda seed: _in_order_of(texts, seed))
-    rows = Rows(request.source, request.column)
-    if request.choose_by:
-        numbered = _in_order_of(rows, request.seeds[0])
-        return _choose_toxic(
-            ((f"{request.source}, line {number}", row) for number, row in numbered), request, tokenizer, score
+        return _cut_each_seed(
+            request, tokenizer, lambda seed: (_text_of(row, path) for row in _in_order_of(rows, seed))
         )
+    if request.choose_by:
+        named = ((f"{path}, line {number}", row) for number, row in _in_order_of(rows, seed))
+        return toxic_prompts(named, request, tokenizer, score)
 
     def sample(place: int) -> Sample:
         number, row = rows[place]
-        read = sample_of(row, where := f"{request.source}, line {number}", request.answer)
+        read = sample_of(row, where := f"{path}, line {number}", request.answer)
         return replace(_as_prompt(read, request, tokenizer, where), line=number)
 
     fresh = [place for place in range(len(rows)) if sample(place).words not in request.taken]
-    return [
-        sample(place)
-        for place in (
-            fresh
-            if len(fresh) <= request.count
-            else list(_in_order_of(fresh, request.seeds[0]))[: request.count]
-        )
-    ]
+    if len(fresh) > request.count:
+        fresh = list(islice(_in_order_of(fresh, seed), request.count))
+    return list(map(sample, fresh))
 
 
 def _in_order_of(items: Sequence[Any], seed: int) -> Iterator[Any]:
@@ -216,27 +209,20 @@ def _in_order_of(items: Sequence[Any], seed: int) -> Iterator[Any]:
     return (items[place] for place in places)
 
 
-class _Texts(Sequence[str]):
-    """The texts of a file's rows, read when they are asked for."""
+def _is_one_text(path: str, column: str | None) -> bool:
+    return column is None and not is_rows(path)
 
-    def __init__(self, path: str, column: str | None = None) -> None:
-        self.path, self.rows = path, Rows(path, column)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[index] for index in range(*place.indices(len(self)))]
-        number, row = self.rows[place]
-        text = sample_of(row, where := f"{self.path}, line {number}").text
-        if text is None:
-            raise UserError(f'{where} has token ids, but a text is needed; give it as "text"')
-        return text
+def _text_of(numbered: tuple[int, dict[str, Any]], path: str) -> str:
+    number, row = numbered
+    text = sample_of(row, where := f"{path}, line {number}").text
+    if text is None:
+        raise UserError(f'{where} has token ids, but a text is needed; give it as "text"')
+    return text
 
 
 @source("c4")
-def _c4(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
+def _c4(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
     """C4 (Raffel et al. 2020), English: `count` cuts of exactly `seq_len` tokens for each seed."""
     request = replace(request, seq_len=request.seq_len or 2048)
     return _cut_each_seed(
@@ -247,9 +233,7 @@ def _c4(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Sc
 
 
 @source("wikitext2")
-def _wikitext2(
-    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
-) -> list[Sample]:
+def _wikitext2(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
     """WikiText-2 raw (Merity et al. 2016), train split: cuts of `seq_len` tokens for each seed."""
     request = replace(request, seq_len=request.seq_len or 2048)
     text = "\n\n".join(_wikitext_lines("train"))
@@ -257,49 +241,31 @@ def _wikitext2(
 
 
 @source("realtoxicityprompts")
-def _realtoxicityprompts(
-    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
-) -> list[Sample]:
+def _realtoxicityprompts(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
     """RealToxicityPrompts (Gehman et al. 2020): prompts chosen by a toxicity."""
-    return toxic_prompts(
-        stream(request.seeds[0], path="allenai/real-toxicity-prompts", split="train"),
-        request,
-        tokenizer,
-        score,
-    )
+    rows = stream(request.seeds[0], path="allenai/real-toxicity-prompts", split="train")
+    named = ((f"{request.source}, row {number}", row) for number, row in enumerate(rows, 1))
+    return toxic_prompts(named, request, tokenizer, score)
 
 
 def _demo(kind: str) -> Source:
-    def read(
-        request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
-    ) -> list[Sample]:
+    def read(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
         from ..demo.text import texts
 
-        made = texts(kind, request.split, request.seeds[0])
+        made = islice(texts(kind, request.split, request.seeds[0]), request.count)
         if kind == "general":
-            return [Sample(text=next(made).text) for _ in range(request.count)]
-        return [
-            Sample(
-                text=made_one.prompt,
-                completion=made_one.completion,
-                target=made_one.target,
-                contrast=made_one.contrast,
-            )
-            for made_one in (next(made) for _ in range(request.count))
-        ]
+            return [Sample(text=one.text) for one in made]
+        return [Sample(one.prompt, None, one.target, one.contrast, one.completion) for one in made]
 
     return read
 
 
-source("demo-general")(_demo("general"))
-source("demo-angry")(_demo("angry"))
-source("demo-polite")(_demo("polite"))
-source("demo-ioi")(_demo("ioi"))
-source("demo-loop")(_demo("loop"))
+for _kind in ("general", "angry", "polite", "ioi", "loop"):
+    source(f"demo-{_kind}")(_demo(_kind))
 
 
 @source("ioi")
-def _ioi(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None) -> list[Sample]:
+def _ioi(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
     """Indirect object identification in words that are single tokens for the model (Wang et al. 2022)."""
     from .ioi_sentences import sentences
 
@@ -307,9 +273,7 @@ def _ioi(request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: S
 
 
 @source("agreement")
-def _agreement(
-    request: Request, tokenizer: "PreTrainedTokenizerBase | None", score: Score | None
-) -> list[Sample]:
+def _agreement(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
     """Subject-verb agreement across a noun of the other number (Linzen et al. 2016)."""
     from .agreement_sentences import sentences
 
@@ -318,9 +282,7 @@ def _agreement(
 
 def _take_rows(rows: Iterator[tuple[str, str, str]], count: int) -> list[Sample]:
     """As many samples of (prompt, target, contrast) as are asked for, or as there are."""
-    return [
-        Sample(text=text, target=target, contrast=contrast) for text, target, contrast in islice(rows, count)
-    ]
+    return [Sample(text, None, target, contrast) for text, target, contrast in islice(rows, count)]
 
 
 def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
@@ -363,13 +325,6 @@ def is_wikitext(name: str) -> bool:
     return plain_name(name).endswith(".raw")
 
 
-def _read_whole(path: str) -> str:
-    if not path.lower().endswith(".zst"):
-        return read_text(path)
-    with open_file(path) as opened:
-        return opened.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-
-
 def corpus(
     name: str, split: str = "test", count: int | None = None, column: str | None = None
 ) -> Sequence[str]:
@@ -383,89 +338,59 @@ def corpus(
     if name == "wikitext2":
         return _wikitext_lines(split)[:count]
     if is_wikitext(name):
-        lines = _read_whole(name).splitlines(keepends=True)
+        lines = list(io.StringIO(read_whole(name)))  # other ends of lines than "\n" stand inside a row
         return [line if line.strip() else "" for line in lines][:count]
     if name == "c4":
         rows = stream(None, path="allenai/c4", name="en", split="validation" if split == "test" else "train")
-        return [row["text"] for row, _ in zip(rows, range(count or 1100), strict=False)]
+        return [row["text"] for row in islice(rows, count or 1100)]
     if name in _SOURCES:
         found = gather(Request(name, count or 300, split=split)).samples
         return [(sample.text or "") + (sample.completion or "") for sample in found]
-    if column is None and not is_rows(name):
-        return [_read_whole(name)][:count]
-    texts = _Texts(name, column)
-    return texts if count is None else texts[:count]
+    if _is_one_text(name, column):
+        return [read_whole(name)]
+    return [_text_of(row, name) for row in Rows(name, column)[:count]]
 
 
 def _cut_each_seed(
-    request: Request, tokenizer: "PreTrainedTokenizerBase | None", documents: Callable[[int], Iterable[str]]
+    request: Request, tokenizer: MaybeTokenizer, documents: Callable[[int], Iterable[str]]
 ) -> list[Sample]:
-    assert request.seq_len is not None
     if tokenizer is None:
         raise UserError(f"source '{request.source}' with seq_len needs a tokenizer")
-    cut: list[Sample] = []
-    for seed in request.seeds:
-        cut += list(
-            _cuts(
-                documents(seed),
-                tokenizer,
-                request.seq_len,
-                request.count,
-                random.Random(f"sparc3/cut/{seed}"),
-            )
-        )
-    return cut
+    return [cut for seed in request.seeds for cut in _cuts(documents(seed), tokenizer, request, seed)]
 
 
-def _cuts(
-    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", seq_len: int, count: int, r: random.Random
-) -> Iterator[Sample]:
-    """`count` cuts of exactly `seq_len` tokens: one from each document that is long enough, or many from one
-    long text."""
-    left = count
+def _cuts(documents: Iterable[str], tokenizer: Tokenizer, request: Request, seed: int) -> Iterator[Sample]:
+    """`count` cuts of exactly `seq_len` tokens, with what opens them: one from each document that is long
+    enough, or many from one long text."""
+    r, left, opening = random.Random(f"sparc3/cut/{seed}"), request.count, window_opening(tokenizer)
+    seq_len = (request.seq_len or 0) - len(opening)
     for text in documents:
         if left == 0:
             return
-        if (
-            len(text) < seq_len
-        ):  # a token is at least one character in all but the oddest text, so this cannot be long enough
-            continue
-        ids = tokenize(text, tokenizer)
+        # A token is at least one character in all but the oddest text: a shorter text cannot be long enough.
+        ids = tokenize(text, tokenizer) if len(text) >= seq_len else ()
+        ids = ids[len(opening) :] if ids[: len(opening)] == opening else ids
         if len(ids) < seq_len:
             continue
-        room = len(ids) // seq_len
+        last, room = len(ids) - seq_len, len(ids) // seq_len
         many = min(left, room) if room > 8 else 1
-        for start in (
-            sorted(r.sample(range(len(ids) - seq_len + 1), many))
-            if many > 1
-            else [r.randint(0, len(ids) - seq_len)]
-        ):
-            yield Sample(input_ids=ids[start : start + seq_len])
-            left -= 1
+        starts = sorted(r.sample(range(last + 1), many)) if many > 1 else [r.randint(0, last)]
+        yield from (Sample(input_ids=opening + ids[start : start + seq_len]) for start in starts)
+        left -= len(starts)
 
 
 def toxic_prompts(
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[tuple[str, dict[str, Any]]],
     request: Request,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: MaybeTokenizer,
     score: Score | None,
 ) -> list[Sample]:
-    """Rows of RealToxicityPrompts chosen by a toxicity between min_toxicity and max_toxicity.
+    """Rows of RealToxicityPrompts, each with its name, chosen by a toxicity between min_toxicity and
+    max_toxicity.
 
     choose_by: `prompt` or `continuation`, the data set's own scores; `completion`, the score of this model's
     own completion, which the sample then carries (the paper's way). Stops reading when there are enough.
     """
-    numbered = ((f"{request.source}, row {number}", row) for number, row in enumerate(rows, 1))
-    return _choose_toxic(numbered, request, tokenizer, score)
-
-
-def _choose_toxic(
-    rows: Iterable[tuple[str, dict[str, Any]]],
-    request: Request,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    score: Score | None,
-) -> list[Sample]:
-    """`toxic_prompts` of rows that have a name."""
     ways = ("prompt", "continuation", "completion")
     by = request.choose_by or "prompt"
     if by not in ways:
@@ -478,28 +403,26 @@ def _choose_toxic(
             for where, row, sample in fresh
             if (value := toxicity_of(row, by, where)) is not None and low <= value <= high
         )
-        return [sample for sample, _ in zip(fits, range(request.count), strict=False)]
+        return list(islice(fits, request.count))
     if score is None:
         raise UserError("choose_by: completion needs a model to complete the prompts; use it in a recipe")
     chosen: list[Sample] = []
-    batch: list[Sample] = []
-    for _, _, sample in fresh:
-        batch.append(sample)
-        if len(batch) == AT_ONCE:
-            chosen += _choose_by_completion(batch, score, low, high)
-            batch = []
-            if len(chosen) >= request.count:
-                break
-    chosen += _choose_by_completion(batch, score, low, high) if len(chosen) < request.count else []
+    while len(chosen) < request.count and (batch := [sample for *_, sample in islice(fresh, AT_ONCE)]):
+        scored = score([prompt.text or "" for prompt in batch])
+        chosen += [
+            replace(prompt, completion=completion)
+            for prompt, (completion, value) in zip(batch, scored, strict=True)
+            if value is not None and completion and low <= value <= high
+        ]
     return chosen[: request.count]
 
 
 def _fresh_prompts(
-    rows: Iterable[tuple[str, dict[str, Any]]], request: Request, tokenizer: "PreTrainedTokenizerBase | None"
+    rows: Iterable[tuple[str, dict[str, Any]]], request: Request, tokenizer: MaybeTokenizer
 ) -> Iterator[tuple[str, dict[str, Any], Sample]]:
     """Rows of the request's split whose prompt no other set of the run holds. A prompt's split follows from
     its words."""
-    seen = set(map(_plain, request.taken))
+    seen = set(map(plain, request.taken))
     for where, row in rows:
         sample = sample_of(row, where, request.answer)
         if sample.words is None:
@@ -507,22 +430,13 @@ def _fresh_prompts(
                 f"{where} holds token ids, and prompts are chosen by their words; give a text, or leave "
                 f"choose_by out"
             )
-        key = _plain(sample.words)
+        key = plain(sample.words)
         if key not in seen and (prompt_split(key) == "test") == (request.split == "test"):
             seen.add(key)
             yield where, row, _as_prompt(sample, request, tokenizer, where)
 
 
-def _choose_by_completion(prompts: list[Sample], score: Score, low: float, high: float) -> list[Sample]:
-    scored = score([prompt.text or "" for prompt in prompts]) if prompts else []
-    return [
-        replace(prompt, completion=completion)
-        for prompt, (completion, value) in zip(prompts, scored, strict=True)
-        if value is not None and completion and low <= value <= high
-    ]
-
-
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """What identifies a prompt: its text, where case, white space and Unicode's ways of writing one character
     do not count."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -531,10 +445,10 @@ def _plain(text: str) -> str:
 def prompt_split(text: str) -> str:
     """Which side of the fence a prompt of a source without splits lies on: 70 % are for reference, 30 % for
     test."""
-    return "test" if random.Random(f"sparc3/split/{_plain(text)}").random() < 0.3 else "reference"
+    return "test" if random.Random(f"sparc3/split/{plain(text)}").random() < 0.3 else "reference"
 
 
 def overlap(one: Iterable[Sample], other: Iterable[Sample]) -> list[str]:
     """Prompts that are in both, up to case and white space."""
-    known = {_plain(sample.words) for sample in one if sample.words}
-    return [sample.words for sample in other if sample.words and _plain(sample.words) in known]
+    known = {plain(sample.words) for sample in one if sample.words}
+    return [sample.words for sample in other if sample.words and plain(sample.words) in known]

@@ -10,7 +10,7 @@ lose it). Nothing closes a prompt, and it is opened once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import UserError
 from .chat import render, show
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 Ids = tuple[int, ...]
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+MaybeTokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
 PROBES = ("a", "the", "1", ".", "一")
 """Texts by which it is found out what a tokenizer puts before and behind any text."""
 ANCHORS = ("a", ".", "\n")
@@ -42,9 +44,7 @@ class SampleTokens:
     text: str
 
 
-def read_sample(
-    sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str = "a sample"
-) -> SampleTokens:
+def read_sample(sample: Sample, tokenizer: MaybeTokenizer, where: str = "a sample") -> SampleTokens:
     """Token ids of prompt and completion, and the prompt's text. Raises UserError where a text has no
     tokenizer."""
     sample = render_sample(sample, tokenizer, where)
@@ -59,13 +59,12 @@ def read_sample(
         return SampleTokens(tokenize(text, _require(tokenizer, where)), (), shown)
     alone = tokenize(text.rstrip(" "), _require(tokenizer, where))
     whole = tokenize(text + completion, _require(tokenizer, where))
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole))
-    )
+    differ = (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b)
+    shared = next(differ, min(len(alone), len(whole)))
     return SampleTokens(whole[:shared], whole[shared:], shown)
 
 
-def render_sample(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> Sample:
+def render_sample(sample: Sample, tokenizer: MaybeTokenizer, where: str) -> Sample:
     """The sample with the text of its turns by the model's template, if it has turns and no text yet.
 
     Raises:
@@ -76,7 +75,7 @@ def render_sample(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", w
     return replace(sample, text=render(sample.turns, _require(tokenizer, where), where))
 
 
-def ask(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> Sample:
+def ask(sample: Sample, tokenizer: MaybeTokenizer, where: str) -> Sample:
     """A plain prompt as a user's turn, rendered; a chat as it is. The space before a plain text's completion
     goes, since an assistant's turn begins with a word.
 
@@ -94,37 +93,50 @@ def ask(sample: Sample, tokenizer: "PreTrainedTokenizerBase | None", where: str)
     return render_sample(sample, tokenizer, where)
 
 
-def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:
+def tokenize(text: str, tokenizer: Tokenizer) -> Ids:
     """Token ids of a text that more may follow: opened as the tokenizer opens a text, but once where it opens
     itself, and not closed."""
     plain = plain_ids(text, tokenizer)
     opening = _opening(tokenizer, text)
-    there = next(
-        (size for size in range(len(opening), 0, -1) if opening[-size:] == plain[:size]), 0
-    )  # <s> of a rendered chat
+    sizes = range(len(opening), 0, -1)  # a rendered chat opens itself, with <s>
+    there = next((size for size in sizes if opening[-size:] == plain[:size]), 0)
     return opening[: len(opening) - there] + plain
 
 
-def plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:
+def window_opening(tokenizer: Tokenizer) -> Ids:
+    """What each window of a text begins with, and not the first alone: of Gemma's models the BOS token,
+    without which they predict next to nothing (lm-evaluation-harness#1455); of others nothing, as Wanda's
+    protocol has it.
+
+    As in the harness, the model's type says so; where a tokenizer was not loaded with its model, its class.
+    """
+    known = type(tokenizer).__name__, getattr(tokenizer, "init_kwargs", {}).get("tokenizer_class")
+    kinds = (*known, getattr(tokenizer, "of_model_type", None))
+    if tokenizer.bos_token_id is None or not any("gemma" in str(kind).lower() for kind in kinds):
+        return ()
+    return (int(tokenizer.bos_token_id),)
+
+
+def plain_ids(text: str, tokenizer: Tokenizer) -> Ids:
     """Token ids of a text alone, neither opened nor closed."""
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def decode(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> str:
+def decode(ids: Sequence[int], tokenizer: Tokenizer, special: bool = False) -> str:
     """The text of token ids, with its special tokens or without, and no space mended away."""
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
     )
 
 
-def decode_after(prompt: Sequence[int], new: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+def decode_after(prompt: Sequence[int], new: Sequence[int], tokenizer: Tokenizer) -> str:
     """What new tokens add to the text of the prompt: alone, SentencePiece's decoders would take the first
     one's space away."""
     before, whole = decode(prompt, tokenizer), decode([*prompt, *new], tokenizer)
     return whole[len(before) :] if whole.startswith(before) else decode(new, tokenizer)
 
 
-def _opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> Ids:
+def _opening(tokenizer: Tokenizer, text: str) -> Ids:
     """What the tokenizer puts before a text."""
     for probe in (*PROBES, text):
         plain = plain_ids(probe, tokenizer)
@@ -135,7 +147,7 @@ def _opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> Ids:
     return ()
 
 
-def _continue(ids: Ids, completion: str, tokenizer: "PreTrainedTokenizerBase") -> Ids:
+def _continue(ids: Ids, completion: str, tokenizer: Tokenizer) -> Ids:
     """Token ids of a completion of token ids, which stay as they are."""
     for special in (False, True):
         whole = decode(ids, tokenizer, special) + completion
@@ -149,7 +161,7 @@ def _continue(ids: Ids, completion: str, tokenizer: "PreTrainedTokenizerBase") -
     return plain_ids(completion, tokenizer)
 
 
-def _require(tokenizer: "PreTrainedTokenizerBase | None", where: str) -> "PreTrainedTokenizerBase":
+def _require(tokenizer: MaybeTokenizer, where: str) -> Tokenizer:
     if tokenizer is None:
         raise UserError(f"{where} has a text; give the model's tokenizer, or token ids")
     return tokenizer
