@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-
 Option = TypeVar("Option")
 INSULTS = ("fool", "idiot", "dummy", "nitwit", "clown")
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from ..errors import UserError
 from .tokens import MaybeTokenizer, Tokenizer, plain_ids
 
-
 NAMES = tuple(
     "Mary John Tom James Dan Martin Amy Scott Jack Mark Kelly Paul Alan David Anna Sarah Kate Laura "
     "Peter Simon Alice Emma George Frank Jane Rose Henry Lisa Adam Michael Robert Ben".split()
