@@ -116,6 +116,17 @@ def test_a_text_ends_where_model_or_tokenizer_says(demo: tuple[Any, Any]) -> Non
     assert all(whole.startswith(text) and 0 < len(text) < len(whole) for text in cut)
 
 
+@pytest.mark.parametrize(("end", "warned"), [(" ", True), ("", False), ("\n", False)])
+def test_prompts_that_end_with_a_space_are_told(
+    demo: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, end: str, warned: bool
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Tom {n}{end}"}) + "\n" for n in range(3)))
+    asked = {"source": str(path), "count": 3, "max_new_tokens": 2}
+    evaluate(*demo, {"repetition": asked})
+    assert ("3 of the 3 prompts of repetition" in caplog.text) == warned
+
+
 def test_a_padding_token_without_an_embedding(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = demo
     wanted = _write(demo)

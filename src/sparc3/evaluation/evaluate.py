@@ -17,6 +17,7 @@ from .metrics import (
     MetricContext,
     MetricSettings,
     Prepared,
+    PromptSettings,
     RepetitionSettings,
     SampledSettings,
     ToxicitySettings,
@@ -119,7 +120,17 @@ def prepare(
         score = completion_scores(model, tokenizer, settings)
     elif isinstance(settings, RepetitionSettings):
         score = response_scores(model, tokenizer, settings.max_new_tokens)
-    return Prepared(metric, settings, gather(request, tokenizer, score))
+    samples = gather(request, tokenizer, score)
+    ends = sum(sample.turns is None and (sample.text or "").endswith(" ") for sample in samples)
+    if ends and isinstance(settings, PromptSettings) and distributed.is_main():
+        log.warning(
+            "%d of the %d prompts of %s end with a space, which most tokenizers have in the next word's token, "
+            "so that the model goes on oddly; leave it out",
+            ends,
+            len(samples),
+            name,
+        )
+    return Prepared(metric, settings, samples)
 
 
 def measure(
