@@ -124,7 +124,7 @@ def prepare(
     ends = sum(sample.turns is None and (sample.text or "").endswith(" ") for sample in samples)
     if ends and isinstance(settings, PromptSettings) and distributed.is_main():
         log.warning(
-            "%d of the %d prompts of %s end with a space, which most tokenizers have in the next word's token, "
+            "%d of the %d prompts of %s end with a space, which most tokenizers have in the next token, "
             "so that the model goes on oddly; leave it out",
             ends,
             len(samples),
