@@ -73,7 +73,7 @@ def test_the_shapes_of_data_sets(row: dict[str, Any], answer: str, completion: s
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images"),
         ({"messages": [ANSWER]}, "assistant"),
         ({"messages": [USER], "text": "x"}, '"text"'),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "message 1"),
     ],
 )
 def test_what_is_no_chat_is_one_line_with_its_place(row: dict[str, Any], named: str, tmp_path: Path) -> None:
