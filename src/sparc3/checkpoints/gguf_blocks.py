@@ -89,8 +89,8 @@ def plan_changes(path: Path, reader: Any, architecture: str, circuit: Circuit) -
     called = f" (the file calls itself {name.contents()})" if name else ""
     sure = (
         f"architecture {architecture}, {file.layers} layers and the sizes of {len(circuit.members)} tensors "
-        f"fit{called}; "
-        "a quantised file does not tell whether its weights come from the model that the circuit was found on"
+        f"fit{called}; a quantised file does not tell whether its weights come from the model that the "
+        "circuit was found on"
     )
     return done, sure
 
@@ -162,8 +162,8 @@ class _File:
         if self.circuit.strength != 1 and where.role == "mlp.up" and self.family.gated is None:
             raise UserError(
                 f"strength {self.circuit.strength:g} weakens what follows the non-linearity, columns of the "
-                "MLP's second matrix, and a block holds "
-                "more than one of them; use strength 1, or ablate the Hugging Face model"
+                "MLP's second matrix, and a block holds more than one of them; use strength 1, or ablate "
+                "the Hugging Face model"
             )
         yield from _rows(tensor, rows, shape[-1])
         bias = self.tensors.get(f"{where.tensor}.bias")

@@ -3,6 +3,7 @@ rows."""
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..errors import UnsupportedModel, UserError
@@ -73,8 +74,8 @@ def require_same_architecture(model_type: str | None, architecture: str, path: A
         return known[0]
     if model_type is None or model_type not in FAMILIES:
         raise UnsupportedModel(
-            f"{path}: architecture '{model_type or architecture}' has no row in the family table; "
-            f"supported: {', '.join(sorted(FAMILIES))}"
+            f"{path}: architecture '{model_type or architecture}' has no row in the family table; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     if model_type not in known:
         raise UserError(
@@ -87,8 +88,6 @@ def require_same_architecture(model_type: str | None, architecture: str, path: A
 def locate(name: str, family: Family, architecture: str, layers: int) -> Location:
     """Where the site `name` of a family's model is. Raises UserError where such a file has no tensor for
     it."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
     there = re.fullmatch(re.escape(family.layers) + r"\.(\d+)\.(.+)", name)
     number, rest = (int(there[1]), there[2]) if there else (0, "")
     found = _in_layer(rest, family)
@@ -97,12 +96,18 @@ def locate(name: str, family: Family, architecture: str, layers: int) -> Locatio
     if number >= layers:
         raise UserError(f"the circuit names {name}, and the file has {layers} layers; use its model")
     path, location = found
-    architectures = {word: key for key, word in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(architectures[architecture], layers)
-    tensor = names.get_name(f"{family.layers}.{number}.{path}")
+    tensor = _names(architecture, layers).get_name(f"{family.layers}.{number}.{path}")
     if tensor is None:
         raise UserError(f"gguf knows no tensor of {architecture} for {name}; ablate the Hugging Face model")
     return Location(tensor, location.role, location.part, location.layout, location.expert)
+
+
+@lru_cache(maxsize=2)
+def _names(architecture: str, layers: int) -> Any:
+    """gguf's table of the names of an architecture's tensors."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    return get_tensor_name_map({word: key for key, word in MODEL_ARCH_NAMES.items()}[architecture], layers)
 
 
 def _in_layer(rest: str, family: Family) -> tuple[str, Location] | None:

@@ -54,28 +54,10 @@ class GgufPatch:
         )
 
     def save(self, path: Path) -> None:
-        body = {
-            "format": FORMAT,
-            "file": self.file,
-            "size": self.size,
-            "sha256_before": self.sha256_before,
-            "sha256_after": self.sha256_after,
-            "circuit": self.circuit,
-            "checked": self.checked,
-            "changes": [
-                {
-                    "tensor": change.tensor,
-                    "type": change.type,
-                    "offset": change.offset,
-                    "length": change.length,
-                    "stride": change.stride,
-                    "count": change.count,
-                    "before": base64.b64encode(change.before).decode(),
-                }
-                for change in self.changes
-            ],
-        }
-        write_json(path, body)
+        changes = [{**vars(c), "before": base64.b64encode(c.before).decode()} for c in self.changes]
+        for change in changes:
+            del change["after"]
+        write_json(path, {"format": FORMAT, **vars(self), "changes": changes})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "GgufPatch":
@@ -108,8 +90,8 @@ def patch_gguf(
     """Remove a circuit from a GGUF without loading the model.
 
     A neuron's rows, or a head's columns, become zeros in the blocks of the file's own types, which is what
-    `ablate_` does to the
-    dequantised model. Below strength 1 the scales of the blocks are multiplied, where the result is exact.
+    `ablate_` does to the dequantised model. Below strength 1 the scales of the blocks are multiplied, where
+    the result is exact.
 
     Args:
         name: as `find_gguf` takes it.
@@ -133,13 +115,8 @@ def patch_gguf(
         del reader  # and its map of the file
         sure = sure if force else _check_weights(path, circuit, sure)
         before, after = _digests(path, [(c, c.after) for c in changes])
-        described = {
-            "unit": circuit.unit,
-            "fingerprint": circuit.fingerprint,
-            "strength": circuit.strength,
-            "model": circuit.model,
-            "members": {key: list(units) for key, units in circuit.members.items()},
-        }
+        described = {key: getattr(circuit, key) for key in ("unit", "fingerprint", "strength", "model")}
+        described["members"] = {key: list(units) for key, units in circuit.members.items()}
         patch = GgufPatch(path.name, path.stat().st_size, before, after, described, sure, tuple(changes))
         kept = _free_name(target) if in_place else target.with_name(target.name + SUFFIX)
         with _rewritten(path, target, require_unchanged) as opened:
@@ -219,8 +196,8 @@ def _free_name(path: Path) -> Path:
 
 @contextmanager
 def _watch_for_changes(path: Path, alone: bool) -> Iterator[Any]:
-    """Gives a check that raises Sparc3Error where the file was written to since, or is being changed by
-    another sparc3."""
+    """Gives a check that raises Sparc3Error where the file was written to since. Raises UserError where
+    another sparc3 changes it now."""
 
     def stamp() -> tuple[int, ...]:
         status = path.stat()
@@ -281,32 +258,22 @@ def _write(opened: BinaryIO, changes: Iterable[tuple[Change, bytes]]) -> None:
 def _digests(path: Path, changes: list[tuple[Change, bytes]]) -> tuple[str, str]:
     """The SHA-256 of a file, and of what it would be with these changes."""
     asis, changed = hashlib.sha256(), hashlib.sha256()
-    pieces, at, start = _spread(changes), 0, 0
     with path.open("rb") as opened:
-        while chunk := bytearray(opened.read(CHUNK)):
-            asis.update(chunk)
-            end = start + len(chunk)
-            while at < len(pieces):
-                offset, content = pieces[at]
-                first, last = max(offset, start), min(offset + len(content), end)
-                if first >= end:
-                    break
-                chunk[first - start : last - start] = content[first - offset : last - offset]
-                if offset + len(content) > end:
-                    break  # its rest is in the next chunk
-                at += 1
-            changed.update(chunk)
-            start = end
+        for offset, content in [*_spread(changes), (path.stat().st_size, b"")]:
+            while same := opened.read(min(CHUNK, max(0, offset - opened.tell()))):
+                asis.update(same)
+                changed.update(same)
+            asis.update(opened.read(len(content)))
+            changed.update(content)
     return asis.hexdigest(), changed.hexdigest()
 
 
 def _check_weights(path: Path, circuit: Circuit, sure: str) -> str:
-    """How sure it is that the circuit is this model's. Raises UserError for one that was found on a GGUF of
-    other weights.
+    """How sure it is that the circuit is this model's. Raises UserError for one found on a GGUF of other
+    weights.
 
-    One that was found on a GGUF names the fingerprint of its dequantised weights, and these are computed;
-    of one that was found on the
-    original checkpoint a quantised file has none.
+    One that was found on a GGUF names the fingerprint of its dequantised weights, and these are computed; a
+    quantised file does not tell that of the original checkpoint.
     """
     if not str(circuit.model.get("id", "")).lower().endswith(".gguf"):
         return sure

@@ -61,8 +61,8 @@ def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Resu
         *_front(base, {}, ["sparc3", "circuit"], library=False),
         f"# {len(circuit):,} {circuit.unit}s of {name}{circuit.at_strength}",
         "",
-        f"A set of {circuit.unit}s of {_link_model(name, base)} "
-        f"(weights fingerprint {_plain_text(circuit.model.get('fingerprint'))}), found by sparc3 "
+        f"A set of {circuit.unit}s of {_link_model(name, base)} (weights fingerprint "
+        f"{_plain_text(circuit.model.get('fingerprint'))}), found by sparc3 "
         f"{circuit.provenance.get('version', __version__)}. To take them out of that model and of no other, "
         "which the fingerprint sees to:",
         "",

@@ -91,8 +91,8 @@ def _load_source(source: Path) -> Circuit:
     circuit = Circuit.load(source)
     if source.is_dir() and not (source / "config.json").is_file():
         raise UserError(
-            f"{source} is not a checkpoint because it has no config.json; "
-            "give a folder that sparc3 ablate wrote, or the circuit's file alone"
+            f"{source} is not a checkpoint because it has no config.json; give a folder that sparc3 ablate "
+            "wrote, or the circuit's file alone"
         )
     return circuit
 

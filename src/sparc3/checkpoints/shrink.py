@@ -66,8 +66,8 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     """
     if circuit.strength != 1:
         raise UserError(
-            f"--shrink removes whole neurons, but this circuit has strength {circuit.strength:g}; "
-            "omit --shrink, or use strength 1"
+            f"--shrink removes whole neurons, but this circuit has strength {circuit.strength:g}; omit "
+            "--shrink, or use strength 1"
         )
     kind = model.config.model_type
     ups, downs = sites_of(model, ["mlp.up"]), {site.layer: site for site in sites_of(model, ["mlp.down"])}

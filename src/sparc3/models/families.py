@@ -84,29 +84,25 @@ class Family:
         return f"{self.experts}.{parameter}#E{part and '.'}{part}"
 
 
-def _roles(q: str, k: str, v: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
-    found = {
-        "attn.q": q,
-        "attn.k": k,
-        "attn.v": v,
-        "attn.o": o,
-        "mlp.gate": gate,
-        "mlp.up": up,
-        "mlp.down": down,
-    }
-    return {role: path for role, path in found.items() if path is not None}
+def _roles(attention: str, names: str, mlp: str, maps: str) -> dict[str, str]:
+    """Role → path of the maps q, k, v and o (or of one that holds the first three, and o) in the attention,
+    and of up, down and gate, where there is one, in the MLP."""
+    found = [f"{attention}.{name}" for name in names.split()]
+    if len(found) == 2:
+        found = [*(f"{found[0]}#{part}" for part in "qkv"), found[1]]
+    found += [f"{mlp}.{name}".lstrip(".") for name in maps.split()]
+    return dict(
+        zip(("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "mlp.gate"), found, strict=False)
+    )
 
 
-def _fused_projections(qkv: str, o: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
-    return _roles(f"{qkv}#q", f"{qkv}#k", f"{qkv}#v", o, up, down, gate)
-
-
-_SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_SEPARATE, _FUSED_MLP = "q_proj k_proj v_proj o_proj", "gate_up_proj#up down_proj gate_up_proj#gate"
+_BY_HEAD = "query_key_value dense"
 
 _LLAMA = Family(
     "Llama",
     "model.layers",
-    _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"),
+    _roles("self_attn", _SEPARATE, "mlp", "up_proj down_proj gate_proj"),
     "mlp.act_fn",
     gated="mlp",
 )
@@ -114,12 +110,10 @@ _GEMMA = replace(
     _LLAMA, gain_from_one=True, refused={"use_bidirectional_attention": "attention that looks ahead"}
 )
 _EXPERTS = replace(_LLAMA, experts="mlp.experts")
-_GLM = Family(
-    "Glm",
-    "model.layers",
-    _roles(*_SEPARATE, "self_attn.o_proj", "mlp.gate_up_proj#up", "mlp.down_proj", "mlp.gate_up_proj#gate"),
-    "mlp.activation_fn",
-    gated="mlp",
+_GLM = replace(
+    _LLAMA,
+    roles=_roles("self_attn", _SEPARATE, "mlp", _FUSED_MLP),
+    activation="mlp.activation_fn",
     fused={"mlp.gate_up_proj": "gate, up"},
 )
 
@@ -163,18 +157,10 @@ FAMILIES: dict[str, Family] = {
         models="OLMoE",
     ),
     "flex_olmo": replace(_EXPERTS, classes="FlexOlmo", models="FlexOlmo"),
-    "phi3": Family(
-        "Phi3",
-        "model.layers",
-        _fused_projections(
-            "self_attn.qkv_proj",
-            "self_attn.o_proj",
-            "mlp.gate_up_proj#up",
-            "mlp.down_proj",
-            "mlp.gate_up_proj#gate",
-        ),
-        "mlp.activation_fn",
-        gated="mlp",
+    "phi3": replace(
+        _GLM,
+        classes="Phi3",
+        roles=_roles("self_attn", "qkv_proj o_proj", "mlp", _FUSED_MLP),
         fused={"self_attn.qkv_proj": "q, k, v", "mlp.gate_up_proj": "gate, up"},
         models="Phi-3, Phi-4",
     ),
@@ -183,28 +169,28 @@ FAMILIES: dict[str, Family] = {
     "arcee": Family(
         "Arcee",
         "model.layers",
-        _roles(*_SEPARATE, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+        _roles("self_attn", _SEPARATE, "mlp", "up_proj down_proj"),
         "mlp.act_fn",
         models="AFM",
     ),
     "phi": Family(
         "Phi",
         "model.layers",
-        _roles(*_SEPARATE, "self_attn.dense", "mlp.fc1", "mlp.fc2"),
+        _roles("self_attn", "q_proj k_proj v_proj dense", "mlp", "fc1 fc2"),
         "mlp.activation_fn",
         models="Phi-1, 1.5, 2",
     ),
     "starcoder2": Family(
         "Starcoder2",
         "model.layers",
-        _roles(*_SEPARATE, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"),
+        _roles("self_attn", _SEPARATE, "mlp", "c_fc c_proj"),
         "mlp.act",
         models="StarCoder2",
     ),
     "opt": Family(
         "OPT",
         "model.decoder.layers",
-        _roles(*_SEPARATE, "self_attn.out_proj", "fc1", "fc2"),
+        _roles("self_attn", "q_proj k_proj v_proj out_proj", "", "fc1 fc2"),
         "activation_fn",
         positions="model.decoder.embed_positions",
         models="OPT (350m too)",
@@ -212,7 +198,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2",
         "transformer.h",
-        _fused_projections("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        _roles("attn", "c_attn c_proj", "mlp", "c_fc c_proj"),
         "mlp.act",
         fused={"attn.c_attn": "q, k, v"},
         attention="attn",
@@ -226,9 +212,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         "GPTNeoX",
         "gpt_neox.layers",
-        _fused_projections(
-            "attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
-        ),
+        _roles("attention", _BY_HEAD, "mlp", "dense_h_to_4h dense_4h_to_h"),
         "mlp.act",
         fused={"attention.query_key_value": "q, k, v by head"},
         attention="attention",
@@ -237,16 +221,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neo": Family(
         "GPTNeo",
         "transformer.h",
-        _roles(
-            *(
-                "attn.attention.q_proj",
-                "attn.attention.k_proj",
-                "attn.attention.v_proj",
-                "attn.attention.out_proj",
-            ),
-            "mlp.c_fc",
-            "mlp.c_proj",
-        ),
+        _roles("attn.attention", "q_proj k_proj v_proj out_proj", "mlp", "c_fc c_proj"),
         "mlp.act",
         attention="attn.attention",
         mixes="_attn",
@@ -256,7 +231,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family(
         "GPTJ",
         "transformer.h",
-        _roles("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"),
+        _roles("attn", "q_proj k_proj v_proj out_proj", "mlp", "fc_in fc_out"),
         "mlp.act",
         attention="attn",
         mixes="_attn",
@@ -265,9 +240,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(
         "Falcon",
         "transformer.h",
-        _fused_projections(
-            "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
-        ),
+        _roles("self_attention", _BY_HEAD, "mlp", "dense_h_to_4h dense_4h_to_h"),
         "mlp.act",
         fused={"self_attention.query_key_value": "q, k, v by head"},
         attention="self_attention",
@@ -278,9 +251,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(
         "Bloom",
         "transformer.h",
-        _fused_projections(
-            "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
-        ),
+        _roles("self_attention", _BY_HEAD, "mlp", "dense_h_to_4h dense_4h_to_h"),
         "mlp.gelu_impl",
         fused={"self_attention.query_key_value": "q, k, v by head"},
         attention="self_attention",

@@ -3,6 +3,8 @@
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -70,45 +72,32 @@ def fetch(place: Place, paths: tuple[str, ...]) -> Path:
         UserError: no such repository, revision or file, no access to it, or neither the hub nor a copy within
             reach.
     """
-    away = not reachable()
-    wanted = (place.path,) if place.path else paths
-    for path in wanted:
-        found = _download(place, path, away)
-        if found:
-            return found
-    if away:
-        raise UserError(f"cannot reach the hub for '{place.repo}', and there is no local copy; {_BY_HAND}")
-    raise UserError(
-        f"{place.repo} on the hub has no {' or '.join(wanted)}; name the file: {PREFIX}{place.repo}/PATH"
-    )
-
-
-_BY_HAND = "download the file elsewhere and give its path"
-
-
-def _download(place: Place, path: str, away: bool) -> Path | None:
-    """The file's local copy; None if the repository (offline: the cache) does not have it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
-    with hub_errors(place.repo, "repository or file", _BY_HAND):
-        try:
-            return Path(
-                hf_hub_download(
-                    place.repo, path, repo_type=place.type, revision=place.revision, local_files_only=away
+    away, by_hand = not reachable(), "download the file elsewhere and give its path"
+    wanted = (place.path,) if place.path else paths
+    for path in wanted:
+        with hub_errors(place.repo, "repository or file", by_hand):
+            try:
+                return Path(
+                    hf_hub_download(
+                        place.repo, path, repo_type=place.type, revision=place.revision, local_files_only=away
+                    )
                 )
-            )
-        except RevisionNotFoundError:
-            raise UserError(
-                f"{place.repo} has no revision '{place.revision}' on the hub; give a branch, a tag or a "
-                "commit"
-            ) from None
-        except LocalEntryNotFoundError:
-            if not away:
-                raise
-        except EntryNotFoundError:
-            pass
-    return None
+            except RevisionNotFoundError:
+                raise UserError(
+                    f"{place.repo} has no revision '{place.revision}' on the hub; give a branch, a tag or a "
+                    "commit"
+                ) from None
+            except (EntryNotFoundError, LocalEntryNotFoundError) as error:
+                if isinstance(error, LocalEntryNotFoundError) and not away:
+                    raise
+    if away:
+        raise UserError(f"cannot reach the hub for '{place.repo}', and there is no local copy; {by_hand}")
+    raise UserError(
+        f"{place.repo} on the hub has no {' or '.join(wanted)}; name the file: {PREFIX}{place.repo}/PATH"
+    )
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | None:
@@ -151,110 +140,91 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def require_hub(name: str, remedy: str = "download it elsewhere and give the folder's path") -> None:
-    """Fail at once, naming the remedy, where the hub's host has no address, instead of after half a minute of
+ELSEWHERE = "download it elsewhere and give the folder's path"
+
+
+def require_hub(name: str, remedy: str = ELSEWHERE) -> None:
+    """Fail at once, naming the remedy, where the hub's host has no address, not after half a minute of
     retries."""
     from huggingface_hub import constants
 
-    host = urlparse(constants.ENDPOINT).hostname or ""
+    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError
-        if not any(
-            os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-        ):
-            socket.getaddrinfo(host, 443)
+        if not any(os.environ.get(proxy) for proxy in proxies):
+            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname or "", 443)
     except OSError:
         raise UserError(f"cannot reach the hub for '{name}'; {remedy}") from None
 
 
-class hub_errors:  # noqa: N801  a context manager, used like a function
-    """Turns what the hub's client raises into one line that says what to do."""
-
-    def __init__(
-        self, name: str, kind: str = "model", remedy: str = "download it elsewhere and give the folder's path"
-    ) -> None:
-        self.name, self.kind, self.remedy = name, kind, remedy
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, UserError):
-            return
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            LocalTokenNotFoundError,
-            RepositoryNotFoundError,
-            StrictDataclassError,
-        )
-        from huggingface_hub.errors import HTTPError as HTTPError  # type: ignore[attr-defined]
-
-        chain = _chain(error)
-        name = self.name
-        refused = [
-            e.response.status_code
-            for e in chain
-            if isinstance(e, HfHubHTTPError) and getattr(e, "response", None) is not None
-        ]
-        missing = any(
-            isinstance(e, RepositoryNotFoundError) and not isinstance(e, GatedRepoError) for e in chain
-        )
-        if not missing and any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in chain):
-            raise UserError(
-                f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN "
-                "to a token that may read it"
-            ) from None
-        if missing:
-            raise UserError(
-                f"the hub has no {self.kind} '{name}', or you have no access to it; check the name, or log "
-                "in with `hf auth login`"
-            ) from None
-        if {401, 403} & set(refused) or any(isinstance(e, LocalTokenNotFoundError) for e in chain):
-            raise UserError(
-                f"you have no access to '{name}' on the hub; log in with `hf auth login`, or set HF_TOKEN to "
-                "a token that has it"
-            ) from None
-        if refused and refused[0] < 500:
-            raise UserError(
-                f"the hub refused the request for '{name}' (it answers {refused[0]}): "
-                f"{str(error).strip().splitlines()[-1]}"
-            ) from None
-        if any(isinstance(e, (LocalEntryNotFoundError, HTTPError)) for e in chain):
-            raise UserError(f"cannot reach the hub for '{name}'; {self.remedy}") from None
-        if any("cannot be loaded with `safetensors`" in str(e) for e in chain):
-            raise UserError(
-                f"'{name}' only has pickle weights, which sparc3 does not read; {CONVERT}"
-            ) from None
-        if any("trust_remote_code" in str(e) for e in chain):
-            raise UnsupportedModel(
-                f"'{name}' needs Python code from its own repository, which sparc3 does not run"
-            ) from None
-        if isinstance(error, ImportError):  # of a quantised model; transformers names what to install
-            raise UserError(
-                f"'{name}' needs a package that is not installed: {' '.join(str(error).split())}"
-            ) from None
-        # A damaged file can raise anything, and a panic of the tokenizers' Rust is not even an Exception.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-            first = (str(told).strip().splitlines() or [""])[0]
-            what = (
-                first
-                if first and isinstance(error, (OSError, ValueError))
-                else f"{type(error).__name__} {first}"
-            )
-            raise UserError(
-                f"cannot load '{name}': {what.strip()}; if its files are damaged, download it again"
-            ) from None
+@contextmanager
+def hub_errors(name: str, kind: str = "model", remedy: str = ELSEWHERE) -> Iterator[None]:
+    """Turns what the hub's client and transformers raise inside into one line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if told := _explain(error, name, kind, remedy):
+            raise told from None
+        raise
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what it came from."""
+def _explain(error: BaseException, name: str, kind: str, remedy: str) -> UserError | None:
+    from huggingface_hub import errors
+
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    return chain
+    said = "\n".join(map(str, chain))
+
+    def met(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    answers = [
+        e.response.status_code
+        for e in chain
+        if isinstance(e, errors.HfHubHTTPError) and getattr(e, "response", None) is not None
+    ]
+    gated = [
+        isinstance(e, errors.GatedRepoError) for e in chain if isinstance(e, errors.RepositoryNotFoundError)
+    ]
+    if not all(gated):
+        return UserError(
+            f"the hub has no {kind} '{name}', or you have no access to it; check the name, or log in with "
+            "`hf auth login`"
+        )
+    if gated or "gated repo" in said:
+        return UserError(
+            f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN to a "
+            "token that may read it"
+        )
+    if {401, 403} & set(answers) or met(errors.LocalTokenNotFoundError):
+        return UserError(
+            f"you have no access to '{name}' on the hub; log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that has it"
+        )
+    first = (str(error).strip().splitlines() or [""])[0]
+    if answers and answers[0] < 500:
+        last = (str(error).strip().splitlines() or [""])[-1]
+        return UserError(f"the hub refused the request for '{name}' (it answers {answers[0]}): {last}")
+    if met(errors.LocalEntryNotFoundError, errors.HTTPError):  # type: ignore[attr-defined]
+        return UserError(f"cannot reach the hub for '{name}'; {remedy}")
+    if "cannot be loaded with `safetensors`" in said:
+        return UserError(f"'{name}' only has pickle weights, which sparc3 does not read; {CONVERT}")
+    if "trust_remote_code" in said:
+        return UnsupportedModel(
+            f"'{name}' needs Python code from its own repository, which sparc3 does not run"
+        )
+    if isinstance(error, ImportError):  # of a quantised model; transformers names what to install
+        return UserError(f"'{name}' needs a package that is not installed: {' '.join(str(error).split())}")
+    # A damaged file can raise anything, and a panic of the tokenizers' Rust is not even an Exception.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        return None
+    if isinstance(error, errors.StrictDataclassError) and error.__cause__:
+        first = (str(error.__cause__).strip().splitlines() or [""])[0]
+    what = first if first and isinstance(error, OSError | ValueError) else f"{type(error).__name__} {first}"
+    return UserError(f"cannot load '{name}': {what.strip()}; if its files are damaged, download it again")

@@ -47,8 +47,8 @@ def load_model(
             than what the device has left; the message says what to do.
         UnsupportedModel: an architecture without a row in FAMILIES, found out before any weight is read.
 
-    A folder without a tokenizer is a UserError too; `sparc3.models.load_weights` loads its model alone, which
-    token ids will do for.
+    A folder without a tokenizer is a UserError too; `sparc3.models.load.load_weights` loads its model alone,
+    which token ids will do for.
     """
     model = load_weights(name_or_path, dtype=dtype, device=device)
     tokenizer = load_tokenizer(name_or_path)
@@ -89,14 +89,14 @@ def load_weights(
                 **spread,
             )
     require_present(model)
-    if away := offloaded_layers(layers := list(layers_of(model))):
+    layers = list(layers_of(model))
+    if away := offloaded_layers(layers):
         log.info(
-            "%d of %d layers stay on the CPU and are copied to the GPU for each use, which is slower",
-            away,
-            len(layers),
+            f"{away} of {len(layers)} layers stay on the CPU and are copied to the GPU for each use, which "
+            "is slower"
         )
     elif (
-        mapped and target.type == "cuda" and all(weight.device.type == "cpu" for weight in model.parameters())
+        mapped and target.type == "cuda" and {weight.device.type for weight in model.parameters()} == {"cpu"}
     ):
         log.warning("no layer fits on a GPU, so everything is computed on the CPU")
     layers_at = family_of(model).layers
@@ -129,21 +129,19 @@ def build_model(config: Any, **options: Any) -> "PreTrainedModel":
 
 
 def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torch.device) -> None:
-    """Raise UserError, before a weight is read, where the weights alone are larger than what the device has
-    left."""
+    """Raise UserError where the weights alone are larger than what the device has left."""
     free = available(device)
     if free is None or getattr(config, "quantization_config", None):
         return
-    kept = _stored_dtype(config, dtype)
-    if (needed := _needed_bytes(config, kept)) > free:
-        kind = str(kept).removeprefix("torch.")
-        more = "a device with more" + (
+    needed, kept = _size(config, dtype)
+    if needed > free:
+        map_too = (
             ", or device map, which leaves on the CPU what does not fit" if device.type == "cuda" else ""
         )
         raise UserError(
-            f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {kind}, and {device} has "
-            f"{free / 2**30:.3g} GiB left; "
-            f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use {more}"
+            f"the weights of '{name}' take {needed / 2**30:.3g} GiB in {str(kept).removeprefix('torch.')}, "
+            f"and {device} has {free / 2**30:.3g} GiB left; "
+            f"{'load them in bfloat16, or ' if kept.itemsize > 2 else ''}use a device with more{map_too}"
         )
 
 
@@ -157,24 +155,16 @@ def _spread(name: str, config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
     free = get_max_memory()
     if (left := available(torch.device("cpu"))) is not None:  # which knows of control groups
         free["cpu"] = min(free["cpu"], left)
-    return {
-        "device_map": "auto",
-        "max_memory": gpu_room(free, _needed_bytes(config, _stored_dtype(config, dtype)), name),
-    }
+    return {"device_map": "auto", "max_memory": gpu_room(free, _size(config, dtype)[0], name)}
 
 
-def _stored_dtype(config: Any, dtype: torch.dtype | str) -> torch.dtype:
-    return (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
-
-
-def _needed_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of all weights."""
+def _size(config: Any, dtype: torch.dtype | str) -> tuple[int, torch.dtype]:
+    """Bytes of all weights, and the type they are then of."""
     from transformers import AutoModelForCausalLM
 
+    kept = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
     with torch.device("meta"):
-        return sum(
-            weight.nbytes for weight in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters()
-        )
+        return sum(w.nbytes for w in AutoModelForCausalLM.from_config(config, dtype=kept).parameters()), kept
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
@@ -187,28 +177,21 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
         return load_gguf_tokenizer(name, path)
     if (adapter := find_adapter(name)) and not _has_vocabulary(adapter.folder):
         return load_tokenizer(adapter.base)
+    no_tokenizer = UserError(
+        f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), or "
+        "give token ids as samples"
+    )
     if Path(name).is_dir() and not _has_vocabulary(Path(name)):
-        raise UserError(
-            f"'{name}' has no tokenizer; put its files beside the model (tokenizer.json), or give token ids "
-            "as samples"
-        )
+        raise no_tokenizer
     with hub_errors(name):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except ValueError as error:
-            if "backend tokenizer" not in str(error):
-                raise
-            tokenizer = None
-        ids = [] if tokenizer is None else tokenizer("a text", add_special_tokens=False)["input_ids"]
+            raise no_tokenizer if "backend tokenizer" in str(error) else error from None
+        ids = tokenizer("a text", add_special_tokens=False)["input_ids"]
         # transformers 5.0 makes one that knows a few marks and takes every word for the unknown one.
-        empty = not ids or (
-            tokenizer is not None and len(tokenizer) <= 16 and set(ids) == {tokenizer.unk_token_id}
-        )
-    if tokenizer is None or empty:
-        raise UserError(
-            f"'{name}' has no tokenizer, or an empty one; put its files beside the model (tokenizer.json), "
-            "or give token ids as samples"
-        )
+        if not ids or (len(tokenizer) <= 16 and set(ids) == {tokenizer.unk_token_id}):
+            raise no_tokenizer
     return tokenizer
 
 
@@ -260,8 +243,7 @@ TEXT_ALONE = {
 def load_config(name: str, remedy: str = _REMEDY) -> Any:
     """The configuration of a hub model, a local checkpoint, a GGUF, a config.json or "demo", with every way
     it can fail as one line. Of an adapter it is that of the base model, and of a model of text and images
-    that
-    of its text model, where that is of a family.
+    that of its text model, where that is of a family.
 
     Args:
         remedy: what to do where the hub cannot be reached.
@@ -305,43 +287,31 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
 
 
 def _device(device: str) -> torch.device:
-    if device == MAP:
-        _require_mappable()
-    if device in ("auto", MAP):
-        from ..distributed import local_rank
-
-        return (
-            torch.device("cuda", local_rank() % torch.cuda.device_count())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise unknown("device", device, ("auto", "cpu", "cuda", MAP)) from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device is 'cuda', but PyTorch finds no CUDA GPU; use device auto or cpu, or install a CUDA build"
-        )
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device is '{device}', but there are {torch.cuda.device_count()} GPUs; the first is cuda:0"
-        )
-    return target
-
-
-def _require_mappable() -> None:
     from importlib.util import find_spec
 
-    from ..distributed import world
+    from ..distributed import local_rank, world
 
-    if find_spec("accelerate") is None:
+    if device == MAP and find_spec("accelerate") is None:
         raise UserError("device map needs accelerate; pip install accelerate")
-    if world() > 1:
+    if device == MAP and world() > 1:
         raise UserError(
             "device map spreads one model over all GPUs, and each of several processes would; use one "
             "process, or device auto"
         )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device in ("auto", MAP):
+        return torch.device("cuda", local_rank() % gpus) if gpus else torch.device("cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise unknown("device", device, ("auto", "cpu", "cuda", MAP)) from None
+    if target.type == "cuda" and not gpus:
+        raise UserError(
+            "device is 'cuda', but PyTorch finds no CUDA GPU; use device auto or cpu, or install a CUDA build"
+        )
+    if target.type == "cuda" and (target.index or 0) >= gpus:
+        raise UserError(f"device is '{device}', but there are {gpus} GPUs; the first is cuda:0")
+    return target
 
 
 MAP = "map"
@@ -368,17 +338,13 @@ def rope_switches(model: "PreTrainedModel") -> tuple[int, ...]:
     """The lengths beyond which the model turns its positions otherwise, in tokens (LongRoPE, as in Phi-3).
 
     It looks at the longest row of a batch, so rows on either side of such a length do not belong in one
-    batch.
-    Dynamic NTK turns them otherwise beyond `context_length` only, which no row exceeds.
+    batch. Dynamic NTK turns them otherwise beyond `context_length` only, which no row exceeds.
     """
     rope = getattr(model.config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    found = {
-        kind.get("original_max_position_embeddings")
-        or getattr(model.config, "original_max_position_embeddings", None)
-        for kind in kinds
-        if kind.get("rope_type") == "longrope"
-    }
+    key = "original_max_position_embeddings"
+    long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    found = {kind.get(key) or getattr(model.config, key, None) for kind in long}
     return tuple(sorted(int(length) for length in found if length))
 
 
@@ -387,11 +353,8 @@ def vocabulary_size(model: "PreTrainedModel") -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-# Whether a checkpoint of others can be trusted to be what it says: no pickle, every weight there, each of its
-# shape, none NaN or Inf.
-#
-# Their files carry no checksums. What this cannot see, a changed weight that is still a number, gives the
-# model another fingerprint.
+# Checkpoints carry no checksums, so what can be seen of one is: no pickle, every weight there, each of its
+# shape, none NaN or Inf. A changed weight that is still a number gives the model another fingerprint.
 
 
 def require_safe(name: str) -> None:
@@ -438,20 +401,16 @@ def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], la
             f"'{name}' has weights of more than the {len(blocks)} layers that config.json says "
             f"({min(beyond)}); {remedy}"
         )
-    for key, weight in (
-        (key, part) for key, whole in named_values(model) for part in plain_parts(whole.detach())
-    ):
-        if (
-            weight.is_floating_point()
-            and weight.numel()
-            and not all(bound.isfinite() for bound in weight.detach().aminmax())
-        ):
-            small = (
-                ""
-                if weight.dtype == torch.float32
-                else f", or load it in float32: {weight.dtype} may be too small for it"
-            )
-            raise UserError(f"'{name}': {key} contains a NaN or Inf; {remedy}{small}")
+    for key, whole in named_values(model):
+        for weight in plain_parts(whole.detach()):
+            if not weight.is_floating_point() or not weight.numel():
+                continue
+            if not all(bound.isfinite() for bound in weight.aminmax()):
+                wider = f", or load it in float32: {weight.dtype} may be too small for it"
+                raise UserError(
+                    f"'{name}': {key} contains a NaN or Inf; "
+                    f"{remedy}{'' if weight.dtype == torch.float32 else wider}"
+                )
 
 
 def _layer_of(key: str, layers: str) -> int:
