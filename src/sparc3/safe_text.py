@@ -26,20 +26,15 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` as one line of a console, a log or a message: visible, without secrets, and no longer than a
-    reader can bear."""
+    """`text` as one line of a console, a log or a message: visible, without secrets, of a bearable length."""
     line = visible(without_secrets(" ".join(text.split())))
     return line if len(line) <= LONGEST else f"{line[: LONGEST * 3 // 4]} … {line[-LONGEST // 5 :]}"
 
 
 def without_secrets(text: str) -> str:
     """`text` without the hub's token, or a password in a URL, wherever they come from."""
-    for token in _tokens(
-        *(
-            os.environ.get(name, "")
-            for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME")
-        )
-    ):
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME")
+    for token in _tokens(*(os.environ.get(name, "") for name in names)):
         text = text.replace(token, "(secret)")
     return _SECRET.sub("(secret)", text)
 
@@ -47,12 +42,9 @@ def without_secrets(text: str) -> str:
 @lru_cache(maxsize=8)
 def _tokens(one: str, other: str, path: str, home: str) -> tuple[str, ...]:
     """The tokens that the hub's client would use: of the environment and of its file."""
+    file = Path(path or Path(home or "~/.cache/huggingface") / "token")
     try:
-        kept = (
-            Path(path or Path(home or "~/.cache/huggingface") / "token")
-            .expanduser()
-            .read_text(encoding="utf-8")[:1000]
-        )
+        kept = file.expanduser().read_text(encoding="utf-8")[:1000]
     except (OSError, UnicodeDecodeError, RuntimeError):
         kept = ""
     return tuple(token for token in (one.strip(), other.strip(), kept.strip()) if len(token) >= 8)
@@ -107,9 +99,8 @@ def _who() -> frozenset[str]:
         user = getpass.getuser()
     except (OSError, KeyError):
         user = ""
-    return frozenset(
-        name for name in (user, socket.gethostname(), socket.gethostname().partition(".")[0]) if name
-    )
+    host = socket.gethostname()
+    return frozenset(name for name in (user, host, host.partition(".")[0]) if name)
 
 
 def _written_out(match: re.Match[str]) -> str:

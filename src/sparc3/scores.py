@@ -74,10 +74,8 @@ class Scores(Mapping[str, "Tensor"]):
         )
         if not isinstance(names, list) or set(map(str, names)) != set(tensors) or len(names) != len(tensors):
             raise DamagedFile(f"{path}: its list of sites does not match its tensors; make it again")
-        shaped = all(
-            tensor.is_floating_point() and tensor.dim() == (2 if unit == "weight" else 1)
-            for tensor in tensors.values()
-        )
+        dim = 2 if unit == "weight" else 1
+        shaped = all(tensor.is_floating_point() and tensor.dim() == dim for tensor in tensors.values())
         if unit not in UNITS or not shaped or not is_model(model):
             raise DamagedFile(f"{path}: unit, model and tensors do not follow {FORMAT}; make it again")
         return cls({name: tensors[name] for name in names}, header)

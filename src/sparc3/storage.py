@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .errors import DamagedFile, NonFinite, Sparc3Error, UserError
 from .safe_text import shareable
@@ -34,7 +34,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with _beside(path) as temporary, _raise_user_errors(path, "the earlier file, if any, is untouched"):
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        _open_to_others(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -54,20 +54,24 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _beside(path) as temporary, _raise_user_errors(path, "nothing of it was left behind"):
         temporary.mkdir()
         yield temporary
-        for inside in temporary.rglob("*"):  # safetensors writes files that only their owner may read
-            inside.chmod((0o777 if inside.is_dir() else 0o666) & ~_umask())
+        for inside in temporary.rglob("*"):
+            _open_to_others(inside)
         if path.exists():
             path.rmdir()
         temporary.rename(path)
 
 
+def _open_to_others(path: Path) -> None:
+    """The rights that a new file or folder has; safetensors writes files that only their owner may read."""
+    os.umask(mask := os.umask(0))
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of its own beside `path`: safetensors too writes under names of its
-    own making.
-
-    The folder is gone in the end. Of a process that was killed it stays until the next one, but not its lock.
-    """
+    """A path of the same name in a folder of its own beside `path`, for safetensors too writes under names
+    of its own making. The folder is gone in the end; that of a process that was killed, when the next one
+    comes."""
     if "\0" in str(path):
         raise UserError(f"{path} contains a NUL byte, which file names cannot; choose another name")
     with _raise_user_errors(path, "choose a folder that can be written"):
@@ -88,10 +92,7 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path, names: str | None = None) -> None:
     """Remove what killed processes left of writing files with such names (a glob pattern), or any in the
-    folder and below it.
-
-    What is being written stays.
-    """
+    folder and below it. What is being written stays."""
     for left in list(folder.glob(f".{names}.????????.tmp") if names else folder.rglob(".*.????????.tmp")):
         with suppress(OSError):
             if not any(left.iterdir()):
@@ -140,11 +141,7 @@ def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None
 @contextmanager
 def claim_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a file that is to be written against other processes, by a lock beside it that goes with the
-    process.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    process. Raises UserError where another holds it."""
     beside = Path(f"{path}.lock")
     with open(beside, "w") as lock:
         try:
@@ -161,12 +158,6 @@ def claim_file(path: str | os.PathLike[str]) -> Iterator[None]:
             yield
         finally:
             beside.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -199,9 +190,8 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedFile(f"{path} is an incomplete gzip file ({error}); download it again") from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path"
-        ) from None
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {said}; check the path") from None
     if len(raw) > largest:
         raise UserError(f"{path} is longer than {largest:,} bytes; give a smaller file")
     try:
@@ -209,9 +199,7 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     except UnicodeDecodeError:
         raise DamagedFile(f"{path} is not UTF-8 text; convert it, or make it again") from None
     if "\0" in text:
-        raise DamagedFile(
-            f"{path} contains NUL bytes, so it is not a text file; convert it, or make it again"
-        )
+        raise DamagedFile(f"{path} contains NUL bytes, so it is no text file; convert it, or make it again")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -223,10 +211,8 @@ def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     try:
         text = json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise NonFinite(
-            f"cannot write {path}: a figure in it is not finite ({error}); load the model in bfloat16 or "
-            "float32"
-        ) from None
+        remedy = "load the model in bfloat16 or float32"
+        raise NonFinite(f"cannot write {path}: a figure in it is not finite ({error}); {remedy}") from None
     write_text(path, text + "\n")
 
 
@@ -253,39 +239,34 @@ def read_json(path: str | os.PathLike[str], format: str, by_hand: Collection[str
         )
     checksum = content.pop("sha256", None)
     if checksum is None and (not by_hand or (odd := sorted(content.keys() - by_hand))):
-        raise DamagedFile(
-            f"{path} has {f'an unknown key {odd[0]!r} and ' if by_hand else ''}no checksum; make it again"
-        )
+        unknown = f"an unknown key {odd[0]!r} and " if by_hand else ""
+        raise DamagedFile(f"{path} has {unknown}no checksum; make it again")
     if checksum is not None and checksum != fingerprint(content):
-        raise DamagedFile(
-            f"{path} was changed after it was written: its checksum does not fit; make it again"
-        )
+        raise _changed(path)
     return dict(content)
+
+
+def _changed(path: str | os.PathLike[str]) -> DamagedFile:
+    return DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
 
 
 def parse_json(text: str) -> Any:
     """JSON as its standard has it: no key twice, no NaN, no number without end. Raises ValueError or
     RecursionError."""
-    return json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite)
 
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} appears twice")
+        return found
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} appears twice")
-    return found
+    def finite(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:20]} is not a finite number")
+        return value
 
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits[:20]} is too large")
-    return value
+    return json.loads(text, object_pairs_hook=each_once, parse_constant=finite, parse_float=finite)
 
 
 def canonical(value: Any) -> str:
@@ -333,14 +314,12 @@ def load_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, "
     if header.get("format") != format:
         raise UserError(f"{path} is a safetensors file, but not a {format} file; name one, or make it again")
     with _opened(path) as opened:
-        # Copies: the library maps the file, so that who overwrites it in place would change numbers already
+        # Copies: the library maps the file, and who overwrites it in place would change numbers already
         # checked.
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     checksum = header.pop("sha256", None)
     if checksum != _checksum(header, tensors):
-        raise DamagedFile(
-            f"{path} was changed after it was written: its checksum does not fit; make it again"
-        )
+        raise _changed(path)
     del header["format"]
     return tensors, header
 
@@ -355,29 +334,17 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {key: _parse_header(value) for key, value in (opened.metadata() or {}).items()}
 
 
-class _opened:  # noqa: N801  a context manager, used like a function
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """safe_open, with whatever it and its tensors raise as one line."""
+    from safetensors import safe_open
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        from safetensors import safe_open
-
-        try:
-            self.file: Any = safe_open(self.path, "pt")
-            return self.file.__enter__()  # type: ignore[no-untyped-call]
-        except Exception as error:  # the library raises its own errors, Python's and torch's
-            raise self._describe_damage(error) from None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.file.__exit__(kind, error, trace)
-        if isinstance(error, Exception):
-            raise self._describe_damage(error) from None
-
-    def _describe_damage(self, error: Exception) -> DamagedFile:
+    try:
+        with safe_open(path, "pt") as opened:
+            yield opened
+    except Exception as error:  # the library raises its own errors, Python's and torch's
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        return DamagedFile(f"{self.path} is not a readable safetensors file ({first}); make it again")
+        raise DamagedFile(f"{path} is not a readable safetensors file ({first}); make it again") from None
 
 
 def _serialize(value: Any) -> str:

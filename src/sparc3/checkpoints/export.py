@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,29 +34,12 @@ if TYPE_CHECKING:
 
 
 ALONE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BESIDE = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "*.py",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+BESIDE = "*.json *.jinja *.model *.txt *.tiktoken *.py LICEN[CS]E* NOTICE* USE_POLICY*".split()
 """What a checkpoint has beside its weights and its card; copied as it is."""
 TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-)
+    "tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json chat_template* *.jinja *.model "
+    "*.tiktoken"
+).split()
 """Those of them that belong to the tokenizer; left out where the model is exported without one."""
 OURS = (*NAMES, "results.json")
 NOT_OF_IT = ("adapter_config.json",)  # merged into the weights, where there is one
@@ -105,30 +87,22 @@ def export(
     with whole_folder(out) as temporary:
         source = source_folder(model)
         stored = stored_names(source, model) if source else None
+        copied = source and tokenizer is not None and tokenizer.name_or_path == model.name_or_path
         if not (source and stored):
             _write_from_memory(model, circuit, temporary, source, smaller)
-        if source and (stored or _same_source(model, tokenizer)):
+        if source and (stored or copied):
             copy_beside(source, temporary, with_tokenizer=tokenizer is not None)
-        if source and stored:
-            write = (
-                partial(_shrink_shards, smaller=smaller)
-                if smaller
-                else partial(_weaken_shards, removed=removed, strength=circuit.strength)
-            )
-            write(source, temporary, stored)
-        if tokenizer is not None and not (source and _same_source(model, tokenizer)):
+        if source and stored and smaller:
+            _shrink_shards(source, temporary, stored, smaller)
+        elif source and stored:
+            _weaken_shards(source, temporary, stored, removed, circuit.strength)
+        if tokenizer is not None and not copied:
             tokenizer.save_pretrained(temporary)
         circuit.save(temporary / f"circuit{circuit.suffix}")
         name = model.name_or_path or "."
         base = repository_of(name) or (None if looks_local(name) else name)
-        card = model_card(
-            circuit,
-            results,
-            source=describe(model),
-            base=base,
-            matter=front_matter(source),
-            shrunk=str(smaller or ""),
-        )
+        about, matter = describe(model), front_matter(source)
+        card = model_card(circuit, results, source=about, base=base, matter=matter, shrunk=str(smaller or ""))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if smaller:
             _require_same_logits(model, circuit, temporary)
@@ -157,12 +131,9 @@ def _shrink_shards(source: Path, out: Path, stored: Stored, smaller: Shrinking) 
     smaller.configure_(out / "config.json")
     if ALONE not in stored:
         index = json.loads((source / INDEX).read_text(encoding="utf-8"))
-        counted = {
-            key: value
-            for key, value in {"total_parameters": count, "total_size": size}.items()
-            if key in index.get("metadata", {})
-        }
-        index["metadata"] = {**index.get("metadata", {}), **counted}
+        about = index.setdefault("metadata", {})
+        counted = {"total_parameters": count, "total_size": size}
+        about.update({key: counted[key] for key in counted if key in about})
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -189,11 +160,8 @@ def _write_from_memory(
 def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Path) -> None:
     """Raise Sparc3Error unless the folder's model has the logits of this one without the circuit, but for the
     rounding of its dtype."""
-    loaded = load_weights(
-        folder,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=MAP if is_offloaded(model) else str(model.device),
-    )
+    device = MAP if is_offloaded(model) else str(model.device)
+    loaded = load_weights(folder, dtype=str(model.dtype).removeprefix("torch."), device=device)
     with ablated(model, circuit):
         difference = furthest(model, loaded)
     if not difference <= (limit := ROUNDINGS * torch.finfo(model.dtype).eps):
@@ -204,25 +172,18 @@ def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Pat
 
 
 def source_folder(model: "PreTrainedModel") -> Path | None:
-    """The folder that the model was loaded from: its own, or that of the hub's cache. None where there is
-    none."""
+    """The folder that the model was loaded from: its own, or that of the hub's cache."""
     name = str(model.name_or_path or "")
-    if not name or Path(name).is_dir():
-        return Path(name) if name else None
-    return (
-        None
-        if looks_local(name) or repository_of(name)
-        else snapshot(name, getattr(model.config, "_commit_hash", None), [*BESIDE, "README.md"])
-    )
-
-
-def _same_source(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> bool:
-    return tokenizer is not None and bool(tokenizer.name_or_path == model.name_or_path)
+    if name and Path(name).is_dir():
+        return Path(name)
+    if not name or looks_local(name) or repository_of(name):
+        return None
+    return snapshot(name, getattr(model.config, "_commit_hash", None), [*BESIDE, "README.md"])
 
 
 def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
-    """What the folder's safetensors files hold of the model. None unless they hold exactly the model's
-    values, every parameter of them."""
+    """What the folder's files hold of the model; None unless that is exactly its values, every one of
+    them."""
     state, found = state_of(model), {}
     seen: set[int] = set()
     for file in _weight_files(folder):
@@ -251,16 +212,17 @@ def _weight_files(folder: Path) -> list[str]:
 def copy_beside(source: Path, out: Path, *, with_tokenizer: bool = True) -> None:
     """Copy what a checkpoint has beside its weights; a file that is there already stays."""
     for path in [*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")]:
-        name = path.relative_to(source)
-        wanted = (
-            path.is_file()
-            and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in BESIDE)
-            and path.name not in (*OURS, *NOT_OF_IT)
-            and (with_tokenizer or not any(fnmatch.fnmatchcase(path.name, name) for name in TOKENIZER_FILES))
-        )
-        if wanted and not path.name.endswith(".index.json") and not (out / name).exists():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, out / name)
+        there = out / path.relative_to(source)
+        unwanted = path.name in (*OURS, *NOT_OF_IT) or path.name.endswith(".index.json")
+        if not path.is_file() or unwanted or there.exists() or not _matches(path.name, BESIDE):
+            continue
+        if with_tokenizer or not _matches(path.name, TOKENIZER_FILES):
+            there.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, there)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) -> None:
@@ -282,13 +244,8 @@ def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) 
         header = json.loads(opened.read(length))
     for key, times in removed.items():
         begin, end = header[key]["data_offsets"]
-        elements = numpy.memmap(
-            path,
-            "uint8",
-            "r+",
-            offset=8 + length + begin,
-            shape=(times.numel(), (end - begin) // times.numel()),
-        )
+        shape = (times.numel(), (end - begin) // times.numel())
+        elements = numpy.memmap(path, "uint8", "r+", offset=8 + length + begin, shape=shape)
         flat = times.reshape(-1).cpu().numpy()
         if strength == 1:
             elements[flat > 0] = 0
@@ -321,18 +278,16 @@ def _keep_dtype(folder: Path, source: Path | None) -> None:
     name = theirs.get("dtype", theirs.get("torch_dtype"))
     if name not in DTYPES or name == config.get("dtype"):
         return
+
+    def narrow(tensor: Tensor) -> Tensor:
+        return tensor.to(DTYPES[name]) if tensor.is_floating_point() else tensor
+
     for commit in (False, True):
         for file in _weight_files(folder):
             metadata, tensors = _read(folder / file)
-            narrow = {
-                key: tensor.to(DTYPES[name]) if tensor.is_floating_point() else tensor
-                for key, tensor in tensors.items()
-            }
             if commit:
-                save_file(narrow, folder / file, metadata)
-            elif not all(
-                torch.equal(narrow[key].to(tensor.dtype), tensor) for key, tensor in tensors.items()
-            ):
+                save_file({key: narrow(tensor) for key, tensor in tensors.items()}, folder / file, metadata)
+            elif not all(torch.equal(narrow(t).to(t.dtype), t) for t in tensors.values()):
                 return
     (folder / "config.json").write_text(
         json.dumps({**config, "dtype": name}, indent=2) + "\n", encoding="utf-8"

@@ -12,26 +12,13 @@ from ..models.families import FAMILIES
 from .gguf_names import Location, locate, require_same_architecture, rows_of
 
 SCALES = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
+    **dict.fromkeys("Q4_0 Q5_0 Q8_0 IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ4_NL IQ4_XS".split(), (0,)),
+    **dict.fromkeys("Q4_1 Q5_1 Q4_K Q5_K".split(), (0, 2)),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
     "Q6_K": (208,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
-    "IQ2_XXS": (0,),
-    "IQ2_XS": (0,),
-    "IQ2_S": (0,),
-    "IQ3_XXS": (0,),
-    "IQ3_S": (0,),
-    "IQ1_S": (0,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
 }
 """Where in a block its 16-bit scales are, in bytes; every weight of the block is proportional to them.
 Other types have scales of their own."""
@@ -192,15 +179,9 @@ class _File:
                     f"{tensor.tensor_type.name}: heads have {width} columns, blocks {block}; use a file of "
                     "narrower blocks, or ablate the Hugging Face model"
                 )
-            begin = int(tensor.data_offset) + start // block * size
-            yield Change(
-                tensor.name,
-                tensor.tensor_type.name,
-                begin,
-                (stop - start) // block * size,
-                row,
-                int(tensor.n_bytes) // row,
-            )
+            begin, length = int(tensor.data_offset) + start // block * size, (stop - start) // block * size
+            kind, count_of_rows = tensor.tensor_type.name, int(tensor.n_bytes) // row
+            yield Change(tensor.name, kind, begin, length, row, count_of_rows)
 
 
 def _rows(tensor: Any, rows: Any, width: int) -> Iterator[Change]:
@@ -212,15 +193,8 @@ def _rows(tensor: Any, rows: Any, width: int) -> Iterator[Change]:
         raise UserError(f"{tensor.name} of {tensor.tensor_type.name} has no whole blocks in a row of {width}")
     length = width // block * size
     for first, last in _runs(rows):
-        count = last - first + 1
-        yield Change(
-            tensor.name,
-            tensor.tensor_type.name,
-            int(tensor.data_offset) + first * length,
-            count * length,
-            0,
-            1,
-        )
+        begin, whole = int(tensor.data_offset) + first * length, (last - first + 1) * length
+        yield Change(tensor.name, tensor.tensor_type.name, begin, whole, 0, 1)
 
 
 def _runs(indices: Any) -> list[tuple[int, int]]:
@@ -282,10 +256,8 @@ def scale_blocks(before: Any, kind: Any, factor: float) -> Any:
         )
     after = before.reshape(-1, GGML_QUANT_SIZES[kind][1]).copy()
     for place in SCALES[kind.name]:
-        scale = after[:, place : place + 2].copy().view(numpy.float16)
-        after[:, place : place + 2] = (
-            (scale.astype(numpy.float64) * factor).astype(numpy.float16).view(numpy.uint8)
-        )
+        scale = after[:, place : place + 2].copy().view(numpy.float16).astype(numpy.float64)
+        after[:, place : place + 2] = (scale * factor).astype(numpy.float16).view(numpy.uint8)
     blocks = before.reshape(after.shape)
     wanted = dequantize(blocks, kind).astype(numpy.float64) * factor
     if not numpy.array_equal(dequantize(after, kind), wanted.astype(numpy.float32)):

@@ -26,18 +26,7 @@ ARCHITECTURES = {
     "gpt_neox": "gptneox",
 }
 """model_type of a family → general.architecture of its GGUF files, where they are not the same word."""
-AS_THEY_ARE = (
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "qwen2",
-    "qwen3",
-    "qwen2moe",
-    "qwen3moe",
-    "starcoder2",
-    "gpt2",
-    "phi3",
-)
+AS_THEY_ARE = "gemma gemma2 gemma3 qwen2 qwen3 qwen2moe qwen3moe starcoder2 gpt2 phi3".split()
 """Architectures whose files keep the rows of query and key in Hugging Face's order; llama's come in pairs
 for its rotary positions."""
 

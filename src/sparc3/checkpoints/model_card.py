@@ -31,11 +31,8 @@ def model_card(
         shrunk: how the shapes changed, as a sentence; empty where they did not.
     """
     what = f"{len(circuit):,} {circuit.unit}s"
-    done = (
-        f"{circuit.strength * 100:g} % of each of {what} taken away"
-        if circuit.strength != 1
-        else f"{what} set to zero"
-    )
+    share = f"{circuit.strength * 100:g} % of each of {what} taken away"
+    done = f"{what} set to zero" if circuit.strength == 1 else share
     lines = [
         *_front(base, matter, ["sparc3", "pruned"]),
         f"# {_plain_text(source['id'])}, without {what}{circuit.at_strength}",
@@ -82,17 +79,10 @@ def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Resu
 def _front(base: str | None, matter: dict[str, Any], tags: list[str], library: bool = True) -> list[str]:
     import yaml
 
-    content = {
-        **({"base_model": base} if base else {}),
-        **({"library_name": "transformers"} if library else {}),
-    }
-    content |= {key: matter[key] for key in KEPT if key in matter}
-    return [
-        "---",
-        yaml.safe_dump({**content, "tags": tags}, sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        "",
-    ]
+    content = {"base_model": base} if base else {}
+    content |= {"library_name": "transformers"} if library else {}
+    content |= {key: matter[key] for key in KEPT if key in matter} | {"tags": tags}
+    return ["---", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
 
 
 def _link_model(name: str, base: str | None) -> str:
@@ -110,7 +100,6 @@ def _describe_selection(circuit: Circuit) -> list[str]:
     selection = circuit.provenance.get("selection") or {}
     scores = {key: _plain_text(value) for key, value in (circuit.provenance.get("scores") or {}).items()}
     chosen = [f"{_plain_text(k)} {_plain_text(v)}" for k, v in selection.items() if v is not None]
-    chosen = [f"{_plain_text(k)} {_plain_text(v)}" for k, v in selection.items() if v is not None]
     return [
         "| | |",
         "|---|---|",
@@ -124,22 +113,17 @@ def _describe_selection(circuit: Circuit) -> list[str]:
 
 
 def _members(circuit: Circuit) -> list[str]:
-    rows = [
-        f"| `{_plain_text(site)}` | {_list_members(circuit, site)} |"
-        for site, count in circuit.counts.items()
-        if count
-    ]
-    return [f"| module | {circuit.unit}s |", "|---|---|", *rows, ""]
-
-
-def _list_members(circuit: Circuit, site: str) -> str:
-    """The site's members by index, or, of weights, how many they are."""
-    units, count = circuit.members[site], circuit.counts[site]
-    return (
-        f"{count:,} of {units.numel():,} ({count / units.numel():.1%})"
-        if circuit.unit == "weight"
-        else ", ".join(map(str, units))
-    )
+    """Each site's members by index, or, of weights, how many they are."""
+    rows = [f"| module | {circuit.unit}s |", "|---|---|"]
+    for site, count in circuit.counts.items():
+        units = circuit.members[site]
+        if circuit.unit == "weight":
+            listed = f"{count:,} of {units.numel():,} ({count / units.numel():.1%})"
+        else:
+            listed = ", ".join(map(str, units))
+        if count:
+            rows.append(f"| `{_plain_text(site)}` | {listed} |")
+    return [*rows, ""]
 
 
 def _list_results(results: Results | None) -> list[str]:
@@ -150,9 +134,7 @@ def _list_results(results: Results | None) -> list[str]:
         "| metric | original | ablated | change | 95 % interval of the change | p | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    before, after = (
-        {m.metric: m for m in results if m.variant == variant} for variant in ("original", "ablated")
-    )
+    before, after = ({m.metric: m for m in results if m.variant == v} for v in ("original", "ablated"))
     change = {d.metric: d for d in results.differences if (d.from_, d.to) == ("original", "ablated")}
     for metric in {**before, **after}:
         one, other, d = before.get(metric), after.get(metric), change.get(metric)

@@ -3,19 +3,12 @@
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..circuits.circuit import Circuit
 from ..errors import UserError
 from ..models.hub import hub_errors, require_hub
 from ..results import Results
 from .model_card import circuit_card
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-
-CARD = "README.md"
 
 
 def push(
@@ -27,7 +20,7 @@ def push(
     results: Results | None = None,
     message: str | None = None,
 ) -> str:
-    """Upload a circuit's file, or a folder that `export` wrote, to a model repository of the hub, as one
+    """Upload a circuit's file, or a folder that `export` wrote, to a model repository of the hub, in one
     commit.
 
     A missing repository is created, private by default. The token is that of `hf auth login`, or HF_TOKEN. A
@@ -36,10 +29,8 @@ def push(
 
     Args:
         repo: "USER/REPO".
-        public: make the repository public; also required for one that is public already, so that nothing is
-            published by accident.
-        base: hub id of the model that a circuit belongs to, for its card; ignored for a folder, whose card
-            names it.
+        public: make the repository public; required for one that is public already, lest an accident publish.
+        base: hub id of the model that a circuit belongs to, for its card; a folder has a card that names it.
         results: measurements for a circuit's card.
         message: the commit message.
 
@@ -50,7 +41,7 @@ def push(
         UserError: the path is neither a circuit's file nor such a folder, the token is missing or may not
             write there, or the hub cannot be reached.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     source = Path(path)
     circuit = _load_source(source)
@@ -58,11 +49,8 @@ def push(
         raise UserError(f"'{repo}' is not a repository name; write USER/REPO")
     require_hub(repo, "push from a machine that can reach it")
     if not get_token():
-        raise UserError(
-            "no hub token was found; run `hf auth login`, or set HF_TOKEN to a token that may write"
-        )
-    action = "removed" if source.is_dir() else "found"
-    message = message or f"{len(circuit):,} {circuit.unit}s {action} by sparc3"
+        raise UserError("no hub token was found; run `hf auth login`, or set HF_TOKEN to one that may write")
+    found = f"{len(circuit):,} {circuit.unit}s {'removed' if source.is_dir() else 'found'} by sparc3"
     with hub_errors(repo, "user or organisation of", "try again; nothing of it is there before all of it is"):
         api = HfApi(library_name="sparc3")
         address = str(api.create_repo(repo, private=not public, exist_ok=True))
@@ -71,14 +59,18 @@ def push(
                 f"{repo} already exists and is public; pass --public if everyone may see this, or choose "
                 "another name"
             )
-        content: dict[str, Path | bytes]
+        content: dict[str, Path | bytes] = {}
         if source.is_dir():
-            content = {**_list_files(source)}
+            for file in sorted(source.rglob("*")):
+                name = file.relative_to(source)
+                if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                    content[name.as_posix()] = file
         else:
-            content = {f"circuit{circuit.suffix}": source}
-            if not api.file_exists(repo, CARD):
-                content[CARD] = circuit_card(circuit, repo, base=base, results=results).encode()
-        _commit(api, repo, content, message)
+            content[f"circuit{circuit.suffix}"] = source
+            if not api.file_exists(repo, "README.md"):
+                content["README.md"] = circuit_card(circuit, repo, base=base, results=results).encode()
+        operations = [CommitOperationAdd(name, file) for name, file in content.items()]
+        api.create_commit(repo, operations, commit_message=message or found)
     return address
 
 
@@ -95,20 +87,3 @@ def _load_source(source: Path) -> Circuit:
             "wrote, or the circuit's file alone"
         )
     return circuit
-
-
-def _list_files(folder: Path) -> dict[str, Path]:
-    """Path in the repository → file, without hidden ones."""
-    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): path
-        for name, path in files.items()
-        if not any(part.startswith(".") for part in name.parts)
-    }
-
-
-def _commit(api: "HfApi", repo: str, content: dict[str, Path | bytes], message: str) -> None:
-    from huggingface_hub import CommitOperationAdd
-
-    operations = [CommitOperationAdd(name, file) for name, file in content.items()]
-    api.create_commit(repo, operations, commit_message=message)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..circuits.circuit import Circuit
 from ..errors import UnsupportedModel, UserError
 from ..models.offloading import device_of
-from ..models.sites import Site, sites_of
+from ..models.sites import Site, family_of, sites_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,11 +49,8 @@ class Shrinking:
 
     def configure_(self, path: Path) -> None:
         """Write the new width into a config.json; its other lines stay as they are."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(
-            json.dumps({**content, self.key: self.after}, indent=2, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
+        content = {**json.loads(path.read_text(encoding="utf-8")), self.key: self.after}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
@@ -71,11 +68,10 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
         )
     kind = model.config.model_type
     ups, downs = sites_of(model, ["mlp.up"]), {site.layer: site for site in sites_of(model, ["mlp.down"])}
-    gates = {site.layer: site for site in sites_of(model, ["mlp.gate"])} if _has_gate(model) else {}
+    gated = "mlp.gate" in family_of(model).roles
+    gates = {site.layer: site for site in sites_of(model, ["mlp.gate"])} if gated else {}
     modules = [site.module for site in (*ups, *downs.values(), *gates.values())]
-    plain = all(
-        isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D" for module in modules
-    )
+    plain = all(isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D" for m in modules)
     if not plain or len({site.layer for site in ups}) < len(ups) or len(downs) < len(ups):
         raise UnsupportedModel(
             f"--shrink supports MLPs of two or three linear maps only, and those of {kind} are not; omit "
@@ -88,15 +84,9 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
         units = torch.tensor(gone[up.name], dtype=torch.long)
         for part in [up, *([gates[up.layer]] if gates else [])]:
             _drop_outputs(kept, part, units)
-        down = downs[up.layer]
-        kept[f"{_path(down)}.weight"] = (0 if down.transposed else 1, _others(down.inp, units))
+        down, inputs = downs[up.layer], torch.arange(up.out)
+        kept[f"{_path(down)}.weight"] = (0 if down.transposed else 1, inputs[~torch.isin(inputs, units)])
     return Shrinking(kept, key, width, width - len(gone[ups[0].name]))
-
-
-def _has_gate(model: "PreTrainedModel") -> bool:
-    from ..models.sites import family_of
-
-    return "mlp.gate" in family_of(model).roles
 
 
 def _width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
@@ -113,9 +103,8 @@ def _width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
 
 def _same_number(circuit: Circuit, ups: list[Site]) -> dict[str, tuple[int, ...]]:
     """mlp.up's name → its members, as many in each layer."""
-    others = [
-        name for name, count in circuit.counts.items() if count and name not in {site.name for site in ups}
-    ]
+    own = {site.name for site in ups}
+    others = [name for name, count in circuit.counts.items() if count and name not in own]
     if circuit.unit != "neuron" or others:
         what = f"neurons of {others[0]}" if circuit.unit == "neuron" else f"{circuit.unit}s"
         raise UserError(
@@ -151,11 +140,6 @@ def _drop_outputs(kept: dict[str, tuple[int, Tensor]], site: Site, units: Tensor
 
 def _path(site: Site) -> str:
     return site.name.partition("#")[0]
-
-
-def _others(count: int, units: Tensor) -> Tensor:
-    everything = torch.arange(count)
-    return everything[~torch.isin(everything, units)]
 
 
 @torch.no_grad()

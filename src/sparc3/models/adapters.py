@@ -62,19 +62,14 @@ def _folder(name: str) -> Path | None:
         return Path(name) if Path(name).is_dir() else None
     from transformers.utils import cached_file
 
-    found, away = None, not reachable()
-    for file in (CONFIG, WEIGHTS):
-        with hub_errors(name):
-            found = cached_file(
-                name,
-                file,
-                local_files_only=away,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        if found is None:
-            break
+    quietly = {
+        f"_raise_exceptions_for_{what}": False
+        for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    away = not reachable()
+    with hub_errors(name):
+        found = cached_file(name, CONFIG, local_files_only=away, **quietly)
+        found = found and cached_file(name, WEIGHTS, local_files_only=away, **quietly)
     return Path(found).parent if found else None
 
 

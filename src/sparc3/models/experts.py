@@ -27,11 +27,7 @@ class Matrix(nn.Module):
 
     def __init__(self, experts: nn.Module, parameter: str, expert: int) -> None:
         super().__init__()
-        self._of = (
-            experts,
-            parameter,
-            expert,
-        )  # in a tuple, which does not make the experts a part of this module
+        self._of = experts, parameter, expert  # in a tuple, which makes the experts no part of this module
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         experts, parameter, expert = self._of
@@ -119,8 +115,6 @@ def by_sample(
     if tokens is None:
         rows = x.reshape(*shape, -1)
         return [rows[row, skip:length] for row, length in enumerate(lengths)]
-    edges = torch.tensor(
-        [(row * shape[1] + skip, row * shape[1] + length) for row, length in enumerate(lengths)],
-        device=x.device,
-    )
+    ends = [(row * shape[1] + skip, row * shape[1] + length) for row, length in enumerate(lengths)]
+    edges = torch.tensor(ends, device=x.device)
     return [x[begin:end] for begin, end in torch.searchsorted(tokens, edges).tolist()]

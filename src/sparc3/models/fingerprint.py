@@ -97,18 +97,14 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
     require_present(model)
     digest = hashlib.sha256(model.config.model_type.encode())
     digest.update(json.dumps(_figures(model.config), sort_keys=True).encode())
-    for name, parameter in (
-        (name, part) for name, whole in named_values(model) for part in plain_parts(whole.detach())
-    ):
+    parts = ((name, part) for name, value in named_values(model) for part in plain_parts(value.detach()))
+    for name, parameter in parts:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         rows = parameter.reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
         columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
         for piece in rows.split(EXACT * max(1, 2**20 // (EXACT * rows.shape[1]))):  # some fit into a cache
-            bits = (
-                piece.to(torch.bfloat16).contiguous().view(torch.int16).float()
-                if piece.is_floating_point()
-                else piece
-            )
+            whole = not piece.is_floating_point()
+            bits = piece if whole else piece.to(torch.bfloat16).contiguous().view(torch.int16).float()
             digest.update(_exact_sum(bits, 1).cpu().numpy().tobytes())
             columns += _exact_sum(bits, 0)
         digest.update(columns.cpu().numpy().tobytes())
@@ -150,12 +146,10 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
         about["pipeline"] = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     else:
         options = getattr(tokenizer, "init_kwargs", {})
+        named = [key for key in options if "file" not in key and "path" not in key]
         about["class"] = type(tokenizer).__name__
-        about["options"] = {
-            key: str(value) for key, value in options.items() if "file" not in key and "path" not in key
-        }
+        about["options"] = {key: str(options[key]) for key in named}
         about["vocabulary"] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
-    about["special"] = {
-        key: str(value) for key, value in getattr(tokenizer, "special_tokens_map", {}).items()
-    }
+    special = getattr(tokenizer, "special_tokens_map", {})
+    about["special"] = {key: str(value) for key, value in special.items()}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]

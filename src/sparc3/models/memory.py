@@ -25,11 +25,10 @@ Made = TypeVar("Made")
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on a GPU, on the CPU, or of the CPU's memory pinned
     for a GPU."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (
-        isinstance(error, RuntimeError)
-        and any(said in str(error) for said in ("can't allocate memory", "CUDA error: out of memory"))
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in said or "CUDA error: out of memory" in said
 
 
 def too_large(what: str, error: BaseException) -> Sparc3Error:
@@ -52,19 +51,16 @@ def available(device: torch.device) -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     try:
-        group = Path("/sys/fs/cgroup")
-        return min(
-            left, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        return min(left, most - used)
     except (OSError, ValueError):
         return left
 
 
 def give_back() -> None:
-    """Hand memory that was freed back to the system; otherwise glibc keeps it in pieces too small for the
-    matrices that come next."""
-    trim = _trim()
-    if trim is not None:
+    """Hand freed memory back to the system; glibc keeps it in pieces too small for the matrices that come
+    next."""
+    if trim := _trim():
         trim(0)
 
 
@@ -181,12 +177,8 @@ def logits_at(model: "PreTrainedModel", ids: Tensor, rows: list[int], columns: l
 
     def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0].view(*ids.shape, -1)
-        return (
-            hidden[
-                torch.tensor(rows, device=hidden.device), torch.tensor(columns, device=hidden.device)
-            ].unsqueeze(0),
-            *args[1:],
-        )
+        at = tuple(torch.tensor(where, device=hidden.device) for where in (rows, columns))
+        return hidden[at].unsqueeze(0), *args[1:]
 
     hook = head.register_forward_pre_hook(pick)
     try:

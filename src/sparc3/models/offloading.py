@@ -83,11 +83,9 @@ def _map_to_cpu(model: nn.Module) -> dict[int, Any]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.device.type not in ("cpu", "meta"):
                 there = tensor.detach().to("cpu")
-                made[id(tensor)] = (
-                    nn.Parameter(there, requires_grad=tensor.requires_grad)
-                    if isinstance(tensor, nn.Parameter)
-                    else there
-                )
+                if isinstance(tensor, nn.Parameter):
+                    there = nn.Parameter(there, requires_grad=tensor.requires_grad)
+                made[id(tensor)] = there
     return made
 
 
@@ -156,10 +154,7 @@ def gpu_room(free: Mapping[Any, int], needed: int, name: str) -> dict[Any, int]:
             f"no GPU has more than the {RESERVE / 2**30:.0f} GiB free that are left to activations; free "
             "one, or use device cpu"
         )
-    room = {
-        device: int(0.9 * size) if device == "cpu" else max(0, size - RESERVE)
-        for device, size in free.items()
-    }
+    room = {where: int(0.9 * n) if where == "cpu" else max(0, n - RESERVE) for where, n in free.items()}
     if needed > sum(room.values()):
         raise UserError(
             f"the weights of '{name}' take {needed / 2**30:.3g} GiB, and the GPUs and the CPU together have "

@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
 }
 
 Rows = slice | torch.Tensor | None
@@ -64,11 +61,9 @@ class Site:
     def hooked(self) -> nn.Module:
         """The module to hook, whose input and output are the site's. Of an expert there is one only inside
         `open_experts`."""
-        return (
-            self.module
-            if self.expert is None
-            else cast(nn.Module, self.module.__dict__[MATRICES][self.parameter, self.expert])
-        )
+        if self.expert is None:
+            return self.module
+        return cast(nn.Module, self.module.__dict__[MATRICES][self.parameter, self.expert])
 
     @property
     def mlp(self) -> tuple[int, int | None]:
@@ -115,11 +110,9 @@ class Site:
 
     def stored_rows(self, units: torch.Tensor) -> torch.Tensor:
         """Which rows of `stored` hold these output features of the site."""
-        return (
-            units
-            if self.rows is None
-            else torch.arange(self.stored.shape[0], device=units.device)[self._on(units)][units]
-        )
+        if self.rows is None:
+            return units
+        return torch.arange(self.stored.shape[0], device=units.device)[self._on(units)][units]
 
     def _on(self, tensor: torch.Tensor) -> slice | torch.Tensor:
         assert self.rows is not None
@@ -232,20 +225,11 @@ def _sites_in(
     count, out, inp = getattr(experts, parameter).shape
     rows = _gate_up(out, 0, 0)[part] if part else None
     where = f"{family.layers}.{index}.{family.experts}.{parameter}"
+    out, heads = out // 2 if part else out, model.config.num_attention_heads
+    names = [f"{where}#{expert}.{part}".rstrip(".") for expert in range(count)]
     return [
-        Site(
-            f"{where}#{expert}.{part}".rstrip("."),
-            role,
-            index,
-            experts,
-            out // 2 if part else out,
-            inp,
-            model.config.num_attention_heads,
-            rows=rows,
-            parameter=parameter,
-            expert=expert,
-        )
-        for expert in range(count)
+        Site(name, role, index, experts, out, inp, heads, rows=rows, parameter=parameter, expert=expert)
+        for expert, name in enumerate(names)
     ] + shared
 
 
@@ -260,17 +244,8 @@ def _site(
     rows = LAYOUTS[family.fused[path]](out, heads, key_value_heads)[part] if part else None
     if rows is not None:
         out = len(range(out)[rows]) if isinstance(rows, slice) else len(rows)
-    return Site(
-        name,
-        role,
-        index,
-        module,
-        out,
-        inp,
-        key_value_heads if role in ("attn.k", "attn.v") else heads,
-        transposed,
-        rows,
-    )
+    heads = key_value_heads if role in ("attn.k", "attn.v") else heads
+    return Site(name, role, index, module, out, inp, heads, transposed, rows)
 
 
 def _linear_shape(module: nn.Module, name: str) -> tuple[int, int, bool]:
