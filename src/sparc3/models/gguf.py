@@ -140,15 +140,17 @@ def _reader() -> Any:
 
 
 @contextmanager
-def _read_faster() -> Iterator[None]:
-    """Inside, transformers, which makes a reader three times for one model, makes ours."""
+def _faster_gguf() -> Iterator[None]:
+    """Inside, gguf gives transformers our reader, which it makes three times for a model, and keeps the
+    table of tensors' names, which it makes for each of the model's modules."""
     import gguf
 
-    theirs, gguf.GGUFReader = gguf.GGUFReader, _reader()
+    theirs = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = _reader(), cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
-        gguf.GGUFReader = theirs
+        gguf.GGUFReader, gguf.get_tensor_name_map = theirs
 
 
 def read_gguf(path: Path) -> tuple[Any, str]:
@@ -215,7 +217,7 @@ def _make_config(path: Path, size: int, changed: int) -> Any:
 
     architecture, _ = _check_file(path, size, changed)
     try:
-        with _read_faster():
+        with _faster_gguf():
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise UnsupportedModel(
@@ -242,7 +244,7 @@ def load_gguf_weights(
 
     if gguf_settings := getattr(transformers, "GgufConfig", None):  # 5.23 on: else weights may stay in blocks
         options = {**options, "quantization_config": gguf_settings(gguf_file=path.name, dequantize=True)}
-    with hub_errors(name), _read_faster():
+    with hub_errors(name), _faster_gguf():
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -273,7 +275,7 @@ def load_gguf_tokenizer(name: str, path: Path) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"{path} has no tokenizer; put a tokenizer.json beside it, or give token ids as samples"
         )
-    with hub_errors(name), _read_faster():
+    with hub_errors(name), _faster_gguf():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path.parent, trust_remote_code=False, **source
         )
