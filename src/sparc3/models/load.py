@@ -278,12 +278,22 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} has no config.json; give a folder that save_pretrained wrote")
     with hub_errors(name):
-        if not Path(name).is_dir() and not alone:
-            try:
-                return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-            except OSError:
-                require_hub(name, remedy)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        try:
+            here = not Path(name).is_dir() and not alone  # of a hub's model what its cache has
+            config = AutoConfig.from_pretrained(name, local_files_only=here, trust_remote_code=False)
+        except OSError:
+            if not here:
+                raise
+            require_hub(name, remedy)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        # Others need a package, or are code of the hub that transformers would run, and compute the same.
+        if (asked := part._attn_implementation) not in (None, "eager", "sdpa"):
+            log.info(
+                f"'{name}' asks for the attention '{asked}', and PyTorch's is used, which computes the same"
+            )
+            part._attn_implementation = None
+    return config
 
 
 def _device(device: str) -> torch.device:

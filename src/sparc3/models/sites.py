@@ -159,9 +159,10 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
     """The sites of the given roles, in the order of the layers, then of ROLES.
 
     Raises:
-        UserError: an unknown role, or one that this architecture does not have.
+        UserError: an unknown role, one that this architecture does not have, or a compiled model.
         UnsupportedModel: the architecture, or a module at a site, is not one the rules know.
     """
+    _require_uncompiled(model)
     family = family_of(model)
     wanted = set(roles)
     for role in wanted:
@@ -181,6 +182,20 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
         for role in ordered
         for site in _sites_in(model, family, index, layer, role)
     ]
+
+
+def _require_uncompiled(model: nn.Module) -> None:
+    """Raise UserError for what torch.compile made: compiled code passes by the hooks and rules that come
+    later."""
+    for name, module in model.named_modules():
+        what = f"{name} of the model" if name else "the model"
+        if "_orig_mod" in module._modules:
+            raise UserError(f"{what} is compiled by torch.compile; give the module inside, its _orig_mod")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise UserError(
+                f"{what} was compiled in place by its compile(); set its _compiled_call_impl to None, which "
+                "undoes that"
+            )
 
 
 def experts_in(layer: nn.Module, family: Family) -> nn.Module | None:
