@@ -1,5 +1,6 @@
 """Prompt and completion are the tokens of the joined text, opened once and closed by nothing, for every kind of tokenizer."""
 
+import copy
 import itertools
 import json
 import random
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from sparc3 import ReferenceSet, Sample, UserError, evaluate
 from sparc3.demo.text import texts
 from sparc3.evaluation.generate import complete, read_prompts
-from sparc3.models.load import load_model
+from sparc3.models.load import load_model, load_tokenizer
 from sparc3.samples.batches import encode, join_completions
 from sparc3.samples.tokens import decode_after, plain_ids, read_sample, tokenize
 
@@ -122,6 +123,19 @@ TEXTS = PIECES.map(lambda pieces: "".join(word + gap for word, gap in pieces))
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_saved_with_truncation_and_padding_cuts_and_fills_nothing(
+    trained: dict[tuple[str, str], Any], kind: str, tmp_path: Path
+) -> None:
+    text, whole = "Tom was angry at the red garden. " * 9, copy.deepcopy(trained[kind, "opens"])
+    wanted = tokenize(text, whole)
+    whole.backend_tokenizer.enable_truncation(8)
+    whole.backend_tokenizer.enable_padding(length=64, pad_id=0, pad_token="<unk>")
+    whole.save_pretrained(tmp_path)
+    assert '"max_length": 8' in (tmp_path / "tokenizer.json").read_text()
+    assert tokenize(text, load_tokenizer(tmp_path)) == wanted
 
 
 @pytest.mark.parametrize("frame", FRAMES)

@@ -179,7 +179,7 @@ def _repetitive(
 
 def _read_file(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
     path, seed = request.source, request.seeds[0]
-    if request.seq_len and (is_wikitext(path) or _is_one_text(path, request.column)):
+    if request.seq_len and _is_one_text(path, request.column):
         whole = "\n\n".join(corpus(path))
         return _cut_each_seed(request, tokenizer, lambda seed: [whole])
     rows = Rows(path, request.column)
@@ -225,11 +225,11 @@ def _text_of(numbered: tuple[int, dict[str, Any]], path: str) -> str:
 def _c4(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> list[Sample]:
     """C4 (Raffel et al. 2020), English: `count` cuts of exactly `seq_len` tokens for each seed."""
     request = replace(request, seq_len=request.seq_len or 2048)
-    return _cut_each_seed(
-        request,
-        tokenizer,
-        lambda seed: (row["text"] for row in stream(seed, path="allenai/c4", name="en", split="train")),
-    )
+
+    def documents(seed: int) -> Iterator[str]:
+        return (row["text"] for row in stream(seed, path="allenai/c4", name="en", split="train"))
+
+    return _cut_each_seed(request, tokenizer, documents)
 
 
 @source("wikitext2")
@@ -314,15 +314,8 @@ def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
 
 
 def _wikitext_lines(split: str) -> list[str]:
-    return [
-        row["text"] for row in stream(None, path="Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
-    ]
-
-
-def is_wikitext(name: str) -> bool:
-    """Whether a file has the format of WikiText's raw files: a line a paragraph, "= heading =", tokens apart
-    by spaces."""
-    return plain_name(name).endswith(".raw")
+    rows = stream(None, path="Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
+    return [row["text"] for row in rows]
 
 
 def corpus(
@@ -337,7 +330,7 @@ def corpus(
     require_source(name)
     if name == "wikitext2":
         return _wikitext_lines(split)[:count]
-    if is_wikitext(name):
+    if plain_name(name).endswith(".raw"):
         lines = list(io.StringIO(read_whole(name)))  # other ends of lines than "\n" stand inside a row
         return [line if line.strip() else "" for line in lines][:count]
     if name == "c4":
