@@ -315,6 +315,13 @@ def test_a_text_that_is_not_utf_8_is_one_line(name: str, tmp_path: Path) -> None
         corpus(str(tmp_path / name))
 
 
+def test_columns_of_another_name_are_named(jsonl: Rows) -> None:
+    path = jsonl("queries.jsonl", [{"query": "how?", "response": "so"}])
+    with pytest.raises(UserError, match=r"line 1.*query, response.*column"):
+        ReferenceSet.load(path)
+    assert [s.text for s in ReferenceSet.load(path, column="query")] == ["how?"]
+
+
 def test_zstd_is_unpacked(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     for name, raw in (

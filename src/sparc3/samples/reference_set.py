@@ -388,7 +388,11 @@ def sample_of(row: dict[str, Any], where: str, answer: str = "chosen") -> Sample
     if text is not None and ids is not None:
         raise UserError(f'{where} has both a text and "input_ids"; keep the one that is meant')
     if text is None and ids is None:
-        raise UserError(f'{where} needs either "text" or "input_ids"')
+        held = ", ".join(map(str, row)) or "nothing"
+        raise UserError(
+            f'{where} has no "text", "prompt" or "input_ids", but {held}; name the one of the texts with the '
+            "key column"
+        )
     if ids is not None and not (
         isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
     ):
