@@ -357,16 +357,16 @@ class Results:
 
     def find(self, metric: str, variant: str = "original") -> Measurement:
         """The measurement of a metric on a variant. Raises UserError where there is none."""
-        for measurement in self.measurements:
-            if (measurement.metric, measurement.variant) == (metric, variant):
-                return measurement
+        for m in self.measurements:
+            if (m.metric, m.variant) == (metric, variant):
+                return m
         raise UserError(f"no measurement of '{metric}' on '{variant}'; available: {self._names()}")
 
     def difference(self, metric: str, to: str = "ablated", from_: str = "original") -> Difference:
         """The difference of a metric between two variants. Raises UserError where there is none."""
-        for difference in self.differences:
-            if (difference.metric, difference.from_, difference.to) == (metric, from_, to):
-                return difference
+        for d in self.differences:
+            if (d.metric, d.from_, d.to) == (metric, from_, to):
+                return d
         raise UserError(f"no difference of '{metric}' from '{from_}' to '{to}'; available: {self._names()}")
 
     def read_provenance(self) -> Provenance:
@@ -378,20 +378,9 @@ class Results:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write readable JSON with a checksum of itself."""
-        differences = [
-            {("from" if key == "from_" else key): value for key, value in asdict(d).items()}
-            for d in self.differences
-        ]
-        measurements = [asdict(m) for m in self.measurements]
-        write_json(
-            path,
-            {
-                "format": FORMAT,
-                "measurements": measurements,
-                "differences": differences,
-                "provenance": self.provenance,
-            },
-        )
+        content: dict[str, Any] = {"format": FORMAT, "measurements": list(map(asdict, self.measurements))}
+        content["differences"] = [_rename(asdict(d), "from_", "from") for d in self.differences]
+        write_json(path, {**content, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":
@@ -399,17 +388,20 @@ class Results:
         makes no sense."""
         content = read_json(path, FORMAT, by_hand=("format", "measurements", "differences", "provenance"))
         try:
-            differences = [
-                {("from_" if key == "from" else key): value for key, value in d.items()}
-                for d in content["differences"]
-            ]
+            measurements = [Measurement(**m) for m in content["measurements"]]
+            differences = [Difference(**_rename(d, "from", "from_")) for d in content["differences"]]
             return cls(
-                typed(tuple[Measurement, ...], [asdict(Measurement(**m)) for m in content["measurements"]]),
-                typed(tuple[Difference, ...], [asdict(Difference(**d)) for d in differences]),
+                typed(tuple[Measurement, ...], list(map(asdict, measurements))),
+                typed(tuple[Difference, ...], list(map(asdict, differences))),
                 typed(dict[str, Any], content["provenance"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"{path} does not follow {FORMAT} ({error}); make it again") from None
+
+
+def _rename(row: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The row with one key under another name, in its place."""
+    return {(new if key == old else key): value for key, value in row.items()}
 
 
 # Figures that both the run and its report choose by.

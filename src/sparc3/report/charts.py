@@ -1,7 +1,7 @@
 """Figures: shapes as SVG markup, scales, and the chart that axes, lines, marks and tips are drawn on."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -97,6 +97,32 @@ class Scale:
     end: float
     log: bool = False
     soft: float = 0.0
+
+    @classmethod
+    def fit(
+        cls,
+        values: Collection[float],
+        start: float,
+        end: float,
+        *,
+        share: bool = False,
+        anchor: float | None = None,
+    ) -> "Scale":
+        """From the least to the largest value, with some room.
+
+        Args:
+            share: whether they are parts of one, so that the scale begins at zero and ends at one at most.
+            anchor: the value that others are seen beside: where one runs far away from it, the scale is
+                logarithmic, and where all are close to it, small differences stay small.
+        """
+        low, high = min(values), max(values)
+        if share and low >= 0:
+            return cls(0.0, min(1.0, high * 1.06) or 1.0, start, end)
+        size = abs(anchor or 0.0)
+        if size and low > 0 and high > 8 * size:
+            return cls(low * 0.9, high * 1.1, start, end, log=True)
+        room, middle = max(high - low, 0.01 * size, 1e-9), (high + low) / 2
+        return cls(middle - 0.56 * room, middle + 0.56 * room, start, end)
 
     def __call__(self, value: float) -> float:
         def soften(number: float) -> float:

@@ -46,7 +46,10 @@ def _draw_curves(run: RunFolder, metric: str) -> Figure:
     few = counts[-1] <= 0.5 * run.total or not run.total
     x = Scale(counts[0], counts[-1], LEFT, RIGHT, log=few and counts[0] > 0 and counts[-1] > 5 * counts[0])
     shown = [*(point.measurement for point in points), *(m for m in (original, circuit) if m)]
-    chart = Chart(x, _scale_values(run, shown, original))
+    values = [end for m in shown for end in (m.value, *(_ends_of(run, m) or ())) if end is not None]
+    anchor = original.value if original and original.value else points[0].value
+    y = Scale.fit(values, BOTTOM, TOP, share=is_share(metric, measured.unit), anchor=anchor)
+    chart = Chart(x, y)
 
     def write_tick(value: float) -> str:
         if not is_share(metric, measured.unit):
@@ -97,20 +100,6 @@ def _ends_of(run: RunFolder, m: Measurement) -> tuple[float, float] | None:
     if d and d.ci95:
         return before.value + d.ci95[0], before.value + d.ci95[1]
     return None if m.variant == "original" else m.ci95
-
-
-def _scale_values(run: RunFolder, shown: list[Measurement], original: Measurement | None) -> Scale:
-    """From the lowest to the highest end; logarithmic where one method runs away, from zero for shares."""
-    values = [m.value for m in shown if m.value is not None]
-    ends = [end for m in shown for end in _ends_of(run, m) or ()]
-    low, high = min(values + ends), max(values + ends)
-    if is_share(shown[0].metric, shown[0].unit) and low >= 0:
-        return Scale(0.0, min(1.0, high * 1.06) if high > 0 else 1.0, BOTTOM, TOP)
-    anchor = original.value if original and original.value else values[0]
-    if min(values) > 0 and max(values) > 8 * abs(anchor) and low > 0:
-        return Scale(low * 0.9, high * 1.1, BOTTOM, TOP, log=True)
-    room, middle = max(high - low, 0.01 * abs(anchor), 1e-9), (high + low) / 2
-    return Scale(middle - 0.56 * room, middle + 0.56 * room, BOTTOM, TOP)
 
 
 def _keep_apart(x: Scale, ticks: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
@@ -185,11 +174,7 @@ def _draw_against_samples(run: RunFolder, metric: str) -> Figure:
     values = [value for draws in found.values() for _, value in draws] + list(flat.values())
     counts = sorted({count for draws in found.values() for count, _ in draws})
     x = Scale(counts[0], counts[-1], LEFT, RIGHT, log=counts[-1] > 5 * counts[0])
-    low, high = min(values), max(values)
-    room = 0.06 * max(high - low, 0.05 * abs(high), 1e-9)
-    runaway = low > 0 and high > 8 * low
-    ends = (low * 0.9, high * 1.1) if runaway else (low - room, high + room)
-    chart = Chart(x, Scale(*ends, BOTTOM, TOP, log=runaway))
+    chart = Chart(x, Scale.fit(values, BOTTOM, TOP, anchor=min(values)))
     ticks = [(tick, plain(tick)) for tick in chart.y.ticks(5)]
     chart.add_axes([(count, f"{count:,}") for count in counts], ticks, "reference samples")
     names, words = [], []

@@ -1,7 +1,6 @@
 """Reads a run folder once: a missing file gives None or an empty value, a damaged file raises an error that
 names it."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from typing import Any, TypeVar
 
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import DamagedFile, UserError
-from ..results import FORMAT, Difference, Measurement, Provenance, Results, Search, Variant
+from ..results import FORMAT, Budget, Difference, Measurement, Provenance, Results, Search, Variant
 from ..scores import Scores
 from ..settings import typed
-from ..storage import read_json, read_text
+from ..storage import parse_json, read_json, read_text
 from ..verdict import SIDE_EFFECTS, behaviour_of
 
 T = TypeVar("T")
@@ -143,7 +142,7 @@ class RunFolder:
             return {name: tensor.numel() for name, tensor in self.scores.items()}
         return self.provenance.sizes
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Units of all modules; 0 where no file says."""
         return sum(self.sizes.values())
@@ -197,10 +196,8 @@ class RunFolder:
 
     def rival_points(self, metric: str) -> list[Point]:
         """Other methods at the circuit's own count; empty without a circuit."""
-        if self.circuit is None:
-            return []
-        here = [point for point in self.points(metric) if point.count == self.count]
-        return [point for point in here if point.method != self.method]
+        others = [point for point in self.points(metric) if point.method != self.method]
+        return [point for point in others if self.circuit and point.count == self.count]
 
     def find_null(self, metric: str) -> Point | None:
         """As many random units as the circuit has; None where they were not measured."""
@@ -220,9 +217,7 @@ class RunFolder:
 
     def budget(self, damage: str) -> float | None:
         """What the search was allowed to cost; None without a search, or without a bound on this damage."""
-        if self.search is None:
-            return None
-        asked = self.search.budget
+        asked = self.search.budget if self.search else Budget()
         return asked.max_perplexity_increase if damage == "perplexity" else asked.max_kl
 
     def budgeted(self, metric: str) -> list[tuple[Variant, Measurement]]:
@@ -246,8 +241,7 @@ class RunFolder:
         """The metrics that a figure tells something of: the behaviour, side effects, then the rest."""
         mattering = {"correct": (self.behaviour, *SIDE_EFFECTS[:-1]), "compress": ("perplexity",)}
         first = [metric for metric in mattering.get(self.provenance.job, ()) if metric in self.metrics]
-        ordered = dict.fromkeys([*filter(None, first), *self.metrics])
-        return [metric for metric in ordered if not metric.startswith("sparsity")]
+        return [m for m in dict.fromkeys([*first, *self.metrics]) if m and not m.startswith("sparsity")]
 
 
 def read_folder(path: str | os.PathLike[str]) -> RunFolder:
@@ -282,8 +276,11 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
         texts={name: texts for name, texts in written.items() if texts},
         cards=_read_part(folder / "cards.json", CARDS, "cards", list[UnitCard]) or [],
         recipe=_read_if_present(folder / "recipe.yaml", read_text),
-        environment=_read_if_present(folder / "environment.json", _read_environment) or {},
-        samples={file.stem: _count_lines(file) for file in sorted((folder / "samples").glob("*.jsonl"))},
+        environment=_read_environment(folder / "environment.json"),
+        samples={
+            file.stem: sum(1 for line in file.read_bytes().splitlines() if line.strip())
+            for file in sorted((folder / "samples").glob("*.jsonl"))
+        },
         search=_read_search(folder / "tune.json", provenance.tune, results),
     )
 
@@ -299,11 +296,6 @@ def _read_part(path: Path, format: str, key: str, kind: type[T]) -> T | None:
         return None if found is None else typed(kind, found)
     except ValueError:
         raise DamagedFile(f"{path}: the {key} do not follow the format {format}. Make them again.") from None
-
-
-def _count_lines(path: Path) -> int:
-    with open(path, "rb") as opened:
-        return sum(1 for line in opened if line.strip())
 
 
 def _read_search(path: Path, summary: Search | None, results: Results) -> Search | None:
@@ -328,9 +320,8 @@ def _read_search(path: Path, summary: Search | None, results: Results) -> Search
 
 def _read_environment(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not valid JSON ({error}). Make it again.") from None
-    if not isinstance(found, dict):
-        raise DamagedFile(f"{path} does not hold a JSON object. Make it again.")
-    return found
+        return typed(dict[str, Any], parse_json(read_text(path)) if path.is_file() else {})
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(
+            f"{path} is not a JSON object ({' '.join(str(error).split())}). Make it again."
+        ) from None

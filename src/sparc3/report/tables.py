@@ -57,9 +57,7 @@ def _describe_change(run: RunFolder, before: Measurement, after: Measurement) ->
 
 def _draw_strip(before: Measurement, after: Measurement) -> Markup:
     shown = [end for m in (before, after) for end in (m.value, *(m.ci95 or ())) if end is not None]
-    low, high = min(shown), max(shown)
-    room = max(high - low, 0.02 * abs(high), 1e-9)
-    scale = Scale((low + high - room) / 2, (low + high + room) / 2, 8, 252)
+    scale = Scale.fit(shown, 8, 252, anchor=before.value)
     rows = [
         tag(
             "g",
@@ -183,8 +181,11 @@ def compare_under_budget(run: RunFolder) -> list[Figure]:
 
 def _draw_rows(metric: str, rows: Rows) -> Figure:
     left = max(LEFT, 26 + 7 * max(min(len(name), LONGEST) for name, *_ in rows))
-    scale = _choose_scale([m for *_, m in rows], left)
-    height, x = ROW * len(rows) + 8, scale(rows[0][2].value or 0.0)
+    original = rows[0][2]
+    ends = [end for *_, m in rows for end in (m.value, *(m.ci95 or ())) if end is not None]
+    share = is_share(metric, original.unit)
+    scale = Scale.fit(ends, left + 8, RIGHT - 8, share=share, anchor=original.value)
+    height, x = ROW * len(rows) + 8, scale(original.value or 0.0)
     parts = [line(x, x, 4, height - 4, "reference")]
     for index, (name, colour, m) in enumerate(rows):
         y = ROW * (index + 0.5) + 4
@@ -201,19 +202,6 @@ def _draw_rows(metric: str, rows: Rows) -> Figure:
     words = "; ".join(f"{name} {value_of(m)} {interval_of(m)}" for name, _, m in rows)
     drawn = drawing(480, height, f"{title(metric)}: {words}", *parts, class_="dots")
     return Figure(title(metric), explained(metric), drawn)
-
-
-def _choose_scale(shown: list[Measurement], left: float) -> Scale:
-    """Shares start at zero; anything else gets the room it needs, and a runaway a logarithm."""
-    ends = [end for m in shown for end in (m.ci95 or ())] + [m.value for m in shown if m.value is not None]
-    low, high = min(ends), max(ends)
-    if is_share(shown[0].metric, shown[0].unit) and low >= 0:
-        return Scale(0.0, max(high, 1e-9), left + 8, RIGHT - 8)
-    anchor = abs(shown[0].value or 0.0)
-    if low > 0 and high > 5 * anchor:
-        return Scale(low, high, left + 8, RIGHT - 8, log=True)
-    room, middle = max(high - low, 0.05 * anchor, 1e-9), (high + low) / 2
-    return Scale(middle - room / 2, middle + room / 2, left + 8, RIGHT - 8)
 
 
 # All figures.

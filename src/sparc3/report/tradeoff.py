@@ -178,7 +178,7 @@ def _draw_cloud(
         front: the best of all at each damage, least damage first, joined by steps.
     """
     effects = [y for _, y in [*(spot.place for spot in spots), *filter(None, (original, chosen))]]
-    x, y = _scale_damage(damage, spots, budget), _scale_effect(metric, effects)
+    x, y = _scale_damage(damage, spots, budget), Scale.fit(effects, BOTTOM, TOP, share=is_share(metric))
     chart = Chart(x, y, (LEFT, RIGHT, TOP, BOTTOM), (480.0, 342.0))
     perplexity, share = damage == "perplexity", is_share(metric)
 
@@ -230,11 +230,3 @@ def _scale_damage(damage: str, spots: list[Spot], budget: float | None) -> Scale
     unit = budget or 3 * sorted(map(abs, places))[len(places) // 2] or high
     room = (high - low) * 0.04
     return Scale(low - room, high + room, LEFT, RIGHT, soft=unit if high > 6 * unit else 0.0)
-
-
-def _scale_effect(metric: str, effects: list[float]) -> Scale:
-    low, high = min(effects), max(effects)
-    if is_share(metric) and low >= 0:
-        return Scale(0.0, min(1.0, high * 1.06) or 1.0, BOTTOM, TOP)
-    room = max(high - low, 1e-9) * 0.06
-    return Scale(low - room, high + room, BOTTOM, TOP)
