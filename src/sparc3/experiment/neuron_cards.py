@@ -20,6 +20,7 @@ from ..models.offloading import device_of, value_of
 from ..models.sites import Site, down_sites, family_of, open_experts, sites_of
 from ..samples.batches import Batch, make_batches
 from ..samples.reference_set import ReferenceSet
+from ..samples.tokens import text_of
 from ..scores import Scores
 from ..storage import fingerprint, read_json, write_json
 from .measure import load_or_make_evaluation
@@ -162,14 +163,6 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[
         if len(found) == TOKENS:
             break
     return found
-
-
-def text_of(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
-    """One token's text. Decoded alone it would lose its leading space with some tokenizers."""
-    piece = tokenizer.convert_ids_to_tokens(token)
-    spaced = isinstance(piece, str) and piece[:1] in ("\u2581", "\u0120")
-    text = str(tokenizer.decode([token]))
-    return f" {text.lstrip()}" if spaced else text
 
 
 def _strongest_activations(

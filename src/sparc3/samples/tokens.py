@@ -129,6 +129,14 @@ def decode(ids: Sequence[int], tokenizer: Tokenizer, special: bool = False) -> s
     )
 
 
+def text_of(tokenizer: Tokenizer, token: int) -> str:
+    """One token's text. Decoded alone it would lose its leading space with some tokenizers."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    spaced = isinstance(piece, str) and piece[:1] in ("\u2581", "\u0120")
+    text = str(tokenizer.decode([token]))
+    return f" {text.lstrip()}" if spaced else text
+
+
 def decode_after(prompt: Sequence[int], new: Sequence[int], tokenizer: Tokenizer) -> str:
     """What new tokens add to the text of the prompt: alone, SentencePiece's decoders would take the first
     one's space away."""

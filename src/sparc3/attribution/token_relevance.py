@@ -1,0 +1,154 @@
+"""Token relevance: which tokens of a sample made its target likely."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFinite, unknown
+from ..models.load import context_length, vocabulary_size
+from ..models.memory import logits_at
+from ..models.offloading import device_of
+from ..samples.batches import Encoded, encode
+from ..samples.reference_set import ReferenceSet, Sample
+from ..samples.tokens import text_of
+from .patching import frozen, lrp_rules
+from .relevance import checkpoint_layers, watch_gradient
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METHODS = ("lrp", "cp-lrp", "gradient")
+COLOURS = ("47, 95, 179", "200, 71, 27")
+"""Red, green and blue of a token that speaks against the target, and of one that speaks for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRelevance:
+    """How much each token of a sample speaks for its target y. A notebook shows it as a heat map.
+
+    Attributes:
+        tokens: the text of each token that the model reads.
+        relevance: Σ_d x_td ∂̂y/∂x_td at the input embeddings x, [T], float32 on the CPU, in logits. CP-LRP
+            conserves: without biases and learned positions the sum is y. AttnLRP loses some in the softmax,
+            and the plain gradient conserves nothing.
+        targets: the tokens whose logits y is the sum of; their places are behind `positions`.
+        positions: where these logits are read.
+        against: the tokens whose logits y subtracts.
+        y: the target, in logits.
+        method: lrp, cp-lrp or gradient.
+    """
+
+    tokens: tuple[str, ...]
+    relevance: Tensor
+    targets: tuple[str, ...]
+    positions: tuple[int, ...]
+    against: tuple[str, ...]
+    y: float
+    method: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tokens": list(self.tokens),
+            "relevance": self.relevance.tolist(),
+            "targets": list(self.targets),
+            "against": list(self.against),
+            "y": self.y,
+        }
+
+    def _repr_html_(self) -> str:
+        largest = float(self.relevance.abs().max()) or 1.0
+        shown = []
+        for token, value in zip(self.tokens, self.relevance.tolist(), strict=True):
+            colour = f"rgba({COLOURS[value > 0]}, {abs(value) / largest * 0.75:.2f})"
+            text = escape(token).replace("\n", "↵<br>")
+            shown.append(f'<span title="{value:+.3g}" style="background: {colour}">{text}</span>')
+        less = f" less <b>{escape('·'.join(self.against))}</b>" if self.against else ""
+        head = f"{escape(self.method)}: <b>{escape('·'.join(self.targets))}</b>{less}, logit {self.y:.3g}"
+        text = "".join(shown)
+        return f'<div>{head}<div style="white-space: pre-wrap; line-height: 1.7">{text}</div></div>'
+
+
+def attribute_tokens(
+    model: "PreTrainedModel",
+    samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    method: str = "lrp",
+    target: str = "predicted",
+    truncate: bool = False,
+) -> list[TokenRelevance]:
+    """The relevance of every token of the samples to the sample's target: relevance at the input embeddings
+    (Achtibat et al. 2024), one forward and one backward pass a sample.
+
+    Args:
+        samples: a ReferenceSet, texts, or token-id lists.
+        tokenizer: the model's own; not needed for token ids, which then stand for themselves.
+        method: lrp, cp-lrp or gradient (gradient × input, no rules).
+        target: predicted, label, contrast, completion (completion:N), next; see docs/targets.md.
+        truncate: cut samples that are longer than the model's context instead of refusing them.
+
+    Returns:
+        One TokenRelevance a sample, in their order.
+
+    Raises:
+        UserError: an unknown name, or samples that do not fit the model or the target.
+        UnsupportedModel: a module without a rule.
+        NonFinite: a NaN or Inf, named by sample.
+    """
+    if method not in METHODS:
+        raise unknown("method of token relevance", method, METHODS)
+    references = ReferenceSet.of(samples)
+    encoded = encode(
+        references,
+        tokenizer,
+        target,
+        context=context_length(model),
+        vocabulary=vocabulary_size(model),
+        truncate=truncate,
+    )
+    rules = nullcontext() if method == "gradient" else lrp_rules(model, cp=method == "cp-lrp")
+    with frozen(model), rules, checkpoint_layers(model):
+        made = [_attribute_one(model, one, method, tokenizer) for one in encoded]
+    for index, one in enumerate(made):
+        if not one.relevance.isfinite().all():
+            raise NonFinite(
+                f"{references.where(index)}: the relevance of its tokens is not finite; load the model in "
+                "bfloat16 or float32"
+            )
+    return made
+
+
+def _attribute_one(
+    model: "PreTrainedModel", sample: Encoded, method: str, tokenizer: "PreTrainedTokenizerBase | None"
+) -> TokenRelevance:
+    relevance = torch.zeros(len(sample.ids))
+
+    def receive(grad: Tensor, x: Tensor) -> None:
+        relevance.copy_((grad.double() * x.double()).sum(-1)[0])
+
+    def watch(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return watch_gradient(output, output, receive)
+
+    hook = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        ids = torch.tensor([sample.ids], device=device_of(model))
+        logits = logits_at(model, ids, [0] * len(sample.positions), list(sample.positions))
+        tokens = sample.tokens or tuple(logits.argmax(-1).tolist())
+        rows = torch.arange(len(tokens), device=logits.device)
+        y = logits[rows, torch.tensor(tokens, device=logits.device)].sum()
+        if sample.against:
+            y = y - logits[rows, torch.tensor(sample.against, device=logits.device)].sum()
+        y.backward()
+    finally:
+        hook.remove()
+
+    def write(ids: Iterable[int]) -> tuple[str, ...]:
+        return tuple(text_of(tokenizer, one) if tokenizer else f"[{one}]" for one in ids)
+
+    texts = write(sample.ids), relevance, write(tokens), sample.positions, write(sample.against or ())
+    return TokenRelevance(*texts, float(y.detach()), method)
