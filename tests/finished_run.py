@@ -264,6 +264,31 @@ def cards() -> list[dict[str, Any]]:
     return made
 
 
+def token_maps() -> list[dict[str, Any]]:
+    """A completion of two tokens after a prompt of three, and a long sample with one target."""
+    rows = [
+        (
+            (" You", SCRIPT, " silly", " fo", "ol"),
+            (0.1, -1.0, 2.0, 0.5, 0.0),
+            (2, 3, 4),
+            (" fo", "ol", "!"),
+            1.7,
+        ),
+        (tuple(f" w{index}" for index in range(200)), (0.25,) * 200, (199,), (" x",), 50.0),
+    ]
+    return [
+        {
+            "tokens": list(tokens),
+            "relevance": list(relevance),
+            "positions": list(positions),
+            "targets": list(targets),
+            "against": [" y"] if len(targets) == 1 else [],
+            "y": y,
+        }
+        for tokens, relevance, positions, targets, y in rows
+    ]
+
+
 def finished(folder: Path) -> Path:
     """A run folder with everything in it, hostile texts among the rest."""
     results().save(folder / "results.json")
@@ -274,6 +299,10 @@ def finished(folder: Path) -> Path:
             folder / "evaluation" / f"{variant}.json",
             {"format": "sparc3.evaluation/1", "texts": texts(variant == "ablated")},
         )
+    for variant in ("gradient@40", "random@40.0"):
+        content = {"format": "sparc3.evaluation/1", "texts": texts(variant.startswith("gradient"))}
+        write_json(folder / "evaluation" / f"{variant}.json", content)
+    write_json(folder / "tokens.json", {"format": "sparc3.tokens/1", "maps": token_maps()})
     write_json(folder / "tune.json", {"format": "sparc3.tune/1", **search(), "trials": {}})
     write_json(folder / "cards.json", {"format": "sparc3.cards/1", "cards": cards()})
     write_text(

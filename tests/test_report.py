@@ -13,7 +13,8 @@ from sparc3.circuits.circuit import Circuit
 from sparc3.errors import DamagedFile, UserError
 from sparc3.report.cards import protected, sharing
 from sparc3.report.charts import Scale, spread
-from sparc3.report.examples import Mask, find_changes
+from sparc3.report.examples import Mask, find_changes, heat_maps
+from sparc3.report.examples import kinds as texts_by_kind
 from sparc3.report.headline import headline, remarks
 from sparc3.report.read import read_folder
 from sparc3.report.tradeoff import tradeoffs
@@ -99,6 +100,7 @@ def test_the_page_has_every_section_and_is_small(run: Path) -> None:
         "methods",
         "where",
         "texts",
+        "tokens",
         "cards",
         "figures",
         "checks",
@@ -138,6 +140,7 @@ OPTIONAL = (
     "scores/contrast.safetensors",
     "evaluation/original.json",
     "cards.json",
+    "tokens.json",
     "recipe.yaml",
     "environment.json",
 )
@@ -397,6 +400,49 @@ def test_a_soft_scale_is_even_around_zero_and_logarithmic_far_out() -> None:
     assert steps[0] == pytest.approx(steps[1], rel=0.02)
     assert steps[2] == pytest.approx(steps[3], rel=0.01)
     assert scale.ticks() == [-1, 0, 1, 10, 100, 1000]
+
+
+def test_tokens_are_as_dark_as_they_are_relevant(run: Path) -> None:
+    folder = read_folder(run)
+    short, long = heat_maps(folder, Mask(("fool",)))
+    assert [class_ for _, class_, _ in short.tokens] == ["p1", "n3", "p5", "p2", ""]
+    assert [value for *_, value in short.tokens][:3] == ["+0.100", "\u22121.00", "+2.00"]
+    assert (short.y, short.share, short.left_out) == ("1.70", "1.60", 0)
+    # the word that the lexicon has is hidden though it is two tokens
+    hidden = ["veil" in str(text) for text, *_ in short.tokens]
+    assert hidden == [False, False, False, True, True]
+    assert (len(long.tokens), long.left_out, str(long.against)) == (160, 40, " y")
+    # without a lexicon, what the model was to write is hidden whole, and the prompt is not
+    unknown, _ = heat_maps(folder, Mask())
+    assert ["veil" in str(text) for text, *_ in unknown.tokens] == [False, False, False, True, True]
+    assert "veil" in str(unknown.targets)
+
+
+def test_texts_of_every_method_stand_side_by_side(run: Path) -> None:
+    folder = read_folder(run)
+    toxicity, repetition = texts_by_kind(folder, Mask())
+    rows = toxicity.by_method
+    assert len(rows) == 6
+    assert [(name, colour) for name, colour, _ in rows[0].sides] == [
+        ("original", "m-original"),
+        ("this circuit", "m0"),
+        ("gradient, 40 neurons", "m2"),
+        ("random, 40 neurons", "mr"),
+    ]
+    scores = [side.score for *_, side in rows[0].sides]
+    assert scores == ["97.0\u202f%", "2.0\u202f%", "2.0\u202f%", "97.0\u202f%"]
+    assert len(repetition.by_method) == 1
+    for name in ("gradient@40", "random@40.0"):
+        (run / "evaluation" / f"{name}.json").unlink()
+    assert texts_by_kind(read_folder(run), Mask())[0].by_method == []
+
+
+def test_the_trade_off_has_the_intervals(run: Path) -> None:
+    paired = Difference("perplexity", "original", "wanda@40", 0.4, 0.14, (0.2, 0.6), 0.001)
+    plain = str(tradeoffs(read_folder(run))[0].drawing).count("whisker")
+    assert plain == 24  # one along the effect for every variant
+    save_with_changes(run, [], [paired])
+    assert str(tradeoffs(read_folder(run))[0].drawing).count("whisker") == 25
 
 
 # What cannot happen --------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ class TokenRelevance:
         return {
             "tokens": list(self.tokens),
             "relevance": self.relevance.tolist(),
+            "positions": list(self.positions),
             "targets": list(self.targets),
             "against": list(self.against),
             "y": self.y,

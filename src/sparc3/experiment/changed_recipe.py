@@ -18,7 +18,7 @@ OUTCOME = ("recipe.yaml", "results.json", "report.html", "circuit.json", "circui
 """What a finished run of a recipe is read by; of no use to a run of another one, which makes its own from
 what else is there."""
 FOLDERS = ("samples", "scores", "evaluation", "circuits", "distributions")
-FILES = ("tune.json", "cards.json", "circuit.json", "circuit.safetensors")
+FILES = ("tune.json", "cards.json", "tokens.json", "circuit.json", "circuit.safetensors")
 
 
 def take_over(folder: Path, recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ from .neuron_cards import write_cards
 from .run_folder import RunContext, claim_folder, log_to_folder, tidy
 from .score import find_circuit, protect_units, scoring_of_recipe
 from .search import search_circuit
+from .token_maps import write_token_maps
 from .tracking import TrackedRun, Tracker, require_tracker
 from .work_list import list_work
 
@@ -129,6 +130,7 @@ def _correct(work: RunContext, stages: "Stages") -> Results:
     with stages.stage("evaluation"):
         results = measure_variants(work, found, how, stages.seconds)
         write_cards(work, found)
+        write_token_maps(work, how)
     return results
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import require_method
 from ..attribution.options import AttributionOptions
+from ..attribution.token_relevance import METHODS as RELEVANCE
 from ..models.sites import Site
 from ..recipe.schema import CompressRecipe, CorrectRecipe, DiscoverRecipe, Recipe
 from ..recipe.sections import SEQUENTIAL, Reference
@@ -58,6 +59,15 @@ def has_cards(recipe: Recipe) -> bool:
         and recipe.attribution.unit == "neuron"
         and "mlp.up" in recipe.attribution.sites
     )
+
+
+TOKEN_MAPS = 6
+"""How many undesired samples a run shows the tokens' relevance of."""
+
+
+def has_token_maps(recipe: Recipe) -> bool:
+    """Whether the relevance of the tokens of undesired samples is written."""
+    return recipe.job == "correct" and recipe.attribution.method in RELEVANCE
 
 
 def attributions_tried(recipe: CorrectRecipe) -> list[tuple[str, str]]:

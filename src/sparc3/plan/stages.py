@@ -114,6 +114,7 @@ class Stages:
             *self._search(),
             *self._evaluation(),
             *self._cards(),
+            *self._token_maps(),
         ):
             made[stage.name] = made[stage.name] + stage if stage.name in made else stage
         return list(made.values())
@@ -211,6 +212,15 @@ class Stages:
     def _cards(self) -> Iterator[Stage]:
         if work_list.has_cards(self.recipe):
             yield self._forward("cards", self.sets["undesired"].joined(self.context))
+
+    def _token_maps(self) -> Iterator[Stage]:
+        if work_list.has_token_maps(self.recipe):
+            method, target = self.recipe.attribution.method, self.recipe.attribution.target
+            target = self.recipe.references["undesired"].target or target
+            found = self.sets["undesired"].first(work_list.TOKEN_MAPS)
+            groups = [[one] for one in found.encoded(target, self.context)]
+            settings = Settings(method, "neuron", target, "signed", "mean")
+            yield _sum_groups("token maps", self.rehearsal.attribution(settings, ("mlp.up",), groups), groups)
 
     def _metric(self, name: str, settings: Any) -> Iterator[Stage]:
         """One metric on one variant."""

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from ..results import Variant
 from ..safe_text import visible
 from .read import Continuation, Prompt, RunFolder
-from .words import percent
+from .words import percent, plain, signed, variant_title
 
 Span = tuple[int, int]
 HIDDEN_FROM = 0.5
@@ -80,6 +81,8 @@ def finalize(value: Any) -> Any:
 
 MOST = 60
 """Pairs shown of each kind; the rest stay in the run folder."""
+MOST_BY_METHOD = 6
+"""Prompts shown with what every method writes after them."""
 LONGEST = 1200
 """Characters shown of a prompt or a continuation."""
 _KINDS = {"toxicity": ("Toxicity", "toxicity"), "repetition": ("Repetition", "unique tokens")}
@@ -102,13 +105,21 @@ class Pair(NamedTuple):
     change: float
 
 
+class Row(NamedTuple):
+    """One prompt with what each variant wrote after it: (name, class, continuation)."""
+
+    prompt: Markup
+    sides: list[tuple[str, str, Side]]
+
+
 class Kind(NamedTuple):
-    """All pairs of one kind of text."""
+    """All pairs of one kind of text, and the first prompts with what every other method wrote, too."""
 
     title: str
     score_name: str
     pairs: list[Pair]
     total: int
+    by_method: list[Row]
 
 
 def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
@@ -118,9 +129,38 @@ def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
     for kind in (name for name in before if name in after):
         heading, score_name = _KINDS.get(kind, (kind.replace("_", " ").capitalize(), "score"))
         if matched := list(_match_continuations(before[kind], after[kind])):
-            shown = [_make_pair(*found, mask, kind == "toxicity") for found in matched[:MOST]]
-            made.append(Kind(heading, score_name, shown, len(matched)))
+            toxic = kind == "toxicity"
+            shown = [_make_pair(*found, mask, toxic) for found in matched[:MOST]]
+            made.append(
+                Kind(heading, score_name, shown, len(matched), _rows_by_method(run, kind, mask, toxic))
+            )
     return made
+
+
+def _rows_by_method(run: RunFolder, kind: str, mask: Mask, toxic: bool) -> list[Row]:
+    """The first continuation of each of the first prompts, by the original, the circuit and every other
+    method; empty where no other method left texts."""
+    variants = {**run.texts, **run.rival_texts}
+    first = {
+        name: {row.prompt: row.continuations[0] for row in texts.get(kind, []) if row.continuations}
+        for name, texts in variants.items()
+    }
+    first = {name: found for name, found in first.items() if found}
+    if not first.keys() - {"original", "ablated"}:
+        return []
+    titles = {name: variant_title(name, run) for name in first}
+    colours = {name: run.colours.get(Variant.parse(name).method, "m6") for name in first}
+    colours |= {"original": "m-original", "ablated": "m0"}
+    rows = []
+    for prompt, original in list(first["original"].items())[:MOST_BY_METHOD]:
+        sides = []
+        for name in (name for name in first if prompt in first[name]):
+            text = _clip(first[name][prompt].text)
+            came = find_changes(_clip(original.text), text)[1] if name != "original" else []
+            side = _make_side(text, first[name][prompt].score, came, "came", mask, toxic)
+            sides.append((titles[name], colours[name], side))
+        rows.append(Row(mask.write(_clip(prompt), mask.spans(_clip(prompt))), sides))
+    return rows
 
 
 def _match_continuations(
@@ -135,22 +175,27 @@ def _match_continuations(
 
 
 def _make_pair(prompt: str, before: Continuation, after: Continuation, mask: Mask, toxic: bool) -> Pair:
-    one, other, prompt = (
-        text if len(text) <= LONGEST else text[:LONGEST] + " …" for text in (before.text, after.text, prompt)
-    )
+    one, other, prompt = _clip(before.text), _clip(after.text), _clip(prompt)
     gone, came = find_changes(one, other)
     was, now = before.score, after.score
-
-    def side(text: str, score: float | None, marked: list[Span], mark: str) -> Side:
-        written = mask.write(text, mask.of_continuation(text, score, toxic), marked, mark)
-        if score is None:
-            return Side(written, "not scored", None)
-        share = 0.0 <= score <= 1.0
-        return Side(written, percent(score) if share else f"{score:.2f}", score * 100 if share else None)
-
     change = (now - was) if was is not None and now is not None else 0.0
     shown = mask.write(prompt, mask.spans(prompt))
-    return Pair(shown, side(one, was, gone, "gone"), side(other, now, came, "came"), change)
+    sides = _make_side(one, was, gone, "gone", mask, toxic), _make_side(other, now, came, "came", mask, toxic)
+    return Pair(shown, *sides, change)
+
+
+def _make_side(
+    text: str, score: float | None, marked: list[Span], mark: str, mask: Mask, toxic: bool
+) -> Side:
+    written = mask.write(text, mask.of_continuation(text, score, toxic), marked, mark)
+    if score is None:
+        return Side(written, "not scored", None)
+    share = 0.0 <= score <= 1.0
+    return Side(written, percent(score) if share else f"{score:.2f}", score * 100 if share else None)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
 
 
 def find_changes(one: str, other: str) -> tuple[list[Span], list[Span]]:
@@ -165,3 +210,48 @@ def find_changes(one: str, other: str) -> tuple[list[Span], list[Span]]:
         if what != "equal" and m > k:
             came.append((theirs[k][0], theirs[m - 1][1]))
     return gone, came
+
+
+# Which tokens made a target likely: what the run left in tokens.json.
+
+MOST_TOKENS, LEVELS = 160, 5
+
+
+class HeatMap(NamedTuple):
+    """One sample: its tokens as (text, class, relevance in words), what was asked of it, and what is left out
+    before them."""
+
+    targets: Markup
+    against: Markup
+    y: str
+    share: str
+    tokens: list[tuple[Markup, str, str]]
+    left_out: int
+
+
+def heat_maps(run: RunFolder, mask: Mask) -> list[HeatMap]:
+    """The last MOST_TOKENS tokens of every sample; the class is p1 … p5 for tokens that speak for the target,
+    n1 … n5 against it."""
+    toxic = any(metric.startswith("toxicity") for metric in run.metrics)
+    made = []
+    for one in run.token_maps:
+        largest = max(map(abs, one.relevance), default=0.0) or 1.0
+        hidden, end, tokens = mask.spans("".join(one.tokens)), 0, []
+        for index, (text, value) in enumerate(zip(one.tokens, one.relevance, strict=True)):
+            start, end = end, end + len(text)
+            inside = [
+                (max(a, start) - start, min(b, end) - start) for a, b in hidden if a < end and start < b
+            ]
+            if index > one.positions[0]:  # of the completion, which may be what is looked for
+                inside = inside or mask.of_token(text, toxic)
+            level = round((abs(value) / largest) ** 0.7 * LEVELS)
+            class_ = f"{'p' if value > 0 else 'n'}{level}" if level else ""
+            tokens.append((mask.write(text, inside), class_, signed(value, plain(abs(value)))))
+        targets, against = (
+            mask.write(text, mask.of_token(text, toxic))
+            for text in ("".join(one.targets), "".join(one.against))
+        )
+        share = plain(sum(one.relevance))
+        left_out = max(0, len(tokens) - MOST_TOKENS)
+        made.append(HeatMap(targets, against, plain(one.y), share, tokens[left_out:], left_out))
+    return made

@@ -1,6 +1,7 @@
 """Reads a run folder once: a missing file gives None or an empty value, a damaged file raises an error that
 names it."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ..verdict import SIDE_EFFECTS, behaviour_of
 T = TypeVar("T")
 EVALUATION = "sparc3.evaluation/1"
 CARDS = "sparc3.cards/1"
+TOKENS = "sparc3.tokens/1"
 SEARCH = "sparc3.tune/1"
 
 CLASSES = 8
@@ -70,6 +72,19 @@ class UnitCard:
 
 
 @dataclass(frozen=True)
+class TokenMap:
+    """What the tokens of a sample did to its target `y`, as tokens.json has it; `positions`: where the target
+    tokens are predicted; `against`: the tokens whose logits are subtracted."""
+
+    tokens: list[str]
+    relevance: list[float]
+    positions: list[int]
+    targets: list[str]
+    against: list[str]
+    y: float
+
+
+@dataclass(frozen=True)
 class Point:
     """One method at one number of units."""
 
@@ -105,6 +120,7 @@ class RunFolder:
     scores: Scores | None
     texts: dict[str, Texts]
     cards: list[UnitCard]
+    token_maps: list[TokenMap]
     recipe: str | None
     environment: dict[str, Any]
     samples: dict[str, int]
@@ -226,6 +242,24 @@ class RunFolder:
         return [(Variant.parse(name), m) for name in names if (m := self.find(metric, name))]
 
     @cached_property
+    def rival_texts(self) -> dict[str, Texts]:
+        """Variant → what it wrote, of every other method: at the count nearest to the circuit's (of several
+        draws the first), then at its best within the search's budget."""
+        nearest: dict[str, Point] = {}
+        for point in self.points(self.behaviour or "") if self.circuit else ():
+            held = nearest.get(point.method, point)
+            nearest[point.method] = min(held, point, key=lambda p: abs(math.log((p.count or 1) / self.count)))
+        names = [nearest[method].variant for method in self.methods if method in nearest]
+        names = [name for name in names if Variant.parse(name).method != self.method]
+        names += [str(variant) for variant, _ in self.budgeted(self.behaviour or "")]
+        found: dict[str, Texts] = {}
+        for name in dict.fromkeys(names):
+            files = [self.path / "evaluation" / f"{name}{draw}.json" for draw in ("", ".0")]
+            texts = next((_read_texts(file) for file in files if file.is_file()), None)
+            found |= {name: texts} if texts else {}
+        return found
+
+    @cached_property
     def behaviour(self) -> str | None:
         """The metric the run is about: the one it names, else the first on both that is no side effect."""
         return behaviour_of(self.results)
@@ -263,10 +297,7 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
     except ValueError as error:
         said = " ".join(str(error).split())
         raise DamagedFile(f"{where}: the provenance does not follow the format {FORMAT}: {said}") from None
-    written = {
-        name: _read_part(folder / "evaluation" / f"{name}.json", EVALUATION, "texts", Texts)
-        for name in ("original", "ablated")
-    }
+    written = {name: _read_texts(folder / "evaluation" / f"{name}.json") for name in ("original", "ablated")}
     return RunFolder(
         path=folder,
         results=results,
@@ -275,6 +306,7 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
         scores=_read_if_present(folder / "scores" / "contrast.safetensors", Scores.load),
         texts={name: texts for name, texts in written.items() if texts},
         cards=_read_part(folder / "cards.json", CARDS, "cards", list[UnitCard]) or [],
+        token_maps=_read_part(folder / "tokens.json", TOKENS, "maps", list[TokenMap]) or [],
         recipe=_read_if_present(folder / "recipe.yaml", read_text),
         environment=_read_environment(folder / "environment.json"),
         samples={
@@ -287,6 +319,10 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
 
 def _read_if_present(path: Path, read: Callable[[Path], T]) -> T | None:
     return read(path) if path.is_file() else None
+
+
+def _read_texts(path: Path) -> Texts | None:
+    return _read_part(path, EVALUATION, "texts", Texts)
 
 
 def _read_part(path: Path, format: str, key: str, kind: type[T]) -> T | None:

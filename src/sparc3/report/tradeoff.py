@@ -26,13 +26,15 @@ LEFT, RIGHT, TOP, BOTTOM = 54.0, 464.0, 42.0, 292.0
 
 
 class Spot(NamedTuple):
-    """One point: the id of its tip, its class, damage and effect; `faint` where another is better in both."""
+    """One point: the id of its tip, its class, damage and effect, and the intervals of both; `faint` where
+    another is better in both."""
 
     key: str
     colour: str
     place: Place
     tip: Tip
     faint: bool = False
+    intervals: tuple[Place | None, Place | None] = (None, None)
 
 
 def tradeoffs(run: RunFolder) -> list[Figure]:
@@ -51,15 +53,17 @@ def _draw_tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
         if x is not None:
             head = f"{method_title(p.method)}, {run.number_of(p.count)}"
             tip = Tip(head, _tip_rows(run, p.variant, p.measurement))
-            spots.append(Spot(f"{damage}~{p.variant}", run.colours[p.method], (x, p.value), tip))
+            intervals = _damage_interval(run, p.variant, damage), p.measurement.ci95
+            key, colour = f"{damage}~{p.variant}", run.colours[p.method]
+            spots.append(Spot(key, colour, (x, p.value), tip, intervals=intervals))
     if len(spots) < 3:
         return None
     circuit, before = run.find(metric, "ablated"), run.find(metric, "original")
     x, y = run.harm("ablated", damage), circuit.value if circuit else None
     return _draw_cloud(
         f"{title(metric)} against {DAMAGES[damage]}",
-        "held-out test prompts and text; a line joins one method’s numbers of "
-        f"{run.units}, few to many; the cross is the original",
+        f"held-out test prompts and text; a line joins one method’s numbers of {run.units}, few to many; "
+        "the cross is the original; thin bars are 95\u202f% intervals, cut at the edge",
         damage,
         metric,
         circuit.direction if circuit else "lower",
@@ -69,6 +73,17 @@ def _draw_tested(run: RunFolder, damage: str, metric: str) -> Figure | None:
         budget=run.budget(damage),
         joined=True,
     )
+
+
+def _damage_interval(run: RunFolder, variant: str, damage: str) -> Place | None:
+    """Of the paired change of perplexity, as a share of the original's; or of the KL divergence."""
+    found, before = run.find(damage, variant), run.find(damage, "original")
+    if damage == "kl":
+        return found.ci95 if found else None
+    d = run.difference(damage, variant)
+    if d is None or d.ci95 is None or before is None or not before.value:
+        return None
+    return d.ci95[0] / before.value, d.ci95[1] / before.value
 
 
 def _tip_rows(run: RunFolder, variant: str, m: Measurement) -> list[tuple[str, str, str]]:
@@ -178,6 +193,7 @@ def _draw_cloud(
         front: the best of all at each damage, least damage first, joined by steps.
     """
     effects = [y for _, y in [*(spot.place for spot in spots), *filter(None, (original, chosen))]]
+    effects += [end for spot in spots for end in spot.intervals[1] or ()]
     x, y = _scale_damage(damage, spots, budget), Scale.fit(effects, BOTTOM, TOP, share=is_share(metric))
     chart = Chart(x, y, (LEFT, RIGHT, TOP, BOTTOM), (480.0, 342.0))
     perplexity, share = damage == "perplexity", is_share(metric)
@@ -210,9 +226,12 @@ def _draw_cloud(
         chart.add(tag("path", d=path, class_="front"))
     for spot in spots:
         at_x, at_y = x(spot.place[0]), y(spot.place[1])
+        across, along = spot.intervals
+        bars = [line(x(across[0]), x(across[1]), at_y, at_y, "whisker")] if across else []
+        bars += [line(at_x, at_x, y(along[0]), y(along[1]), "whisker")] if along else []
         hit = tag("circle", cx=at_x, cy=at_y, r=9.0, class_="hit")
         kind = f"spot series {spot.colour}{' faint-spot' if spot.faint else ''}"
-        chart.add_target(spot.key, spot.tip, hit, mark(spot.colour, at_x, at_y, 4.2), class_=kind)
+        chart.add_target(spot.key, spot.tip, *bars, hit, mark(spot.colour, at_x, at_y, 4.2), class_=kind)
     marked = []
     if original:
         a, b = x(original[0]), y(original[1])

@@ -18,7 +18,7 @@ from ..storage import write_text
 from . import compression, discovery, headline, tables, words
 from .cards import cards, protected, sharing, unit_map
 from .curves import curves, draw_samples
-from .examples import Mask, finalize, kinds
+from .examples import Mask, finalize, heat_maps, kinds
 from .read import RunFolder, read_folder
 from .tradeoff import tradeoffs
 
@@ -77,7 +77,7 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
     said = SAYING.get(run.provenance.job, headline)
     mask = Mask(tuple(run.provenance.lexicon))
     recipe = run.recipe and mask.write(run.recipe, mask.spans(run.recipe)).replace("↵\n", "\n")
-    pairs, known = kinds(run, mask), cards(run, mask)
+    pairs, known, heated = kinds(run, mask), cards(run, mask), heat_maps(run, mask)
     # Where the circuit's units sit: those removed, or, of a task's circuit, those kept.
     kept = discovery.load_sparsest_circuit(run) if run.provenance.job == "discover" else None
     where = unit_map(replace(run, circuit=kept), "kept") if kept else unit_map(run)
@@ -116,7 +116,8 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "protected": protected(run),
         "kinds": pairs,
         "cards": known,
-        "masked": 'class="veil' in f"{pairs}{known}{recipe}",
+        "heat_maps": heated,
+        "masked": 'class="veil' in f"{pairs}{known}{recipe}{heated}",
         "table": tables.make_table(run),
         "differences": run.results.differences,
         "warnings": tables.warnings(run),
