@@ -443,4 +443,4 @@ def test_other_shells_read_their_script(scripts: dict[str, Path], shell: str) ->
 
 def test_the_command_prints_the_script(scripts: dict[str, Path], sparc3: Call, mistake: Call) -> None:
     assert sparc3("completion", "fish") == (0, scripts["fish"].read_text(), "")
-    assert "did you mean 'fish'" in mistake("completion", "fsh")
+    assert "'fish'" in mistake("completion", "fsh")
