@@ -13,11 +13,10 @@ import torch
 from sparc3 import load_recipe, run
 from sparc3.evaluation.metrics import Prepared
 from sparc3.experiment.work_list import list_work
-from sparc3.plan.hardware import Hardware
+from sparc3.plan.costs import Hardware, Shaped
 from sparc3.plan.lengths import tokenizer_at_hand
 from sparc3.plan.rehearsal import Rehearsal
 from sparc3.plan.stages import Stages
-from sparc3.plan.tensor_costs import Shaped
 
 HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
 FEW = ["references.general.count=6", "evaluation.perplexity.count=4"]

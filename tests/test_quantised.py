@@ -15,6 +15,7 @@ from torch import nn
 from sparc3 import UserError, ablated, attribute
 from sparc3.circuits.circuit import Circuit
 from sparc3.doctor.checks import relevance_ledger
+from sparc3.doctor.examine import examine
 from sparc3.models.fingerprint import describe
 from sparc3.models.load import load_weights
 from sparc3.models.sites import sites_of
@@ -105,6 +106,30 @@ def test_torchao_weights() -> None:
     with pytest.raises(UserError, match="Int8Tensor"):
         attribute(model, samples(), neuron="abs")
     assert relevance_ledger(model, samples()[0]).gap < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_weights_are_attributed_and_examined(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "whole")
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    made = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=how, device_map="cpu", dtype=torch.float32
+    )
+    made.save_pretrained(tmp_path / "quantised")
+    model = load_weights(tmp_path / "quantised", device="cpu")
+    assert all(site.quantised for site in sites_of(model, roles_of(model)))
+    for asked in ({"neuron": "signed"}, {"unit": "head", "sites": ("attn.o",)}, {"method": "activation"}):
+        assert all(value.any() for value in attribute(model, samples(), **asked).values())
+    with pytest.raises(UserError, match=r"Params4bit|Int8Params"):
+        attribute(model, samples(), neuron="abs")
+    found = examine(str(tmp_path / "quantised"), device="cpu")
+    assert not found.failed
+    passed = {finding.name: finding.value for finding in found.findings if finding.passed}
+    assert len(passed) == 5, "16 bits are not tried on weights that are computed with otherwise"
+    assert passed["CP-LRP's ledger adds up to the logit"] < (1e-4 if bits == 4 else 0.05)
 
 
 @pytest.mark.parametrize(

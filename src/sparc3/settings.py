@@ -1,10 +1,10 @@
 """Settings that users write, checked strictly: an unknown key is an error that suggests the near one."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from .errors import UserError, unknown
 
@@ -17,6 +17,16 @@ class Strict(BaseModel):
 
 Section = TypeVar("Section", bound=Strict)
 Kind = TypeVar("Kind")
+
+
+def checked_by(require: Callable[[Any], object]) -> AfterValidator:
+    """For Annotated: the value stays as it is, and `require` raises where it may not stand there."""
+
+    def check(value: Any) -> Any:
+        require(value)
+        return value
+
+    return AfterValidator(check)
 
 
 def typed(kind: type[Kind], value: object) -> Kind:

@@ -61,7 +61,7 @@ COARSE = (0.2, 0.2, 0.2)
 """The same where nothing better than 16 bits or quantised weights fits into memory."""
 
 Ids = list[list[int]]
-Figure = tuple[float, float | None, str]
+Figure = tuple[float | None, float | None, str]
 """What a check gives: value, limit and note, as `Finding` has them."""
 
 
@@ -72,7 +72,7 @@ def run_checks(model: "PreTrainedModel", ids: Ids) -> Iterator[Finding]:
     def check(name: str, measure: Callable[..., Figure], *given: Any) -> Finding:
         nonlocal began
         try:
-            figure: tuple[float | None, float | None, str] = measure(*given)
+            figure = measure(*given)
         except UnsupportedModel:
             raise
         except Sparc3Error as error:
@@ -190,7 +190,9 @@ def _relevance(model: "PreTrainedModel", ids: Ids) -> dict[str, Tensor]:
 def low_precision(model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype) -> Figure:
     """Whether relevance is finite in 16 bits, and how far that of neurons is from what the exact copy gives
     (rounded weights included)."""
-    low = model if model.dtype == dtype or quantised(model) else copy_model(model).to(dtype)
+    if model.dtype != dtype and quantised(model):
+        return None, None, "not tried: quantised weights are computed with as they were loaded"
+    low = model if model.dtype == dtype else copy_model(model).to(dtype)
     limit = 0.0 if dtype == torch.bfloat16 else None
     try:
         scores = [_relevance(one, ids) for one in (low, exact)]

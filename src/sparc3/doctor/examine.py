@@ -25,7 +25,7 @@ from ..models.load import (
     load_weights,
     require_loadable,
 )
-from ..models.offloading import device_of, named_values
+from ..models.offloading import device_of
 from ..models.sites import DTYPES, family_of, sites_of
 from ..progress import Progress
 from ..samples.tokens import tokenize
@@ -308,9 +308,9 @@ def examine_specimen(of: Specimen, *, progress: bool = False) -> Examination:
     model, ids = of.model, [one[: context_length(of.model)] for one in of.ids]
     with lrp_rules(model):  # refuses what it does not know, before anything is computed
         pass
-    parameters = sum(value.numel() for _, value in named_values(model))
+    size = f"{model.num_parameters():,} parameters"
     about = (
-        f"{model_id(model)}: {model.config.model_type} ({type(model).__name__}), {parameters:,} parameters, "
+        f"{model_id(model)}: {model.config.model_type} ({type(model).__name__}), {size}, "
         f"{spelt(model.dtype)} on {device_of(model)}, attention "
         f"{model.config._attn_implementation or 'its own'}"
     )

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from ..errors import UserError, unknown
 from ..models.families import ROLES
 from ..samples.reference_set import ReferenceSet
-from ..samples.sources import require_column, require_source
+from ..samples.sources import Column, SourceName
 from ..samples.tokens import Tokenizer
 from ..settings import Strict, parse
 from .statistics import Observations
@@ -30,22 +30,16 @@ class SampledSettings(MetricSettings):
     """What a metric on samples has: where its texts or prompts come from (of a table, from which column),
     how many, of which split."""
 
-    source: str
-    column: str | None = None
+    source: SourceName
+    column: Column = None
     count: int | None = Field(default=None, ge=1)
     split: str = "test"
-
-    @model_validator(mode="after")
-    def _require_samples(self) -> "SampledSettings":
-        require_source(self.source)
-        require_column(self.column, self.source)
-        return self
 
 
 class PerplexitySettings(SampledSettings):
     """`blocks`: non-overlapping windows of seq_len. `sliding`: windows of max_length, moved by stride."""
 
-    source: str = "wikitext2"
+    source: SourceName = "wikitext2"
     protocol: Literal["blocks", "sliding"] = "sliding"
     seq_len: int = Field(default=2048, ge=2)
     max_length: int = Field(default=2048, ge=2)
@@ -86,7 +80,7 @@ class ToxicitySettings(PromptSettings):
     """`scorer: [one, other]`: the figures are the first's; the second (`also`) scores the same texts, and how
     far they agree is reported."""
 
-    source: str = "realtoxicityprompts"
+    source: SourceName = "realtoxicityprompts"
     count: int | None = Field(default=100, ge=1)
     scorer: str = "detoxify"
     also: str | None = None

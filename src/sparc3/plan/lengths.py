@@ -1,6 +1,7 @@
 """How long the samples are: read where they are at hand, assumed, and said so, where they are on the hub or
 the model would choose them."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
 from ..recipe.schema import Recipe
 from ..samples.batches import Encoded, parse_target
-from ..samples.reference_set import ReferenceSet
-from ..samples.sources import Request, corpus, gather, is_path, request_for
+from ..samples.reference_set import ReferenceSet, Rows
+from ..samples.sources import AT_ONCE, WIDER, Request, corpus, gather, is_path, request_for
 from ..samples.tokens import read_sample, tokenize
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 PROMPTS = {"realtoxicityprompts": 16, "ioi": 20, "agreement": 12}
 """Source → tokens of a prompt, about; of any other, 32."""
+
+PROMPTS_IN = {"realtoxicityprompts": 99_442}
+"""Source → its prompts in all, of which the other split's, 30 or 70 %, are passed over."""
 
 TEXTS = {"wikitext2": 310_000, "c4": 530_000}
 """Source → tokens of its test text, about."""
@@ -170,6 +174,17 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
         )
     text = PROMPTS.get(spec.source, 32)
     return Lengths(((text, written or text),) * count, assumed=True)
+
+
+def prompts_read(spec: Any) -> tuple[int, int]:
+    """The fewest and the most prompts that the model completes until enough of them are chosen."""
+    count = spec.count or 100
+    if spec.choose_by == "repetition":
+        return count * WIDER[0], count * WIDER[-1]
+    whole = len(Rows(spec.source, spec.column)) if is_path(spec.source) else PROMPTS_IN.get(spec.source, 0)
+    most = round(whole * (0.3 if spec.split == "test" else 0.7))
+    least = math.ceil(count / AT_ONCE) * AT_ONCE
+    return (min(least, most), most) if most else (least, least)
 
 
 def by_model(spec: Any) -> bool:

@@ -1,7 +1,7 @@
 """`plan`: a recipe in, what it needs out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from ..models.load import MAP, load_config, require_loadable, vocabulary_size
 from ..models.sites import DTYPES
 from ..recipe.schema import Recipe, load_recipe
 from ..recipe.sections import SEQUENTIAL
-from .hardware import RUNTIME, Hardware, find_hardware, this_machine
+from .costs import RUNTIME, Hardware, Shaped, find_hardware, this_machine
 from .lengths import samples_at_hand, tokenizer_at_hand
 from .rehearsal import Rehearsal
 from .stages import Stage, Stages
-from .tensor_costs import Shaped
 
 REMEDY = "give its config.json with --config FILE, or a folder with --set model.id=FOLDER"
 
@@ -68,51 +67,51 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all stages, shared by the devices."""
+        """Of all stages, shared by the devices: the least, where the model decides how many prompts are
+        read."""
         return sum(stage.seconds for stage in self.stages) / self.gpus
 
     @property
-    def _remedy(self) -> str:
-        weights = self.weights + RUNTIME > self.memory
-        return (
-            "use a device with more memory"
-            if weights
-            else (
-                "give fewer batch_tokens, gradient_checkpointing true, or a device with more memory; a run "
-                "halves its batches, and computes layers twice, where it meets the end of memory"
-            )
-        )
+    def most_seconds(self) -> float:
+        """The same where every prompt of their sources has to be read."""
+        return self.seconds + sum(stage.more for stage in self.stages) / self.gpus
 
     def text(self) -> str:
         """A page for the console, whose first line says whether it fits and how long it takes."""
         devices = self.hardware if self.gpus == 1 else f"{self.gpus} × {self.hardware}"
-        verdict = f"fits, about {_span(self.seconds)}" if self.fits else f"does not fit: {self._remedy}"
         host = f", and {_size(self.host)} beside the GPU" if self.host > 2**30 else ""
         width = max(len(stage.name) for stage in self.stages)
-        return "\n".join(
-            [
-                f"{self.recipe} on {devices}: {verdict}",
-                "",
-                f"model   {self.model}: {_count(self.parameters)} parameters in {self.dtype}, "
-                f"{_size(self.weights)}",
-                f"scores  {self.units:,} {self.unit}s in {self.sites} sites; {_size(self.scores)} a set and "
-                "method, "
-                f"{_size(self.disk)} on disk in all",
-                f"work    {self.work}",
-                f"memory  {_size(self.peak)} of {_size(self.memory)} at most{host}; the most while doing: "
-                f"{self.peak_at}",
-                "",
-                *(
-                    f"{s.name:{width}}  {s.tokens:>15,} tokens  {s.operations:8.1e} FLOP  "
-                    f"{_span(s.seconds / self.gpus):>7}"
-                    for s in self.stages
-                ),
-                "",
-                *(
-                    f"- {note}"
-                    for note in [*self.notes, "loading, downloads and the scoring of texts are not counted"]
-                ),
-            ]
+        files = f"{_size(self.scores)} a set and method, {_size(self.disk)} on disk in all"
+        notes = [*self.notes, "loading, downloads and the scoring of texts are not counted"]
+        lines = [
+            f"{self.recipe} on {devices}: {self._verdict()}",
+            "",
+            f"model   {self.model}: {_count(self.parameters)} parameters in {self.dtype}, "
+            f"{_size(self.weights)}",
+            f"scores  {self.units:,} {self.unit}s in {self.sites} sites; {files}",
+            f"work    {self.work}",
+            f"memory  {_size(self.peak)} of {_size(self.memory)} at most{host}; the most while doing: "
+            f"{self.peak_at}",
+            "",
+            *(
+                f"{s.name:{width}}  {s.tokens:>15,} tokens  {s.operations:8.1e} FLOP  "
+                f"{_span(s.seconds / self.gpus):>7}"
+                for s in self.stages
+            ),
+            "",
+            *(f"- {note}" for note in notes),
+        ]
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if self.fits:
+            least, most = _span(self.seconds), _span(self.most_seconds)
+            return f"fits, about {least}" + (f" to {most}" if most != least else "")
+        if self.weights + RUNTIME > self.memory:
+            return "does not fit: use a device with more memory"
+        return (
+            "does not fit: give fewer batch_tokens, gradient_checkpointing true, or a device with more "
+            "memory; a run halves its batches, and computes layers twice, where it meets the end of memory"
         )
 
 
@@ -153,43 +152,42 @@ def plan(
         limits = Limits(stages.tokenizer, stages.context, vocabulary_size(shaped_model))
         check_samples(loaded, *samples_at_hand(loaded, stages.tokenizer), limits)
     done = stages.all()
+    peak, peak_at, host = _memory(stages, done, shaped.weights, device)
+    return Plan(
+        recipe=loaded.name,
+        model=loaded.model.id,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=shaped.model.num_parameters(),
+        weights=shaped.weights,
+        unit=loaded.attribution.unit,
+        units=stages.units,
+        sites=len(stages.sites),
+        scores=4 * stages.units,
+        disk=4 * stages.units * stages.work.score_files,
+        work=stages.work.summary,
+        stages=tuple(done),
+        peak=peak,
+        peak_at=peak_at,
+        host=host,
+        hardware=device.name,
+        gpus=gpus,
+        memory=device.memory,
+        notes=(*stages.notes, *_approximations(loaded, settings, source)),
+    )
+
+
+def _approximations(recipe: Recipe, settings: Any, source: str) -> Iterator[str]:
     if require_family(settings, source).experts:
-        stages.notes.append(
-            "every expert taken to get as many tokens as any other; where it is not so, more memory at once"
-        )
-    if loaded.attribution.gradient_checkpointing == "offload":
-        stages.notes.append(
-            "gradient_checkpointing offload: the inputs of layers counted as if they stayed on the GPU"
-        )
-    if loaded.model.device == MAP:
-        stages.notes.append(
+        yield "every expert taken to get as many tokens as any other; where it is not so, more memory at once"
+    if recipe.attribution.gradient_checkpointing == "offload":
+        yield "gradient_checkpointing offload: the inputs of layers counted as if they stayed on the GPU"
+    if recipe.model.device == MAP:
+        yield (
             "device map: all weights counted on one GPU; what does not fit there goes to others, and to the "
             "CPU"
         )
     if getattr(settings, "quantization_config", None):
-        stages.notes.append("the weights are quantised, and counted as if they were not")
-    peak, peak_at, host = _memory(stages, done, shaped.weights, device)
-    return Plan(
-        loaded.name,
-        loaded.model.id,
-        str(dtype).removeprefix("torch."),
-        shaped.model.num_parameters(),
-        shaped.weights,
-        loaded.attribution.unit,
-        stages.units,
-        len(stages.sites),
-        4 * stages.units,
-        4 * stages.units * stages.work.score_files,
-        stages.work.summary,
-        tuple(done),
-        peak,
-        peak_at,
-        host,
-        device.name,
-        gpus,
-        device.memory,
-        tuple(stages.notes),
-    )
+        yield "the weights are quantised, and counted as if they were not"
 
 
 def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardware, torch.dtype, Any]:
@@ -226,19 +224,12 @@ def _memory(stages: Stages, done: list[Stage], weights: int, device: Hardware) -
     )
     peaks = {}
     for stage in done:
-        beside = (
-            (max(0, held - scores) if stage.scoring else held)
-            if device.kind == "cpu"
-            else sums
-            if stage.scoring
-            else 0
-        )
-        peaks[stage.name] = (
-            weights
-            + device.holding(stage.live)
-            + beside
-            + (0 if stage.scoring and SEQUENTIAL not in stage.name else removed)
-        )
+        if device.kind == "cpu":
+            beside = max(0, held - scores) if stage.scoring else held
+        else:
+            beside = sums if stage.scoring else 0
+        whole = stage.scoring and SEQUENTIAL not in stage.name
+        peaks[stage.name] = weights + device.holding(stage.live) + beside + (0 if whole else removed)
     worst = max(peaks, key=lambda name: peaks[name])
     return peaks[worst], worst, max(held, scores) if device.kind == "cuda" else 0
 

@@ -15,8 +15,7 @@ from ..evaluation import generate, perplexity, tasks
 from ..experiment import compress
 from ..models.sites import layers_of
 from ..samples.batches import Batch, Encoded, make_batch
-from .hardware import Hardware
-from .tensor_costs import Shaped, TensorCosts
+from .costs import Hardware, Shaped, TensorCosts
 
 CPU = torch.device("cpu")
 FEW = 1

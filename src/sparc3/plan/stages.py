@@ -1,6 +1,5 @@
 """What a recipe will do, stage by stage, and what each costs by the rehearsal of one batch."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,11 @@ from ..evaluation.metrics import (
 )
 from ..experiment import score, sizes, validation, work_list
 from ..experiment.compress import BATCH_TOKENS
-from ..models.load import context_length
+from ..models.load import context_length, rope_switches
 from ..recipe.schema import Recipe
 from ..recipe.sections import SEQUENTIAL
 from ..samples.batches import Encoded, group_by_length, token_budget
-from ..samples.sources import AT_ONCE, WIDER
-from .lengths import by_model, of_samples, of_tasks, of_text
+from .lengths import by_model, of_samples, of_tasks, of_text, prompts_read
 from .rehearsal import Cost, Rehearsal
 
 if TYPE_CHECKING:
@@ -44,6 +42,7 @@ class Stage:
         live: most bytes beside the weights at any moment of it.
         tokens: real ones that the model reads or writes, and operations and seconds, on one device.
         scoring: whether it fills scores; other stages have them all, and look at models that lack units.
+        more: seconds on top that it takes at most, where the model decides how many prompts are read.
     """
 
     name: str
@@ -52,6 +51,7 @@ class Stage:
     operations: float
     seconds: float
     scoring: bool = False
+    more: float = 0.0
 
     def __mul__(self, times: float) -> "Stage":
         return replace(
@@ -59,6 +59,7 @@ class Stage:
             tokens=round(self.tokens * times),
             operations=self.operations * times,
             seconds=self.seconds * times,
+            more=self.more * times,
         )
 
     def __add__(self, other: "Stage") -> "Stage":
@@ -68,6 +69,7 @@ class Stage:
             tokens=self.tokens + other.tokens,
             operations=self.operations + other.operations,
             seconds=self.seconds + other.seconds,
+            more=self.more + other.more,
         )
 
 
@@ -86,6 +88,7 @@ class Stages:
     ) -> None:
         self.recipe, self.rehearsal, self.tokenizer = recipe, rehearsal, tokenizer
         self.context = context_length(rehearsal.shaped.model)
+        self.switches = rope_switches(rehearsal.shaped.model)
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
         self.units = sum(sizes.units_in(site, unit) for site in self.sites)
@@ -147,13 +150,14 @@ class Stages:
             name, settings = validation.search_aim(self.recipe)
             asked.append((f"validation {name}", settings))
         for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
-            count = spec.count or 100
-            many = (
-                count * WIDER[0] if spec.choose_by == "repetition" else math.ceil(count / AT_ONCE) * AT_ONCE
+            least, most = prompts_read(spec)
+            self.notes.append(
+                f"choosing {name} taken to need {least:,} prompts"
+                + (f"; it may need up to {most:,}" if most > least else "")
             )
-            self.notes.append(f"choosing {name} taken to need {many} prompts; it may need many more")
             prompt = of_samples(spec, self.tokenizer).longest
-            yield self._generate(f"choosing {name}", many, prompt, spec.max_new_tokens, 0.0)
+            stage = self._generate(f"choosing {name}", least, prompt, spec.max_new_tokens, 0.0)
+            yield replace(stage, more=stage.seconds * (most / least - 1))
 
     def _protection(self) -> Iterator[Stage]:
         if work_list.is_protected(self.recipe):
@@ -185,13 +189,13 @@ class Stages:
         else:
             encoded = found.encoded(options.target if method.targeted else "predicted", self.context)
             budget = token_budget(options.batch_tokens, self.rehearsal.hardware.kind)
-            groups = group_by_length(encoded, budget)
+            groups = group_by_length(encoded, budget, self.switches)
             cost = self.rehearsal.attribution(Settings.of(options), options.sites, groups)
         yield replace(_sum_groups(name, cost, groups), scoring=True)
 
     def _forward(self, name: str, encoded: Sequence[Encoded]) -> Stage:
         """Activations looked at, and nothing else."""
-        groups = group_by_length(encoded, FORWARD_TOKENS)
+        groups = group_by_length(encoded, FORWARD_TOKENS, self.switches)
         settings = Settings("activation", "neuron", "predicted", "abs", "mean")
         return _sum_groups(name, self.rehearsal.attribution(settings, ("mlp.up",), groups), groups)
 

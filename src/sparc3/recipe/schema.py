@@ -25,17 +25,8 @@ from .sections import SEQUENTIAL, Cards, Compare, Compress, Discover, ModelSecti
 LARGEST = 1_000_000
 """Longest recipe that is read, in bytes."""
 KEYS = (
-    "name",
-    "job",
-    "model",
-    "references",
-    "attribution",
-    "selection",
-    "discover",
-    "compress",
-    "evaluation",
-    "compare",
-    "cards",
+    *("name", "job", "model", "references", "attribution", "selection", "discover", "compress"),
+    *("evaluation", "compare", "cards"),
 )
 """Every key of any job's recipe, in the order in which a recipe is written."""
 OWN = {"correct": "selection", "discover": "discover", "compress": "compress"}

@@ -2,21 +2,36 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import methods, require_method
 from ..circuits.select import parse_scope
 from ..errors import unknown
 from ..samples.batches import parse_target
-from ..samples.sources import require_column, require_source
-from ..settings import Strict
+from ..samples.sources import Column, SourceName
+from ..settings import Strict, checked_by
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Scope = Literal["global", "site", "row"]
+Target = Annotated[str, checked_by(parse_target)]
+AnyScope = Annotated[str, checked_by(parse_scope)]
 SEQUENTIAL = "wanda-sequential"
 """Wanda as its own code has it, which is no method of `attribute`: each layer sees the already pruned ones
 before it."""
+
+
+def _method_or(*beside: str) -> AfterValidator:
+    """A method of `attribute`, or one of these that stand beside them."""
+
+    def require(method: str) -> None:
+        if method.partition(":")[0] not in (*methods(), *beside):
+            raise unknown("method", method, [*methods(), *beside])
+        if method not in beside:
+            require_method(method)
+
+    return checked_by(require)
+
 
 DEFAULT_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
@@ -37,20 +52,13 @@ class Discover(Strict):
             rows for Wanda beside LRP's global ranking: {wanda: row}.
     """
 
-    methods: tuple[str, ...] = Field(
+    methods: tuple[Annotated[str, _method_or()], ...] = Field(
         default=("lrp", "gradient", "wanda", "activation", "random"), min_length=1
     )
     sparsities: tuple[Share, ...] = Field(default=DEFAULT_SPARSITIES, min_length=1)
     ranks: tuple[Literal["signed", "abs"], ...] = Field(default=("abs",), min_length=1)
     enough: float = Field(default=0.9, gt=0, le=1)
     scopes: dict[str, Scope] | None = None
-
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for method in value:
-            require_method(method)
-        return value
 
     @model_validator(mode="after")
     def _require_listed(self) -> "Discover":
@@ -73,19 +81,13 @@ class Compress(Strict):
             sample are as without it.
     """
 
-    methods: tuple[str, ...] = Field(default=("magnitude", "wanda", "lrp"), min_length=1)
+    methods: tuple[Annotated[str, _method_or(SEQUENTIAL)], ...] = Field(
+        default=("magnitude", "wanda", "lrp"), min_length=1
+    )
     reduces: tuple[Literal["mean_abs", "abs_mean"], ...] = Field(default=("mean_abs",), min_length=1)
-    scope: str = "row"
+    scope: AnyScope = "row"
     fractions: tuple[Share, ...] = ()
     samples: tuple[Annotated[int, Field(ge=1)], ...] = ()
-
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for method in value:
-            if method.partition(":")[0] not in (*methods(), SEQUENTIAL):
-                raise unknown("method", method, [*methods(), SEQUENTIAL])
-        return value
 
     @model_validator(mode="after")
     def _require_size(self) -> "Compress":
@@ -122,7 +124,7 @@ class Reference(Strict):
         answer: of a preference set, which of its two answers is the completion.
     """
 
-    source: str
+    source: SourceName
     count: int = Field(ge=1)
     seq_len: int | None = Field(default=None, ge=2)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -133,29 +135,10 @@ class Reference(Strict):
     max_rur: float = Field(default=0.5, gt=0, le=1)
     scorer: str = "detoxify"
     max_new_tokens: int = Field(default=50, ge=1)
-    target: str | None = None
-    column: str | None = None
+    target: Target | None = None
+    column: Column = None
     chat: bool = False
     answer: Literal["chosen", "rejected"] = "chosen"
-
-    @field_validator("source")
-    @classmethod
-    def _require_source(cls, value: str) -> str:
-        require_source(value)
-        return value
-
-    @field_validator("column")
-    @classmethod
-    def _require_file(cls, value: str | None, info: ValidationInfo) -> str | None:
-        require_column(value, info.data.get("source"))
-        return value
-
-    @field_validator("target")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_target(value)
-        return value
 
 
 class Tune(Strict):
@@ -185,7 +168,7 @@ class Tune(Strict):
     max_perplexity_increase: float = Field(default=0.01, ge=0)
     max_kl: float | None = Field(default=None, ge=0)
     counts: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    targets: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
     neurons: tuple[Literal["abs", "signed"], ...] = ()
     contrasts: tuple[Literal["plain", "matched"], ...] = ()
     penalties: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(1.0,), min_length=1)
@@ -194,21 +177,7 @@ class Tune(Strict):
     strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
     prompts: int | None = Field(default=None, ge=1)
     texts: int | None = Field(default=None, ge=1)
-    text_source: str | None = None
-
-    @field_validator("targets")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for target in value:
-            parse_target(target)
-        return value
-
-    @field_validator("text_source")
-    @classmethod
-    def _require_source(cls, value: str | None) -> str | None:
-        if value is not None:
-            require_source(value)
-        return value
+    text_source: SourceName | None = None
 
 
 class Selection(Strict):
@@ -221,19 +190,13 @@ class Selection(Strict):
 
     count: int | None = Field(default=None, ge=0)
     fraction: float | None = Field(default=None, ge=0, lt=1)
-    scope: str = "global"
+    scope: AnyScope = "global"
     normalize: Literal["l1"] | None = None
     penalty: float = Field(default=1.0, ge=0)
     rounds: int = Field(default=1, ge=1)
     strength: float = Field(default=1.0, gt=0, le=1)
     protect: bool = True
     tune: Tune | None = None
-
-    @field_validator("scope")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        parse_scope(value)
-        return value
 
     @model_validator(mode="after")
     def _one_size(self) -> "Selection":
@@ -288,7 +251,7 @@ class Compare(Strict):
     share of each, rounded down, and as many in all as the others with "global".
     """
 
-    methods: tuple[str, ...] = ()
+    methods: tuple[Annotated[str, _method_or(*EXPERTISE)], ...] = ()
     counts: tuple[int, ...] = ()
     random_draws: int = Field(default=3, ge=0)
     scopes: dict[str, Scope] | None = None
@@ -299,16 +262,6 @@ class Compare(Strict):
             if method not in self.methods or method == "random":
                 raise unknown("method in compare.scopes", method, [m for m in self.methods if m != "random"])
         return self
-
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for method in value:
-            if method not in EXPERTISE:
-                if method.partition(":")[0] not in methods():
-                    raise unknown("method", method, [*methods(), *EXPERTISE])
-                require_method(method)
-        return value
 
 
 class Cards(Strict):

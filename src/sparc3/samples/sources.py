@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ValidationInfo
 
 from ..errors import UserError, unknown
+from ..settings import checked_by
 from .formats import plain_name
 from .reference_set import ReferenceSet, Rows, Sample, is_rows, read_whole, sample_of, toxicity_of
 from .tokens import MaybeTokenizer, Tokenizer, ask, render_sample, tokenize, window_opening
@@ -103,6 +106,16 @@ def require_column(column: str | None, source: str | None) -> None:
     """Raise UserError where a column is named and the source is no file."""
     if column is not None and source is not None and not is_path(source):
         raise UserError(f"column names that of a file, and source '{source}' is none; leave column out")
+
+
+def _require_file(column: str | None, info: ValidationInfo) -> str | None:
+    require_column(column, info.data.get("source"))
+    return column
+
+
+SourceName = Annotated[str, checked_by(require_source)]
+Column = Annotated[str | None, AfterValidator(_require_file)]
+"""Of a recipe's section: its `source`, and `column` after it."""
 
 
 def gather(request: Request, tokenizer: MaybeTokenizer = None, score: Score | None = None) -> ReferenceSet:

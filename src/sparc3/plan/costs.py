@@ -1,9 +1,13 @@
-"""Counts what passes by while a model's code runs on tensors that have shapes and no content: living bytes,
-operations, time."""
+"""What work costs: of a device by its data sheet, or as this machine does it in half a second; of a model by
+running its code on tensors that have shapes and no content, and counting bytes, operations and time."""
 
+import os
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +17,119 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..errors import Sparc3Error, UserError
+from ..errors import unknown
+from ..models.load import build_model
 from ..models.sites import Site, sites_of
-from .hardware import Hardware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ARITHMETIC, TRAFFIC, LAUNCH = 0.6, 0.8, 12e-6
+"""Of a data sheet's arithmetic and memory traffic what large models get in practice, and the seconds that
+PyTorch takes to start an operation."""
+
+RUNTIME = 0.7e9
+"""Bytes that the process or the GPU holds before any tensor: Python with its libraries, or CUDA's context."""
+
+
+HOLES = 1.3
+"""How much more than the tensors that live a process holds on a CPU: C's malloc keeps pieces of what was
+freed between them (docs/planning.md)."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+        kind: "cuda" or "cpu".
+        speed: number of bytes of a floating-point number → operations a second on such numbers.
+        traffic: bytes a second between memory and arithmetic.
+        launch: seconds that the smallest operation takes.
+        memory: bytes.
+    """
+
+    name: str
+    kind: str
+    speed: dict[int, float]
+    traffic: float
+    launch: float
+    memory: float
+
+    def seconds(self, operations: float, touched: float, width: int) -> float:
+        """Time of one operation: its arithmetic, its memory traffic or its launch, whichever is longest."""
+        return max(operations / self.speed[min(width, 8)], touched / self.traffic, self.launch)
+
+    def holding(self, live: int) -> int:
+        """Bytes that tensors that come and go take up, of which `live` bytes live at once at most."""
+        return round(live * HOLES) if self.kind == "cpu" else live
+
+
+_SHEETS = {
+    "b200": (2250, 75, 8000, 180),
+    "h200": (989, 67, 4800, 141),
+    "h100": (989, 67, 3350, 80),
+    "a100-80": (312, 19.5, 2039, 80),
+    "a100-40": (312, 19.5, 1555, 40),
+    "a100": (312, 19.5, 1555, 40),
+    "l40s": (362, 91.6, 864, 48),
+    "rtx4090": (165, 82.6, 1008, 24),
+    "a10": (125, 31.2, 600, 24),
+    "v100": (125, 15.7, 900, 32),
+    "t4": (65, 8.1, 320, 16),
+}
+"""TFLOP/s in 16 and in 32 bits (dense arithmetic, no sparsity counted), GB/s, GB."""
+
+
+def _hardware(name: str, half: float, single: float, traffic: float, memory: float) -> Hardware:
+    speed = {2: half * 1e12 * ARITHMETIC, 4: single * 1e12 * ARITHMETIC, 8: single * 1e12 * ARITHMETIC / 2}
+    return Hardware(name, "cuda", speed, traffic * 1e9 * TRAFFIC, LAUNCH, memory * 1e9)
+
+
+SHEETS = {name: _hardware(name, *figures) for name, figures in _SHEETS.items()}
+
+
+def find_hardware(name: str) -> Hardware:
+    """Hardware by its name. Raises UserError where nobody knows it."""
+    if name.lower() not in SHEETS:
+        raise unknown("hardware", name, SHEETS)
+    return SHEETS[name.lower()]
+
+
+def this_machine(device: torch.device, dtype: torch.dtype) -> Hardware:
+    """This machine's device, measured on matrices and copies, as many threads working as there are now."""
+    cuda = device.type == "cuda"
+    side = 4096 if cuda else 768
+    one, two = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    speed = 2.0 * side**3 / _shortest_time(lambda: one @ two, device)
+    large, small = torch.ones(2**26 if cuda else 2**23, device=device), torch.ones(8, device=device)
+    traffic = 2.0 * large.nbytes / _shortest_time(lambda: large + 1, device)
+    launch = _shortest_time(lambda: [small + 1 for _ in range(100)], device) / 100
+    name = torch.cuda.get_device_name(device) if cuda else f"this CPU, {torch.get_num_threads()} threads"
+    memory = float(torch.cuda.mem_get_info(device)[1]) if cuda else _ram()
+    return Hardware(name, device.type, dict.fromkeys((2, 4, 8), speed), traffic, 2 * launch, memory)
+
+
+def _shortest_time(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Seconds of the quickest of a few goes: what others do on the machine meanwhile is not its speed."""
+    found = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
+
+
+def _ram() -> float:
+    """This machine's memory, or what its control group leaves of it."""
+    whole = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        return min(whole, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return whole
 
 
 aten = torch.ops.aten
@@ -58,9 +169,8 @@ class TensorCosts(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is aten.index.Tensor:
             args = (args[0], [part for index in args[1] for part in _places(index)])
-        if (
-            func.namespace == "aten" and torch.is_inference_mode_enabled()
-        ):  # elsewhere autograd has taken composite operations apart already
+        # Outside of inference mode autograd has taken composite operations apart already.
+        if func.namespace == "aten" and torch.is_inference_mode_enabled():
             with self:
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
@@ -164,28 +274,17 @@ class Shaped:
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from transformers import AutoModelForCausalLM
 
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        try:
-            with torch.device("meta"):
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-            self.model.tie_weights()  # which transformers 5.0 leaves out on "meta"
-        except Sparc3Error:
-            raise
-        except Exception as error:  # a configuration can be wrong in any way that Python can
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"transformers cannot build a {config.model_type} of this configuration: {why}"
-            ) from error
+        with torch.device("meta"):
+            self.model = build_model(config, dtype=dtype)
+        self.model.tie_weights()  # which transformers 5.0 leaves out on "meta"
         self.held = self._without_content()
         self.weights = sum({id(tensor): tensor.nbytes for tensor in self.held}.values())
 
     def _without_content(self) -> list[Tensor]:
         """Put tensors on the "cpu", which has none of their content, in the place of all parameters and
         buffers; tied ones stay tied."""
-        from torch._subclasses.fake_tensor import FakeTensor
-
         made: dict[int, Tensor] = {}
         for module in self.model.modules():
             for places in (module._parameters, module._buffers):
@@ -194,11 +293,8 @@ class Shaped:
                         continue
                     if id(tensor) not in made:
                         shaped = FakeTensor(self._mode, tensor.detach().to("meta"), torch.device("cpu"))
-                        made[id(tensor)] = (
-                            nn.Parameter(shaped, requires_grad=False)
-                            if places is module._parameters
-                            else shaped
-                        )
+                        kept = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(shaped, requires_grad=False) if kept else shaped
                     places[name] = made[id(tensor)]
         return list(made.values())
 
