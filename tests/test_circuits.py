@@ -30,6 +30,7 @@ from sparc3.circuits.algebra import difference, intersection, overlap, union
 from sparc3.circuits.select import exclude, lowest, lowest_in_rows, random_like
 from sparc3.errors import DamagedFile
 from sparc3.evaluation import harness
+from sparc3.evaluation.metrics import parse_metrics
 from sparc3.models.families import ROLES
 from sparc3.models.sites import family_of, sites_of
 
@@ -535,6 +536,9 @@ def fake_harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     class Manager:
         all_tasks = ("boolq", "rte")
 
+        def __init__(self, include_path: str | None = None) -> None:
+            seen["include_path"] = include_path
+
         def load(self, names: list[str]) -> None:
             if "unreachable" in seen:
                 raise seen["unreachable"]
@@ -571,6 +575,53 @@ def test_the_harness_measures_the_model_in_memory(
     )
     assert fake_harness["model"]["pretrained"] is model
     assert (fake_harness["limit"], fake_harness["num_fewshot"]) == (4, 0)
+
+
+def test_a_folder_of_tasks_is_read_and_a_changed_task_is_another_measurement(
+    fake_harness: dict[str, Any], demo: tuple[Any, Any], tmp_path: Path, mistake: Any
+) -> None:
+    (tmp_path / "rte.yaml").write_text("task: rte\n")
+    asked = {"harness": {"tasks": ["rte"], "tasks_dir": str(tmp_path)}}
+    evaluate(*demo, asked)
+    assert fake_harness["include_path"] == str(tmp_path)
+    assert fake_harness["task_manager"] is not None
+    (settings,) = parse_metrics(asked).values()
+    before = settings.described()
+    (tmp_path / "rte.yaml").write_text("task: rte\nnum_fewshot: 1\n")
+    assert settings.described() != before
+    (plain,) = parse_metrics({"harness": {"tasks": ["rte"]}}).values()
+    assert "tasks_dir" not in plain.described(), "as it was before there were folders: old runs resume"
+    nowhere = tmp_path / "nowhere"
+    said = mistake(
+        *("evaluate", "demo", "--metrics", "harness", "--out", tmp_path / "r.json"),
+        *("--set", f"harness.tasks_dir={nowhere}"),
+    )
+    assert str(nowhere) in said
+
+
+def test_the_real_harness_runs_a_task_of_files_without_the_hub(
+    demo: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval.models.huggingface")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": "Tom was glad and", "choices": [" said", " zzzz"], "answer": 0}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text(
+        f"""
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "rows.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    results = evaluate(*demo, {"harness": {"tasks": ["own"], "tasks_dir": str(tmp_path)}})
+    assert (results.find("harness.own").value, results.find("harness.own").n) == (1.0, 4)
 
 
 def test_a_harness_that_cannot_measure_says_so_at_once(

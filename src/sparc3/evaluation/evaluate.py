@@ -173,7 +173,7 @@ def measure(
 def evaluated_on(prepared: list[Prepared]) -> dict[str, Any]:
     """Settings and sample fingerprints of the metrics, for a provenance."""
     return {
-        "metrics": {p.metric.name: p.settings.model_dump() for p in prepared},
+        "metrics": {p.metric.name: p.settings.described() for p in prepared},
         "samples": {p.metric.name: p.samples.fingerprint for p in prepared},
     }
 

@@ -35,6 +35,7 @@ def harness(
         found = simple_evaluate(
             model=wrapped,
             tasks=list(settings.tasks),
+            task_manager=_manager(settings),
             num_fewshot=settings.fewshot,
             limit=settings.limit,
             bootstrap_iters=0,
@@ -56,12 +57,18 @@ def _library() -> tuple[Any, Any, Any]:
     return simple_evaluate, TaskManager, HFLM
 
 
+def _manager(settings: HarnessSettings) -> Any:
+    """What knows the harness's tasks and those of the user's folder."""
+    own = {"include_path": settings.tasks_dir} if settings.tasks_dir else {}
+    return _library()[1](**own)
+
+
 def require_harness(settings: HarnessSettings) -> None:
     """Raise UserError unless the harness is installed, knows the tasks, and has their data (which it
     downloads here)."""
     if not distributed.is_main():
         return
-    tasks = _library()[1]()
+    tasks = _manager(settings)
     for name in settings.tasks:
         if name not in tasks.all_tasks:
             raise unknown("task of lm-evaluation-harness", name, tasks.all_tasks)

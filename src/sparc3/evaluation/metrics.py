@@ -14,6 +14,7 @@ from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Column, SourceName
 from ..samples.tokens import Tokenizer
 from ..settings import Strict, parse
+from ..storage import file_digest
 from .statistics import Observations
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ Model: TypeAlias = "PreTrainedModel"
 
 class MetricSettings(Strict):
     """What all settings of metrics descend from; a metric without samples has these and its own."""
+
+    def described(self) -> dict[str, Any]:
+        """What decides the figures beside the model and the samples."""
+        return self.model_dump()
 
 
 class SampledSettings(MetricSettings):
@@ -142,7 +147,7 @@ class SparsitySettings(MetricSettings):
 
 class HarnessSettings(MetricSettings):
     """`limit`: only the first so many questions of each task; `fewshot`: solved examples before each
-    question."""
+    question; `tasks_dir`: a folder with tasks of your own, in the harness's YAML format."""
 
     tasks: tuple[str, ...] = Field(
         default=("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
@@ -151,6 +156,21 @@ class HarnessSettings(MetricSettings):
     limit: int | None = Field(default=None, ge=1)
     fewshot: int = Field(default=0, ge=0)
     batch_size: int = Field(default=8, ge=1)
+    tasks_dir: str | None = None
+
+    @field_validator("tasks_dir")
+    @classmethod
+    def _require_folder(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_dir():
+            raise UserError(f"no such folder: {value}; harness.tasks_dir takes a folder with tasks in YAML")
+        return value
+
+    def described(self) -> dict[str, Any]:
+        """With the content of the folder, so that a changed task is measured anew."""
+        if self.tasks_dir is None:
+            return self.model_dump(exclude={"tasks_dir"})
+        files = sorted(path for path in Path(self.tasks_dir).rglob("*") if path.is_file())
+        return {**self.model_dump(), "tasks_files": {str(path): file_digest(path) for path in files}}
 
 
 @dataclass(frozen=True)
