@@ -1,5 +1,7 @@
 """Chat messages become the text of the model's own template, in every shape that data sets have."""
 
+import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,25 @@ def chatty() -> tuple[Any, Any]:
 )
 def test_the_shapes_of_data_sets(row: dict[str, Any], answer: str, completion: str | None) -> None:
     assert turns_of(row, answer, "line 1") == (ASKED, completion)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "chosen"])
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.csv", "a.jsonl.gz"])
+def test_tables_of_chats(name: str, column: str, tmp_path: Path) -> None:
+    path, rows = tmp_path / name, [{"id": "1", column: [USER, ANSWER]}, {"id": "2", column: [USER, ANSWER]}]
+    if name.endswith("json"):
+        path.write_text(json.dumps(rows, indent=1))
+    elif name.endswith("parquet"):
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+    elif name.endswith("csv"):
+        with open(path, "w", newline="") as opened:
+            writer = csv.DictWriter(opened, ["id", column])
+            writer.writeheader()
+            writer.writerows({**row, column: json.dumps(row[column])} for row in rows)
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert [(s.turns, s.completion) for s in ReferenceSet.load(path)] == [(ASKED, "Tom is.")] * 2
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Turn = tuple[str, str]
 """A role, such as "user", and what it says."""
+HELD = ("messages", "conversations")
 SPEAKERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
 """ShareGPT's and other sets' names of the roles that templates know."""
 
@@ -31,13 +32,11 @@ def turns_of(row: dict[str, Any], answer: str, where: str) -> tuple[tuple[Turn, 
     Raises:
         UserError: a message without role or content, content that is no text, or nothing but an answer.
     """
-    held = next((row[key] for key in ("messages", "conversations") if row.get(key) is not None), None)
-    if held is None and isinstance(row.get("prompt"), list):
+    row = {key: _parse_messages(row.get(key)) for key in (*HELD, "prompt", answer, "completion")}
+    held = next((row[key] for key in HELD if row[key] is not None), None)
+    if held is None and isinstance(row["prompt"], list):
         held = row["prompt"]
-    if isinstance(held, str):  # a table has lists as JSON
-        with suppress(ValueError, RecursionError):
-            held = parse_json(held)
-    given = next((row[key] for key in (answer, "completion") if row.get(key) is not None), None)
+    given = next((row[key] for key in (answer, "completion") if row[key] is not None), None)
     if held is None and not isinstance(given, list):
         return None
     turns = _read_turns(held, where) if held is not None else ()
@@ -50,6 +49,16 @@ def turns_of(row: dict[str, Any], answer: str, where: str) -> tuple[tuple[Turn, 
     if not asked:
         raise UserError(f"{where}: its messages hold no turn before the assistant's; give what it answers")
     return asked, last
+
+
+def _parse_messages(value: Any) -> Any:
+    """Messages written as JSON, as a cell of a table has them, as a list; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            items = parse_json(value)
+            if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items):
+                return items
+    return value
 
 
 def _read_turns(messages: Any, where: str) -> tuple[Turn, ...]:

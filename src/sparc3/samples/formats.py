@@ -23,7 +23,7 @@ PARQUET = (".parquet", ".pq")
 PACKED = (".gz", ".zst")
 ZSTD = b"\x28\xb5\x2f\xfd"
 """How every zstd file begins."""
-COLUMNS = ("text", "prompt", "input_ids")
+COLUMNS = ("text", "prompt", "input_ids", "messages", "conversations", "chosen")
 """A table has one of these columns, unless another is named; `target`, `contrast`, `completion` and
 `continuation` are read beside it."""
 UNREADABLE = (".bz2", ".xz", ".zip", ".arrow", ".feather", ".xlsx", ".tar")
@@ -133,8 +133,8 @@ def read_table(
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     if column is None and not set(columns) & set(COLUMNS):
         raise UserError(
-            f"{path} has no column named text or prompt; it has: {', '.join(map(str, columns))}; name one "
-            f"with the key column"
+            f"{path} has no column named text, prompt or messages; it has: {', '.join(map(str, columns))}; name "
+            "one with the key column"
         )
     return rows
 
