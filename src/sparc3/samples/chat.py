@@ -56,7 +56,7 @@ def _parse_messages(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):
             items = parse_json(value)
-            if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items):
+            if items and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items):
                 return items
     return value
 

@@ -132,9 +132,9 @@ def read_table(
         raise UserError(f"{path} has no rows; give at least one")
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     if column is None and not set(columns) & set(COLUMNS):
+        held = ", ".join(map(str, columns))
         raise UserError(
-            f"{path} has no column named text, prompt or messages; it has: {', '.join(map(str, columns))}; name "
-            "one with the key column"
+            f"{path} has no column named text, prompt or messages, but {held}; name one with the key column"
         )
     return rows
 
