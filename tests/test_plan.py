@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,7 @@ from sparc3.models.families import ROLES
 from sparc3.models.load import load_config
 from sparc3.models.sites import sites_of
 from sparc3.plan.costs import SHEETS, Hardware, Shaped, find_hardware
+from sparc3.plan.lengths import prompts_read
 from sparc3.plan.plan import plan
 from sparc3.plan.rehearsal import Rehearsal
 from sparc3.recipe.schema import bundled_recipes, load_recipe
@@ -240,25 +242,21 @@ def test_the_flagship_is_planned_from_its_configuration_alone(
 
 
 def test_the_headline_is_a_range_where_the_model_chooses_prompts(tmp_path: Path) -> None:
-    config = config_file(tmp_path, "facebook/opt-125m")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"text": "prompt {number}"}}\n' for number in range(1000)))
-    sets = ["references.general.count=2", "references.undesired.count=2", "compare.methods=[]"]
-    few = [*sets, f"references.undesired.source={prompts}", "evaluation.perplexity.count=2"]
-    by_model = plan(load_recipe("opt-125m-toxicity", few), hardware="a100", config=config)
-    choosing = next(stage for stage in by_model.stages if stage.name == "choosing undesired")
-    assert choosing.tokens % 256 == 0
-    assert choosing.more / choosing.seconds == pytest.approx(700 / 256 - 1)
-    assert by_model.most_seconds - by_model.seconds == pytest.approx(choosing.more)
-    assert any("256" in note and "700" in note for note in by_model.notes)
-    by_prompt = plan(
-        load_recipe("opt-125m-toxicity", [*few, "references.undesired.choose_by=prompt"]),
-        hardware="a100",
-        config=config,
-    )
-    assert by_prompt.most_seconds == by_prompt.seconds
-    whole = plan(load_recipe("opt-125m-toxicity", sets), hardware="a100", config=config)
-    assert re.search(r"about \S+ \S+ to \S+ \S+$", whole.text().splitlines()[0])
+    for source, most in ((prompts, 700), ("realtoxicityprompts", 69_609)):  # 70 % are for reference
+        recipe = load_recipe("opt-125m-toxicity", [f"references.undesired.source={source}"])
+        assert prompts_read(recipe.references["undesired"]) == (256, most)
+    few = ["references.general.count=2", "references.undesired.count=2", "compare={methods: []}"]
+    few += ["evaluation={perplexity: {source: demo-general, count: 2}}", "cards.most=0"]
+    found = plan(load_recipe("demo-repetition", few), hardware="a100")
+    choosing, *others = found.stages
+    assert choosing.more / choosing.seconds == pytest.approx(64 / 4 - 1)
+    assert not any(stage.more for stage in others)
+    assert found.most_seconds - found.seconds == pytest.approx(choosing.more)
+    assert any(re.search(r"\b8 prompts.*\b128$", note) for note in found.notes)
+    slow = replace(found, stages=(choosing * (1000 / choosing.seconds), *others))
+    assert re.search(r"about 17 min to 4\.\d h$", slow.text().splitlines()[0])
 
 
 def test_more_devices_take_less_time(tmp_path: Path) -> None:

@@ -78,3 +78,5 @@ def quiet_transformers() -> None:
 
     theirs.disable_progress_bar()
     theirs.set_verbosity_error()
+    # In 8 bits it says at every product that the input is rounded.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
