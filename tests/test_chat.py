@@ -66,6 +66,21 @@ def test_the_shapes_of_data_sets(row: dict[str, Any], answer: str, completion: s
     assert turns_of(row, answer, "line 1") == (ASKED, completion)
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([USER, ANSWER], Sample(turns=ASKED, completion="Tom is.")),
+        ([5, 6], Sample(input_ids=(5, 6))),
+        ("Tom", Sample(text="Tom")),
+        ({"text": "Tom", "toxicity": 0.5}, Sample(text="Tom")),
+    ],
+)
+def test_a_named_column_may_hold_a_chat_or_token_ids(value: Any, expected: Sample, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"mine": value, "messages": [USER], "text": "x"}) + "\n")
+    assert ReferenceSet.load(path, column="mine").samples == (expected,)
+
+
 @pytest.mark.parametrize("column", ["messages", "conversations", "chosen"])
 @pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.csv", "a.jsonl.gz"])
 def test_tables_of_chats(name: str, column: str, tmp_path: Path) -> None:

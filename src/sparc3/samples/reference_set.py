@@ -206,8 +206,8 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
         return number, {"text": text.strip("\n")}
 
     def _named(self, row: dict[str, Any], where: str) -> dict[str, Any]:
-        """The row with the named column as its text; a label in it (RealToxicityPrompts' prompt) stays where
-        it was."""
+        """The row with the named column as its text, token ids or messages; a label in it
+        (RealToxicityPrompts' prompt) stays where it was."""
         if self.column is None:
             return row
         if row.get(self.column) is None:
@@ -215,8 +215,14 @@ class Rows(Sequence[tuple[int, dict[str, Any]]]):
                 f"{where} has no column '{self.column}'; it has: {', '.join(map(str, row))}; check the key "
                 f"column"
             )
-        text = row[self.column]
-        return {**row, "text": text.get("text") if isinstance(text, dict) else text, "input_ids": None}
+        value = row[self.column]
+        key = "text"
+        if isinstance(value, dict):
+            value = value.get("text")
+        elif isinstance(value, list):
+            key = "messages" if value and isinstance(value[0], dict) else "input_ids"
+        others = dict.fromkeys(("text", "input_ids", "messages", "conversations"))
+        return {**row, **others, key: value}
 
 
 def read_whole(path: str | os.PathLike[str]) -> str:
