@@ -11,7 +11,7 @@ import pytest
 
 from sparc3 import Circuit, Results, UserError, load_model, load_recipe, run
 from sparc3.experiment import measure
-from sparc3.experiment.changed_recipe import changed_keys
+from sparc3.experiment.run_folder import changed_keys
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -163,11 +163,11 @@ def test_killed_in_the_middle_either_recipe_goes_on(
     recipe = changed(lambda r: r["evaluation"]["toxicity"].update(max_new_tokens=6))
     real, calls = measure.measure, []
 
-    def killed(*arguments: Any) -> Any:
+    def killed(*arguments: Any, **more: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(measure, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -214,3 +214,23 @@ def test_keys_that_changed() -> None:
     one = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
     other = {"a": {"b": 1, "c": [1]}, "e": 1}
     assert list(changed_keys(one, other)) == ["a.c", "d", "e"]
+
+
+def test_a_recipe_that_is_refused_leaves_a_finished_run_as_it_was(folder: Path, tmp_path: Path) -> None:
+    """Whether the units or the samples are at fault; what the check cannot pass puts nothing aside."""
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"text": f"Tom {n} was" + " angry" * 600}) + "\n" for n in range(8)))
+
+    def files() -> dict[str, bytes]:
+        left = {".lock", "log.txt"}
+        return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in left}
+
+    before = files()
+    too_many = changed(lambda r: r["selection"].update(count=99_999, rounds=1))
+    too_long = changed(lambda r: r["references"]["undesired"].update(source=str(long)))
+    for bad, named in ((too_many, "99999"), (too_long, "long.jsonl, line 1")):
+        with pytest.raises(UserError, match=named):
+            run(bad, folder)
+        assert files() == before
+    assert run(SMALL, folder).measurements == Results.load(folder / "results.json").measurements
+    assert not (folder / "earlier").exists()

@@ -144,6 +144,23 @@ def test_prompts_without_room_and_labels_of_several_tokens_in_the_evaluation(
         assert all(part in str(refused.value) for part in named), refused.value
 
 
+def test_validation_prompts_of_a_search_are_in_the_check(idle: None, tmp_path: Path, jsonl: Write) -> None:
+    """Of four prompts two are the test's and two the search's: whichever is too long is told before work."""
+    told = []
+    for place in range(4):
+        rows = [{"text": f"Tom {name}"} for name in ("shouted,", "said,", "cried,", "yelled,")]
+        rows[place]["text"] += " and Anna was very cross" * 120
+        tune = {"counts": [5], "prompts": 2, "texts": 2}
+        changed = {"selection": {"tune": tune, "protect": False}}
+        source = str(jsonl(f"prompts{place}.jsonl", rows))
+        recipe = _recipe(evaluation__toxicity__source=source, **changed)
+        for refuse in (lambda: run(recipe, tmp_path / f"out{place}"), lambda: plan(recipe, hardware="h100")):  # noqa: B023
+            with pytest.raises(UserError, match=f"prompts{place}.jsonl") as refused:
+                refuse()
+            told.append(str(refused.value).partition("evaluation.toxicity")[0])
+    assert sorted(told) == [""] * 4 + ["validation of "] * 4
+
+
 def test_a_refused_run_leaves_the_folder_to_a_better_one(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         run(_recipe(selection__count=5000), tmp_path / "out")

@@ -56,11 +56,67 @@ def test_every_row_is_at_its_sparsity(finished: tuple[Path, Results]) -> None:
                     method,
                     metric,
                 )
-    assert len(results.provenance["checks"]) == 8
-    assert all(check["ok"] for check in results.provenance["checks"])
+    counted = [c for c in results.provenance["checks"] if c["name"].startswith("zeros in a row")]
+    assert len(counted) == 8
+    assert all(check["ok"] for check in counted)
     before, after = (results.find("perplexity", v).value for v in ("original", f"magnitude@{WEIGHTS // 2}"))
     assert before < after
     assert results.difference("perplexity", f"magnitude@{WEIGHTS // 2}").ci95
+
+
+def test_the_verdict_is_by_pairs_of_windows_at_each_number_of_weights(finished: tuple[Path, Results]) -> None:
+    folder, results = finished
+    verdict = results.provenance["verdict"]
+    rivals = ("magnitude", "wanda-sequential", "lrp-abs_mean")
+    for count in (WEIGHTS * 38 // 128, WEIGHTS // 2):
+        ours = results.find("perplexity", f"lrp-mean_abs@{count}").value
+        for rival in rivals:
+            d = results.difference("perplexity", f"lrp-mean_abs@{count}", f"{rival}@{count}")
+            assert d.value == pytest.approx(ours - results.find("perplexity", d.from_).value)
+            assert d.ci95[0] <= d.value <= d.ci95[1]
+    judged = {c["name"]: c["ok"] for c in verdict["criteria"]}
+    assert len(judged) == 8  # the dense model and three rivals, at each of two numbers
+    assert judged[f"lrp-mean_abs@{WEIGHTS // 2} against lrp-abs_mean"] is None
+    assert results.provenance["checks"][: len(verdict["criteria"])] == verdict["criteria"]
+    assert verdict["said"] in (folder / "log.txt").read_text()
+    assert verdict["said"].partition(":")[0] in (folder / "report.html").read_text()
+
+
+def test_seeds_apart_are_mean_and_standard_error_of_runs_of_their_own(
+    tmp_path: Path, finished: tuple[Path, Results]
+) -> None:
+    """Each seed's circuit and figure are those of a run with this seed alone; the pooled variant is their mean."""
+    asked = {"methods": ["magnitude", "lrp"], "fractions": [0.5]}
+
+    def general(*seeds: int) -> dict[str, Any]:
+        return {"general": {**SMALL["references"]["general"], "seeds": list(seeds)}}
+
+    apart = changed(references=general(0, 1), compress={**asked, "seeds": "apart"})
+    found = run(apart, tmp_path / "apart")
+    alone = [
+        run(changed(references=general(s), compress=asked), tmp_path / f"seed{s}").find(
+            "perplexity", f"lrp@{WEIGHTS // 2}"
+        )
+        for s in (0, 1)
+    ]
+    (row,) = (r for r in found.provenance["by_seed"] if r["metric"] == "perplexity")
+    assert row["variant"] == f"lrp@{WEIGHTS // 2}"
+    assert row["values"] == [one.value for one in alone]
+    assert row["mean"] == pytest.approx(sum(row["values"]) / 2)
+    assert row["sem"] == pytest.approx(abs(row["values"][0] - row["values"][1]) / 2)
+    circuits = [Circuit.load(tmp_path / f"apart/circuits/lrp-0.5.seed{s}.safetensors") for s in (0, 1)]
+    for seed, circuit in enumerate(circuits):
+        single = Circuit.load(tmp_path / f"seed{seed}/circuits/lrp-0.5.safetensors")
+        assert circuit.fingerprint == single.fingerprint
+    kept = [{name: ~mask for name, mask in c.members.items()} for c in circuits]
+    shared = sum(int((kept[0][name] & kept[1][name]).sum()) for name in kept[0])
+    either = sum(int((kept[0][name] | kept[1][name]).sum()) for name in kept[0])
+    assert 0.2 < shared / either < 1
+    assert found.find("circuit.jaccard", row["variant"]).value == pytest.approx(shared / either)
+    assert "±" in (tmp_path / "apart/report.html").read_text()
+    assert not (tmp_path / "apart/circuits/magnitude-0.5.seed0.safetensors").exists()
+    with pytest.raises(UserError, match="seeds"):
+        load_recipe(changed(compress={**asked, "samples": [2], "seeds": "apart"}))
 
 
 def test_the_report_says_it(finished: tuple[Path, Results]) -> None:

@@ -614,10 +614,10 @@ def test_an_unfinished_file_of_the_run_is_made_again(tmp_path: Path) -> None:
         }[kind]
         path = tmp_path / name
         write(path)
-        made = owner.load(path)
+        made = load_or_make(work, name, owner, {"of": "it"}, lambda: owner.load(path))  # noqa: B023
         for damaged in mutations(path.read_bytes(), 60, 3):
             path.write_bytes(damaged)
-            found = load_or_make(work, name, "made", owner.load, lambda _: "made", lambda: made)  # noqa: B023
+            found = load_or_make(work, name, owner, {"of": "it"}, lambda: made)  # noqa: B023
             assert load(path) is not None
             assert (found.fingerprint if kind == "scores" else found) == (
                 made.fingerprint if kind == "scores" else made

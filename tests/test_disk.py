@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import resource
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from sparc3 import Circuit, ReferenceSet, Results, Scores, Sparc3Error, UserErro
 from sparc3.attribution.partial_sums import load_sums, save_sums
 from sparc3.checkpoints.export import export
 from sparc3.evaluation.statistics import Evaluation, Observations
-from sparc3.experiment.run_folder import claim_folder, log_to_folder
+from sparc3.experiment.run_folder import RunContext, accept_recipe, claim_folder, log_to_folder
 from sparc3.experiment.run_folder import log as log_of_runs
 from sparc3.experiment.slurm import sbatch, write_job
 from sparc3.recipe.schema import load_recipe
@@ -67,9 +68,14 @@ def log_line(path: Path) -> None:
         log_of_runs.info("a line that is written")
 
 
+COUNTS = itertools.count(100)
+
+
 def recipe_copy(path: Path) -> None:
-    with claim_folder(path.parent, load_recipe("demo"), True):
-        pass
+    """Another recipe each time, which an accepted run writes over the one before."""
+    recipe, model = load_recipe("demo", [f"selection.count={next(COUNTS)}"]), cast(Any, None)
+    with claim_folder(path.parent, recipe, True):
+        accept_recipe(RunContext(recipe, path.parent, False, model, model, {}))
 
 
 @pytest.fixture(

@@ -17,7 +17,7 @@ from sparc3.circuits.ablate import Damping, ablate_, ablated, damp
 from sparc3.circuits.circuit import Circuit
 from sparc3.circuits.select import select
 from sparc3.errors import UserError
-from sparc3.experiment.compress import prune_sequentially
+from sparc3.experiment.prune_sequentially import prune_sequentially
 from sparc3.models.fingerprint import describe
 from sparc3.models.load import load_weights
 from sparc3.models.sites import open_experts, sites_of

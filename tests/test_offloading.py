@@ -25,7 +25,7 @@ from sparc3.doctor.examine import Specimen, examine_specimen
 from sparc3.doctor.second_opinion import all_sites, flows
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.perplexity import negative_log_likelihoods
-from sparc3.experiment.compress import prune_sequentially
+from sparc3.experiment.prune_sequentially import prune_sequentially
 from sparc3.models import load as models
 from sparc3.models.families import ROLES
 from sparc3.models.fingerprint import model_fingerprint

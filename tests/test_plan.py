@@ -24,7 +24,7 @@ from sparc3.attribution.sums import Settings, Sums
 from sparc3.evaluation import generate as generation
 from sparc3.evaluation import perplexity
 from sparc3.evaluation import tasks as ioi
-from sparc3.experiment.sizes import count_selected
+from sparc3.experiment.work_list import count_selected
 from sparc3.models.families import ROLES
 from sparc3.models.load import load_config
 from sparc3.models.sites import sites_of

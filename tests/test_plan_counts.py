@@ -126,7 +126,7 @@ def seen(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[See
         monkeypatch.setattr(place, attribute, found.during(getattr(place, attribute), name))
 
     watch("experiment.score.attribute", lambda *_, method, **__: f"scores, {method}")
-    watch("experiment.sample_counts.attribute", lambda *_, method, **__: f"scores, {method}")
+    watch("experiment.compress.attribute", lambda *_, method, **__: f"scores, {method}")
     watch("experiment.compress.prune_sequentially", lambda *_, **__: "scores, wanda-sequential")
     watch("attribution.activations.expertise", lambda *_, **__: "scores, expertise")
     watch("experiment.run.protect_units", lambda *_: "protection")

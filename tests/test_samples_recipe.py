@@ -19,7 +19,7 @@ from sparc3 import (
     run,
     select,
 )
-from sparc3.experiment.sample_counts import distribution
+from sparc3.experiment.compress import distribution
 from sparc3.plan.plan import plan
 
 SMALL: dict[str, Any] = {

@@ -119,3 +119,88 @@ def test_console_and_report_say_the_same(tmp_path: Path, capsys: pytest.CaptureF
     first = remarks(read_folder(tmp_path))[0]
     assert first.kind == "careful"
     assert verdict.said.partition(": ")[2] in str(first.text)
+
+
+def compared(
+    job: str, rivals: dict[str, tuple[float, Interval | None]], provenance: dict[str, Any] | None = None
+) -> Results:
+    """LRP with a CPR of 0.6, or a perplexity of 30 where the dense model has 20; rivals → what LRP differs from them."""
+    find = job == "discover"
+    metric, ours, value = ("circuit.cpr", "lrp", 0.6) if find else ("perplexity", "lrp@50", 30.0)
+    rows = [measurement(metric, ours, value, 0.02)]
+    rows += [measurement("circuit.sparsest", ours, 0.9, 0.02)] if find else []
+    changes = []
+    if not find:
+        rows.append(measurement(metric, "original", 20.0, 0.5))
+        changes.append(Difference(metric, "original", ours, 10.0, 0.5, (9.0, 11.0), 0.001))
+    for method, (by, interval) in rivals.items():
+        name = method if find else f"{method}@50"
+        rows.append(measurement(metric, name, value - by, 0.02))
+        changes.append(Difference(metric, name, ours, by, None, interval, None))
+    return Results(tuple(rows), tuple(changes), {"job": job, "method": "lrp", **(provenance or {})})
+
+
+UP, DOWN, FLAT = (0.2, (0.1, 0.3)), (-0.2, (-0.3, -0.1)), (0.02, (-0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("rivals", "kind", "passed"),
+    [
+        ({"gradient": UP, "random": UP}, "ahead", [True, True, True]),
+        ({"gradient": FLAT, "random": UP}, "level", [None, True, True]),
+        ({"gradient": DOWN, "random": UP}, "behind", [False, True, True]),
+        ({"gradient": UP, "random": FLAT}, "chance", [True, False, True]),
+        ({"gradient": (0.2, None), "random": (0.2, None)}, "single", [None, None, True]),
+        ({"lrp-abs": DOWN, "random": UP}, "ahead", [None, True, True]),  # its own other ranking
+        ({}, "single", [True]),
+    ],
+)
+def test_a_method_that_discovers_against_the_others(
+    rivals: dict[str, tuple[float, Interval | None]], kind: str, passed: list[bool | None]
+) -> None:
+    verdict = judge(compared("discover", rivals))
+    assert verdict is not None
+    assert (verdict.kind, [one.ok for one in verdict.criteria]) == (kind, passed)
+
+
+@pytest.mark.parametrize(
+    ("rivals", "margin", "kind", "passed"),
+    [
+        (
+            {"wanda": DOWN, "magnitude": DOWN},
+            None,
+            "ahead",
+            [None, True, True],
+        ),  # a lower perplexity is better
+        ({"wanda": UP, "magnitude": DOWN}, None, "behind", [None, False, True]),
+        ({"wanda": FLAT, "magnitude": DOWN}, None, "level", [None, None, True]),
+        ({"wanda": DOWN}, 0.4, "lossy", [False, True]),  # 9 to 11 of 20 is more than 40 %
+        ({"wanda": DOWN}, 0.52, "ahead", [None, True]),  # 50 %, at most 55 %
+        ({"wanda": DOWN}, 0.6, "ahead", [True, True]),
+        ({"wanda": UP}, 0.4, "behind", [False, False]),
+    ],
+)
+def test_a_method_that_compresses_against_the_others_and_the_dense_model(
+    rivals: dict[str, tuple[float, Interval | None]],
+    margin: float | None,
+    kind: str,
+    passed: list[bool | None],
+) -> None:
+    stated = {} if margin is None else {"margins": {"perplexity": margin}}
+    verdict = judge(compared("compress", rivals, stated))
+    assert verdict is not None
+    assert (verdict.kind, [one.ok for one in verdict.criteria]) == (kind, passed)
+    assert verdict.criteria[0].value.startswith("+50.0 % (95 %: +45.0 to +55.0")
+
+
+def test_margins_of_the_recipe_come_before_a_budget_and_the_usual_ones() -> None:
+    dear = (1.0, (0.8, 1.2))  # 5 %, between 4 and 6
+    for margins, tune, ok in (
+        ({}, {}, False),
+        ({"perplexity": 0.07}, {}, True),
+        ({"perplexity": 0.07}, {"budget": {"max_perplexity_increase": 0.01}}, True),
+        ({}, {"budget": {"max_perplexity_increase": 0.07}}, True),
+    ):
+        verdict = judge(results(perplexity=dear, provenance={"margins": margins, "tune": tune}))
+        assert verdict is not None
+        assert verdict.criteria[-1].ok is ok

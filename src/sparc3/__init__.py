@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .circuits.select import contrast, select
     from .errors import Sparc3Error, UserError
     from .evaluation.evaluate import evaluate
-    from .experiment.compress import prune_sequentially
+    from .experiment.prune_sequentially import prune_sequentially
     from .experiment.run import run
     from .models.load import load_model
     from .recipe.schema import load_recipe
@@ -41,7 +41,7 @@ _MODULES = {
     "export": "checkpoints.export",
     "load_model": "models.load",
     "load_recipe": "recipe.schema",
-    "prune_sequentially": "experiment.compress",
+    "prune_sequentially": "experiment.prune_sequentially",
     "push": "checkpoints.push",
     "run": "experiment.run",
     "select": "circuits.select",

@@ -292,6 +292,17 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
+class SeedFigures:
+    """A metric of a variant by each seed's reference set alone, with its mean and standard error."""
+
+    variant: str
+    metric: str
+    values: list[float]
+    mean: float
+    sem: float
+
+
+@dataclass(frozen=True)
 class Distribution:
     """A method's scores by size: role → how many are below 10^exponents[0], then between each two."""
 
@@ -310,6 +321,7 @@ class Provenance(Section):
         sizes: module → units in it.
         metrics, samples: metric → its settings, and the fingerprint of its samples.
         lexicon: words to mask.
+        margins: metric → the relative change up to which it is flat, where the recipe states one.
         protected: None where none was looked for.
     """
 
@@ -332,6 +344,7 @@ class Provenance(Section):
     lexicon: list[str] = []
     checks: list[Check] = []
     verdict: Verdict | None = None
+    margins: dict[str, Number] = {}
     stages: list[Stage] = []
     power: list[Power] = []
     scorers: Scorers | None = None
@@ -341,6 +354,7 @@ class Provenance(Section):
     version: str = ""
     overlaps: list[Overlap] = []
     by_samples: list[SampleRow] = []
+    by_seed: list[SeedFigures] = []
     distributions: dict[str, Distribution] = {}
 
 

@@ -143,6 +143,8 @@ def _show(results: Any, out: str) -> None:
         _show_change(results)
     else:
         _show_variants(results)
+    if verdict := results.provenance.get("verdict"):
+        say(f"\nverdict: {verdict['said']}")
     say(f"\nreport: {os.path.join(out, 'report.html')}")
 
 
@@ -154,8 +156,6 @@ def _show_change(results: Any) -> None:
             relative = f"{d.relative:+.1%}" if d.relative is not None else "-"
             interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d.ci95 else "-"
             say(f"{d.metric:26} {before:10.4g} {after:10.4g} {relative:>9}  {interval}")
-    if verdict := results.provenance.get("verdict"):
-        say(f"\nverdict: {verdict['said']}")
 
 
 def _show_variants(results: Any) -> None:

@@ -1,7 +1,8 @@
 """One check before any work: what a recipe asks for, against the model's units and context, and its samples
 as tokens. `plan` makes it too."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from ..recipe.sections import SEQUENTIAL
 from ..samples.batches import encode
 from ..samples.reference_set import ReferenceSet
 from ..samples.tokens import read_sample
-from .sizes import removed_sizes, units_in
+from .work_list import removed_sizes, target_for_set, units_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,19 +114,15 @@ def check_samples(
 
     Args:
         references: as the run names them: general, or task.0.
-        metrics: name, settings and samples of each.
+        metrics: of each, what a message calls it, its settings and its samples.
     """
     for name, samples in references.items():
         for key, target in _targets(recipe, name, samples):
-            _named(
-                f"references.{name}, {key} {target}",
-                lambda samples=samples, target=target: _check_reference(recipe, samples, target, limits),  # type: ignore[misc]
-            )
+            with _naming(f"references.{name}, {key} {target}"):
+                _check_reference(recipe, samples, target, limits)
     for name, settings, samples in metrics:
-        _named(
-            f"evaluation.{name}",
-            lambda settings=settings, samples=samples: _check_metric(settings, samples, limits),  # type: ignore[misc]
-        )
+        with _naming(name):
+            _check_metric(settings, samples, limits)
 
 
 def _targets(recipe: Recipe, name: str, samples: ReferenceSet) -> Iterator[tuple[str, str]]:
@@ -136,9 +133,9 @@ def _targets(recipe: Recipe, name: str, samples: ReferenceSet) -> Iterator[tuple
     elif spec.target:
         yield f"references.{name.partition('.')[0]}.target", spec.target
     elif tune and tune.targets:
-        lacks = any(sample.completion is None for sample in samples)
+        completed = all(sample.completion is not None for sample in samples)
         for target in tune.targets:
-            yield "selection.tune.targets", "next" if target.startswith("completion") and lacks else target
+            yield "selection.tune.targets", target_for_set(target, completed)
     else:
         yield "attribution.target", recipe.attribution.target
 
@@ -188,8 +185,10 @@ def _check_known(ids: Iterable[int], limits: Limits, where: str) -> None:
         )
 
 
-def _named(place: str, check: Callable[[], None]) -> None:
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """A UserError inside names the place."""
     try:
-        check()
+        yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from None

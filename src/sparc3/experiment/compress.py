@@ -1,208 +1,51 @@
-"""Compression layer by layer: each layer is scored on what the already pruned layers before it give
-(sequential Wanda)."""
+"""The job `compress`: the least weights of every row go, by each method; what is left is counted in the
+matrices and measured."""
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .. import __version__, distributed
-from ..attribution.activations import capture
+from ..attribution.attribute import attribute
 from ..attribution.methods import require_method
-from ..attribution.patching import frozen
-from ..circuits.ablate import ablated
+from ..attribution.options import AttributionOptions
 from ..circuits.circuit import Circuit
 from ..circuits.select import parse_scope, select, share_of
-from ..errors import Sparc3Error, UserError
-from ..evaluation.evaluate import evaluated_on, to_results
-from ..evaluation.statistics import Evaluation
-from ..models.families import ROLES
-from ..models.fingerprint import describe
-from ..models.load import context_length, rope_switches, vocabulary_size
-from ..models.offloading import device_of
-from ..models.sites import Site, family_of, layers_of, sites_of
-from ..progress import Progress
+from ..errors import Sparc3Error
+from ..evaluation.evaluate import to_results
+from ..evaluation.metrics import SparsitySettings
+from ..evaluation.statistics import Evaluation, measurement
+from ..models.sites import Site, sites_of
 from ..recipe.sections import SEQUENTIAL, Compress
-from ..results import Check, Provenance, Results, Stage, Variant
-from ..samples.batches import Batch, encode, make_batches
-from ..samples.reference_set import ReferenceSet, Sample
+from ..results import Check, Results, SampleRow, SeedFigures, Variant
+from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
-from ..storage import fingerprint
-from .measure import load_or_make_evaluation
-from .run_folder import RunContext, load_or_make
-from .sample_counts import by_samples
+from ..storage import fingerprint, write_json
+from .discover import measure_stability, observe_stability
+from .measure import (
+    add_verdict,
+    compare_methods,
+    describe_run,
+    load_or_make_evaluation,
+    measure_once,
+    pool_draws,
+)
+from .prune_sequentially import prune_sequentially
+from .run_folder import RunContext, load_or_make, read_made
 from .score import ScoringSpec, load_or_make_parts
-from .sizes import prunings_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-BATCH_TOKENS = 2048
-"""Padded tokens that run through a layer at once."""
-
-
-def prune_sequentially(
-    model: "PreTrainedModel",
-    samples: "ReferenceSet | Iterable[str | Sequence[int] | Sample]",
-    *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    fraction: float | None = None,
-    scope: str = "row",
-    sites: Sequence[str] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    truncate: bool = False,
-    progress: bool = False,
-) -> Circuit:
-    """The weights that Wanda's own code would remove (Sun et al. 2024): layer after layer, by |W_ij| · ‖a_j‖₂
-    with the activations of the model without what was removed before. Inside a layer all sites see the layer
-    as it was.
-
-    One pass over the layers, each run twice; the hidden states of all samples are held at once. The model is
-    afterwards as it was.
-
-    Args:
-        samples: as in `attribute`.
-        tokenizer: as in `attribute`.
-        truncate: as in `attribute`.
-        fraction: the share of every output row, or of every site.
-        scope: "row", "site", or "n:m" without a fraction.
-        sites: canonical roles; all that the model has where none is given.
-        batch_tokens: padded tokens that run through a layer at once.
-
-    Returns:
-        a circuit of weights, to be given to `ablated`, `ablate_` or `export`.
-
-    Raises:
-        UserError: as `attribute` and `select` do.
-    """
-    if scope == "global":
-        raise UserError(
-            "sequential pruning works one layer at a time, so it has no scope global; use row, site, "
-            "or n:m such as 2:4"
-        )
-    references = ReferenceSet.of(samples)
-    where = sites_of(model, sites or [role for role in ROLES if role in family_of(model).roles])
-    encoded = encode(
-        references,
-        tokenizer,
-        "predicted",
-        context=context_length(model),
-        vocabulary=vocabulary_size(model),
-        truncate=truncate,
-    )
-    described = describe(model)
-    members: dict[str, Tensor] = {}
-    with frozen(model), torch.no_grad(), ExitStack() as removed:
-        flows = [
-            capture_layer_inputs(model, batch)
-            for batch in make_batches(
-                distributed.stride(encoded), batch_tokens, device_of(model), rope_switches(model)
-            )
-        ]
-        layers = list(layers_of(model))
-        shown = removed.enter_context(Progress(len(layers), "pruning", "layer", show=progress))
-        for index, layer in enumerate(shown.each(layers)):
-            scores = layer_scores(layer, [site for site in where if site.layer == index], flows, described)
-            part = select(scores, fraction=fraction, scope=scope)
-            members |= part.members
-            removed.enter_context(ablated(model, part))
-            for flow in flows:
-                flow.hidden = flow.through(layer)
-    return Circuit(
-        "weight",
-        members,
-        described,
-        {
-            "selection": {"fraction": fraction, "scope": scope, "order": "lowest", "sequential": True},
-            "scores": {
-                "method": "wanda",
-                "unit": "weight",
-                "samples": len(encoded),
-                "samples_fingerprint": references.fingerprint,
-            },
-            "sizes": {site.name: site.out * site.inp for site in where},
-            "version": __version__,
-        },
-    )
-
-
-@dataclass
-class _LayerFlow:
-    """One batch on its way through the layers.
-
-    Attributes:
-        hidden: [B, T, hidden], what enters the next layer.
-        others: layer → the other arguments that the model gives it (masks, position embeddings).
-    """
-
-    batch: Batch
-    hidden: Tensor
-    others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
-
-    def through(self, layer: nn.Module) -> Tensor:
-        args, kwargs = self.others[layer]
-        output = layer(self.hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-def capture_layer_inputs(model: "PreTrainedModel", batch: Batch) -> _LayerFlow:
-    """What the model gives to its layers, seen in one forward pass."""
-    layers = list(layers_of(model))
-    first: list[Tensor] = []
-    others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        if not first:
-            first.append(hidden)
-        others[layer] = args[1:], kwargs
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        model.base_model(input_ids=batch.ids, use_cache=False)
-    return _LayerFlow(batch, first[0], others)
-
-
-def layer_scores(
-    layer: nn.Module, sites: list[Site], flows: list[_LayerFlow], described: dict[str, str]
-) -> Scores:
-    """|W_ij| · ‖a_j‖₂ of one layer's sites, over the tokens of all samples and ranks."""
-    squares = {site.name: torch.zeros(site.inp, dtype=torch.float64) for site in sites}
-    by_name = {site.name: site for site in sites}
-    for flow in flows:
-        mask = flow.batch.mask()
-
-        def receive(name: str, a: Tensor, mask: Tensor = mask) -> None:
-            squares[name] += a[mask.to(a.device)].square().sum(0).cpu()
-
-        with capture(by_name, mask, receive):
-            flow.through(layer)
-    distributed.sum_(squares.values())
-    values = {
-        site.name: site.weight.detach()
-        .to("cpu", torch.float32, copy=True)
-        .abs_()
-        .mul_(squares[site.name].sqrt().float())
-        for site in sites
-    }
-    return Scores(values, {"unit": "weight", "method": "wanda", "model": described})
-
-
-# The job `compress`: the least weights of every row go, by each method; what is left is counted in the
-# matrices and measured.
-
+from .work_list import count_selected, prunings_of, sets_pruned_by
 
 log = logging.getLogger("sparc3")
-Pruned = list[tuple[str, Path]]
-"""Variant → where its circuit is: those of a large model are read one at a time."""
+Pruned = list[tuple[str, list[Path]]]
+"""Variant → where its circuits are, one a seed where seeds are kept apart: those of a large model are read
+one at a time."""
 
 
 def settings(work: RunContext) -> Compress:
@@ -211,104 +54,109 @@ def settings(work: RunContext) -> Compress:
 
 
 def prune_by_all_methods(work: RunContext) -> Pruned:
-    """What each method removes at each fraction, saved as circuits/METHOD@COUNT.safetensors for `sparc3
-    ablate`."""
+    """What each method removes at each fraction, saved as circuits/METHOD-FRACTION.safetensors for `sparc3
+    ablate`, with .seed0, .seed1, … where seeds are kept apart."""
+    assert work.recipe.job == "compress"
     found: Pruned = []
     for name, method, reduce in prunings_of(settings(work), sampled=False):
         for fraction in settings(work).fractions or (None,):
-            where, circuit = (
-                _prune_layer_by_layer(work, fraction)
-                if method == SEQUENTIAL
-                else _prune_at_once(work, name, method, reduce, fraction)
-            )
-            log.info("%s: %d weights in %d sites", name, len(circuit), len(circuit.members))
-            found.append((str(Variant(name, len(circuit))), where))
+            end, files = settings(work).scope.replace(":", "of") if fraction is None else f"{fraction:g}", []
+            sets = sets_pruned_by(work.recipe, method)
+            for seed, one in enumerate(sets):
+                draw = f".seed{seed}" if len(sets) > 1 else ""
+                files.append(f"circuits/{name}-{end}{draw}.safetensors")
+                circuit = _load_or_make_circuit(work, files[-1], one, method, reduce, fraction)
+                log.info("%s%s: %d weights in %d sites", name, draw, len(circuit), len(circuit.members))
+            found.append((str(Variant(name, len(circuit))), [work.folder / file for file in files]))
     return found
 
 
-def _prune_at_once(
-    work: RunContext, name: str, method: str, reduce: str, fraction: float | None
-) -> tuple[Path, Circuit]:
-    scores = _load_or_make_scores(work, method, reduce)
-    scope = settings(work).scope
-    made_from = fingerprint(
-        {"scores": scores.fingerprint, "fraction": fraction, "scope": scope, "version": __version__}
-    )
-    return _load_or_make_circuit(
-        work, name, fraction, made_from, lambda: select(scores, fraction=fraction, scope=scope)
-    )
+def _load_or_make_circuit(
+    work: RunContext, file: str, name: str, method: str, reduce: str, fraction: float | None
+) -> Circuit:
+    asked, samples, scope = work.recipe.attribution, work.references[name], settings(work).scope
+    inputs: dict[str, Any] = {"fraction": fraction, "scope": scope}
+    if method == SEQUENTIAL:
+        inputs |= {"sites": asked.sites, "truncate": asked.truncate}
+        inputs |= {"model": work.fingerprint, "samples": samples.fingerprint}
+    else:
+        how = ScoringSpec(asked.but(method=method, reduce=reduce), {name: _target(work)})
+        place = f"{reduce}." if require_method(method).targeted else ""
+        scores = load_or_make_parts(work, how, place=place)[name]
+        inputs |= {"scores": scores.fingerprint}
 
-
-def _load_or_make_scores(work: RunContext, method: str, reduce: str) -> Scores:
-    asked = work.recipe.attribution.but(method=method, reduce=reduce)
-    how = ScoringSpec(asked, {"general": work.recipe.references["general"].target or asked.target})
-    place = f"{reduce}." if require_method(method).targeted else ""
-    return load_or_make_parts(work, how, place=place)["general"]
-
-
-def _prune_layer_by_layer(work: RunContext, fraction: float | None) -> tuple[Path, Circuit]:
-    asked, scope = work.recipe.attribution, settings(work).scope
-    made_from = fingerprint(
-        {
-            "model": work.fingerprint,
-            "samples": work.references["general"].fingerprint,
-            "sites": asked.sites,
-            "fraction": fraction,
-            "scope": scope,
-            "truncate": asked.truncate,
-            "version": __version__,
-        }
-    )
-    return _load_or_make_circuit(
-        work,
-        SEQUENTIAL,
-        fraction,
-        made_from,
-        lambda: prune_sequentially(
+    def make() -> Circuit:
+        if method != SEQUENTIAL:
+            return replace(select(scores, fraction=fraction, scope=scope), model=work.described)
+        made = prune_sequentially(
             work.model,
-            work.references["general"],
+            samples,
             tokenizer=work.tokenizer,
             fraction=fraction,
             scope=scope,
             sites=asked.sites,
             truncate=asked.truncate,
             progress=work.progress,
-        ),
-    )
+        )
+        return replace(made, model=work.described)
+
+    return load_or_make(work, file, Circuit, inputs, make)
 
 
-def _load_or_make_circuit(
-    work: RunContext, name: str, fraction: float | None, made_from: str, make: Any
-) -> tuple[Path, Circuit]:
-    size = settings(work).scope.replace(":", "of") if fraction is None else f"{fraction:g}"
-    name = f"circuits/{name}-{size}.safetensors"
-
-    def mark() -> Circuit:
-        made: Circuit = make()
-        return replace(made, model=work.described, provenance={**made.provenance, "made_from": made_from})
-
-    made = load_or_make(work, name, made_from, Circuit.load, lambda c: c.provenance.get("made_from"), mark)
-    return work.folder / name, made
+def _target(work: RunContext) -> str:
+    return work.recipe.references["general"].target or work.recipe.attribution.target
 
 
 def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float]) -> Results:
+    """Every pruned model on the same test samples, and those of the comparison of numbers of samples."""
     found = [load_or_make_evaluation(work, "original", Circuit("weight", {}, work.described))]
-    checks = []
-    sizes: dict[str, int] = {}
-    for variant, where in pruned:
-        circuit = Circuit.load(where)
-        sizes = sizes or dict(circuit.provenance["sizes"])
-        found.append(load_or_make_evaluation(work, variant, circuit))
-        checks.append(_every_row(work, found[-1], circuit))
-    by_number, drawn = by_samples(work, prunings_of(settings(work), sampled=True))
-    sizes = sizes or {
-        site.name: site.out * site.inp for site in sites_of(work.model, work.recipe.attribution.sites)
-    }
-    provenance = _provenance(work, sizes, checks, seconds, drawn if by_number else {})
-    return to_results([*found, *by_number], provenance.to_dict())
+    checks, by_seed = [], list[SeedFigures]()
+    sites = sites_of(work.model, work.recipe.attribution.sites)
+    for variant, files in pruned:
+        draws = []
+        for seed, file in enumerate(files):
+            circuit, draw = Circuit.load(file), f".seed{seed}" if len(files) > 1 else ""
+            draws.append(load_or_make_evaluation(work, f"{variant}{draw}", circuit))
+            checks.append(_check_rows(work, draws[-1], circuit))
+        if len(draws) == 1:
+            found += draws
+        else:
+            pooled, total = pool_draws(variant, draws), sum(site.out * site.inp for site in sites)
+            pairs = [measure_stability([*map(Circuit.load, pair)], total) for pair in combinations(files, 2)]
+            stable = observe_stability(sum(pairs) / len(pairs))
+            found.append(replace(pooled, observations=(*pooled.observations, stable)))
+            by_seed += _tell_seeds(variant, draws)
+    by_number, drawn = compare_sample_counts(work)
+    provenance = describe_run(
+        work,
+        seconds,
+        job="compress",
+        method=work.recipe.attribution.method,
+        unit="weight",
+        scope=settings(work).scope,
+        sizes={site.name: site.out * site.inp for site in sites},
+        checks=checks,
+        **({"by_seed": by_seed} if by_seed else {}),
+        **drawn,
+    )
+    results = to_results([*found, *by_number], provenance.to_dict())
+    beside = compare_methods([*found, *by_number], work.recipe.attribution.method)
+    return add_verdict(replace(results, differences=(*results.differences, *beside)), "weight")
 
 
-def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> Check:
+def _tell_seeds(variant: str, draws: list[Evaluation]) -> list[SeedFigures]:
+    """Each metric but the counts of zeros, by each seed's set, as far as all of them could be measured."""
+    found = []
+    for column in zip(*(draw.observations for draw in draws), strict=True):
+        figures = [measurement(o, variant).value for o in column]
+        values = [value for value in figures if value is not None]
+        if not column[0].metric.startswith("sparsity") and len(values) == len(figures):
+            sem = stdev(values) / len(values) ** 0.5
+            found.append(SeedFigures(variant, column[0].metric, values, fmean(values), sem))
+    return found
+
+
+def _check_rows(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> Check:
     """A check: the least and the most zeros of any row are what was asked for. Other scopes are told, not
     judged.
 
@@ -316,10 +164,12 @@ def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> Ch
         Sparc3Error: a row has fewer zeros than it should, so the figures would be of another model than they
             say.
     """
-    least, most = (_samples_figure(evaluation, f"sparsity.row_{end}") for end in ("min", "max"))
+    figures = {o.metric: float(o.sums[0] or 0.0) for o in evaluation.observations if o.sums}
+    least, most = figures["sparsity.row_min"], figures["sparsity.row_max"]
     name, value = f"zeros in a row, {evaluation.variant}", f"{least:.4%} to {most:.4%}"
     groups, fraction = parse_scope(settings(work).scope), circuit.provenance["selection"].get("fraction")
-    elsewhere = set(evaluated_on(work.prepared)["metrics"]["sparsity"]["sites"]) != set(
+    counted = work.recipe.metrics()["sparsity"]
+    elsewhere = isinstance(counted, SparsitySettings) and set(counted.sites) != set(
         work.recipe.attribution.sites
     )
     if elsewhere or (groups is None and settings(work).scope != "row"):
@@ -334,30 +184,118 @@ def _every_row(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> Ch
     return Check(name, value, most <= max(asked) + 1e-9)
 
 
-def _samples_figure(evaluation: Evaluation, metric: str) -> float:
-    return float(next(o.sums[0] or 0.0 for o in evaluation.observations if o.metric == metric))
+# How many reference samples a pruning needs: the same from the first n samples of each seed's set (the
+# paper's Figures 8 to 10).
+
+DISTRIBUTION = "sparc3.distribution/1"
+DECADES, BINS = 6, 48
+"""Scores are counted by their size as a share of the method's largest, from 10⁻⁶ to 1, in steps of an eighth
+of a power of ten."""
 
 
-def _provenance(
-    work: RunContext,
-    sizes: dict[str, int],
-    checks: list[Check],
-    seconds: Mapping[str, float],
-    drawn: Mapping[str, Any],
-) -> Provenance:
-    return Provenance(
-        recipe=work.recipe.name,
-        job="compress",
-        made_from=work.recipe.fingerprint,
-        model=work.described,
-        method=work.recipe.attribution.method,
-        unit="weight",
-        scope=settings(work).scope,
-        sizes=sizes,
-        **evaluated_on(work.prepared),
-        checks=checks,
-        stages=[Stage(name, took) for name, took in seconds.items()],
-        warnings=work.warnings,
-        version=__version__,
-        **drawn,
+def compare_sample_counts(work: RunContext) -> tuple[list[Evaluation], dict[str, Any]]:
+    """(evaluations, what the report draws): every method at every number of samples, the seeds' figures
+    pooled.
+
+    At the largest number the variant is called METHOD@COUNT as in any compression, at the others "METHOD, n
+    samples".
+    """
+    compress, asked = settings(work), work.recipe.attribution
+    fraction, sites = next(iter(compress.fractions), None), sites_of(work.model, asked.sites)
+    removed = count_selected(compress.scope, "weight", sites, fraction=fraction)
+    rows: list[SampleRow] = []
+    distributions: dict[str, Any] = {}
+    evaluations = []
+    for name, method, reduce in prunings_of(compress, sampled=True):
+        options = asked.but(method=method, target=_target(work), reduce=reduce)
+        for count in sorted(compress.samples):
+            largest, draws = count == max(compress.samples), []
+            for seed, samples in enumerate(work.references.values()):
+                first = ReferenceSet(samples.samples[:count], samples.source)
+                drawn = name if largest and seed == 0 else None
+                draw, found = _measure_first(work, f"{name}-{count}.seed{seed}", first, options, drawn)
+                draws.append(draw)
+                rows += [
+                    SampleRow(name, count, seed, o.metric, measurement(o, "").value)
+                    for o in draw.observations
+                    if not o.metric.startswith("sparsity")
+                ]
+                distributions |= {name: _add_up_roles(found, sites)} if found else {}
+            variant = f"{name}, {count} sample{'s' * (count > 1)}"
+            evaluations.append(pool_draws(str(Variant(name, removed)) if largest else variant, draws))
+    return evaluations, ({"by_samples": rows, "distributions": distributions} if evaluations else {})
+
+
+def _measure_first(
+    work: RunContext, place: str, samples: ReferenceSet, options: AttributionOptions, drawn: str | None
+) -> tuple[Evaluation, dict[str, Any]]:
+    """(evaluation, distribution) of the model pruned by the scores of these samples; the distribution where
+    it is `drawn`, by this name. The scores, as large as the model, are made once, where one of the two is not
+    there yet, and are not kept."""
+
+    @functools.cache
+    def score() -> Scores:
+        return attribute(
+            work.model,
+            samples,
+            tokenizer=work.tokenizer,
+            **options.model_dump(),
+            progress=work.progress,
+            partial=work.folder / "scores/samples.partial",
+        )
+
+    asked = work.recipe.attribution.model_dump(exclude={"method", "reduce", "batch_tokens"})
+    how = [options.method, options.reduce, options.target, asked]
+    inputs = {"samples": samples.fingerprint, "model": work.fingerprint, "how": how}
+    found = _load_or_make_distribution(work, drawn, len(samples), inputs, score) if drawn else {}
+    fraction, scope = next(iter(settings(work).fractions), None), settings(work).scope
+    more = {"fraction": fraction, "scope": scope}
+    made = measure_once(
+        work, place, {**inputs, **more}, lambda: select(score(), fraction=fraction, scope=scope)
     )
+    return made, found
+
+
+def _load_or_make_distribution(
+    work: RunContext, name: str, samples: int, inputs: Mapping[str, Any], score: Callable[[], Scores]
+) -> dict[str, Any]:
+    """distributions/NAME.json, which is made unless it is there."""
+    file, made_from = f"distributions/{name}.json", fingerprint({**inputs, "version": __version__})
+    found = read_made(work, file, DISTRIBUTION, made_from)
+    if not found:
+        head = {"format": DISTRIBUTION, "made_from": made_from, "method": name, "samples": samples}
+        found = {**head, **distribution(score())}
+        if distributed.is_main():
+            write_json(work.folder / file, found)
+        distributed.wait()
+    return found
+
+
+def _add_up_roles(found: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Any]:
+    """What the report draws of a distribution: role → how many scores are in each bin."""
+    roles, counted = {site.name: site.role for site in sites}, dict[str, list[int]]()
+    for name, counts in found["sites"].items():
+        held = counted.get(roles[name], [0] * len(counts))
+        counted[roles[name]] = [a + b for a, b in zip(held, counts, strict=True)]
+    return {"samples": found["samples"], "exponents": found["exponents"], "roles": counted}
+
+
+def distribution(scores: Scores) -> dict[str, Any]:
+    """{"largest", "exponents", "sites"}: of each site, how many |scores| are below 10⁻⁶ of the largest of
+    all, and how many in each bin above.
+
+    The bins lie between the exponents of ten: the first count of a site is of what is below the first
+    exponent, zeros among it.
+    """
+    largest = max(float(tensor.abs().max()) for tensor in scores.values()) or 1.0
+    sites = {}
+    for name, tensor in scores.items():
+        counts = torch.zeros(BINS, dtype=torch.float64)
+        for piece in tensor.flatten().split(2**24):
+            counts += torch.histc(
+                (piece.abs() / largest).log10().clamp_(max=0.0), bins=BINS, min=-DECADES, max=0.0
+            ).double()
+        inside = [int(count) for count in counts]
+        sites[name] = [tensor.numel() - sum(inside), *inside]
+    exponents = [-DECADES + DECADES * edge / BINS for edge in range(BINS + 1)]
+    return {"largest": largest, "exponents": exponents, "sites": sites}

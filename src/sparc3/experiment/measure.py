@@ -3,29 +3,38 @@ from."""
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from .. import __version__
-from ..circuits.ablate import Damping
 from ..circuits.algebra import overlap
 from ..circuits.circuit import Circuit
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.scorers import lexicon_words
-from ..evaluation.statistics import Evaluation, detectable_change, pool
+from ..evaluation.statistics import Evaluation, detectable_change, difference, pool
 from ..evaluation.toxicity import agreement, side_by_side
 from ..models.sites import sites_of
-from ..results import Check, Overlap, Power, Provenance, Results, ScorerMeans, Scorers, Stage, Variant
-from ..scores import Scores
-from ..storage import fingerprint
-from ..verdict import judge
+from ..results import (
+    Check,
+    Difference,
+    Overlap,
+    Power,
+    Provenance,
+    Results,
+    ScorerMeans,
+    Scorers,
+    Stage,
+    Variant,
+)
+from ..verdict import is_way_of, judge
 from .run_folder import Intervention, RunContext, load_or_make
 from .score import ScoringSpec, SelectedCircuit
-from .sizes import units_in
 from .variants import apply_intervention, list_variants
+from .work_list import units_in
 
 log = logging.getLogger("sparc3")
 
@@ -39,107 +48,130 @@ def measure_variants(
     sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     evaluations = []
     for variant, changes in list_variants(work, found, how):
-        draws = []
+        named, draws = Variant.parse(variant), []
         for number, one in enumerate(changes):
-            name = variant if len(changes) == 1 else str(replace(Variant.parse(variant), draw=str(number)))
+            name = variant if len(changes) == 1 else str(replace(named, draw=str(number)))
             if one.fingerprint not in known:
                 known[one.fingerprint] = load_or_make_evaluation(work, name, one)
             draws.append(replace(known[one.fingerprint], variant=variant))
-        evaluations.append(draws[0] if len(draws) == 1 else _pool_draws(draws))
-        named = Variant.parse(variant)
+        evaluations.append(draws[0] if len(draws) == 1 else pool_draws(variant, draws))
         if named.count == len(found.circuit) and named.method != how.options.method:
             shared += measure_overlaps(found.circuit, {variant: changes}, sizes)
+    scorers = _measure_agreement(work, evaluations)
+    provenance = describe_run(
+        work,
+        seconds,
+        circuit=found.circuit.fingerprint,
+        count=len(found.circuit),
+        sizes=sizes,
+        lexicon=_words_to_mask(work),
+        checks=run_checks(work, found, evaluations),
+        power=measure_power(evaluations),
+        **({"scorers": scorers} if scorers else {}),
+        **work.noted,
+        overlaps=shared,
+    )
     null = [str(Variant("random", len(found.circuit)))] if len(found.circuit) else []
-    provenance = _provenance(work, found, evaluations, seconds, shared).to_dict()
-    results = to_results(evaluations, provenance, [*null, *work.rivals])
-    results.provenance["warnings"] += _warn_of_better_rivals(work, results)
-    if verdict := judge(results, found.circuit.unit):
-        results.provenance["verdict"] = asdict(verdict)
-        results.provenance["checks"][:0] = results.provenance["verdict"]["criteria"]
+    results = to_results(evaluations, provenance.to_dict(), [*null, *work.rivals])
+    results.provenance["warnings"] = [
+        *work.warnings,
+        *_warn_of_chosen_prompts(work),
+        *_warn_of_better_rivals(work, results),
+    ]
+    add_verdict(results, found.circuit.unit)
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"
-        log.info(
-            "%s: %.4g → %.4g (%s)",
-            metric,
-            results.find(metric).value,
-            results.find(metric, "ablated").value,
-            change,
-        )
+        before, after = results.find(metric).value, results.find(metric, "ablated").value
+        log.info("%s: %.4g → %.4g (%s)", metric, before, after, change)
     return results
 
 
 def load_or_make_evaluation(work: RunContext, variant: str, change: Intervention) -> Evaluation:
     """All metrics on one variant, kept as evaluation/`variant`.json."""
-    made_from = fingerprint(
-        {
-            "model": work.fingerprint,
-            "without": change.fingerprint,
-            "on": fingerprint_of(work.prepared),
-            "version": __version__,
-        }
-    )
+    return measure_once(work, variant, {"without": change.fingerprint}, lambda: change)
+
+
+def measure_once(
+    work: RunContext, variant: str, inputs: Mapping[str, Any], change: Callable[[], Intervention]
+) -> Evaluation:
+    """The same for a change that is made only where there is no evaluation of these inputs yet."""
 
     def make() -> Evaluation:
-        again = (lambda: apply_intervention(work, change)) if len(change) else None
-        made = measure(work.model, work.tokenizer, work.prepared, variant, made_from, work.progress, again)
+        it = change()
+        again = (lambda: apply_intervention(work, it)) if len(it) else None
+        made = measure(
+            work.model, work.tokenizer, work.prepared, variant, progress=work.progress, changed=again
+        )
         log.info("evaluated %s in %.1f s", variant, made.seconds)
         return made
 
-    return load_or_make(
-        work, f"evaluation/{variant}.json", made_from, Evaluation.load, lambda e: e.made_from, make
-    )
+    inputs = {**inputs, "model": work.fingerprint, "on": fingerprint_of(work.prepared)}
+    return load_or_make(work, f"evaluation/{variant}.json", Evaluation, inputs, make)
 
 
-def _pool_draws(draws: list[Evaluation]) -> Evaluation:
+def pool_draws(variant: str, draws: Sequence[Evaluation]) -> Evaluation:
+    """Several draws of one variant as one, unit by unit."""
     columns = zip(*(draw.observations for draw in draws), strict=True)
-    return Evaluation(draws[0].variant, tuple(pool(list(column)) for column in columns))
+    return Evaluation(variant, tuple(pool(list(column)) for column in columns))
 
 
-def _provenance(
-    work: RunContext,
-    found: SelectedCircuit,
-    evaluations: list[Evaluation],
-    seconds: Mapping[str, float],
-    shared: list[Overlap],
-) -> Provenance:
-    agreed = _measure_agreement(work, evaluations)
+def describe_run(work: RunContext, seconds: Mapping[str, float], **own: Any) -> Provenance:
+    """What results say of where they came from; `own` is what only this job has to say."""
+    margins = work.recipe.margins.model_dump(exclude_none=True) if work.recipe.margins else {}
     return Provenance(
         recipe=work.recipe.name,
         made_from=work.recipe.fingerprint,
         model=work.described,
-        circuit=found.circuit.fingerprint,
-        count=len(found.circuit),
-        sizes={name: tensor.numel() for name, tensor in found.contrast.items()},
         **evaluated_on(work.prepared),
-        lexicon=lexicon(work),
-        checks=run_checks(work, found.contrast, found.parts, evaluations),
         stages=[Stage(name, took) for name, took in seconds.items()],
-        power=measure_power(evaluations),
-        **({"scorers": agreed} if agreed else {}),
-        **work.noted,
-        warnings=work.warnings + _chosen_by_outcome(work),
+        warnings=work.warnings,
         version=__version__,
-        overlaps=shared,
+        **({"margins": margins} if margins else {}),
+        **own,
     )
 
 
-def lexicon(work: RunContext) -> list[str]:
-    words = [
-        lexicon_words(p.settings.scorer) for p in work.prepared if isinstance(p.settings, ToxicitySettings)
-    ]
-    return sorted({word for some in words for word in some})
+def add_verdict(results: Results, unit: str) -> Results:
+    """The results with the verdict on them, and its criteria before the other checks."""
+    if verdict := judge(results, unit):
+        said = asdict(verdict)
+        checks = [*said["criteria"], *results.provenance.get("checks", [])]
+        results.provenance.update(verdict=said, checks=checks)
+    return results
+
+
+def compare_methods(evaluations: Sequence[Evaluation], own: str) -> list[Difference]:
+    """What the method `own` differs from each other one that changes as many units, paired by unit of the
+    test, but for the counts of zeros."""
+    groups: dict[int | None, list[Evaluation]] = {}
+    for one in evaluations:
+        groups.setdefault(Variant.parse(one.variant).count, []).append(one)
+    groups.pop(None, None)
+    found = []
+    for group in groups.values():
+        mine = next((e for e in group if is_way_of(Variant.parse(e.variant).method, own)), None)
+        for other in group if mine is not None else ():
+            if mine is None or other is mine:
+                continue
+            known = {o.metric: o for o in other.observations if not o.metric.startswith("sparsity")}
+            for o in mine.observations:
+                if o.metric in known:
+                    found.append(difference(known[o.metric], o, other.variant, mine.variant))
+    return [one for one in found if one is not None]
+
+
+def _words_to_mask(work: RunContext) -> list[str]:
+    asked = [p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
+    return sorted({word for settings in asked for word in lexicon_words(settings.scorer)})
 
 
 def _measure_agreement(work: RunContext, evaluations: list[Evaluation]) -> Scorers | None:
     """How far two scorers agree on the texts before and after; None with one scorer."""
-    asked = [
-        p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings) and p.settings.also
-    ]
-    before, after = (
-        next((e.texts.get("toxicity", []) for e in evaluations if e.variant == name), [])
-        for name in ("original", "ablated")
-    )
+    toxicity = [p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
+    asked = [settings for settings in toxicity if settings.also]
+    texts = {e.variant: e.texts.get("toxicity", []) for e in evaluations}
+    before, after = texts.get("original", []), texts.get("ablated", [])
     found = agreement([*before, *after]) if asked else None
     if not found:
         return None
@@ -163,7 +195,7 @@ def _warn_of_better_rivals(work: RunContext, results: Results) -> list[str]:
     return said
 
 
-def _chosen_by_outcome(work: RunContext) -> list[str]:
+def _warn_of_chosen_prompts(work: RunContext) -> list[str]:
     return [
         f"the prompts of {p.metric.name} were chosen by this model's own completions: any change of the "
         "model moves them towards the mean; read the effect beside its null"
@@ -172,77 +204,64 @@ def _chosen_by_outcome(work: RunContext) -> list[str]:
     ]
 
 
-# The short list at the end of a run: what a careful reader would ask first.
-
-
 def run_checks(
-    work: RunContext, contrast: Scores, parts: Mapping[str, Scores], evaluations: Sequence[Evaluation]
+    work: RunContext, found: SelectedCircuit, evaluations: Sequence[Evaluation], most: int = 3
 ) -> list[Check]:
-    expected = [site.name for site in sites_of(work.model, work.recipe.attribution.sites)]
-    files = sorted(p for p in work.folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    skipped = sum(len(part.provenance["skipped"]) for part in parts.values())
-    seconds = [
-        f"{name} {part.provenance['seconds'] / max(1, part.provenance['samples']):.3f} s"
-        for name, part in parts.items()
+    """The short list at the end of a run: what a careful reader would ask first.
+
+    Args:
+        most: how many of the layers with most relevance are named.
+    """
+    sites = {site.name: site for site in sites_of(work.model, work.recipe.attribution.sites)}
+    contrast = found.contrast
+    odd = [
+        name
+        for name, tensor in contrast.items()
+        if name not in sites or tensor.numel() != units_in(sites[name], contrast.unit)
     ]
+    shapes = f"{odd[0]} has another number of units" if odd else f"{contrast.units:,} units"
+    # Σ|relevance| of each site; none may be zero or without end.
+    undesired = found.parts["undesired"].items()
+    sums = {name: float(tensor.abs().sum(dtype=torch.float64)) for name, tensor in undesired}
+    least, largest, total = min(sums.values()), max(sums.values()), sum(sums.values()) or 1.0
+    top = sorted(sums, key=lambda name: -sums[name])[:most]
+    said_of = {name: part.provenance for name, part in found.parts.items()}
+    skipped = sum(len(said["skipped"]) for said in said_of.values())
+    times = [f"{name} {p['seconds'] / max(1, p['samples']):.3f} s" for name, p in said_of.items()]
     failures = {e.variant: max((o.failures for o in e.observations), default=0) for e in evaluations}
-    worst = max(failures, key=lambda v: failures[v])
-    found = [
-        ("sites attributed", f"{len(contrast)} of {len(expected)}", set(contrast) == set(expected)),
-        ("shapes of the scores", *_compare_shapes(work, contrast)),
-        ("total |relevance| of a site, undesired set", *_compare_totals(parts["undesired"])),
-        ("layers of most |relevance|, undesired set", _find_top_layers(parts["undesired"]), None),
-        ("samples with a non-finite relevance", f"{skipped} left out", skipped == 0),
-        ("share of |relevance| by layer, undesired set", _relevance_by_layer(parts["undesired"]), None),
-        ("time per sample", ", ".join(seconds), None),
-        ("failed measurements", f"{failures[worst]} at most ({worst})", failures[worst] == 0),
+    worst = max(failures, key=lambda variant: failures[variant])
+    files = [p for p in work.folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    return [
+        Check("sites attributed", f"{len(contrast)} of {len(sites)}", set(contrast) == set(sites)),
+        Check("shapes of the scores", shapes, not odd),
+        Check(
+            "total |relevance| of a site, undesired set",
+            f"{least:.3g} to {largest:.3g}",
+            all(0 < one < math.inf for one in sums.values()),
+        ),
+        Check(
+            "layers of most |relevance|, undesired set",
+            f"{', '.join(top)}: {sum(sums[name] for name in top) / total:.0%}",
+        ),
+        Check("samples with a non-finite relevance", f"{skipped} left out", skipped == 0),
+        Check(
+            "share of |relevance| by layer, undesired set",
+            " ".join(f"{100 * one / total:.0f}" for one in sums.values()) + " %",
+        ),
+        Check("time per sample", ", ".join(times)),
+        Check("failed measurements", f"{failures[worst]} at most ({worst})", failures[worst] == 0),
         *(
-            ("power", one.said, None)
+            Check("power", one.said)
             for one in measure_power(evaluations)
             if one.metric in ("toxicity.mean", "rur.mean", "ioi.accuracy")
         ),
-        ("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB", None),
+        Check("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB"),
     ]
-    return [Check(*one) for one in found]
-
-
-def _compare_shapes(work: RunContext, scores: Scores) -> tuple[str, bool]:
-    """Whether each site has one score a unit."""
-    sites = {site.name: site for site in sites_of(work.model, work.recipe.attribution.sites)}
-    wrong = [
-        name
-        for name, tensor in scores.items()
-        if name not in sites or tensor.numel() != units_in(sites[name], scores.unit)
-    ]
-    return (f"{wrong[0]} has another number of units" if wrong else f"{scores.units:,} units"), not wrong
-
-
-def _compare_totals(scores: Scores) -> tuple[str, bool]:
-    """Σ|relevance| of the least and of the most relevant site; none may be zero or without end."""
-    sums = [float(tensor.abs().sum(dtype=torch.float64)) for tensor in scores.values()]
-    return f"{min(sums):.3g} to {max(sums):.3g}", all(0 < total < math.inf for total in sums)
-
-
-def _find_top_layers(scores: Scores, most: int = 3) -> str:
-    """Sites with the largest Σ|relevance|, largest first, and their share of all."""
-    sums = {name: float(tensor.abs().sum()) for name, tensor in scores.items()}
-    top = sorted(sums, key=lambda name: -sums[name])[:most]
-    share = sum(sums[name] for name in top) / (sum(sums.values()) or 1.0)
-    return f"{', '.join(top)}: {share:.0%}"
-
-
-def _relevance_by_layer(scores: Scores) -> str:
-    """Percent of Σ|relevance| in each site, sites in order."""
-    sums = [float(tensor.abs().sum()) for tensor in scores.values()]
-    total = sum(sums) or 1.0
-    return " ".join(f"{100 * s / total:.0f}" for s in sums) + " %"
-
-
-# What the test samples could have shown: the smallest change that so many of them detect.
 
 
 def measure_power(evaluations: Sequence[Evaluation]) -> list[Power]:
-    """Of the circuit against the original, from the variance of their paired differences."""
+    """The smallest change that so many test samples could have shown: of the circuit against the original,
+    from the variance of their paired differences."""
     named = {e.variant: e for e in evaluations}
     if not {"original", "ablated"} <= named.keys():
         return []
@@ -250,12 +269,11 @@ def measure_power(evaluations: Sequence[Evaluation]) -> list[Power]:
     found = []
     for before in named["original"].observations:
         seen = detectable_change(before, after[before.metric]) if before.metric in after else None
-        if seen is None:
-            continue
-        n, x = seen
-        size = f"{x:.2g} relative" if before.exponential else f"{x:.2g}"
-        said = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
-        found.append(Power(before.metric, n, x, before.exponential, said))
+        if seen is not None:
+            n, x = seen
+            size = f"{x:.2g} relative" if before.exponential else f"{x:.2g}"
+            said = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
+            found.append(Power(before.metric, n, x, before.exponential, said))
     return found
 
 
@@ -273,10 +291,7 @@ def measure_overlaps(
     """
     found = []
     for variant, changes in others.items():
-        seen = [
-            overlap(_without_provenance(own), _without_provenance(_touched_neurons(one)), sizes=sizes)
-            for one in changes
-        ]
+        seen = [overlap(_touched_units(own), _touched_units(one), sizes=sizes) for one in changes]
         if seen:
             both = sum(one.both for one in seen) / len(seen)
             found.append(Overlap(variant, seen[0].other, both, seen[0].expected))
@@ -295,27 +310,23 @@ def measure_kept_overlaps(
     found = []
     total = sum(sizes.values())
     for circuits in removed:
-        own = circuits.get(method)
-        for other, circuit in circuits.items() if own is not None else ():
-            if other == method or own is None:
-                continue
-            shared = overlap(_without_provenance(own), _without_provenance(circuit), sizes=sizes).both
-            kept = (total - len(own), total - len(circuit))
-            both, expected = shared + total - len(own) - len(circuit), kept[0] * kept[1] / total
-            found.append(Overlap(str(Variant(other, len(circuit))), kept[1], both, expected))
+        if method not in circuits:
+            continue
+        own = _touched_units(circuits[method])
+        for other, circuit in circuits.items():
+            if other != method:
+                shared = overlap(own, _touched_units(circuit), sizes=sizes).both
+                kept = (total - len(own), total - len(circuit))
+                both, expected = shared + total - len(own) - len(circuit), kept[0] * kept[1] / total
+                found.append(Overlap(str(Variant(other, len(circuit))), kept[1], both, expected))
     return found
 
 
-def _touched_neurons(change: Intervention) -> Circuit:
-    """The neurons that a damping touches."""
+def _touched_units(change: Intervention) -> Circuit:
+    """The units alone, whatever model and scores they are of; of a damping, the neurons that it touches."""
     if isinstance(change, Circuit):
-        return change
-    assert isinstance(change, Damping)
+        return replace(change, model={}, provenance={})
     touched = {
         name: tuple((factor != 1).nonzero().flatten().tolist()) for name, factor in change.factors.items()
     }
     return Circuit("neuron", {name: indices for name, indices in touched.items() if indices})
-
-
-def _without_provenance(circuit: Circuit) -> Circuit:
-    return replace(circuit, model={}, provenance={})

@@ -3,7 +3,6 @@ cards.json)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from .. import __version__, distributed
 from ..attribution.activations import capture, encode_whole
 from ..circuits.circuit import Circuit
-from ..errors import UserError
 from ..evaluation.evaluate import fingerprint_of
 from ..evaluation.statistics import measurement
 from ..models.load import rope_switches
@@ -22,9 +20,9 @@ from ..samples.batches import Batch, make_batches
 from ..samples.reference_set import ReferenceSet
 from ..samples.tokens import text_of
 from ..scores import Scores
-from ..storage import fingerprint, read_json, write_json
+from ..storage import fingerprint, write_json
 from .measure import load_or_make_evaluation
-from .run_folder import RunContext
+from .run_folder import RunContext, read_made
 from .score import SelectedCircuit
 from .work_list import has_cards
 
@@ -32,9 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+log = logging.getLogger("sparc3")
 FORMAT = "sparc3.cards/1"
 TOKENS, PROMPTS = 10, 3
 """How many tokens and prompts a card holds."""
+SETS = ("general", "undesired")
+SHOWN = ("toxicity.mean", "rur.mean", "ioi.accuracy", "perplexity", "kl")
 
 Unit = tuple[Site, int]
 Fired = list[dict[str, Any]]
@@ -64,7 +65,11 @@ def make_cards(
     """
     if circuit.unit != "neuron":
         return []
-    units = _card_units(model, circuit, contrast)[:most]
+    sites = {site.name: site for site in sites_of(model, ("mlp.up",))}
+    units = [
+        (sites[name], index) for name in circuit.members if name in sites for index in circuit.members[name]
+    ]
+    units = sorted(units, key=lambda unit: float(contrast[unit[0].name][unit[1]]))[:most]
     fired = _strongest_activations(model, tokenizer, units, samples) if units else []
     made = []
     for number, ((site, index), seen) in enumerate(zip(units, fired, strict=True)):
@@ -74,33 +79,16 @@ def make_cards(
             "module": site.name,
             "layer": site.layer,
             "index": index,
-            **{
-                name: float(parts[name][site.name][index])
-                for name in ("general", "undesired")
-                if name in parts
-            },
+            **{name: float(parts[name][site.name][index]) for name in SETS if name in parts},
             "promotes": promotes,
             "suppresses": suppresses,
             "fired": seen,
         }
         if measure and number < alone:
-            card["alone"] = measure(
-                Circuit(circuit.unit, {site.name: (index,)}, circuit.model, strength=circuit.strength)
-            )
+            one = Circuit(circuit.unit, {site.name: (index,)}, circuit.model, strength=circuit.strength)
+            card["alone"] = measure(one)
         made.append(card)
     return made
-
-
-def _card_units(model: "PreTrainedModel", circuit: Circuit, contrast: Scores) -> list[Unit]:
-    """The circuit's neurons at mlp.up, lowest contrast first."""
-    sites = {site.name: site for site in sites_of(model, ("mlp.up",))}
-    units = [
-        (sites[name], index)
-        for name, indices in circuit.members.items()
-        if name in sites
-        for index in indices
-    ]
-    return sorted(units, key=lambda unit: float(contrast[unit[0].name][unit[1]]))
 
 
 def _promoted_tokens(
@@ -131,23 +119,17 @@ def _promoted_tokens(
 def _through_final_norm(model: "PreTrainedModel", column: Tensor) -> Tensor:
     family = family_of(model)
     parent = model.get_submodule(family.layers.rpartition(".")[0])
-    norms = [
-        child
-        for name, child in parent.named_children()
-        if "Norm" in type(child).__name__ and "embed" not in name
-    ]
+    children = [child for name, child in parent.named_children() if "embed" not in name]
+    norms = [child for child in children if "Norm" in type(child).__name__]
     if norms:
-        kind = type(norms[-1]).__name__
-        gain = None if getattr(norms[-1], "weight", None) is None else value_of(norms[-1], "weight")
-        column = column if "RMS" in kind else column - column.mean()
+        gain = value_of(norms[-1], "weight") if getattr(norms[-1], "weight", None) is not None else None
+        column = column if "RMS" in type(norms[-1]).__name__ else column - column.mean()
         if isinstance(gain, Tensor) and gain.shape == column.shape:
             column = column * (gain.float().to(column.device) + (1.0 if family.gain_from_one else 0.0))
     projection = getattr(parent, "project_out", None)
-    return (
-        value_of(projection, "weight").float().to(column.device) @ column
-        if isinstance(projection, nn.Linear)
-        else column
-    )
+    if isinstance(projection, nn.Linear):
+        column = value_of(projection, "weight").float().to(column.device) @ column
+    return column
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[str]:
@@ -184,12 +166,11 @@ def _strongest_activations(
             rows = [(values[row], sample.index, positions[row]) for row, sample in enumerate(batch.samples)]
             best[place] = sorted([*best[place], *rows], key=lambda row: (-abs(row[0]), row[1]))[:PROMPTS]
 
-    def describe_prompt(value: float, number: int, at: int) -> dict[str, Any]:
-        tokens = ids[number]
-        prompt = str(tokenizer.decode(tokens[: at + 1], skip_special_tokens=True))
-        return {"prompt": prompt, "token": text_of(tokenizer, tokens[at]), "activation": value}
+    def describe(value: float, number: int, at: int) -> dict[str, Any]:
+        prompt = str(tokenizer.decode(ids[number][: at + 1], skip_special_tokens=True))
+        return {"prompt": prompt, "token": text_of(tokenizer, ids[number][at]), "activation": value}
 
-    return [[describe_prompt(*row) for row in rows] for rows in best]
+    return [[describe(*row) for row in rows] for rows in best]
 
 
 def _largest_entries(
@@ -209,19 +190,14 @@ def _largest_entries(
     sites = {site.name: downs[site.mlp] for site, _ in units}
     with open_experts(model), torch.no_grad(), capture(sites, where, receive):
         model.base_model(input_ids=batch.ids, use_cache=False)
-    entries = []
-    for site, _ in units:
-        a = next(gathered[site.name])
-        at = a.abs().argmax(1)
-        entries.append((a.gather(1, at[:, None])[:, 0].tolist(), at.tolist()))
-    return entries
+    values = [next(gathered[site.name]) for site, _ in units]
+    places = [a.abs().argmax(1) for a in values]
+    return [
+        (a.gather(1, at[:, None])[:, 0].tolist(), at.tolist()) for a, at in zip(values, places, strict=True)
+    ]
 
 
 # The cards stage: cards.json for the report.
-
-
-log = logging.getLogger("sparc3")
-SHOWN = ("toxicity.mean", "rur.mean", "ioi.accuracy", "perplexity", "kl")
 
 
 def write_cards(work: RunContext, found: SelectedCircuit) -> None:
@@ -241,22 +217,20 @@ def write_cards(work: RunContext, found: SelectedCircuit) -> None:
             "version": __version__,
         }
     )
-    where = work.claim("cards.json")
-    there = distributed.first(_read_cards(where) if where.is_file() else {})
-    if there.get("made_from") == made_from:
+    if there := read_made(work, "cards.json", FORMAT, made_from):
         log.info("cards.json is there")
         work.used_again.append("cards.json")
         for card in (card for card in there["cards"] if "alone" in card):
-            work.claim(f"evaluation/{_name_alone(card['module'], card['index'])}.json")
+            work.claim(f"evaluation/alone/{card['module']}.{card['index']}.json")
         return
 
-    def alone(circuit: Circuit) -> dict[str, float]:
-        ((module, indices),) = circuit.members.items()
-        made = load_or_make_evaluation(work, _name_alone(module, indices[0]), circuit)
+    def measure_alone(circuit: Circuit) -> dict[str, float]:
+        ((module, (index,)),) = circuit.members.items()
+        made = load_or_make_evaluation(work, f"alone/{module}.{index}", circuit)
         figures = {o.metric: measurement(o, "alone").value for o in made.observations if o.metric in SHOWN}
         return {name: value for name, value in figures.items() if value is not None}
 
-    cards: list[dict[str, Any]] = make_cards(
+    cards = make_cards(
         work.model,
         work.tokenizer,
         found.circuit,
@@ -265,24 +239,10 @@ def write_cards(work: RunContext, found: SelectedCircuit) -> None:
         samples=samples,
         most=settings.most,
         alone=settings.alone,
-        measure=alone,
+        measure=measure_alone,
     )
     if distributed.is_main():
-        write_json(where, {"format": FORMAT, "made_from": made_from, "cards": cards})
+        write_json(work.folder / "cards.json", {"format": FORMAT, "made_from": made_from, "cards": cards})
     distributed.wait()
-    log.info(
-        "cards: %d, %d with the effect of the unit alone", len(cards), sum("alone" in card for card in cards)
-    )
-
-
-def _name_alone(module: str, index: int) -> str:
-    """The variant without one unit alone."""
-    return f"alone/{module}.{index}"
-
-
-def _read_cards(where: Path) -> dict[str, Any]:
-    try:
-        return read_json(where, FORMAT)
-    except UserError as error:
-        log.warning("%s; making it again", error)
-        return {}
+    alone = sum("alone" in card for card in cards)
+    log.info("cards: %d, %d with the effect of the unit alone", len(cards), alone)

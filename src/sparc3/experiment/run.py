@@ -4,7 +4,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from .check_recipe import Limits, check_samples, check_sizes
 from .gather import gather_all
 from .measure import measure_variants
 from .neuron_cards import write_cards
-from .run_folder import RunContext, claim_folder, log_to_folder, tidy
-from .score import find_circuit, protect_units, scoring_of_recipe
+from .run_folder import RunContext, accept_recipe, claim_folder, log_to_folder, tidy
+from .score import ScoringSpec, SelectedCircuit, find_circuit, protect_units, scoring_of_recipe
 from .search import search_circuit
 from .token_maps import write_token_maps
 from .tracking import TrackedRun, Tracker, require_tracker
@@ -73,7 +73,7 @@ def run(
     with claim_folder(folder, loaded, resume), log_to_folder(folder):
         tracked = TrackedRun(track, loaded, folder)
         try:
-            results = _all_stages(loaded, folder, Stages(tracked), progress)
+            results = _run_stages(loaded, folder, Stages(tracked), progress)
         except BaseException:
             tracked.tell("close", False)
             raise
@@ -81,7 +81,7 @@ def run(
         return results
 
 
-def _all_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) -> Results:
+def _run_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) -> Results:
     began = time.perf_counter()
     with stages.stage("model"):
         work = _load_context(recipe, folder, progress)
@@ -89,17 +89,24 @@ def _all_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) 
     check_sizes(recipe, sites)
     with stages.stage("samples"):
         gather_all(work)
-    check_samples(
-        recipe,
-        work.references,
-        [(one.metric.name, one.settings, one.samples) for one in work.prepared],
-        Limits(work.tokenizer, context_length(work.model), vocabulary_size(work.model)),
-    )
-    todo = list_work(
-        recipe, sites, lambda name: any(sample.completion is not None for sample in work.references[name])
-    )
-    log.info("work: %s", todo.summary)
-    results = JOBS[recipe.job](work, stages)
+    metrics = [(f"evaluation.{p.metric.name}", p.settings, p.samples) for p in work.prepared]
+    searched = [*work.budget, *work.aim]
+    metrics += [(f"validation of evaluation.{p.metric.name}", p.settings, p.samples) for p in searched]
+    limits = Limits(work.tokenizer, context_length(work.model), vocabulary_size(work.model))
+    check_samples(recipe, work.references, metrics, limits)
+    accept_recipe(work)
+    if distributed.is_main():
+        write_json(folder / "environment.json", describe_environment(work.model))
+    completed = {
+        name: all(sample.completion is not None for sample in samples)
+        for name, samples in work.references.items()
+    }
+    log.info("work: %s", list_work(recipe, sites, completed.__getitem__).summary)
+    score, evaluate = JOBS[recipe.job]
+    with stages.stage("scores"):
+        found = score(work)
+    with stages.stage("evaluation"):
+        results = evaluate(work, found, stages.seconds)
     if distributed.is_main():
         results.save(folder / "results.json")
         stages.tracked.tell("measurements", list(results))
@@ -107,48 +114,38 @@ def _all_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) 
         log.info("report: %s", page)
         stages.tracked.tell("report", page)
         tidy(work)
-        _log_criteria(results)
+        for check in results.provenance.get("checks") or ():
+            log.info("%s  %s: %s", SIGNS[check["ok"]], check["name"], check["value"])
+        if verdict := results.provenance.get("verdict"):
+            log.info("verdict: %s", verdict["said"])
     distributed.wait()
     log.info("done in %.0f s", time.perf_counter() - began)
     return results
 
 
-def _log_criteria(results: Results) -> None:
-    """The table of criteria and checks, and the verdict last."""
-    for check in results.provenance.get("checks") or ():
-        log.info("%s  %s: %s", SIGNS[check["ok"]], check["name"], check["value"])
-    if verdict := results.provenance.get("verdict"):
-        log.info("verdict: %s", verdict["said"])
+def _find_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
+    protect_units(work)
+    return search_circuit(work) if work.recipe.tune else (scoring_of_recipe(work), find_circuit(work))
 
 
-def _correct(work: RunContext, stages: "Stages") -> Results:
-    with stages.stage("scores"):
-        protect_units(work)
-        how, found = (
-            search_circuit(work) if work.recipe.tune else (scoring_of_recipe(work), find_circuit(work))
-        )
-    with stages.stage("evaluation"):
-        results = measure_variants(work, found, how, stages.seconds)
-        write_cards(work, found)
-        write_token_maps(work, how)
+def _measure_circuit(
+    work: RunContext, found: tuple[ScoringSpec, SelectedCircuit], seconds: Mapping[str, float]
+) -> Results:
+    how, circuit = found
+    results = measure_variants(work, circuit, how, seconds)
+    write_cards(work, circuit)
+    write_token_maps(work, how)
     return results
 
 
-def _discover(work: RunContext, stages: "Stages") -> Results:
-    with stages.stage("scores"):
-        ranked = discover.rank_units(work)
-    with stages.stage("evaluation"):
-        return discover.measure_circuits(work, ranked, stages.seconds)
-
-
-def _compress(work: RunContext, stages: "Stages") -> Results:
-    with stages.stage("scores"):
-        pruned = compress.prune_by_all_methods(work)
-    with stages.stage("evaluation"):
-        return compress.measure_pruned(work, pruned, stages.seconds)
-
-
-JOBS = {"correct": _correct, "discover": _discover, "compress": _compress}
+JOBS: dict[str, tuple[Callable[[RunContext], Any], Callable[[RunContext, Any, Mapping[str, float]], Results]]]
+JOBS = {
+    "correct": (_find_circuit, _measure_circuit),
+    "discover": (discover.rank_units, discover.measure_circuits),
+    "compress": (compress.prune_by_all_methods, compress.measure_pruned),
+}
+"""Job → what its stages "scores" and "evaluation" do; the second gets what the first gives, and the seconds
+that each stage took."""
 
 
 class Stages:
@@ -169,8 +166,6 @@ class Stages:
 def _load_context(recipe: Recipe, folder: Path, progress: bool) -> RunContext:
     model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
     described = describe(model)
-    if distributed.is_main():
-        write_json(folder / "environment.json", describe_environment(model))
     parameters = sum(value.numel() for _, value in named_values(model))
     log.info(
         "model %s: %s, fingerprint %s, %s on %s",
@@ -180,7 +175,7 @@ def _load_context(recipe: Recipe, folder: Path, progress: bool) -> RunContext:
         str(model.dtype).removeprefix("torch."),
         device_of(model),
     )
-    return RunContext(recipe, folder, progress, model, tokenizer, described)
+    return RunContext(recipe, folder, progress, model, tokenizer, described, waiting=[])
 
 
 def describe_environment(model: "PreTrainedModel") -> dict[str, Any]:
@@ -188,6 +183,7 @@ def describe_environment(model: "PreTrainedModel") -> dict[str, Any]:
     import torch
     import transformers
 
+    device = device_of(model)
     return {
         "format": "sparc3.environment/1",
         "sparc3": __version__,
@@ -195,9 +191,7 @@ def describe_environment(model: "PreTrainedModel") -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device_of(model))
-        if device_of(model).type == "cuda"
-        else device_of(model).type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ranks": distributed.world(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import __version__, distributed
+from .. import distributed
 from ..attribution.activations import largest_writes
 from ..attribution.attribute import attribute
 from ..attribution.options import AttributionOptions
@@ -61,12 +61,9 @@ class SelectedCircuit:
 
 def scoring_of_recipe(work: RunContext) -> ScoringSpec:
     """The contrast that the recipe asks for."""
-    recipe = work.recipe
-    targets = {name: spec.target or recipe.attribution.target for name, spec in recipe.references.items()}
-    chosen = work.correct.selection
-    return ScoringSpec(
-        recipe.attribution, targets, chosen.penalty, chosen.normalize, strength=chosen.strength
-    )
+    asked, chosen = work.recipe.attribution, work.correct.selection
+    targets = {name: spec.target or asked.target for name, spec in work.recipe.references.items()}
+    return ScoringSpec(asked, targets, chosen.penalty, chosen.normalize, strength=chosen.strength)
 
 
 def load_or_make_contrast(
@@ -74,12 +71,6 @@ def load_or_make_contrast(
 ) -> Scores:
     """The contrast, on the model without the circuit `before`, whose units then come last."""
     return contrast_parts(work, how, load_or_make_parts(work, how, before, place), before)
-
-
-def load_or_make_parts(
-    work: RunContext, how: ScoringSpec, before: Circuit | None = None, place: str = ""
-) -> dict[str, Scores]:
-    return {name: _load_or_make_scores(work, how, name, before, place) for name in how.targets}
 
 
 def contrast_parts(
@@ -95,61 +86,57 @@ def contrast_parts(
         penalty=how.penalty,
         normalize=normalize,
     )
-    last = (
-        union(replace(before, strength=1.0), work.protected)
-        if before and work.protected
-        else before or work.protected
-    )
+    last = before or work.protected
+    if before and work.protected:
+        last = union(replace(before, strength=1.0), work.protected)
     return exclude(made, last) if last else made
+
+
+def load_or_make_parts(
+    work: RunContext, how: ScoringSpec, before: Circuit | None = None, place: str = ""
+) -> dict[str, Scores]:
+    """The scores of each reference set in `how`, on the model without the circuit `before`."""
+    return {name: _load_or_make_scores(work, how, name, before, place) for name in how.targets}
 
 
 def _load_or_make_scores(
     work: RunContext, how: ScoringSpec, name: str, before: Circuit | None, place: str
 ) -> Scores:
-    """Scores of one reference set."""
-    own, options = work.recipe.attribution.method, how.options.but(target=how.targets[name])
-    made_from = fingerprint(
-        {
-            **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),
-            "samples": work.references[name].fingerprint,
-            "model": work.fingerprint,
-            "without": before.fingerprint if before else None,
-            "version": __version__,
-        }
-    )
-
-    method = "" if options.method == own else f"{options.method}."
-    path = f"scores/{place}{_prefix(how, name)}{method}{name}.safetensors"
+    samples, options = work.references[name], how.options.but(target=how.targets[name])
+    inputs = {
+        **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),
+        "samples": samples.fingerprint,
+        "model": work.fingerprint,
+        "without": before.fingerprint if before else None,
+    }
+    prefix = f"{how.place}{options.target.replace(':', '')}.{options.neuron}." if how.place else ""
+    method = "" if options.method == work.recipe.attribution.method else f"{options.method}."
+    path = f"scores/{place}{prefix}{method}{name}.safetensors"
 
     def make() -> Scores:
         began = time.perf_counter()
         with ablated(work.model, before or Circuit(options.unit, {})):
             made = attribute(
                 work.model,
-                work.references[name],
+                samples,
                 tokenizer=work.tokenizer,
                 **options.model_dump(),
                 progress=work.progress,
                 partial=work.folder / f"{path}.partial",
             )
         took = time.perf_counter() - began
-        seen = made.provenance
         log.info(
             "scores %s, %s: %d samples, %d tokens, %.3f s a sample, %d skipped",
             options.method,
             name,
-            seen["samples"],
-            seen["tokens"],
-            took / max(1, len(work.references[name])),
-            len(seen["skipped"]),
+            made.provenance["samples"],
+            made.provenance["tokens"],
+            took / max(1, len(samples)),
+            len(made.provenance["skipped"]),
         )
-        return Scores(dict(made), {**made.provenance, "made_from": made_from, "seconds": round(took, 3)})
+        return Scores(dict(made), {**made.provenance, "seconds": round(took, 3)})
 
-    return load_or_make(work, path, made_from, Scores.load, lambda s: s.provenance.get("made_from"), make)
-
-
-def _prefix(how: ScoringSpec, name: str) -> str:
-    return f"{how.place}{how.targets[name].replace(':', '')}.{how.options.neuron}." if how.place else ""
+    return load_or_make(work, path, Scores, inputs, make)
 
 
 def find_circuit(work: RunContext) -> SelectedCircuit:
@@ -158,21 +145,15 @@ def find_circuit(work: RunContext) -> SelectedCircuit:
     parts = load_or_make_parts(work, how)
     first = contrast_parts(work, how, parts)
     if chosen.count is None:
-        return save_circuit(
-            work,
-            SelectedCircuit(
-                select(first, fraction=chosen.fraction, scope=chosen.scope, strength=how.strength),
-                first,
-                parts,
-            ),
-        )
-    circuit = select_in_rounds(work, how, first, chosen.count, chosen.rounds)
-    if circuit is None:
+        circuit = select(first, fraction=chosen.fraction, scope=chosen.scope, strength=how.strength)
+        return save_circuit(work, SelectedCircuit(circuit, first, parts))
+    found = select_in_rounds(work, how, first, chosen.count, chosen.rounds)
+    if found is None:
         raise UserError(
             f"{chosen.count} {first.unit}s were requested in {chosen.rounds} rounds, but in a later round "
             "the matched contrast has too few candidates below zero; ask for fewer, or lower the penalty"
         )
-    return save_circuit(work, SelectedCircuit(circuit, first, parts))
+    return save_circuit(work, SelectedCircuit(found, first, parts))
 
 
 def select_in_rounds(
@@ -187,9 +168,8 @@ def select_in_rounds(
     for turn in range(rounds):
         if turn:
             # In a search many circuits are on the way at once; the scores of each are kept under its name.
-            now = load_or_make_contrast(
-                work, how, circuit, f"round{turn + 1}.{f'{circuit.fingerprint[:12]}.' if how.place else ''}"
-            )
+            own = f"{circuit.fingerprint[:12]}." if how.place else ""
+            now = load_or_make_contrast(work, how, circuit, f"round{turn + 1}.{own}")
         wanted = count * (turn + 1) // rounds - count * turn // rounds
         if turn and wanted > count_candidates(now):
             return None
@@ -213,14 +193,13 @@ def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
     if distributed.is_main():
         found.contrast.save(work.claim("scores/contrast.safetensors"))
         circuit.save(work.claim(f"circuit{circuit.suffix}"))
-    sites = sum(1 for n in circuit.counts.values() if n)
     log.info(
         "circuit: %d of %d %ss%s in %d sites",
         len(circuit),
         found.contrast.units,
         circuit.unit,
         circuit.at_strength,
-        sites,
+        sum(1 for n in circuit.counts.values() if n),
     )
     return replace(found, circuit=circuit)
 
@@ -233,6 +212,7 @@ SUSPECTS, TEXTS, TOKENS, FIRST = 12, 6, 256, 32
 tokens in the first look, after which most need no second."""
 RATIO = 1.5
 """A neuron without which perplexity is so many times as large is protected."""
+Unit = tuple[str, int]
 
 
 def protect_units(work: RunContext) -> None:
@@ -249,8 +229,7 @@ def protect_units(work: RunContext) -> None:
     texts = [ids[:TOKENS] for sample in joined if len(ids := sample.input_ids or ()) > 1]
     if not texts:
         return
-    suspects = _select_suspects(work, texts)
-    found = _measure_ratios(work, suspects, [ids[:FIRST] for ids in texts])
+    found = _measure_ratios(work, _select_suspects(work, texts), [ids[:FIRST] for ids in texts])
     likely = [unit for unit, ratio in found.items() if ratio >= math.sqrt(RATIO)]
     if likely and max(map(len, texts)) > FIRST:
         found |= _measure_ratios(work, likely, texts)
@@ -273,25 +252,22 @@ def protect_units(work: RunContext) -> None:
     )
 
 
-def _select_suspects(work: RunContext, texts: list[tuple[int, ...]]) -> list[tuple[str, int]]:
+def _select_suspects(work: RunContext, texts: list[tuple[int, ...]]) -> list[Unit]:
     samples = ReferenceSet(tuple(Sample(input_ids=ids) for ids in texts))
     writes = distributed.first(largest_writes(work.model, samples))
-    flat = torch.cat(list(writes.values()))
     places = [(name, index) for name, values in writes.items() for index in range(len(values))]
-    return [places[i] for i in flat.argsort(descending=True, stable=True)[:SUSPECTS].tolist()]
+    hardest = torch.cat(list(writes.values())).argsort(descending=True, stable=True)
+    return [places[i] for i in hardest[:SUSPECTS].tolist()]
 
 
-def _measure_ratios(
-    work: RunContext, units: list[tuple[str, int]], texts: list[tuple[int, ...]]
-) -> dict[tuple[str, int], float]:
+def _measure_ratios(work: RunContext, units: list[Unit], texts: list[tuple[int, ...]]) -> dict[Unit, float]:
     """How many times as perplexing the texts are without each unit alone."""
     windows = [(ids, len(ids) - 1) for ids in texts]
-    before = _measure_perplexity(work, windows)
+    before, found = _measure_perplexity(work, windows), {}
     if not math.isfinite(before):
         raise NonFinite(
             "the model's perplexity on general samples is not finite; load it in bfloat16 or float32"
         )
-    found = {}
     with Progress(len(units), "protection", "neuron", show=work.progress) as shown:
         for name, index in shown.each(units):
             with ablated(work.model, Circuit("neuron", {name: (index,)})):
@@ -301,8 +277,6 @@ def _measure_ratios(
 
 def _measure_perplexity(work: RunContext, windows: list[Window]) -> float:
     """Infinite where the model gave a NaN or Inf: then it is broken indeed."""
-    nll = [
-        math.inf if value is None else value
-        for value in negative_log_likelihoods(work.model, windows, progress=False)
-    ]
-    return float(torch.tensor(sum(nll) / sum(predicted for _, predicted in windows)).exp())
+    nll = negative_log_likelihoods(work.model, windows, progress=False)
+    whole = sum(math.inf if value is None else value for value in nll)
+    return float(torch.tensor(whole / sum(predicted for _, predicted in windows)).exp())

@@ -6,10 +6,10 @@ from typing import Any
 
 from .. import __version__, distributed
 from ..attribution.token_relevance import attribute_tokens
-from ..errors import NonFinite, UserError
+from ..errors import NonFinite
 from ..samples.reference_set import ReferenceSet
-from ..storage import fingerprint, read_json, write_json
-from .run_folder import RunContext
+from ..storage import fingerprint, write_json
+from .run_folder import RunContext, read_made
 from .score import ScoringSpec
 from .work_list import TOKEN_MAPS, has_token_maps
 
@@ -29,15 +29,11 @@ def write_token_maps(work: RunContext, how: ScoringSpec) -> None:
         "truncate": how.options.truncate,
     }
     asked = {**options, "samples": samples.fingerprint, "model": work.fingerprint, "version": __version__}
-    made_from, where = fingerprint(asked), work.claim("tokens.json")
+    made_from = fingerprint(asked)
+    if read_made(work, "tokens.json", FORMAT, made_from):
+        work.used_again.append("tokens.json")
+        return
     if distributed.is_main():
-        if where.is_file():
-            try:
-                if read_json(where, FORMAT).get("made_from") == made_from:
-                    work.used_again.append("tokens.json")
-                    return distributed.wait()
-            except UserError as error:
-                log.warning("%s; making it again", error)
         maps = []
         for sample in samples:
             try:
@@ -46,6 +42,6 @@ def write_token_maps(work: RunContext, how: ScoringSpec) -> None:
             except NonFinite as error:
                 log.warning("token maps: %s", error)
         content = {"method": options["method"], "target": options["target"], "maps": maps}
-        write_json(where, {"format": FORMAT, "made_from": made_from, **content})
+        write_json(work.folder / "tokens.json", {"format": FORMAT, "made_from": made_from, **content})
         log.info("token maps: %d of %d samples", len(maps), len(samples))
     distributed.wait()

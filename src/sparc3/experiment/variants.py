@@ -1,12 +1,10 @@
 """The variants of a run: the original, the circuit, the other methods at each count, and the null."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from .. import __version__
 from ..attribution import activations
 from ..circuits.ablate import Damping, ablated, damp
 from ..circuits.circuit import Circuit
@@ -15,12 +13,9 @@ from ..errors import UserError
 from ..models.sites import sites_of
 from ..results import Variant
 from ..scores import Scores
-from ..storage import fingerprint
 from .run_folder import Intervention, RunContext, load_or_make
 from .score import ScoringSpec, SelectedCircuit, load_or_make_contrast
-from .sizes import Sizes, comparison_for
-
-log = logging.getLogger("sparc3")
+from .work_list import Sizes, comparison_for
 
 
 def apply_intervention(work: RunContext, change: Intervention) -> AbstractContextManager[object]:
@@ -60,10 +55,8 @@ def list_variants(
         yield name, [change]
     for count in beside.null if beside.draws else ():
         if count in own:
-            yield (
-                str(Variant("random", count)),
-                [random_like(own[count], sizes, seed) for seed in range(beside.draws)],
-            )
+            draws = [random_like(own[count], sizes, seed) for seed in range(beside.draws)]
+            yield str(Variant("random", count)), [*draws]
 
 
 def select_by_method(
@@ -71,49 +64,35 @@ def select_by_method(
 ) -> Iterator[tuple[int, Intervention]]:
     """Another method's units at each size, by its number of units, contrasted and removed as `how` says.
 
-    AurA damps by strengths of its own, and also every neuron that is an expert at all.
+    Methods of expertise rank by the AUROC of undesired against matched samples, or against general ones where
+    there are none. AurA damps by strengths of its own, and also every neuron that is an expert at all.
     """
-    expertise = method in activations.METHODS
-    scores = (
-        _load_or_make_expertise(work)
-        if expertise
-        else load_or_make_contrast(work, replace(how, options=how.options.but(method=method), place=""))
-    )
-    order = "highest" if expertise else "lowest"
+    order = "lowest"
+    if method in activations.METHODS:
+        undesired = work.references["undesired"]
+        benign = work.references.get("matched", work.references["general"])
+        inputs = {"aura": [undesired.fingerprint, benign.fingerprint], "model": work.fingerprint}
+        order = "highest"
+        scores = load_or_make(
+            work,
+            "scores/aura.safetensors",
+            Scores,
+            inputs,
+            lambda: activations.expertise(work.model, undesired, benign, tokenizer=work.tokenizer),
+        )
+    else:
+        theirs = replace(how, options=how.options.but(method=method), place="")
+        scores = load_or_make_contrast(work, theirs)
     for total, size in sizes.items():
         chosen = _select_if_enough(work, scores, Variant(method, total), how.strength, scope, size, order)
-        if chosen is not None:
-            yield (
-                total,
-                Damping(activations.strengths(scores, chosen.members)) if method == "aura" else chosen,
-            )
+        if chosen is not None and method == "aura":
+            yield total, Damping(activations.strengths(scores, chosen.members))
+        elif chosen is not None:
+            yield total, chosen
     if method == "aura":
         whole = Damping(activations.strengths(scores))
         if len(whole) > max(sizes, default=0):
             yield len(whole), whole
-
-
-def _load_or_make_expertise(work: RunContext) -> Scores:
-    """AUROC of undesired against matched samples, or against general ones where there are none."""
-    undesired, benign = (
-        work.references["undesired"],
-        work.references.get("matched", work.references["general"]),
-    )
-    made_from = fingerprint(
-        {
-            "aura": [undesired.fingerprint, benign.fingerprint],
-            "model": work.fingerprint,
-            "version": __version__,
-        }
-    )
-
-    def make() -> Scores:
-        made = activations.expertise(work.model, undesired, benign, tokenizer=work.tokenizer)
-        return Scores(dict(made), {**made.provenance, "made_from": made_from})
-
-    return load_or_make(
-        work, "scores/aura.safetensors", made_from, Scores.load, lambda s: s.provenance.get("made_from"), make
-    )
 
 
 def _select_if_enough(
@@ -134,8 +113,5 @@ def _select_if_enough(
             return found
     except UserError as error:
         why = str(error)
-    said = f"{variant} was left out: {why}"
-    if said not in work.warnings:
-        work.warnings.append(said)
-        log.warning(said)
+    work.warn(f"{variant} was left out: {why}")
     return None

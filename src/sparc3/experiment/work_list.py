@@ -1,120 +1,22 @@
-"""The list of work: every attribution and every evaluation of a run. `run` builds it once it has the samples,
-and `plan` prints it."""
+"""The list of work: every attribution and every evaluation of a run, and how many units each of its circuits
+has. `run` builds it once it has the samples, and `plan` prints it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..attribution.activations import METHODS as EXPERTISE
 from ..attribution.methods import require_method
 from ..attribution.options import AttributionOptions
 from ..attribution.token_relevance import METHODS as RELEVANCE
+from ..circuits.select import parse_scope, share_of
 from ..models.sites import Site
 from ..recipe.schema import CompressRecipe, CorrectRecipe, DiscoverRecipe, Recipe
-from ..recipe.sections import SEQUENTIAL, Reference
+from ..recipe.sections import SEQUENTIAL, Compress, Discover, Reference, Tune
 from ..results import Variant
-from .sizes import (
-    circuit_count,
-    comparison_for,
-    count_selected,
-    counts_tried,
-    prunings_of,
-    rankings,
-    removed_sizes,
-    rival_methods,
-)
 
-
-def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
-    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of
-    each other.
-
-    So also where a compression compares numbers of samples: general, general.1, general.2, …
-    """
-    for name, spec in recipe.references.items():
-        if recipe.job == "discover":
-            yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
-        elif recipe.job == "compress" and recipe.compress.samples:
-            yield from (
-                (f"{name}.{place}" if place else name, spec.model_copy(update={"seeds": (seed,)}))
-                for place, seed in enumerate(spec.seeds)
-            )
-        else:
-            yield name, spec
-
-
-def is_protected(recipe: Recipe) -> bool:
-    """Whether neurons are tried alone before any is selected."""
-    return (
-        recipe.job == "correct"
-        and recipe.selection.protect
-        and (recipe.attribution.unit, recipe.attribution.sites) == ("neuron", ("mlp.up",))
-    )
-
-
-def has_cards(recipe: Recipe) -> bool:
-    """Whether cards of the circuit's units are written."""
-    return (
-        recipe.job == "correct"
-        and recipe.cards.most > 0
-        and recipe.attribution.unit == "neuron"
-        and "mlp.up" in recipe.attribution.sites
-    )
-
-
-TOKEN_MAPS = 6
-"""How many undesired samples a run shows the tokens' relevance of."""
-
-
-def has_token_maps(recipe: Recipe) -> bool:
-    """Whether the relevance of the tokens of undesired samples is written."""
-    return recipe.job == "correct" and recipe.attribution.method in RELEVANCE
-
-
-def attributions_tried(recipe: CorrectRecipe) -> list[tuple[str, str]]:
-    """(target, neuron) of every attribution that a search begins with."""
-    tune, asked = recipe.selection.tune, recipe.attribution
-    assert tune
-    return [
-        (target, neuron)
-        for target in tune.targets or (asked.target,)
-        for neuron in tune.neurons or (asked.neuron,)
-    ]
-
-
-def contrasts_tried(recipe: CorrectRecipe) -> list[tuple[str, float, str | None]]:
-    """(plain or matched, penalty, normalize): every way in which a search contrasts the scores of one
-    attribution."""
-    tune = recipe.selection.tune
-    assert tune
-    kinds = tune.contrasts or (("plain", "matched") if "matched" in recipe.references else ("plain",))
-    return [
-        (kind, penalty, scale)
-        for kind in kinds
-        for penalty in (tune.penalties if kind == "matched" else (1.0,))
-        for scale in tune.normalize
-    ]
-
-
-def sets_read_by(recipe: Recipe, kinds: list[str]) -> list[str]:
-    """The reference sets that contrasts of these kinds read."""
-    return [name for name in recipe.references if name != "matched" or "matched" in kinds]
-
-
-def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float]]:
-    """(number of units, rounds, strength) of every circuit that a search looks for by one contrast."""
-    tune = recipe.selection.tune
-    assert tune
-    return [
-        (count, rounds, strength)
-        for count in counts_tried(recipe)
-        for rounds in sorted({min(rounds, count) for rounds in tune.rounds})
-        for strength in dict.fromkeys(tune.strengths)
-    ]
-
-
-def count_candidates_tried(recipe: CorrectRecipe) -> int:
-    """At most so many circuits a search tries; fewer where a contrast has too few candidates for one."""
-    return len(attributions_tried(recipe)) * len(contrasts_tried(recipe)) * len(circuit_sizes_tried(recipe))
+Completed = Callable[[str], bool]
+"""Whether the samples of a reference set, by its name, have completions."""
 
 
 @dataclass(frozen=True)
@@ -169,19 +71,13 @@ class WorkList:
         )
 
 
-Completed = Callable[[str], bool]
-
-
 def list_work(recipe: Recipe, sites: Sequence[Site], completed: Completed) -> WorkList:
-    """The work of a recipe on a model with these sites.
-
-    Args:
-        completed: whether the samples of a reference set have completions.
-    """
+    """The work of a recipe on a model with these sites."""
     if recipe.job == "discover":
         made = tuple(dict.fromkeys(_list_discover(recipe)))
-        names = ("original", "empty", *_discover_variants(recipe, sites))
-        return WorkList(made, names, score_files=len(made))
+        return WorkList(
+            made, ("original", "empty", *_discover_variants(recipe, sites)), score_files=len(made)
+        )
     if recipe.job == "compress":
         made = tuple(dict.fromkeys(_list_compress(recipe)))
         names = ("original", *_compress_variants(recipe, sites))
@@ -191,80 +87,89 @@ def list_work(recipe: Recipe, sites: Sequence[Site], completed: Completed) -> Wo
     # The contrast, and what the methods of expertise share.
     files = len(made) + 1 + bool(set(rivals) & set(EXPERTISE))
     if recipe.tune:
-        trials = (
-            1 + count_candidates_tried(recipe) + len(rivals) * len(counts_tried(recipe)) + ("aura" in rivals)
-        )
+        theirs = len(rivals) * len(counts_tried(recipe)) + ("aura" in rivals)
+        trials = 1 + count_candidates_tried(recipe) + theirs
         files += len(sets_read_by(recipe, [kind for kind, _, _ in contrasts_tried(recipe)]))
     alone = min(recipe.cards.alone, recipe.cards.most, count) if has_cards(recipe) else 0
-    return WorkList(made, tuple(_variants_beside_circuit(recipe, sites, count)), alone, trials, files)
+    return WorkList(made, tuple(_correct_variants(recipe, sites, count)), alone, trials, files)
+
+
+def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
+    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of
+    each other.
+
+    So also where a compression compares numbers of samples, or has compress.seeds apart: general, general.1,
+    general.2, …
+    """
+    for name, spec in recipe.references.items():
+        if recipe.job == "discover":
+            yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
+        elif recipe.job == "compress" and (recipe.compress.samples or recipe.compress.seeds):
+            yield from (
+                (f"{name}.{place}" if place else name, spec.model_copy(update={"seeds": (seed,)}))
+                for place, seed in enumerate(spec.seeds)
+            )
+        else:
+            yield name, spec
+
+
+def is_protected(recipe: Recipe) -> bool:
+    """Whether neurons are tried alone before any is selected."""
+    neurons = (recipe.attribution.unit, recipe.attribution.sites) == ("neuron", ("mlp.up",))
+    return recipe.job == "correct" and recipe.selection.protect and neurons
+
+
+def has_cards(recipe: Recipe) -> bool:
+    """Whether cards of the circuit's units are written."""
+    neurons = recipe.attribution.unit == "neuron" and "mlp.up" in recipe.attribution.sites
+    return recipe.job == "correct" and recipe.cards.most > 0 and neurons
+
+
+TOKEN_MAPS = 6
+"""How many undesired samples a run shows the tokens' relevance of."""
+
+
+def has_token_maps(recipe: Recipe) -> bool:
+    """Whether the relevance of the tokens of undesired samples is written."""
+    return recipe.job == "correct" and recipe.attribution.method in RELEVANCE
+
+
+# The job correct: attributions, and the variants that are measured.
 
 
 def _single_attribution(
-    recipe: Recipe,
-    method: str,
-    name: str,
-    target: str | None = None,
-    neuron: str | None = None,
-    reduce: str | None = None,
+    recipe: Recipe, method: str, name: str, target: str | None = None, **changes: str
 ) -> Attribution:
-    asked, own = recipe.attribution, recipe.references[name.partition(".")[0]].target
-    options = asked.but(
-        method=method,
-        target=own or target or asked.target,
-        neuron=neuron or asked.neuron,
-        reduce=reduce or asked.reduce,
-    )
-    return Attribution(name, options)
-
-
-def _list_discover(recipe: DiscoverRecipe) -> Iterator[Attribution]:
-    for method in recipe.discover.methods:
-        for name, _ in reference_sets(recipe):
-            yield _single_attribution(recipe, method, name)
-
-
-def _list_compress(recipe: CompressRecipe) -> Iterator[Attribution]:
-    compress = recipe.compress
-    for _, method, reduce in prunings_of(compress, sampled=False):
-        for number in range(max(1, len(compress.fractions)) if method == SEQUENTIAL else 1):
-            yield replace(
-                _single_attribution(recipe, method, "general", reduce=reduce),
-                kept=method != SEQUENTIAL,
-                circuit=number,
-            )
-    for _, method, reduce in prunings_of(compress, sampled=True):
-        for count in sorted(compress.samples):
-            for name, _ in reference_sets(recipe):
-                yield replace(
-                    _single_attribution(recipe, method, name, reduce=reduce), kept=False, first=count
-                )
+    target = recipe.references[name.partition(".")[0]].target or target or recipe.attribution.target
+    return Attribution(name, recipe.attribution.but(method=method, target=target, **changes))
 
 
 def _list_correct(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attribution]:
+    asked, names = recipe.attribution, list(recipe.references)
     for turn in range(1, recipe.selection.rounds + 1):
-        for name in recipe.references:
-            yield replace(_single_attribution(recipe, recipe.attribution.method, name), turn=turn)
-    yield from _list_rivals(
-        recipe, list(recipe.references), recipe.attribution.target, recipe.attribution.neuron, completed
-    )
+        for name in names:
+            yield replace(_single_attribution(recipe, asked.method, name), turn=turn)
+    yield from _list_rivals(recipe, names, asked.target, asked.neuron, completed)
 
 
 def _list_search(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attribution]:
     """The first round is shared by all; in each later one every candidate attributes again, on a model of its
     own."""
-    method, kinds, circuit = (recipe.attribution.method, [kind for kind, _, _ in contrasts_tried(recipe)], 0)
+    method, kinds, circuit = recipe.attribution.method, [kind for kind, _, _ in contrasts_tried(recipe)], 0
     for target, neuron in attributions_tried(recipe):
-        for name in sets_read_by(recipe, kinds):
-            yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
-        for kind, _, _ in contrasts_tried(recipe):
+        first = {
+            name: _single_attribution(
+                recipe, method, name, target_for_set(target, completed(name)), neuron=neuron
+            )
+            for name in sets_read_by(recipe, kinds)
+        }
+        yield from first.values()
+        for kind in kinds:
             for _, rounds, _ in circuit_sizes_tried(recipe):
                 circuit += 1
                 for turn in range(2, rounds + 1):
                     for name in sets_read_by(recipe, [kind]):
-                        again = _single_attribution(
-                            recipe, method, name, _target_for_set(name, target, completed), neuron
-                        )
-                        yield replace(again, turn=turn, circuit=circuit)
+                        yield replace(first[name], turn=turn, circuit=circuit)
     yield from _list_rivals(recipe, sets_read_by(recipe, kinds), *attributions_tried(recipe)[0], completed)
 
 
@@ -273,15 +178,17 @@ def _list_rivals(
 ) -> Iterator[Attribution]:
     for method in rival_methods(recipe):
         for name in names if method not in EXPERTISE else ():
-            yield _single_attribution(recipe, method, name, _target_for_set(name, target, completed), neuron)
+            theirs = target_for_set(target, completed(name))
+            yield _single_attribution(recipe, method, name, theirs, neuron=neuron)
 
 
-def _target_for_set(name: str, target: str, completed: Completed) -> str:
-    return "next" if target.startswith("completion") and not completed(name) else target
+def target_for_set(target: str, completed: bool) -> str:
+    """A candidate's target for a set; `next` for one without completions, where the target means them."""
+    return "next" if target.startswith("completion") and not completed else target
 
 
-def _variants_beside_circuit(recipe: CorrectRecipe, sites: Sequence[Site], count: int) -> Iterator[str]:
-    """The variants of the job correct, but those that are the circuit once more."""
+def _correct_variants(recipe: CorrectRecipe, sites: Sequence[Site], count: int) -> Iterator[str]:
+    """The variants beside a circuit of `count` units, but those that are the circuit once more."""
     beside, own = comparison_for(recipe, sites, count), recipe.attribution.method
     yield "original"
     if count:
@@ -291,9 +198,89 @@ def _variants_beside_circuit(recipe: CorrectRecipe, sites: Sequence[Site], count
         yield from (str(Variant(method, many)) for many in sizes if many)
         if method == "aura":
             yield "aura@all"
-    for many in beside.null if beside.draws > 1 else ():
-        yield from (str(Variant("random", many, str(draw))) for draw in range(beside.draws) if many)
-    yield from (str(Variant("random", many)) for many in beside.null if beside.draws == 1 and many)
+    for many in beside.null:
+        draws = [""] if beside.draws == 1 else [str(draw) for draw in range(beside.draws)]
+        yield from (str(Variant("random", many, draw)) for draw in draws if many)
+
+
+def rival_methods(recipe: CorrectRecipe) -> tuple[str, ...]:
+    """The methods that stand beside the run's own; random is the null."""
+    named = dict.fromkeys(recipe.compare.methods)
+    return tuple(method for method in named if method not in ("random", recipe.attribution.method))
+
+
+# What a search tries.
+
+
+def _search_of(recipe: CorrectRecipe) -> Tune:
+    assert recipe.selection.tune
+    return recipe.selection.tune
+
+
+def attributions_tried(recipe: CorrectRecipe) -> list[tuple[str, str]]:
+    """(target, neuron) of every attribution that a search begins with."""
+    tune, asked = _search_of(recipe), recipe.attribution
+    targets, neurons = tune.targets or (asked.target,), tune.neurons or (asked.neuron,)
+    return [(target, neuron) for target in targets for neuron in neurons]
+
+
+def contrasts_tried(recipe: CorrectRecipe) -> list[tuple[str, float, str | None]]:
+    """(plain or matched, penalty, normalize): every way in which a search contrasts the scores of one
+    attribution."""
+    tune = _search_of(recipe)
+    return [
+        (kind, penalty, scale)
+        for kind in tune.contrasts or (("plain", "matched") if "matched" in recipe.references else ("plain",))
+        for penalty in (tune.penalties if kind == "matched" else (1.0,))
+        for scale in tune.normalize
+    ]
+
+
+def sets_read_by(recipe: Recipe, kinds: list[str]) -> list[str]:
+    """The reference sets that contrasts of these kinds read."""
+    return [name for name in recipe.references if name != "matched" or "matched" in kinds]
+
+
+def counts_tried(recipe: CorrectRecipe) -> list[int]:
+    return sorted(set(_search_of(recipe).counts)) or [recipe.selection.count or 0]
+
+
+def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float]]:
+    """(number of units, rounds, strength) of every circuit that a search looks for by one contrast."""
+    tune = _search_of(recipe)
+    return [
+        (count, rounds, strength)
+        for count in counts_tried(recipe)
+        for rounds in sorted({min(rounds, count) for rounds in tune.rounds})
+        for strength in dict.fromkeys(tune.strengths)
+    ]
+
+
+def count_candidates_tried(recipe: CorrectRecipe) -> int:
+    """At most so many circuits a search tries; fewer where a contrast has too few candidates for one."""
+    return len(attributions_tried(recipe)) * len(contrasts_tried(recipe)) * len(circuit_sizes_tried(recipe))
+
+
+# The jobs discover and compress.
+
+
+def _list_discover(recipe: DiscoverRecipe) -> Iterator[Attribution]:
+    for method in recipe.discover.methods:
+        yield from (_single_attribution(recipe, method, name) for name, _ in reference_sets(recipe))
+
+
+def _list_compress(recipe: CompressRecipe) -> Iterator[Attribution]:
+    compress = recipe.compress
+    for _, method, reduce in prunings_of(compress, sampled=False):
+        for name in sets_pruned_by(recipe, method):
+            one = _single_attribution(recipe, method, name, reduce=reduce)
+            times = max(1, len(compress.fractions)) if method == SEQUENTIAL else 1
+            yield from (replace(one, kept=method != SEQUENTIAL, circuit=number) for number in range(times))
+    for _, method, reduce in prunings_of(compress, sampled=True):
+        for count in sorted(compress.samples):
+            for name, _ in reference_sets(recipe):
+                one = _single_attribution(recipe, method, name, reduce=reduce)
+                yield replace(one, kept=False, first=count)
 
 
 def _discover_variants(recipe: DiscoverRecipe, sites: Sequence[Site]) -> Iterator[str]:
@@ -305,12 +292,161 @@ def _discover_variants(recipe: DiscoverRecipe, sites: Sequence[Site]) -> Iterato
 
 def _compress_variants(recipe: CompressRecipe, sites: Sequence[Site]) -> Iterator[str]:
     compress = recipe.compress
-    counts = [
-        count_selected(compress.scope, "weight", sites, fraction=fraction)
-        for fraction in compress.fractions or (None,)
-    ]
-    for name, _, _ in prunings_of(compress, sampled=False):
-        yield from (str(Variant(name, count)) for count in counts)
+    for name, method, _ in prunings_of(compress, sampled=False):
+        seeds = len(sets_pruned_by(recipe, method))
+        for fraction in compress.fractions or (None,):
+            count = count_selected(compress.scope, "weight", sites, fraction=fraction)
+            draws = [f"seed{seed}" for seed in range(seeds)] if seeds > 1 else [""]
+            yield from (str(Variant(name, count, draw)) for draw in draws)
     for name, _, _ in prunings_of(compress, sampled=True):
         for count in sorted(compress.samples):
             yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(reference_sets(recipe)))
+
+
+def rankings(discover: Discover, signed: Callable[[str], bool]) -> list[tuple[str, str, str]]:
+    """(name, method, rank) of every way to rank units.
+
+    Args:
+        signed: whether a method's scores have a sign; where they have none, its rankings are one.
+    """
+    first, *more = discover.ranks
+    found: list[tuple[str, str, str]] = []
+    for method in discover.methods:
+        found.append((method, method, first))
+        found += [(f"{method}-{rank}", method, rank) for rank in more if signed(method)]
+    return found
+
+
+def sets_pruned_by(recipe: CompressRecipe, method: str) -> list[str]:
+    """The reference sets by each of which a method prunes; the first where it looks at no sample."""
+    names = [name for name, _ in reference_sets(recipe)]
+    reads = method == SEQUENTIAL or require_method(method).run is not None
+    return names if recipe.compress.seeds and reads else names[:1]
+
+
+def prunings_of(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]:
+    """(name, method, reduce); a relevance has its reduction in its name where there are two.
+
+    Args:
+        sampled: those that are compared by number of samples, or the others.
+    """
+    found: list[tuple[str, str, str]] = []
+    for method in compress.methods:
+        if sampled != bool(compress.samples and require_method(method).run):
+            continue
+        if method != SEQUENTIAL and require_method(method).targeted and len(compress.reduces) > 1:
+            found += [(f"{method}-{reduce}", method, reduce) for reduce in compress.reduces]
+        else:
+            found.append((method, method, compress.reduces[0]))
+    return found
+
+
+# How many units each circuit has, by whichever scope.
+
+
+Sizes = dict[int, dict[str, Any]]
+"""Number of units in all, ascending → the count or fraction by which `select` takes so many; nothing for a
+scope n:m."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Beside the original and the circuit, what the job correct evaluates. Variants are named by their number
+    of units in all.
+
+    Attributes:
+        own: sizes that the run's own contrast selects, the circuit's among them.
+        rivals: each other method → its scope and its sizes.
+        null: numbers of random units, each drawn `draws` times.
+    """
+
+    own: Sizes
+    rivals: dict[str, tuple[str, Sizes]]
+    null: tuple[int, ...]
+    draws: int
+
+
+def comparison_for(recipe: CorrectRecipe, sites: Sequence[Site], count: int) -> Comparison:
+    """What stands beside a circuit of `count` units in all."""
+    compare, chosen = recipe.compare, recipe.selection
+    asked = selection_sizes(recipe, sites, compare.counts)
+    if chosen.tune:
+        circuit = selection_sizes(recipe, sites, counts_tried(recipe)).get(count, {"count": count})
+    elif chosen.count is not None:
+        circuit = {"count": chosen.count}
+    else:
+        circuit = {} if parse_scope(chosen.scope) else {"fraction": chosen.fraction}
+    own = dict(sorted({**asked, count: circuit}.items()))
+    # compare.counts need not have what a search ends at, nor the size of a share or of n:m, which no recipe
+    # says.
+    theirs = asked if chosen.count is not None and not chosen.tune else own
+    rivals = {method: rival_sizes(recipe, sites, method, theirs) for method in rival_methods(recipe)}
+    null = tuple(own) if "random" in compare.methods else (count,)
+    return Comparison(own, rivals, null, compare.random_draws)
+
+
+def selection_sizes(recipe: CorrectRecipe, sites: Sequence[Site], counts: Iterable[int]) -> Sizes:
+    """What these counts, each of all units, of a site or of a row as selection.scope says, are in all."""
+    scope, unit = recipe.selection.scope, recipe.attribution.unit
+    return {count_selected(scope, unit, sites, count=one): {"count": one} for one in sorted(set(counts))}
+
+
+def rival_sizes(recipe: CorrectRecipe, sites: Sequence[Site], method: str, sizes: Sizes) -> tuple[str, Sizes]:
+    """The scope by which another method selects, and its sizes; where the scope is its own, the share of
+    every site or row is the same."""
+    scope, unit = (recipe.compare.scopes or {}).get(method, recipe.selection.scope), recipe.attribution.unit
+    if scope == recipe.selection.scope:
+        return scope, sizes
+    if scope == "global":
+        return scope, {total: {"count": total} for total in sizes}
+    units = sum(units_in(site, unit) for site in sites)
+    # Rounded up at the twelfth digit: a third of three is one, and not 0.9999.
+    shares = [-(-total * 10**12 // units) / 10**12 for total in sizes if total < units]
+    return scope, {
+        count_selected(scope, unit, sites, fraction=share): {"fraction": share} for share in shares
+    }
+
+
+def ranking_scope(discover: Discover, name: str) -> str:
+    """The scope by which a ranking's units are removed; `name` as `rankings` has it."""
+    method = name if name in discover.methods else name.rpartition("-")[0]
+    return (discover.scopes or {}).get(method, "global")
+
+
+def removed_sizes(discover: Discover, name: str, unit: str, sites: Sequence[Site]) -> Sizes:
+    """How many of all units each circuit of a ranking lacks."""
+    scope, units = ranking_scope(discover, name), sum(units_in(site, unit) for site in sites)
+    found: Sizes = {}
+    for sparsity in sorted(discover.sparsities):
+        total = count_selected(scope, unit, sites, fraction=sparsity)
+        if 0 < total < units:
+            found.setdefault(total, {"count": total} if scope == "global" else {"fraction": sparsity})
+    return found
+
+
+def circuit_count(recipe: CorrectRecipe, sites: Sequence[Site]) -> int:
+    """How many units the circuit has; the most that it can where a search decides it."""
+    asked = recipe.selection
+    count = max(counts_tried(recipe)) if asked.tune else asked.count
+    return count_selected(asked.scope, recipe.attribution.unit, sites, count=count, fraction=asked.fraction)
+
+
+def count_selected(
+    scope: str, unit: str, sites: Sequence[Site], *, count: int | None = None, fraction: float | None = None
+) -> int:
+    """How many units so many, such a share, or the groups of a scope n:m are of the sites."""
+    units = [units_in(site, unit) for site in sites]
+    if groups := parse_scope(scope):
+        return sum(units) * groups[0] // groups[1]
+
+    def of(some: int) -> int:
+        return count if count is not None else share_of(fraction, some)
+
+    if scope == "row":
+        return sum(site.out * of(site.inp) for site in sites)
+    return sum(map(of, units)) if scope == "site" else of(sum(units))
+
+
+def units_in(site: Site, unit: str) -> int:
+    """How many units a site has."""
+    return site.out * site.inp if unit == "weight" else site.heads if unit == "head" else site.out

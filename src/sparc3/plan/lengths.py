@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..evaluation.evaluate import prepare
 from ..evaluation.metrics import HarnessSettings, MetricSettings, SampledSettings
+from ..experiment.gather import search_aim, search_budget, validation_texts, words_held
 from ..experiment.work_list import reference_sets
 from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
@@ -124,22 +125,37 @@ def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
 def samples_at_hand(
     recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[dict[str, ReferenceSet], list[tuple[str, MetricSettings, ReferenceSet]]]:
-    """The reference sets, and the metrics with their samples, that can be had without the hub and without
-    the model."""
+    """The reference sets, and the metrics with their samples, those of a search among them, that can be had
+    without the hub and without the model; as `check_samples` takes them."""
 
     def is_there(spec: Any) -> bool:
         return _is_at_hand(spec.source) and not by_model(spec)
 
-    sets = {
-        name: gather(request_for(spec), tokenizer) for name, spec in reference_sets(recipe) if is_there(spec)
-    }
+    sets: dict[str, ReferenceSet] = {}
+    for name, spec in reference_sets(recipe):
+        if is_there(spec):
+            taken = words_held(recipe, sets, spec.source) if recipe.job == "correct" else frozenset()
+            sets[name] = gather(request_for(spec, taken), tokenizer)
     unread: Any = None  # prompts that no model chooses ask for none
-    metrics: list[tuple[str, MetricSettings, ReferenceSet]] = [
-        (name, settings, prepare(name, settings, unread, tokenizer).samples)
-        for name, settings in recipe.metrics().items()
-        if isinstance(settings, SampledSettings) and is_there(settings)
-    ]
-    return sets, metrics
+    found: list[tuple[str, MetricSettings, ReferenceSet]] = []
+    for name, settings in recipe.metrics().items():
+        if isinstance(settings, SampledSettings) and is_there(settings):
+            held = words_held(recipe, sets, settings.source)
+            samples = prepare(name, settings, unread, tokenizer, {settings.source: held}).samples
+            found.append((f"evaluation.{name}", settings, samples))
+    if recipe.job == "correct" and recipe.tune:
+        aim, asked = search_aim(recipe)
+        if is_there(asked):
+            tested = [some for _, other, some in found if getattr(other, "source", None) == asked.source]
+            held = words_held(recipe, sets, asked.source)
+            held |= {sample.words for some in tested for sample in some if sample.words}
+            samples = prepare(aim, asked, unread, tokenizer, {asked.source: held}).samples
+            found.append((f"validation of evaluation.{aim}", asked, samples))
+        for name, text in search_budget(recipe).items():
+            if _is_at_hand(text.source) and "general" in sets:
+                samples = validation_texts(sets, tokenizer, text)
+                found.append((f"validation of evaluation.{name}", text, samples))
+    return sets, found
 
 
 def _is_at_hand(source: str) -> bool:

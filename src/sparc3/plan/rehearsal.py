@@ -12,7 +12,7 @@ from ..attribution.methods import Method, settings_for
 from ..attribution.patching import frozen
 from ..attribution.sums import Settings, Sums
 from ..evaluation import generate, perplexity, tasks
-from ..experiment import compress
+from ..experiment import prune_sequentially
 from ..models.sites import layers_of
 from ..samples.batches import Batch, Encoded, make_batch
 from .costs import Hardware, Shaped, TensorCosts
@@ -120,9 +120,14 @@ class Rehearsal:
             sites = self.shaped.sites(roles)
 
             def work() -> None:
-                flows = [compress.capture_layer_inputs(model, make_batch(group, CPU)) for _ in range(count)]
+                flows = [
+                    prune_sequentially.capture_layer_inputs(model, make_batch(group, CPU))
+                    for _ in range(count)
+                ]
                 for index, layer in enumerate(layers_of(model)):
-                    compress.layer_scores(layer, [site for site in sites if site.layer == index], flows, {})
+                    prune_sequentially.layer_scores(
+                        layer, [site for site in sites if site.layer == index], flows, {}
+                    )
                     for flow in flows:
                         flow.hidden = flow.through(layer)
 

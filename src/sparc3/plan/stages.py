@@ -17,8 +17,8 @@ from ..evaluation.metrics import (
     PerplexitySettings,
     PromptSettings,
 )
-from ..experiment import score, sizes, validation, work_list
-from ..experiment.compress import BATCH_TOKENS
+from ..experiment import gather, score, work_list
+from ..experiment.prune_sequentially import BATCH_TOKENS
 from ..models.load import context_length, rope_switches
 from ..recipe.schema import Recipe
 from ..recipe.sections import SEQUENTIAL
@@ -91,7 +91,7 @@ class Stages:
         self.switches = rope_switches(rehearsal.shaped.model)
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
-        self.units = sum(sizes.units_in(site, unit) for site in self.sites)
+        self.units = sum(work_list.units_in(site, unit) for site in self.sites)
         self.specs = dict(work_list.reference_sets(recipe))
         self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
         self.notes = [
@@ -101,7 +101,7 @@ class Stages:
         ]
         self.work = work_list.list_work(recipe, self.sites, lambda name: self.sets[name].completed)
         if recipe.job == "correct" and recipe.tune:
-            count = sizes.circuit_count(recipe, self.sites)
+            count = work_list.circuit_count(recipe, self.sites)
             self.notes.append(
                 f"every candidate of the search taken to be measured whole, and its best to have {count} "
                 "units"
@@ -140,14 +140,14 @@ class Stages:
         if recipe.job == "compress":
             groups = parse_scope(recipe.compress.scope)
             return groups[0] / groups[1] if groups else max(recipe.compress.fractions)
-        beside = sizes.comparison_for(recipe, self.sites, sizes.circuit_count(recipe, self.sites))
+        beside = work_list.comparison_for(recipe, self.sites, work_list.circuit_count(recipe, self.sites))
         return max(beside.own) / self.units
 
     def _choose_prompts(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
         asked: list[tuple[str, Any]] = [*self.specs.items(), *self.recipe.metrics().items()]
         if self.recipe.job == "correct" and self.recipe.tune:
-            name, settings = validation.search_aim(self.recipe)
+            name, settings = gather.search_aim(self.recipe)
             asked.append((f"validation {name}", settings))
         for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
             least, most = prompts_read(spec)
@@ -172,7 +172,7 @@ class Stages:
     def _scores(self) -> Iterator[Stage]:
         for one in self.work.attributions:
             yield from self._attribute(one)
-        if self.recipe.job == "correct" and set(sizes.rival_methods(self.recipe)) & set(EXPERTISE):
+        if self.recipe.job == "correct" and set(work_list.rival_methods(self.recipe)) & set(EXPERTISE):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
                 read = self._forward("scores, expertise", self.sets[name].joined(self.context))
                 yield replace(read, scoring=True)
@@ -202,8 +202,8 @@ class Stages:
     def _search(self) -> Iterator[Stage]:
         """Each circuit that a search may look at, on its validation samples."""
         if self.recipe.job == "correct" and self.recipe.tune:
-            budget = validation.search_budget(self.recipe).items()
-            for name, settings in (*budget, validation.search_aim(self.recipe)):
+            budget = gather.search_budget(self.recipe).items()
+            for name, settings in (*budget, gather.search_aim(self.recipe)):
                 for stage in self._metric(name, settings):
                     yield replace(stage * (self.work.trials - (name == "kl")), name=f"search, {name}")
 

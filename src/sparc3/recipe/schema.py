@@ -20,13 +20,24 @@ from ..evaluation.metrics import MetricSettings, SparsitySettings, parse_metrics
 from ..safe_text import at_home, shareable
 from ..settings import Strict, parse, short
 from ..storage import fingerprint, read_text
-from .sections import SEQUENTIAL, Cards, Compare, Compress, Discover, ModelSection, Reference, Selection, Tune
+from .sections import (
+    SEQUENTIAL,
+    Cards,
+    Compare,
+    Compress,
+    Discover,
+    Margins,
+    ModelSection,
+    Reference,
+    Selection,
+    Tune,
+)
 
 LARGEST = 1_000_000
 """Longest recipe that is read, in bytes."""
 KEYS = (
     *("name", "job", "model", "references", "attribution", "selection", "discover", "compress"),
-    *("evaluation", "compare", "cards"),
+    *("evaluation", "compare", "cards", "margins"),
 )
 """Every key of any job's recipe, in the order in which a recipe is written."""
 OWN = {"correct": "selection", "discover": "discover", "compress": "compress"}
@@ -53,6 +64,7 @@ class BaseRecipe(Strict):
     attribution: AttributionOptions = AttributionOptions()
     evaluation: dict[str, Any] = Field(default_factory=dict)
     cards: Cards = Cards()
+    margins: Margins | None = None
 
     @model_validator(mode="before")
     @classmethod

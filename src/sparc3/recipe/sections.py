@@ -79,6 +79,9 @@ class Compress(Strict):
         fractions: shares of the weights that go.
         samples: numbers of reference samples to compare, each of every seed's set; methods that look at no
             sample are as without it.
+        seeds: "apart" scores, prunes and measures by each seed's reference set alone, and tells the mean, its
+            standard error and the circuits' overlap, as the paper's Table 1 does; without it the seeds'
+            samples are one set.
     """
 
     methods: tuple[Annotated[str, _method_or(SEQUENTIAL)], ...] = Field(
@@ -88,6 +91,7 @@ class Compress(Strict):
     scope: AnyScope = "row"
     fractions: tuple[Share, ...] = ()
     samples: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    seeds: Literal["apart"] | None = None
 
     @model_validator(mode="after")
     def _require_size(self) -> "Compress":
@@ -101,6 +105,8 @@ class Compress(Strict):
                 "samples compares numbers of reference samples at one fraction; give one, and leave "
                 f"{SEQUENTIAL} out"
             )
+        if self.samples and self.seeds:
+            raise ValueError("samples keeps the seeds apart already; leave seeds out")
         if self.scope == "global" and SEQUENTIAL in self.methods:
             raise ValueError(
                 f"{SEQUENTIAL} prunes one layer at a time, so it has no scope global; use row or site"
@@ -270,3 +276,16 @@ class Cards(Strict):
 
     most: int = Field(default=50, ge=0)
     alone: int = Field(default=0, ge=0)
+
+
+class Margins(Strict):
+    """Up to which relative increase over the original a figure is flat, for the verdict: 0.02 is 2 %.
+
+    Attributes:
+        perplexity: of other text; where none is given, 0.02 or the budget of a search for the job correct,
+            and no judgement for the job compress.
+        fluency: of what the changed model writes; 0.5 where none is given.
+    """
+
+    perplexity: float | None = Field(default=None, ge=0)
+    fluency: float | None = Field(default=None, ge=0)

@@ -3,7 +3,7 @@ row has it."""
 
 from markupsafe import Markup
 
-from .headline import intervals_overlap
+from .headline import intervals_overlap, remark_on_verdict
 from .read import Point, RunFolder
 from .words import (
     Remark,
@@ -11,8 +11,10 @@ from .words import (
     join_words,
     method_title,
     percent,
+    plain,
     relative,
     remark,
+    variant_title,
     with_interval,
     with_small_interval,
 )
@@ -57,14 +59,18 @@ def _find_own(run: RunFolder, found: list[Point]) -> Point | None:
 
 
 def remarks(run: RunFolder) -> list[Remark]:
-    _, found = _rank_methods(run)
-    parts, said = [], []
+    metric, found = _rank_methods(run)
+    parts, said = [], remark_on_verdict(run)
     for p in found:
         d = run.difference(p.measurement.metric, p.variant)
         more = f", {relative(d.relative)}" if d and d.relative is not None else ""
         parts.append(f"{method_title(p.method)} {with_interval(p.measurement)}{more}")
     if parts:
         said.append(remark("plain", "<b>All methods, best first:</b> {}.", join_words(parts)))
+    if apart := [row for row in run.provenance.by_seed if row.metric == metric]:
+        text = "<b>Mean ± standard error over {} reference sets,</b> each for itself: {}."
+        named = [f"{variant_title(row.variant, run)} {plain(row.mean)} ± {plain(row.sem)}" for row in apart]
+        said.append(remark("plain", text, len(apart[0].values), join_words(named)))
     own = _find_own(run, found)
     if own and (ahead := found[: found.index(own)]):
         close = all(intervals_overlap(point.measurement, own.measurement) for point in ahead)

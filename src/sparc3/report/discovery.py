@@ -5,6 +5,7 @@ from markupsafe import Markup
 
 from ..circuits.circuit import Circuit
 from ..results import Difference, Variant, find_sparsest
+from .headline import remark_on_verdict
 from .read import Point, RunFolder
 from .words import (
     MINUS,
@@ -76,6 +77,7 @@ def _write_share(run: RunFolder, point: Point) -> str:
 
 def remarks(run: RunFolder) -> list[Remark]:
     return [
+        *remark_on_verdict(run),
         *_remark_on_sparser_methods(run),
         _remark_on_sparsest(run),
         *_remark_on_margins(run),

@@ -3,7 +3,7 @@
 from markupsafe import Markup
 
 from ..results import Measurement, Variant
-from ..verdict import judge, judge_change
+from ..verdict import GOOD, judge, judge_change
 from .read import Point, RunFolder
 from .words import (
     Remark,
@@ -63,16 +63,24 @@ def _write_removed(run: RunFolder) -> str:
     return share + (of or run.number_of(run.count))
 
 
+def remark_on_verdict(run: RunFolder) -> list[Remark]:
+    """The verdict as the console and results.json have it."""
+    verdict = judge(run.results, run.unit)
+    if verdict is None:
+        return []
+    head, _, rest = verdict.said.partition(": ")
+    kind = "good" if verdict.kind in GOOD else "careful"
+    return [remark(kind, "<b>Verdict: {}:</b> {}.", head, rest)]
+
+
 def remarks(run: RunFolder) -> list[Remark]:
     """What must stand beside the headline: whether it is more than chance, what it cost, what random units
     and others do."""
-    metric, verdict = run.behaviour, judge(run.results, run.unit)
-    if metric is None or verdict is None:
+    metric = run.behaviour
+    if metric is None:
         return []
-    head, _, rest = verdict.said.partition(": ")
-    kind = "good" if verdict.kind == "shown" else "careful"
     return [
-        remark(kind, "<b>Verdict: {}:</b> {}.", head, rest),
+        *remark_on_verdict(run),
         _remark_on_effect(run, metric),
         *_remark_on_null(run, metric),
         *_remark_on_cost(run, metric),
