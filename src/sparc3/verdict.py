@@ -181,7 +181,8 @@ def _judge_compression(results: Results) -> Verdict | None:
         kinds += theirs
         details.append(f"{metric} of {ours} {found[ours].value:.4g}, {dense.value} of the dense model")
         details += [f"{one.name} {one.value}" for one in compared]
-    if not criteria:
+    # Results of before there were verdicts on compressions have no paired differences of methods.
+    if not criteria or (kinds and not any(d.from_ != "original" for d in results.differences)):
         return None
     kind = _sum_up(kinds)
     kind = "lossy" if kind in GOOD and False in costs else kind
