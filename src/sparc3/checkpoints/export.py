@@ -18,6 +18,7 @@ from torch import Tensor
 from ..circuits.ablate import ablated, removed_units, weaken_values
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import Sparc3Error, UserError
+from ..models.check_checkpoint import ALONE, INDEX
 from ..models.fingerprint import describe
 from ..models.gguf import repository_of
 from ..models.hub import looks_local, snapshot
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-ALONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BESIDE = "*.json *.jinja *.model *.txt *.tiktoken *.py LICEN[CS]E* NOTICE* USE_POLICY*".split()
 """What a checkpoint has beside its weights and its card; copied as it is."""
 TOKENIZER_FILES = (

@@ -2,22 +2,20 @@
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..errors import Sparc3Error, UserError, unknown
-from ..storage import parse_json, read_text
-from .adapters import NOT_BY_ITSELF, find_adapter, merge_
+from .adapters import NOT_BY_ITSELF, Adapter, find_adapter, merge_
+from .check_checkpoint import require_downloaded, require_readable, require_whole
 from .families import FAMILIES, require_family
-from .fingerprint import plain_parts, require_present
+from .fingerprint import require_present
 from .gguf import find_gguf, gguf_config, load_gguf_tokenizer, load_gguf_weights
-from .hub import CONVERT, hub_errors, looks_local, require_hub
+from .hub import hub_errors, looks_local, require_hub
 from .memory import available
-from .offloading import gpu_room, named_values, offloaded_layers
+from .offloading import gpu_room, offloaded_layers
 from .sites import DTYPES, family_of, layers_of
 
 if TYPE_CHECKING:
@@ -62,10 +60,8 @@ def load_weights(
     """The model of `load_model`, without its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    given, config, wanted, target = _check_names(name_or_path, dtype, device)
-    adapter = find_adapter(given)
+    given, adapter, config, wanted, target = _check_names(name_or_path, dtype, device)
     name = adapter.base if adapter else given
-    require_safe(name)
     mapped = device == MAP
     with hub_errors(name):
         spread = _spread(name, config, wanted) if mapped else {}
@@ -204,18 +200,19 @@ def _has_vocabulary(folder: Path) -> bool:
 def require_loadable(
     name_or_path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto"
 ) -> None:
-    """Raise what `load_model` would, as far as it can be told from the configuration, without reading a
-    weight."""
+    """Raise what `load_model` would, as far as it can be told without reading a weight."""
     _check_names(name_or_path, dtype, device)
 
 
 def _check_names(
     name_or_path: str | os.PathLike[str], dtype: str, device: str
-) -> tuple[str, Any, torch.dtype | str, torch.device]:
+) -> tuple[str, Adapter | None, Any, torch.dtype | str, torch.device]:
     name, target = _name(name_or_path), _device(device)
     config = load_config(name)
     require_family(config, name)
-    return name, config, _dtype(dtype, config, target), target
+    adapter = find_adapter(name)
+    require_readable(adapter.base if adapter else name)
+    return name, adapter, config, _dtype(dtype, config, target), target
 
 
 def _name(name_or_path: str | os.PathLike[str]) -> str:
@@ -277,6 +274,7 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
         )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} has no config.json; give a folder that save_pretrained wrote")
+    require_downloaded(name)
     with hub_errors(name):
         try:
             here = not Path(name).is_dir() and not alone  # of a hub's model what its cache has
@@ -286,7 +284,11 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
                 raise
             require_hub(name, remedy)
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    _require_rope(config, name)
     for part in (config, config.get_text_config()):
+        pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+            part.pad_token_id = None  # what stands at padding is masked, and transformers would fail
         # Others need a package, or are code of the hub that transformers would run, and compute the same.
         if (asked := part._attn_implementation) not in (None, "eager", "sdpa"):
             log.info(
@@ -294,6 +296,16 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
             )
             part._attn_implementation = None
     return config
+
+
+def _require_rope(config: Any, name: str) -> None:
+    """Raise UserError for a kind of rotary positions that transformers does not know."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = ["default", *ROPE_INIT_FUNCTIONS]
+    for kind in rope_kinds(config.get_text_config()):
+        if (said := kind.get("rope_type", "default")) not in known:
+            raise UserError(f"'{name}': {unknown('rope_type', said, known)} (in its config.json)")
 
 
 def _device(device: str) -> torch.device:
@@ -350,81 +362,18 @@ def rope_switches(model: "PreTrainedModel") -> tuple[int, ...]:
     It looks at the longest row of a batch, so rows on either side of such a length do not belong in one
     batch. Dynamic NTK turns them otherwise beyond `context_length` only, which no row exceeds.
     """
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     key = "original_max_position_embeddings"
-    long = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    long = [kind for kind in rope_kinds(model.config) if kind.get("rope_type") == "longrope"]
     found = {kind.get(key) or getattr(model.config, key, None) for kind in long}
     return tuple(sorted(int(length) for length in found if length))
+
+
+def rope_kinds(config: Any) -> list[dict[str, Any]]:
+    """A configuration's rotary positions: one kind, or one of each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
 def vocabulary_size(model: "PreTrainedModel") -> int:
     """The number of token ids the model has an embedding for."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-# Checkpoints carry no checksums, so what can be seen of one is: no pickle, every weight there, each of its
-# shape, none NaN or Inf. A changed weight that is still a number gives the model another fingerprint.
-
-
-def require_safe(name: str) -> None:
-    """Raise UserError where a folder holds its weights as pickle alone, which can run code when it is read.
-
-    Also where its generation_config.json cannot be read: transformers would go on without it, and the model
-    would write on past its end.
-    """
-    folder = Path(name)
-    if (said := folder / "generation_config.json").is_file():
-        try:
-            parse_json(read_text(said))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{said} cannot be read ({error}); download it again, or remove it") from None
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    if old := sorted(
-        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-    ):
-        raise UserError(f"{name} has pickle weights ({old[0]}), which sparc3 does not read; {CONVERT}")
-
-
-def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], layers: str) -> None:
-    """Raise UserError where transformers filled in what a checkpoint lacks or left out layers that it has, or
-    where a weight is not finite.
-
-    Args:
-        found: what from_pretrained gives with output_loading_info.
-        layers: name of the model's list of layers.
-    """
-    remedy = "the checkpoint is damaged, or config.json is of another model; download it again"
-    if found["mismatched_keys"]:
-        key, there, wanted = min(found["mismatched_keys"])
-        raise UserError(
-            f"'{name}': {key} is {tuple(there)} in the weights and {tuple(wanted)} by config.json; {remedy}"
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"'{name}' lacks {len(missing)} weights, the first {missing[0]}; {remedy}")
-    blocks = model.get_submodule(layers)
-    assert isinstance(blocks, nn.ModuleList)
-    beyond = [key for key in found["unexpected_keys"] if _layer_of(key, layers) >= len(blocks)]
-    if beyond:
-        raise UserError(
-            f"'{name}' has weights of more than the {len(blocks)} layers that config.json says "
-            f"({min(beyond)}); {remedy}"
-        )
-    for key, whole in named_values(model):
-        for weight in plain_parts(whole.detach()):
-            if not weight.is_floating_point() or not weight.numel():
-                continue
-            if not all(bound.isfinite() for bound in weight.aminmax()):
-                wider = f", or load it in float32: {weight.dtype} may be too small for it"
-                raise UserError(
-                    f"'{name}': {key} contains a NaN or Inf; "
-                    f"{remedy}{'' if weight.dtype == torch.float32 else wider}"
-                )
-
-
-def _layer_of(key: str, layers: str) -> int:
-    """The number of the layer that a weight belongs to by its name, with or without the prefix of the whole
-    model; -1 for none."""
-    digits = re.match(rf"(?:.*\.)?{re.escape(layers.rpartition('.')[2])}\.(\d+)\.", key)
-    return int(digits[1]) if digits else -1
