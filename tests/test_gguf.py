@@ -5,6 +5,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tests.tiny import tiny
@@ -14,7 +15,7 @@ from sparc3.checkpoints.export import export
 from sparc3.doctor.examine import has_weights
 from sparc3.errors import UnsupportedModel
 from sparc3.models.fingerprint import describe
-from sparc3.models.gguf import find_gguf
+from sparc3.models.gguf import find_gguf, read_gguf
 from sparc3.models.load import load_config, load_tokenizer, load_weights, require_loadable
 from sparc3.models.sites import sites_of
 from sparc3.plan.lengths import tokenizer_at_hand
@@ -237,3 +238,43 @@ def test_smollm2_of_the_package_loads_and_speaks() -> None:
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
     assert describe(model)["id"].endswith(".gguf")
+
+
+def test_the_fast_reader_gives_what_ggufs_own_gives(tmp_path: Path) -> None:
+    """Every field and tensor, of arrays of words, numbers, truths and nothing too."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    arrays = {
+        "words": ["a", "", "héé", "x" * 300],
+        "ids": [1, -2, 3],
+        "scores": [0.5, -1.0],
+        "flags": [True, False],
+    }
+    for key, values in arrays.items():
+        writer.add_array(f"tokenizer.{key}", values)
+    writer.add_string("after", "the arrays")
+    writer.add_tensor("t", numpy.arange(6, dtype=numpy.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (ours, architecture), theirs = read_gguf(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "a.gguf")
+    assert architecture == "llama"
+    assert list(ours.fields) == list(theirs.fields)
+    for key, field in theirs.fields.items():
+        assert ours.fields[key].types == field.types
+        assert ours.fields[key].contents() == field.contents()
+        assert [part.tobytes() for part in ours.fields[key].parts] == [part.tobytes() for part in field.parts]
+        assert ours.fields[key].data == field.data
+    assert [(t.name, t.data_offset, t.n_bytes) for t in ours.tensors] == [
+        (t.name, t.data_offset, t.n_bytes) for t in theirs.tensors
+    ]
+    assert numpy.array_equal(ours.tensors[0].data, theirs.tensors[0].data)
+
+
+def test_arrays_that_end_beyond_the_file_are_refused(tmp_path: Path) -> None:
+    head = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    for kind, rest in ((8, b""), (8, (2**62).to_bytes(8, "little")), (4, b"1234")):
+        field = (1).to_bytes(8, "little") + b"a" + (9).to_bytes(4, "little") + kind.to_bytes(4, "little")
+        (tmp_path / "a.gguf").write_bytes(head + field + (2**61).to_bytes(8, "little") + rest)
+        with pytest.raises(UserError, match="truncated or damaged"):
+            read_gguf(tmp_path / "a.gguf")

@@ -235,6 +235,51 @@ def test_heads_narrower_than_a_block_are_refused(tmp_path: Path) -> None:
     patch_gguf(path, Circuit("head", {OUT: (2, 3)}), tmp_path / "new.gguf")
 
 
+BLOCKS = [kind for kind in TYPES if gguf.GGML_QUANT_SIZES[kind][0] > 1]
+
+
+@pytest.mark.parametrize("count", [2, 4, 16])
+@pytest.mark.parametrize("kind", [*BLOCKS, TYPES.F32, TYPES.F16, TYPES.BF16], ids=lambda kind: kind.name)
+def test_heads_are_whole_blocks_of_every_type_or_refused_by_its_name(
+    tmp_path: Path, kind: Any, count: int
+) -> None:
+    """Heads of 256, 128 and 32 columns: the K-quants' blocks are 256, the others' 32 to 64."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    width, rows = 512 // count, 6
+    content = numpy.random.default_rng(0).integers(1, 60, (rows, 512 // block * size), numpy.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_head_count(count)
+    typed = {TYPES.F32: numpy.float32, TYPES.F16: numpy.float16}.get(kind, numpy.uint8)
+    writer.add_tensor("blk.0.attn_output.weight", content.view(typed), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    heads = (1,) if width % block == 0 else tuple(range(block // width))
+    out, circuit = tmp_path / "new.gguf", Circuit("head", {OUT: heads}, {"architecture": "llama"})
+    try:
+        gguf.dequantize(content, kind)
+    except NotImplementedError:
+        with pytest.raises(UserError, match=kind.name):
+            patch_gguf(tmp_path / "one.gguf", circuit, out)
+        return
+    if width % block:
+        for alone in ((0,), (len(heads) - 1,), heads[1:]):
+            with pytest.raises(UserError, match=f"{kind.name}.* {width} columns.* {block}"):
+                patch_gguf(tmp_path / "one.gguf", Circuit("head", {OUT: alone}, circuit.model), out)
+        assert not out.exists()
+    patch, _ = patch_gguf(tmp_path / "one.gguf", circuit, out)
+    changed = gguf.GGUFReader(out).tensors[0].data.view(numpy.uint8).reshape(rows, -1, size)
+    columns = gguf.dequantize(changed.reshape(rows, -1), kind).reshape(rows, count, width)
+    assert not columns[:, list(heads)].any()
+    blocks = numpy.ones(512 // block, bool)
+    blocks[heads[0] * width // block : (heads[-1] + 1) * width // block] = False
+    assert numpy.array_equal(changed[:, blocks], content.reshape(changed.shape)[:, blocks])
+    assert columns[:, [head for head in range(count) if head not in heads]].any()
+    assert patch.bytes_changed == (changed != content.reshape(changed.shape)).sum()
+
+
 def test_bad_files_and_places_are_one_line(file: Path, tmp_path: Path) -> None:
     circuit, whole = Circuit("neuron", {UP: (1,)}), file.read_bytes()
     split = write(tmp_path / "part.gguf", tiny("llama", dtype=torch.float32, **WIDE), split__count=3)
