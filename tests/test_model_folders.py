@@ -1,6 +1,7 @@
 """Model folders as people have them: loaded with the right figures, or refused in a line that names the thing."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sparc3 import UserError, attribute, load_model
 from sparc3.models.fingerprint import describe
-from sparc3.models.load import DEMO, require_loadable
+from sparc3.models.load import DEMO, load_weights, require_loadable
 from sparc3.models.sites import sites_of
 
 TEXTS = ["Tom was glad and said,", "It was a sunny day and"]
@@ -154,3 +155,17 @@ def test_a_padding_token_beyond_the_embeddings_changes_nothing(folder):
     ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     assert torch.equal(model(ids).logits, plain(ids).logits)
     assert describe(model)["fingerprint"] == describe(plain)["fingerprint"]
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path):
+    folder = shutil.copytree(DEMO, tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(UserError, match="UTF-8"):
+        load_model(folder)
+
+
+def test_a_configuration_alone_and_a_gguf_beside_it_are_told(folder):
+    with pytest.raises(UserError, match=r"config\.json is a configuration"):
+        load_weights(folder / "config.json")
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    with pytest.raises(UserError, match=r"model\.gguf"):
+        load_weights(folder)

@@ -20,8 +20,7 @@ LONGEST = 2000
 
 
 def visible(text: str) -> str:
-    r"""`text` with its control characters written out: an escape is \x1b, a change of direction \u202e. Tabs
-    and newlines stay."""
+    r"""`text` with its control characters but tabs and newlines written out: an escape is \x1b."""
     return _UNSEEN.sub(_written_out, text)
 
 

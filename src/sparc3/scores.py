@@ -58,14 +58,12 @@ class Scores(Mapping[str, "Tensor"]):
         return fingerprint({"provenance": about, "tensors": digest(self.values_)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; the header holds the format, the order of the sites, the provenance and a
-        checksum."""
+        """Write a safetensors file; its header has format, order of sites, provenance and a checksum."""
         save_tensors(path, FORMAT, self.values_, {"sites": list(self.values_), **self.provenance})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
-        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where the content
-        does not fit."""
+        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile for a wrong one."""
         tensors, header = load_tensors(path, FORMAT)
         names, unit, model = (
             header.pop("sites", None),

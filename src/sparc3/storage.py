@@ -121,8 +121,7 @@ def _raise_user_errors(path: Path, end: str) -> Iterator[None]:
 
 
 def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raise UserError, before the work that would be lost, where a file (or a folder) of that name cannot be
-    written."""
+    """Raise UserError, before the work, where a file (or folder) of that name cannot be written."""
     place = Path(path).absolute()
     if not folder and place.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
@@ -204,8 +203,7 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write `content`, its paths made `shareable`, as readable JSON with a checksum under "sha256". Raises
-    NonFinite for a NaN or Inf in it."""
+    """Write `content`, its paths `shareable`, as JSON with a checksum. Raises NonFinite for NaN or Inf."""
     content = shareable(content)
     body = {**content, "sha256": fingerprint(content)}
     try:
@@ -251,8 +249,7 @@ def _changed(path: str | os.PathLike[str]) -> DamagedFile:
 
 
 def parse_json(text: str) -> Any:
-    """JSON as its standard has it: no key twice, no NaN, no number without end. Raises ValueError or
-    RecursionError."""
+    """JSON as its standard has it: no key twice, no NaN. Raises ValueError or RecursionError."""
 
     def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -275,8 +272,7 @@ def canonical(value: Any) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """A short, stable name of a JSON-able value: the first 16 hex digits of the SHA-256 of its canonical
-    JSON."""
+    """A short, stable name of a JSON-able value: 16 hex digits of its canonical JSON's SHA-256."""
     return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -292,8 +288,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def save_tensors(
     path: str | os.PathLike[str], format: str, tensors: Mapping[str, "Tensor"], header: Mapping[str, Any]
 ) -> None:
-    """Write tensors (on the CPU) under a header of JSON-able values, to which the format and a checksum of
-    everything are added."""
+    """Write tensors (on the CPU) under a header of JSON-able values with the format and a checksum."""
     from safetensors.torch import save_file
 
     plain = shareable(json.loads(json.dumps({"format": format, **header})))

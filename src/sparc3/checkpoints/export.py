@@ -158,8 +158,7 @@ def _write_from_memory(
 
 
 def _require_same_logits(model: "PreTrainedModel", circuit: Circuit, folder: Path) -> None:
-    """Raise Sparc3Error unless the folder's model has the logits of this one without the circuit, but for the
-    rounding of its dtype."""
+    """Raise Sparc3Error unless the folder's model has the ablated one's logits, but for rounding."""
     device = MAP if is_offloaded(model) else str(model.device)
     loaded = load_weights(folder, dtype=str(model.dtype).removeprefix("torch."), device=device)
     with ablated(model, circuit):
@@ -182,8 +181,7 @@ def source_folder(model: "PreTrainedModel") -> Path | None:
 
 
 def stored_names(folder: Path, model: "PreTrainedModel") -> Stored | None:
-    """What the folder's files hold of the model; None unless that is exactly its values, every one of
-    them."""
+    """What the folder's files hold of the model; None unless that is all of its values."""
     state, found = state_of(model), {}
     seen: set[int] = set()
     for file in _weight_files(folder):
@@ -268,8 +266,7 @@ def _read(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
 
 
 def _keep_dtype(folder: Path, source: Path | None) -> None:
-    """Store what transformers wrote in the source's dtype where that loses nothing: a float16 model computes
-    in float32 on a CPU."""
+    """Store what was written in the source's dtype where that loses nothing: CPUs load float16 as float32."""
     if source is None or not (source / "config.json").is_file():
         return
     theirs, config = (

@@ -216,8 +216,8 @@ def _weaken(change: Change, data: Any, kind: Any, strength: float) -> Change:
 
 
 def zeros(before: Any, kind: Any) -> Any:
-    """Bytes of zero weights, uint8 as many as `before`. Raises UserError for a type of which zero bytes are
-    not that."""
+    """Bytes of zero weights, as many as `before`. Raises UserError for a type whose zero bytes are not
+    that."""
     import numpy
     from gguf import GGML_QUANT_SIZES, dequantize
 

@@ -56,8 +56,7 @@ def architecture_of(model_type: str) -> str:
 
 
 def require_same_architecture(model_type: str | None, architecture: str, path: Any) -> str:
-    """The family of a circuit's model: its model_type, or the file's where the circuit does not say. Raises
-    UserError where the file is another's."""
+    """The family of a circuit's model, or the file's. Raises UserError where the file is another's."""
     known = [family for family in FAMILIES if architecture_of(family) == architecture]
     if model_type is None and known:
         return known[0]
@@ -75,8 +74,7 @@ def require_same_architecture(model_type: str | None, architecture: str, path: A
 
 
 def locate(name: str, family: Family, architecture: str, layers: int) -> Location:
-    """Where the site `name` of a family's model is. Raises UserError where such a file has no tensor for
-    it."""
+    """Where the site `name` is. Raises UserError where such a file has no tensor for it."""
     there = re.fullmatch(re.escape(family.layers) + r"\.(\d+)\.(.+)", name)
     number, rest = (int(there[1]), there[2]) if there else (0, "")
     found = _in_layer(rest, family)
@@ -100,8 +98,7 @@ def _names(architecture: str, layers: int) -> Any:
 
 
 def _in_layer(rest: str, family: Family) -> tuple[str, Location] | None:
-    """(path of the module or of an expert's matrix, what it is) of the part of a site's name after the
-    layer's number."""
+    """(path of the module or an expert's matrix, what it is) of a site's name after the layer's number."""
     expert = re.fullmatch(r"(.+)\.(?:gate_up_proj#(\d+)\.(gate|up)|down_proj#(\d+))", rest)
     if expert and family.experts == expert[1]:
         matrix = expert[3] or "down"

@@ -61,8 +61,7 @@ class GgufPatch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "GgufPatch":
-        """Read what `save` wrote; the bytes after are not in it, and empty. Raises UserError and
-        DamagedFile."""
+        """Read what `save` wrote, without the bytes after. Raises UserError and DamagedFile."""
         content = read_json(path, FORMAT)
         try:
             changes = tuple(
@@ -166,8 +165,7 @@ def locate_gguf(name: str | os.PathLike[str]) -> Path:
 
 
 def _target(path: Path, name: Any, out: str | os.PathLike[str] | None, in_place: bool) -> Path:
-    """The file to be written. Raises UserError, before the work, where it cannot be, or is not the user's
-    to change."""
+    """The file to be written. Raises UserError where it cannot be, or is not the user's to change."""
     if in_place == (out is not None):
         raise UserError("give either --out, the new file, or --in-place")
     if out is None:
@@ -188,16 +186,14 @@ def _target(path: Path, name: Any, out: str | os.PathLike[str] | None, in_place:
 
 
 def _free_name(path: Path) -> Path:
-    """A name for the patch of a change in place, which takes no earlier patch's: those are undone in the
-    opposite order."""
+    """A new name for the patch of a change in place: they are undone in the opposite order."""
     names = (path.with_name(f"{path.name}{f'.{n}' if n > 1 else ''}{SUFFIX}") for n in range(1, 10**6))
     return next(name for name in names if not name.exists())
 
 
 @contextmanager
 def _watch_for_changes(path: Path, alone: bool) -> Iterator[Any]:
-    """Gives a check that raises Sparc3Error where the file was written to since. Raises UserError where
-    another sparc3 changes it now."""
+    """Gives a check that raises Sparc3Error where the file changed since; UserError where it is changing."""
 
     def stamp() -> tuple[int, ...]:
         status = path.stat()

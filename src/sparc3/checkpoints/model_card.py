@@ -90,8 +90,7 @@ def _link_model(name: str, base: str | None) -> str:
 
 
 def _plain_text(value: object) -> str:
-    """A value out of a file as text of a card, in which no markup of Markdown or HTML and no control
-    character acts."""
+    """A value as text of a card, in which no markup of Markdown or HTML and no control character acts."""
     return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(one_line(str(value)), quote=False))
 
 

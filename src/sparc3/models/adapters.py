@@ -20,8 +20,7 @@ unmerged."""
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder, and the name of the model that it changes: the folder itself where its weights are
-    there."""
+    """An adapter's folder, and the model that it changes: the folder itself where its weights are there."""
 
     folder: Path
     base: str

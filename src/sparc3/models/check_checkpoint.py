@@ -39,8 +39,7 @@ def require_downloaded(name: str) -> None:
 
 
 def require_readable(name: str) -> None:
-    """Raise UserError where a folder has no weights, not all of them, two sets of them, or pickle alone,
-    which can run code when it is read; or a dtype or generation_config.json that transformers cannot read."""
+    """Raise UserError where a folder has no weights, not all, two sets of them, or (unsafe) pickle alone."""
     folder = Path(name)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         return
@@ -67,11 +66,11 @@ def require_readable(name: str) -> None:
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
     if old := [file for file in found if file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]:
         raise UserError(f"{name} has pickle weights ({old[0]}), which sparc3 does not read; {CONVERT}")
-    others = [file for file in found if file.endswith(".safetensors")]
-    raise UserError(
-        f"{name} has neither {ALONE} nor {INDEX}{f', but {others[0]}' if others else ''}; download what is "
-        "missing, or give the weights that name"
-    )
+    if others := [file for file in found if file.endswith((".safetensors", ".gguf"))]:
+        raise UserError(
+            f"{name} has {others[0]}, but neither {ALONE} nor {INDEX}; download what is missing, or give the "
+            "weights that name"
+        )
 
 
 def _read_settings(path: Path, remedy: str = "") -> dict[str, Any]:
@@ -136,7 +135,6 @@ def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], la
 
 
 def _layer_of(key: str, layers: str) -> int:
-    """The number of the layer that a weight belongs to by its name, with or without the prefix of the whole
-    model; -1 for none."""
+    """The number of a weight's layer by its name, with or without the whole model's prefix; -1 for none."""
     digits = re.match(rf"(?:.*\.)?{re.escape(layers.rpartition('.')[2])}\.(\d+)\.", key)
     return int(digits[1]) if digits else -1

@@ -70,8 +70,7 @@ def _compute_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """Σ over the k experts of a token of routing weight · expert(token): [N, hidden] of [N, hidden], [N, k]
-    and [N, k]."""
+    """Σ over a token's k experts of weight · expert(token): [N, hidden] of [N, hidden], [N, k], [N, k]."""
     within = experts.__dict__.get(MATRICES) or matrices(experts)
     count, (tokens, k) = len(within) // 2, top_k_index.shape
     routed = top_k_index.reshape(-1)

@@ -264,8 +264,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def require_family(config: Any, what: str) -> Family:
-    """The row of a configuration. Raises UnsupportedModel where there is none, or where a flag is set that no
-    rule covers."""
+    """The row of a configuration. Raises UnsupportedModel where there is none, or for a flag without a
+    rule."""
     if config.model_type not in FAMILIES:
         text = config.get_text_config().model_type
         within = f" with the text model '{text}'" if text != config.model_type else ""

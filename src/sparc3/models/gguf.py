@@ -154,8 +154,7 @@ def _faster_gguf() -> Iterator[None]:
 
 
 def read_gguf(path: Path) -> tuple[Any, str]:
-    """gguf's reader of the file, which maps it, and the architecture. Raises UserError where it is no whole
-    GGUF."""
+    """gguf's reader of the file, which maps it, and the architecture. Raises UserError for no whole GGUF."""
     if not is_gguf(path):
         raise UserError(f"{path} is not a GGUF file; give one, or a folder with config.json and safetensors")
     try:
@@ -178,8 +177,7 @@ def read_gguf(path: Path) -> tuple[Any, str]:
 
 @lru_cache(maxsize=8)
 def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
-    """(architecture, whether the file has a tokenizer). Raises UserError where the file cannot be read or
-    dequantised."""
+    """(architecture, whether it has a tokenizer). Raises UserError where it cannot be read or dequantised."""
     import numpy
     from gguf import GGML_QUANT_SIZES, dequantize
 

@@ -144,8 +144,7 @@ ELSEWHERE = "download it elsewhere and give the folder's path"
 
 
 def require_hub(name: str, remedy: str = ELSEWHERE) -> None:
-    """Fail at once, naming the remedy, where the hub's host has no address, not after half a minute of
-    retries."""
+    """Fail at once, naming the remedy, where the hub's host has no address, not after many retries."""
     from huggingface_hub import constants
 
     proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")

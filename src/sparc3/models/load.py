@@ -62,6 +62,8 @@ def load_weights(
 
     given, adapter, config, wanted, target = _check_names(name_or_path, dtype, device)
     name = adapter.base if adapter else given
+    if name.endswith(".json") and Path(name).is_file():
+        raise UserError(f"{name} is a configuration without weights; give the folder that has both")
     mapped = device == MAP
     with hub_errors(name):
         spread = _spread(name, config, wanted) if mapped else {}
@@ -142,8 +144,7 @@ def _require_room(name: str, config: Any, dtype: torch.dtype | str, device: torc
 
 
 def _spread(name: str, config: Any, dtype: torch.dtype | str) -> dict[str, Any]:
-    """What from_pretrained is told to spread a model over devices; of a quantised one transformers knows the
-    sizes."""
+    """What from_pretrained is told to spread a model over devices."""
     from accelerate.utils import get_max_memory
 
     if getattr(config, "quantization_config", None):
@@ -226,6 +227,10 @@ def _name(name_or_path: str | os.PathLike[str]) -> str:
     except (OSError, ValueError) as error:  # too long, a folder that may not be entered, a null byte
         said = getattr(error, "strerror", None) or error
         raise UserError(f"no model has the name {name[:60]!r} ({said}); check the name") from None
+    if os.path.isdir(name) and os.fsencode(name).decode(errors="replace") != name:
+        raise UserError(
+            f"the folder {name!a} has a name that is not UTF-8, which safetensors cannot open; rename it"
+        )
     return name
 
 

@@ -23,8 +23,7 @@ Made = TypeVar("Made")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a GPU, on the CPU, or of the CPU's memory pinned
-    for a GPU."""
+    """Whether an allocation failed: on a GPU, the CPU, or of the CPU's memory pinned for a GPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error) if isinstance(error, RuntimeError) else ""
@@ -41,8 +40,7 @@ def too_large(what: str, error: BaseException) -> Sparc3Error:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device: what is free on a GPU; of a CPU what its machine or its
-    control group has left, None if untold."""
+    """Bytes left on a device; of a CPU what its machine or control group has, None if untold."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -58,15 +56,13 @@ def available(device: torch.device) -> int | None:
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system; glibc keeps it in pieces too small for the matrices that come
-    next."""
+    """Hand freed memory back to the system; glibc keeps it in pieces too small for what comes next."""
     if trim := _trim():
         trim(0)
 
 
 class _Growth:
-    """How large this process may become before its holes are handed back, in bytes; `limit` is 0 before
-    anyone asked."""
+    """How large this process may become before its holes are handed back, in bytes; 0 before the first."""
 
     FIRST = 64 * 2**20
     began = limit = 0
@@ -118,8 +114,7 @@ _ROOM: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
 def room(model: Any, work: str, most: int) -> int:
-    """How much of this work on this model to do at once: `most`, or less where this process has met the end
-    of memory before."""
+    """How much of this work to do at once: `most`, or less where memory has been too small before."""
     return min(most, _ROOM.get(model, {}).get(work, most))
 
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 def value_of(module: nn.Module, name: str) -> Tensor:
-    """What holds the values of a module's parameter: accelerate's tensor on the CPU where it keeps one, else
-    the parameter itself."""
+    """What holds a parameter's values: accelerate's tensor on the CPU where it keeps one, else itself."""
     held, kept = getattr(module, name), _weights_map(module)
     assert isinstance(held, Tensor)
     return held if kept is None or not (name in module._parameters or held.is_meta) else kept[name]
@@ -76,8 +75,7 @@ MOVES = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 
 
 def _map_to_cpu(model: nn.Module) -> dict[int, Any]:
-    """For deepcopy: what lies on a GPU is copied to the CPU right away, since the GPU has no room for it
-    twice."""
+    """For deepcopy: what lies on a GPU is copied to the CPU, since the GPU has no room for it twice."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -100,8 +98,7 @@ def offloaded_layers(layers: Iterable[nn.Module]) -> int:
 
 
 def renew_(model: nn.Module) -> None:
-    """Make anew the empty parameters that accelerate made in torch's inference mode, which can never ask for
-    a gradient again."""
+    """Make accelerate's empty parameters anew, which of inference mode can never ask for a gradient."""
     for _, module, name in _parameters(model):
         empty = module._parameters[name]
         if empty is not None and empty.is_inference() and _weights_map(module) is not None:
@@ -120,8 +117,7 @@ def device_of(model: "PreTrainedModel") -> torch.device:
 
 
 def forward_within(module: nn.Module) -> str:
-    """The name of the forward that runs where the module's weights are at hand: behind accelerate's hook
-    where there is one."""
+    """The name of the forward that has the module's weights at hand: behind accelerate's hook, if any."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
@@ -169,8 +165,7 @@ are computed twice."""
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(key, module, name) of every parameter, in the order of `named_parameters`; a tied one comes at each of
-    its places."""
+    """(key, module, name) of every parameter in order; a tied one comes at each of its places."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

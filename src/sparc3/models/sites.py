@@ -185,8 +185,7 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
 
 
 def _require_uncompiled(model: nn.Module) -> None:
-    """Raise UserError for what torch.compile made: compiled code passes by the hooks and rules that come
-    later."""
+    """Raise UserError for what torch.compile made: it passes by hooks and rules that come later."""
     for name, module in model.named_modules():
         what = f"{name} of the model" if name else "the model"
         if "_orig_mod" in module._modules:
@@ -289,8 +288,7 @@ def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def open_experts(model: "PreTrainedModel") -> Iterator[None]:
-    """Inside, each expert's matrices are modules that can be hooked (`Site.hooked`). Nothing changes where
-    there are no experts."""
+    """Inside, each expert's matrices are modules that can be hooked (`Site.hooked`)."""
     family = family_of(model)
     with ExitStack() as stack:
         for experts in (found for layer in layers_of(model) if (found := experts_in(layer, family))):
