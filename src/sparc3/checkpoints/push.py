@@ -38,8 +38,7 @@ def push(
         The repository's address.
 
     Raises:
-        UserError: the path is neither a circuit's file nor such a folder, the token is missing or may not
-            write there, or the hub cannot be reached.
+        UserError: another path, no token, one that may not write there, or a hub out of reach.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
