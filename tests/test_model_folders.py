@@ -169,3 +169,11 @@ def test_a_configuration_alone_and_a_gguf_beside_it_are_told(folder):
     (folder / "model.safetensors").rename(folder / "model.gguf")
     with pytest.raises(UserError, match=r"model\.gguf"):
         load_weights(folder)
+
+
+@pytest.mark.parametrize("inside", ["checkpoint-100", "snapshots/0123abcd"])
+def test_a_folder_around_the_checkpoint_is_told_with_the_one_inside(tmp_path, inside):
+    """A run of a trainer, and a repository's folder in the hub's cache."""
+    shutil.copytree(DEMO, tmp_path / "outer" / inside)
+    with pytest.raises(UserError, match=f"outer/{inside} "):
+        load_weights(tmp_path / "outer")

@@ -278,7 +278,11 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
             f"no model folder at {name}; give a folder with config.json and safetensors, or a hub id"
         )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} has no config.json; give a folder that save_pretrained wrote")
+        inside = [
+            path.parent for part in ("*", "snapshots/*") for path in Path(name).glob(f"{part}/config.json")
+        ]
+        remedy = f"{min(inside)} has one, give that" if inside else "give a folder that save_pretrained wrote"
+        raise UserError(f"{name} has no config.json; {remedy}")
     require_downloaded(name)
     with hub_errors(name):
         try:
