@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,19 +49,34 @@ def _sum_over_positions(
     measure: Callable[[Tensor], Tensor],
     sums: Sums,
 ) -> Generator[Batch, None, None]:
+    skip = sums.settings.skip_positions
+    for batch, found in _measure(model, batches, sites, lambda a: measure(a).sum(1), skip=skip):
+        sums.add(batch, found)
+        yield batch
+
+
+def _measure(
+    model: "PreTrainedModel",
+    batches: Iterable[Batch],
+    sites: Mapping[str, Site],
+    measure: Callable[[Tensor], Tensor],
+    *,
+    skip: int = 0,
+    **how: Any,
+) -> Generator[tuple[Batch, dict[str, Tensor]], None, None]:
+    """What `measure` makes of each site's activations [B, T, width], by batch; `how` as in `capture`."""
     with frozen(model), torch.no_grad():
         for batch in batches:
-            gathered: dict[str, Tensor] = {}
-            summed = batch.mask()
-            summed[:, : sums.settings.skip_positions] = False
+            found: dict[str, Tensor] = {}
+            counted = batch.mask()
+            counted[:, :skip] = False
 
-            def receive(name: str, a: Tensor, gathered: dict[str, Tensor] = gathered) -> None:
-                gathered[name] = measure(a).sum(1)
+            def receive(name: str, a: Tensor, found: dict[str, Tensor] = found) -> None:
+                found[name] = measure(a)
 
-            with capture(sites, summed, receive):
+            with capture(sites, counted, receive, **how):
                 model.base_model(input_ids=batch.ids, use_cache=False)
-            sums.add(batch, gathered)
-            yield batch
+            yield batch, found
 
 
 @contextmanager
@@ -84,22 +100,17 @@ def capture(
             input.
     """
 
-    def deliver(name: str, x: Tensor, args: Sequence[Tensor]) -> None:
+    def hook(name: str, site: Site, _: object, args: Sequence[Tensor], output: Tensor | None = None) -> None:
+        x = args[0] if output is None else site.of(output)
         a = by_position(x.detach(), tokens_of(args), mask.shape)
         wide = a if a.dtype == torch.float64 else a.float()
         receive(name, wide.masked_fill(~mask.to(a.device)[..., None], fill))
 
     with ExitStack() as hooks:
         for name, site in sites.items():
-            if outputs:
-                hook = site.hooked.register_forward_hook(
-                    lambda _, args, output, name=name, site=site: deliver(name, site.of(output), args)
-                )
-            else:
-                hook = site.hooked.register_forward_pre_hook(
-                    lambda _, args, name=name: deliver(name, args[0], args)
-                )
-            hooks.callback(hook.remove)
+            module = site.hooked
+            register = module.register_forward_hook if outputs else module.register_forward_pre_hook
+            hooks.callback(register(partial(hook, name, site)).remove)
         yield
 
 
@@ -128,19 +139,14 @@ def largest_writes(
     mlp.up: [out]."""
     of_mlp = down_sites(model)
     downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
+    encoded = encode_whole(model, samples, tokenizer)
+    batches = make_batches(encoded, 1024, device_of(model), rope_switches(model))
     maxima: dict[str, Tensor] = {}
-
-    def receive(name: str, a: Tensor) -> None:
-        largest = a.float().abs().amax((0, 1)).cpu()
-        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
-
-    with frozen(model), torch.no_grad():
-        for batch in make_batches(
-            encode_whole(model, samples, tokenizer), 1024, device_of(model), rope_switches(model)
-        ):
-            with capture(downs, batch.mask(), receive):
-                model.base_model(input_ids=batch.ids, use_cache=False)
-        return {name: maxima[name] * down.weight.float().norm(dim=0).cpu() for name, down in downs.items()}
+    for _, found in _measure(model, batches, downs, lambda a: a.float().abs().amax((0, 1)).cpu()):
+        maxima = {name: torch.maximum(maxima.get(name, largest), largest) for name, largest in found.items()}
+    return {
+        name: maxima[name] * down.weight.detach().float().norm(dim=0).cpu() for name, down in downs.items()
+    }
 
 
 # Expertise of a neuron: how well its activation alone tells undesired texts from others (Suau et al. 2024,
@@ -225,16 +231,13 @@ def _largest_outputs(
     """Site → [samples, out]: each neuron's largest output over the tokens of each sample."""
     maxima = {site.name: torch.zeros(len(encoded), site.out) for site in sites}
     by_name = {site.name: site for site in sites}
-    with frozen(model), torch.no_grad():
-        for batch in make_batches(
-            distributed.stride(encoded), batch_tokens, device_of(model), rope_switches(model)
-        ):
-            rows = torch.tensor([sample.index for sample in batch.samples])
-
-            def receive(name: str, z: Tensor, rows: Tensor = rows) -> None:
-                maxima[name][rows] = z.float().amax(1).cpu()
-
-            with capture(by_name, batch.mask(), receive, outputs=True, fill=-torch.inf):
-                model.base_model(input_ids=batch.ids, use_cache=False)
+    share = distributed.stride(encoded)
+    batches = make_batches(share, batch_tokens, device_of(model), rope_switches(model))
+    largest = _measure(
+        model, batches, by_name, lambda z: z.float().amax(1).cpu(), outputs=True, fill=-torch.inf
+    )
+    for batch, found in largest:
+        for name, rows in found.items():
+            maxima[name][[sample.index for sample in batch.samples]] = rows
     distributed.sum_(maxima.values())  # a sample belongs to one rank, and is zero in the others
     return maxima

@@ -109,43 +109,35 @@ def attribute(
     roles = (sites,) if isinstance(sites, str) else tuple(sites)
     given = {**arguments, "sites": roles}
     options = parse(AttributionOptions, {name: given[name] for name in AttributionOptions.model_fields}, "")
-    requested = replace(Settings.of(options), sums_device=_device(sums_device))
-    chosen, settings = settings_for(requested, roles)
+    asked = replace(Settings.of(options), sums_device=_device(sums_device))
+    chosen, settings = settings_for(asked, roles)
+    if shard and partial is None:
+        raise UserError("a shard leaves its sums in a file; name it with partial=")
     where = sites_of(model, roles)
     if needs_weight(chosen, settings):
         for site in where:
             site.require_values()
-    sums, described, references, reader = Sums(settings), describe(model), None, None
+    sums = Sums(settings)
+    about: dict[str, Any] = {"model": describe(model), "samples_fingerprint": None}
     if chosen.run:
         references = ReferenceSet.of(samples)
         encoded = _encode_samples(model, references, tokenizer, chosen, settings, truncate)
-        _log_samples(references, encoded, truncate, context_length(model))
+        about["samples_fingerprint"] = references.fingerprint
         if tokenizer is not None and any(sample.written for sample in references):
-            reader = tokenizer_fingerprint(tokenizer)
-        task = _make_task(settings, described, model, reader, references, encoded, where, shard)
-        share, budget = (
-            _samples_of_shard(encoded, task, partial),
-            token_budget(batch_tokens, device_of(model).type),
-        )
+            about["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        task = _make_task(settings, about, str(model.dtype), encoded, where, shard)
+        budget = token_budget(batch_tokens, device_of(model).type)
         budget = room(model, _room_key(settings), budget) if batch_tokens == "auto" else budget
-        batches = make_batches(distributed.stride(share), budget, device_of(model), rope_switches(model))
-        sums = _sum_batches(
-            model,
-            chosen,
-            where,
-            sums,
-            batches,
-            PartialSums(Path(partial), task, save_every) if partial else None,
-            progress,
-        )
+        share = distributed.stride([encoded[place] for place in task.share()])
+        batches = make_batches(share, budget, device_of(model), rope_switches(model))
+        keeper = PartialSums(Path(partial), task, save_every) if partial else None
+        sums = _sum_batches(model, chosen, where, sums, batches, keeper, progress)
         if sums.samples == 0:
             raise Sparc3Error(
                 f"none of the {len(references)} samples gave a finite relevance; load the model in bfloat16 "
                 "or float32"
             )
-    digest = references.fingerprint if references else None
-    about = _provenance(described, reader, settings, roles, sums, digest)
-    return _finish_scores(chosen, where, sums, about)
+    return _finish_scores(chosen, where, sums, roles, about)
 
 
 def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = None) -> Scores:
@@ -163,27 +155,24 @@ def merge(shards: Sequence[str | Path], *, model: "PreTrainedModel | None" = Non
         DamagedFile: a file that is not as it was written.
     """
     task, sums = combine_shards(shards)
-    settings, described = task.settings, dict(task.model)
-    reader = described.pop("tokenizer", None)
-    described.pop("dtype", None)
-    chosen = require_method(settings.method)
-    sites = task.stand_ins()
-    if chosen.weighs or settings.unit == "weight":
+    made_on = {key: value for key, value in task.model.items() if key not in ("tokenizer", "dtype")}
+    chosen, sites = require_method(task.settings.method), task.stand_ins()
+    if chosen.weighs or task.settings.unit == "weight":
         if model is None:
             raise UserError(
-                f"{settings.method} scores of {settings.unit}s need the values of the model's weights; name "
+                f"{chosen.name} scores of {task.settings.unit}s need the values of the model's weights; name "
                 "the model with --model"
             )
-        if describe(model)["fingerprint"] != described["fingerprint"]:
+        if describe(model)["fingerprint"] != made_on["fingerprint"]:
             raise UserError(
-                f"the shards were made on {described['id']}, whose weights differ from this model's; give "
+                f"the shards were made on {made_on['id']}, whose weights differ from this model's; give "
                 "that model"
             )
         sites = sites_of(model, {site.role for site in sites})
-    roles = tuple(dict.fromkeys(site.role for site in sites))
-    return _finish_scores(
-        chosen, sites, sums, _provenance(described, reader, settings, roles, sums, task.samples_fingerprint)
-    )
+    about: dict[str, Any] = {"model": made_on, "samples_fingerprint": task.samples_fingerprint}
+    if "tokenizer" in task.model:
+        about["tokenizer"] = task.model["tokenizer"]
+    return _finish_scores(chosen, sites, sums, tuple(dict.fromkeys(site.role for site in sites)), about)
 
 
 def _encode_samples(
@@ -194,70 +183,46 @@ def _encode_samples(
     settings: Settings,
     truncate: bool,
 ) -> list[Encoded]:
+    context = context_length(model)
     # A method that looks at activations alone has no target, and asks the samples for none.
-    asked = settings.target if method.targeted else "predicted"
-    encoded = encode(
-        references,
-        tokenizer,
-        asked,
-        context=context_length(model),
-        vocabulary=vocabulary_size(model),
-        truncate=truncate,
-    )
-    _require_longer(encoded, settings.skip_positions)
-    return encoded
-
-
-def _finish_scores(method: Method, sites: list[Site], sums: Sums, provenance: dict[str, Any]) -> Scores:
-    empty = torch.zeros(0, dtype=torch.float64)
-    values = {
-        site.name: method.finish(site, sums.totals.pop(site.name, empty), sums).to("cpu", torch.float32)
-        for site in sites
-    }
-    for name, tensor in values.items():
-        if not all_finite(tensor):
-            raise NonFinite(
-                f"the {method.name} scores of {name} are not finite; look at that weight, or load the model "
-                "in float32"
+    target, skip = settings.target if method.targeted else "predicted", settings.skip_positions
+    vocabulary = vocabulary_size(model)
+    encoded = encode(references, tokenizer, target, context=context, vocabulary=vocabulary, truncate=truncate)
+    for sample in encoded:
+        if len(sample.ids) <= skip:
+            raise UserError(
+                f"sample {sample.index} has {len(sample.ids)} tokens, so skip_positions {skip} leaves none; "
+                "skip fewer, or leave it out"
             )
-    return Scores(values, provenance)
+    if references.repeated and distributed.is_main():
+        again = references.repeated
+        log.warning("%d of %d samples repeat an earlier one and are counted again", again, len(references))
+    if truncate and distributed.is_main():
+        full = sum(len(e.ids) == context for e in encoded)
+        log.info("%d of %d samples were cut to the model's context of %d tokens", full, len(encoded), context)
+    return encoded
 
 
 def _make_task(
     settings: Settings,
-    described: dict[str, str],
-    model: "PreTrainedModel",
-    reader: str | None,
-    references: ReferenceSet,
+    about: dict[str, Any],
+    dtype: str,
     encoded: list[Encoded],
     sites: list[Site],
     shard: tuple[int, int] | None,
 ) -> Task:
+    model = {**about["model"], "dtype": dtype}
+    if "tokenizer" in about:
+        model["tokenizer"] = about["tokenizer"]
     tokens = fingerprint([[e.ids, e.positions, e.tokens, e.against] for e in encoded])
     shapes = tuple((site.name, site.role, site.layer, site.out, site.inp, site.heads) for site in sites)
-    return Task(
-        settings,
-        {**described, "dtype": str(model.dtype), **({"tokenizer": reader} if reader else {})},
-        references.fingerprint,
-        tokens,
-        len(encoded),
-        shapes,
-        shard,
-    )
-
-
-def _samples_of_shard(encoded: list[Encoded], task: Task, partial: str | Path | None) -> list[Encoded]:
-    """The samples of the task's shard. Raises UserError where there is none, or nowhere to leave its sums."""
-    if task.shard is None:
-        return encoded
-    if partial is None:
-        raise UserError("a shard leaves its sums in a file; name it with partial=")
-    if not task.share():
+    task = Task(settings, model, about["samples_fingerprint"], tokens, len(encoded), shapes, shard)
+    if shard and not task.share():
         raise UserError(
-            f"only {len(encoded)} samples were given, so shard {task.shard[0]}/{task.shard[1]} has none; use "
+            f"only {len(encoded)} samples were given, so shard {shard[0]}/{shard[1]} has none; use "
             "fewer shards"
         )
-    return [encoded[place] for place in task.share()]
+    return task
 
 
 def _sum_batches(
@@ -280,29 +245,6 @@ def _sum_batches(
     return whole
 
 
-def _log_samples(references: ReferenceSet, encoded: list[Encoded], truncate: bool, context: int) -> None:
-    """What the reader of the scores should know of the samples."""
-    if references.repeated and distributed.is_main():
-        log.warning(
-            "%d of %d samples repeat an earlier one and are counted again",
-            references.repeated,
-            len(references),
-        )
-    if truncate and distributed.is_main():
-        full = sum(len(e.ids) == context for e in encoded)
-        log.info("%d of %d samples were cut to the model's context of %d tokens", full, len(encoded), context)
-
-
-def _require_longer(encoded: list[Encoded], skip: int) -> None:
-    """Raise UserError unless something of each sample is left after the positions that are skipped."""
-    for sample in encoded:
-        if len(sample.ids) <= skip:
-            raise UserError(
-                f"sample {sample.index} has {len(sample.ids)} tokens, so skip_positions {skip} leaves none; "
-                "skip fewer, or leave it out"
-            )
-
-
 def _run_batches(
     model: "PreTrainedModel",
     method: Method,
@@ -313,20 +255,21 @@ def _run_batches(
     progress: bool,
 ) -> None:
     """Run the method over all batches; one that does not fit into memory is halved, and so are those to come
-    of its size."""
+    of its size. Where a single sample does not fit, the next kind of checkpointing is tried."""
     assert method.run
-    waiting, settings = list(reversed(batches)), sums.settings
-    automatic = settings.gradient_checkpointing == "auto" and method.targeted
-    if automatic:
-        longest = max((length for batch in batches for length in batch.lengths), default=0)
-        settings = replace(settings, gradient_checkpointing=_least_checkpointing(model, settings, longest))
+    waiting, key = list(reversed(batches)), _room_key(sums.settings)
+    automatic = sums.settings.gradient_checkpointing == "auto" and method.targeted
+    kinds = _checkpointing_kinds(model) if automatic else [sums.settings.gradient_checkpointing]
+    longest = max((length for batch in batches for length in batch.lengths), default=0)
+    while len(kinds) > 1 and longest > room(model, f"{key}, one sample, {kinds[0]}", longest):
+        kinds.pop(0)
     with Progress(sum(len(b.samples) for b in batches), method.name, "sample", show=progress) as bar:
         while waiting:
+            settings = replace(sums.settings, gradient_checkpointing=kinds[0])
             try:
                 # Closed here and now: the generator holds the model's patches, also where saving the sums
                 # raises.
-                running = method.run(model, _iterate_last(waiting), sites, settings, sums)
-                with closing(running):
+                with closing(method.run(model, _iterate_last(waiting), sites, settings, sums)) as running:
                     for done in running:
                         waiting.pop()
                         bar.update(len(done.samples))
@@ -335,27 +278,18 @@ def _run_batches(
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
+                large, length = waiting[-1].ids.numel(), waiting[-1].lengths[0]
                 if len(waiting[-1].samples) > 1:
-                    large = waiting[-1].ids.numel()
-                    remember(model, _room_key(settings), large // 2)
-                    waiting = [
-                        half
-                        for batch in waiting
-                        for half in (reversed(batch.halves()) if _is_at_least(batch, large) else [batch])
-                    ]
-                elif automatic and (more := _more_checkpointing(model, settings)):
-                    length = waiting[-1].lengths[0]
-                    remember(model, _room_key_of_single(settings), length - 1)
-                    settings = replace(settings, gradient_checkpointing=more)
-                    log.info(
-                        "a sample of %d tokens does not fit into memory; layers are now computed twice%s",
-                        length,
-                        ", and their inputs wait on the CPU" if more == "offload" else "",
-                    )
+                    remember(model, key, large // 2)
+                    waiting = [part for batch in waiting for part in _halve_large(batch, large)]
+                elif len(kinds) > 1:
+                    remember(model, f"{key}, one sample, {kinds.pop(0)}", length - 1)
+                    away = ", and their inputs wait on the CPU" if kinds[0] == "offload" else ""
+                    said = "a sample of %d tokens does not fit into memory; layers are now computed twice%s"
+                    log.info(said, length, away)
                 else:
-                    raise too_large(
-                        f"sample {waiting[-1].samples[0].index}, {waiting[-1].lengths[0]} tokens,", error
-                    ) from error
+                    what = f"sample {waiting[-1].samples[0].index}, {length} tokens,"
+                    raise too_large(what, error) from error
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -365,17 +299,10 @@ def _room_key(settings: Settings) -> str:
     return f"{settings.method} {settings.unit} {settings.neuron} {settings.target}"
 
 
-def _room_key_of_single(settings: Settings) -> str:
-    """The kind of work for which it is remembered how many tokens of one sample fit."""
-    return f"{_room_key(settings)}, one sample, {settings.gradient_checkpointing}"
-
-
-def _more_checkpointing(model: "PreTrainedModel", settings: Settings) -> bool | str:
-    """What to set `gradient_checkpointing` to when one sample alone does not fit; False where nothing is left
-    to try."""
-    if not settings.gradient_checkpointing:
-        return True
-    return "offload" if settings.gradient_checkpointing is True and _elsewhere(model) else False
+def _checkpointing_kinds(model: "PreTrainedModel") -> list[bool | str]:
+    """What `gradient_checkpointing` "auto" tries, the cheapest first."""
+    plain: list[bool | str] = [] if is_offloaded(model) else [False]
+    return [*plain, True, *(["offload"] if _elsewhere(model) else [])]
 
 
 def _elsewhere(model: "PreTrainedModel") -> bool:
@@ -383,24 +310,15 @@ def _elsewhere(model: "PreTrainedModel") -> bool:
     return device_of(model).type != "cpu"
 
 
-def _least_checkpointing(model: "PreTrainedModel", settings: Settings, longest: int) -> bool | str:
-    """The cheapest `gradient_checkpointing` under which a sample of this length has not run out of memory."""
-    how: bool | str = is_offloaded(model)
-    while longest > room(
-        model, _room_key_of_single(tried := replace(settings, gradient_checkpointing=how)), longest
-    ) and (more := _more_checkpointing(model, tried)):
-        how = more
-    return how
-
-
-def _is_at_least(batch: Batch, tokens: int) -> bool:
-    return len(batch.samples) > 1 and batch.ids.numel() >= tokens
-
-
 def _iterate_last(waiting: list[Batch]) -> Iterator[Batch]:
     """The last batch of the list, again and again, while whoever iterates takes what is done off its end."""
     while waiting:
         yield waiting[-1]
+
+
+def _halve_large(batch: Batch, tokens: int) -> list[Batch]:
+    """The batch, or, where it has this many tokens or more, its halves with the first one last."""
+    return batch.halves()[::-1] if len(batch.samples) > 1 and batch.ids.numel() >= tokens else [batch]
 
 
 def _device(name: str) -> str:
@@ -414,28 +332,20 @@ def _device(name: str) -> str:
         ) from None
 
 
-def _provenance(
-    model: dict[str, str],
-    reader: str | None,
-    settings: Settings,
-    roles: tuple[str, ...],
-    sums: Sums,
-    samples_fingerprint: str | None,
-) -> dict[str, Any]:
-    return {
-        "method": settings.method,
-        "unit": settings.unit,
-        "sites_roles": list(roles),
-        "target": settings.target,
-        "neuron": settings.neuron,
-        "reduce": settings.reduce,
-        "skip_positions": settings.skip_positions,
-        "samples": sums.samples,
-        "tokens": sums.tokens,
-        "targets": sums.targets,
-        "skipped": sums.skipped,
-        "model": model,
-        "samples_fingerprint": samples_fingerprint,
-        **({"tokenizer": reader} if reader else {}),
-        "version": __version__,
-    }
+def _finish_scores(
+    method: Method, sites: list[Site], sums: Sums, roles: tuple[str, ...], about: dict[str, Any]
+) -> Scores:
+    """The scores that the sums make. `about` is what the provenance says of the model and the samples."""
+    values, settings = {}, sums.settings
+    for site in sites:
+        total = sums.totals.pop(site.name, torch.zeros(0, dtype=torch.float64))
+        values[site.name] = method.finish(site, total, sums).to("cpu", torch.float32)
+        if not all_finite(values[site.name]):
+            raise NonFinite(
+                f"the {method.name} scores of {site.name} are not finite; look at that weight, or load the "
+                "model in float32"
+            )
+    said = {key: getattr(settings, key) for key in ("target", "neuron", "reduce", "skip_positions")}
+    counts = {key: getattr(sums, key) for key in ("samples", "tokens", "targets", "skipped")}
+    kind = {"method": settings.method, "unit": settings.unit, "sites_roles": list(roles)}
+    return Scores(values, {**kind, **said, **counts, **about, "version": __version__})

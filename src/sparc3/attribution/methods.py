@@ -60,10 +60,6 @@ def _wanda(site: Site, total: Tensor, sums: Sums) -> Tensor:
     return site.weight.detach().to("cpu", torch.float64).abs() @ total.sqrt()
 
 
-def _per_token(site: Site, total: Tensor, sums: Sums) -> Tensor:
-    return total / sums.tokens
-
-
 def _magnitude(site: Site, total: Tensor, sums: Sums) -> Tensor:
     """|W_ij|; Σ_j |W_ij| of a neuron; Σ |W| over the columns of attn.o that read a head."""
     if sums.settings.unit == "weight":
@@ -81,11 +77,11 @@ def _random(site: Site, total: Tensor, sums: Sums) -> Tensor:
     seed = torch.Generator().manual_seed(zlib.crc32(f"{sums.settings.seed}/{site.name}".encode()))
     if sums.settings.unit == "weight":
         return torch.rand(site.out, site.inp, generator=seed)
-    return torch.rand(
-        site.out if sums.settings.unit == "neuron" else site.heads, generator=seed, dtype=torch.float64
-    )
+    count = site.out if sums.settings.unit == "neuron" else site.heads
+    return torch.rand(count, generator=seed, dtype=torch.float64)
 
 
+ALL = ("neuron", "head", "weight")
 _METHODS: dict[str, Method] = {}
 
 
@@ -97,9 +93,9 @@ def register(method: Method) -> None:
 
 
 for _method in (
-    Method("lrp", lrp, _mean, ("neuron", "head", "weight"), targeted=True),
-    Method("cp-lrp", cp_lrp, _mean, ("neuron", "head", "weight"), targeted=True),
-    Method("gradient", gradient, _mean, ("neuron", "head", "weight"), targeted=True),
+    Method("lrp", lrp, _mean, ALL, targeted=True),
+    Method("cp-lrp", cp_lrp, _mean, ALL, targeted=True),
+    Method("gradient", gradient, _mean, ALL, targeted=True),
     Method(
         "wanda",
         wanda,
@@ -111,13 +107,13 @@ for _method in (
     Method(
         "activation",
         activation,
-        _per_token,
+        lambda site, total, sums: total / sums.tokens,
         ("neuron",),
         ("mlp.up",),
         why="an activation belongs to a neuron of mlp.up",
     ),
-    Method("magnitude", None, _magnitude, ("neuron", "head", "weight"), weighs=True),
-    Method("random", None, _random, ("neuron", "head", "weight")),
+    Method("magnitude", None, _magnitude, ALL, weighs=True),
+    Method("random", None, _random, ALL),
 ):
     register(_method)
 
@@ -137,10 +133,8 @@ def require_method(name: str) -> Method:
 def needs_weight(method: Method, settings: Settings) -> bool:
     """Whether these scores cannot be had without the values of the weights; relevance of neurons (signed) and
     heads can."""
-    return method.weighs or (
-        method.targeted
-        and (settings.unit == "weight" or (settings.unit == "neuron" and settings.neuron == "abs"))
-    )
+    kind = (settings.unit, settings.neuron)
+    return method.weighs or (method.targeted and (kind[0] == "weight" or kind == ("neuron", "abs")))
 
 
 def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Settings]:

@@ -7,7 +7,7 @@ stand where the others were.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +34,14 @@ def pack_positions(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
     """Inside, the linear maps of the layers work on this batch's real tokens only, and behind the last
     attention on target positions only."""
     real, targets = (_rows(batch, last=last) for last in (False, True))
-    layers = list(layers_of(model))
+    layers, count = list(layers_of(model)), batch.ids.numel()
     with ExitStack() as stack:
         for layer in layers:
             for module, cut in _maps(layer, family_of(model)):
                 rows = targets if cut and layer is layers[-1] else real
-                if len(rows) <= WORTH * batch.ids.numel():
-                    stack.enter_context(
-                        shadowed(
-                            module,
-                            "forward",
-                            _picking(module.forward, rows.to(batch.ids.device), batch.ids.numel()),
-                        )
-                    )
+                if len(rows) <= WORTH * count:
+                    picking = _picking(module.forward, rows.to(batch.ids.device), count)
+                    stack.enter_context(shadowed(module, "forward", picking))
         yield
 
 
@@ -73,40 +68,7 @@ def _picking(plain: Callable[[Tensor], Tensor], rows: Tensor, count: int) -> Cal
         if len(flat) != count:
             return plain(x)
         here = rows.to(x.device)
-        made = plain(_Pick.apply(flat, here))  # type: ignore[no-untyped-call]
-        placed: Tensor = _Place.apply(made, here, count)  # type: ignore[no-untyped-call]
-        return placed.view(*x.shape[:-1], -1)
+        made = plain(flat.index_select(0, here))
+        return made.new_zeros(count, made.shape[-1]).index_add_(0, here, made).view(*x.shape[:-1], -1)
 
     return forward
-
-
-class _Pick(torch.autograd.Function):
-    """[N, d] → its rows [n, d]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.rows, ctx.count = rows, len(x)
-        return x[rows]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _place_rows(grads[0], ctx.rows, ctx.count), None
-
-
-class _Place(torch.autograd.Function):
-    """Rows [n, d] → [N, d] with zeros elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, count: int) -> Tensor:
-        ctx.rows = rows
-        return _place_rows(x, rows, count)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0][ctx.rows], None, None
-
-
-def _place_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    whole = x.new_zeros(count, x.shape[-1])
-    whole[rows] = x
-    return whole

@@ -24,6 +24,7 @@ from ..storage import fingerprint, load_tensors, read_header, remove_leftovers, 
 from .sums import Settings, Sums
 
 FORMAT = "sparc3.shard/1"
+COUNTS = ("samples", "tokens", "targets", "skipped")
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,13 @@ class Task:
 
     def to_plain(self) -> dict[str, Any]:
         """As plain data, without where and how it is computed: sums from a GPU and from a CPU add up."""
-        settings = {
-            key: value
-            for key, value in asdict(self.settings).items()
-            if key not in ("sums_device", "gradient_checkpointing")
-        }
-        return {**asdict(self), "settings": settings}
+        plain = asdict(self)
+        del plain["settings"]["sums_device"], plain["settings"]["gradient_checkpointing"]
+        return plain
 
     def stand_ins(self) -> list[Site]:
         """The sites without their modules: enough for all that does not need the weights' values."""
-        return [
-            Site(name, role, layer, nn.Identity(), out, inp, heads)
-            for name, role, layer, out, inp, heads in self.sites
-        ]
+        return [Site(*site[:3], nn.Identity(), *site[3:]) for site in self.sites]
 
     def share(self) -> range:
         """The places, in the reference set, of the samples of this shard."""
@@ -87,12 +82,7 @@ def parse_shard(shard: str) -> tuple[int, int]:
 
 def save_sums(path: str | os.PathLike[str], task: Task, sums: Sums, positions: Iterable[int]) -> None:
     """Write sums, with their task and the places of the samples they are over; all of it or nothing."""
-    counts = {
-        "samples": sums.samples,
-        "tokens": sums.tokens,
-        "targets": sums.targets,
-        "skipped": sums.skipped,
-    }
+    counts = {key: getattr(sums, key) for key in COUNTS}
     header = {**task.to_plain(), **counts, "positions": sorted(positions), "task": task.fingerprint}
     save_tensors(path, FORMAT, {name: total.cpu() for name, total in sums.totals.items()}, header)
 
@@ -102,24 +92,14 @@ def load_sums(path: str | os.PathLike[str]) -> tuple[Task, Sums, frozenset[int]]
     not fit."""
     tensors, header = load_tensors(path, FORMAT)
     try:
-        shard = header["shard"]
+        plain = {key: header[key] for key in ("model", "samples_fingerprint", "tokens_fingerprint", "count")}
         task = Task(
-            Settings(**header["settings"]),
-            header["model"],
-            header["samples_fingerprint"],
-            header["tokens_fingerprint"],
-            header["count"],
-            tuple(tuple(site) for site in header["sites"]),
-            tuple(shard) if shard else None,
+            **plain,
+            settings=Settings(**header["settings"]),
+            sites=tuple(tuple(site) for site in header["sites"]),
+            shard=tuple(header["shard"]) if header["shard"] else None,
         )
-        sums = Sums(
-            task.settings,
-            tensors,
-            header["samples"],
-            header["tokens"],
-            header["targets"],
-            list(header["skipped"]),
-        )
+        sums = Sums(task.settings, tensors, *(header[key] for key in COUNTS))
         positions = frozenset(header["positions"])
         good = header["task"] == task.fingerprint and is_model(task.model) and _fit(task, sums, positions)
     except (KeyError, TypeError, ValueError) as error:
@@ -131,7 +111,7 @@ def load_sums(path: str | os.PathLike[str]) -> tuple[Task, Sums, frozenset[int]]
 
 def _fit(task: Task, sums: Sums, positions: frozenset[int]) -> bool:
     """Whether the parts of a shard file fit each other."""
-    names = {name for name, _, _, _, _, _ in task.sites}
+    names = {site[0] for site in task.sites}
     counts = (task.count, sums.samples, sums.tokens, sums.targets, *sums.skipped, *positions)
     return (
         all(type(count) is int and count >= 0 for count in counts)
@@ -162,11 +142,11 @@ def combine_shards(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]
     parts = sorted(
         ((*load_sums(path), str(path)) for path in paths), key=lambda part: (part[0].shard or (0, 0), part[3])
     )
-    task = parts[0][0]
+    task, first = parts[0][0], parts[0][3]
     whole = Sums(task.settings)
     held: dict[int, str] = {}
     for other, sums, positions, path in parts:
-        _require_same(task, other, parts[0][3], path)
+        _require_same(task, other, first, path)
         if both := sorted(positions & held.keys()):
             raise UserError(
                 f"sample {both[0]} is in {held[both[0]]} and in {path} ({len(both)} are in both); give each "
@@ -174,7 +154,19 @@ def combine_shards(paths: Sequence[str | os.PathLike[str]]) -> tuple[Task, Sums]
             )
         held.update(dict.fromkeys(positions, path))
         whole.absorb(sums)
-    _require_whole([(part[0], part[2], part[3]) for part in parts])
+    for other, _, positions, path in parts:
+        if left := set(other.share()) - positions:
+            raise UserError(
+                f"{path} is not finished: {len(left)} of its {len(other.share())} samples are missing; run "
+                "that shard again"
+            )
+    if task.shard:
+        there, shards = {other.shard and other.shard[0] for other, *_ in parts}, task.shard[1]
+        if missing := [f"{number}/{shards}" for number in range(1, shards + 1) if number not in there]:
+            raise UserError(
+                f"shard{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; give the files of all "
+                f"{shards} shards"
+            )
     return task, whole
 
 
@@ -195,24 +187,6 @@ def _require_same(one: Task, other: Task, first: str, path: str) -> None:
         raise UserError(
             f"{path} is one of {other.shard[1]} shards and {first} one of {one.shard[1]}; merge shards of "
             "one attribution only"
-        )
-
-
-def _require_whole(parts: list[tuple[Task, frozenset[int], str]]) -> None:
-    for task, positions, path in parts:
-        if left := set(task.share()) - positions:
-            raise UserError(
-                f"{path} is not finished: {len(left)} of its {len(task.share())} samples are missing; run "
-                "that shard again"
-            )
-    shards = parts[0][0].shard
-    there = {task.shard[0] for task, _, _ in parts if task.shard}
-    missing = sorted(set(range(1, shards[1] + 1)) - there) if shards else []
-    if missing and shards:
-        names = ", ".join(f"{number}/{shards[1]}" for number in missing)
-        raise UserError(
-            f"shard{'s' if len(missing) > 1 else ''} {names} missing; give the files of all {shards[1]} "
-            "shards"
         )
 
 
@@ -241,18 +215,14 @@ class PartialSums:
 
     @property
     def own(self) -> Path:
-        return (
-            self.path
-            if distributed.world() == 1
-            else self.path.with_name(f"{self.path.name}.rank{distributed.rank()}of{distributed.world()}")
-        )
+        if distributed.world() == 1:
+            return self.path
+        return self.path.with_name(f"{self.path.name}.rank{distributed.rank()}of{distributed.world()}")
 
     def files(self) -> list[Path]:
         """Everything of ours that is on disk, of whatever number of ranks."""
-        return [
-            *([self.path] if self.path.is_file() else []),
-            *sorted(self.path.parent.glob(f"{self.path.name}.rank*of*")),
-        ]
+        ranks = sorted(self.path.parent.glob(f"{self.path.name}.rank*of*"))
+        return [self.path, *ranks] if self.path.is_file() else ranks
 
     def begin(self, sums: Sums) -> frozenset[int]:
         """Load the sums on disk, and return the places of the reference set that any rank has done."""
@@ -261,13 +231,24 @@ class PartialSums:
             _, found, positions = load_sums(path)
             sums.absorb(found)
             self.positions |= positions
-        done = frozenset(place for part in distributed.gather(sorted(self.positions)) for place in part)
+        done = self._gather_positions()
         if done and distributed.is_main():
             log.info("resuming: %d of %d samples are done", len(done), len(self.task.share()))
-        if set(there) - {path for part in distributed.gather([self.own]) for path in part}:
+        owned = set(distributed.gather(self.own))
+        if set(there) - owned:
             self.save(sums)
-            self._remove_others()
+            distributed.wait()
+            self._remove(set(there) - owned)
         return done
+
+    def _gather_positions(self) -> frozenset[int]:
+        return frozenset(place for part in distributed.gather(sorted(self.positions)) for place in part)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        if distributed.is_main():
+            for path in paths:
+                path.unlink(missing_ok=True)
+        distributed.wait()
 
     def _usable(self) -> list[Path]:
         """Files of this task whose samples do not overlap, the fullest first."""
@@ -296,14 +277,13 @@ class PartialSums:
     def skip_done(self, batches: list[Batch], done: frozenset[int]) -> list[Batch]:
         """The batches without what is done. Whole batches stay whole, so that sums come out the same to the
         last bit."""
-        kept = [
-            (batch, [sample for sample in batch.samples if sample.index not in done]) for batch in batches
-        ]
-        return [
-            batch if len(some) == len(batch.samples) else make_batch(some, batch.ids.device)
-            for batch, some in kept
-            if some
-        ]
+        kept = []
+        for batch in batches:
+            left = [sample for sample in batch.samples if sample.index not in done]
+            if left:
+                whole = len(left) == len(batch.samples)
+                kept.append(batch if whole else make_batch(left, batch.ids.device))
+        return kept
 
     def after(self, batch: Batch, sums: Sums) -> None:
         """A batch is in the sums: save them where it is time, or where the process was asked to end."""
@@ -324,22 +304,13 @@ class PartialSums:
 
     def end(self, whole: Sums) -> None:
         """Finish: for a shard, leave the sums of all ranks at `path`; otherwise leave nothing."""
-        positions = {place for part in distributed.gather(sorted(self.positions)) for place in part}
-        if self.task.shard and distributed.is_main():
+        positions, keep = self._gather_positions(), self.task.shard is not None
+        if keep and distributed.is_main():
             save_sums(self.path, self.task, whole, positions)
         distributed.wait()
+        self._remove(path for path in self.files() if not (keep and path == self.path))
         if distributed.is_main():
-            for path in self.files():
-                if path != self.path or not self.task.shard:
-                    path.unlink(missing_ok=True)
             remove_leftovers(self.path.parent, f"{glob.escape(self.path.name)}*")
-
-    def _remove_others(self) -> None:
-        owned = {path for part in distributed.gather([self.own]) for path in part}
-        if distributed.is_main():
-            for path in set(self.files()) - owned:
-                path.unlink(missing_ok=True)
-        distributed.wait()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -348,9 +319,8 @@ class PartialSums:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier = {
-            number: signal.signal(number, self._note_request) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        asked = (signal.SIGTERM, signal.SIGINT)
+        earlier = {number: signal.signal(number, self._note_request) for number in asked}
         try:
             yield
         finally:

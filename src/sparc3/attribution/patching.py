@@ -49,42 +49,15 @@ ACTIVATIONS: dict[str, rules.Factor] = {
 }
 """Class of a non-linearity f → its closed form f(x)/x."""
 
-TRANSPARENT = {
-    "ModuleList",
-    "Embedding",
-    "Linear",
-    "Linear4bit",
-    "Linear8bitLt",
-    "Conv1D",
-    "Dropout",
-    "Identity",
-}
+TRANSPARENT = set("ModuleList Embedding Linear Linear4bit Linear8bitLt Conv1D Dropout Identity".split())
 """Modules whose plain gradient is already the rule: linear maps (ε → 0), look-ups and things that only pass
 on."""
 
 CONTAINERS = (
-    *(
-        "ForCausalLM",
-        "LMHeadModel",
-        "Model",
-        "TextModel",
-        "Decoder",
-        "DecoderLayer",
-        "Layer",
-        "Block",
-        "Attention",
-        "SelfAttention",
-        "MLP",
-    ),
-    *("SparseMoeBlock", "TopKRouter"),
-    *(
-        "RotaryEmbedding",
-        "LearnedPositionalEmbedding",
-        "TextScaledWordEmbedding",
-        "Linear",
-        "LayerNormPerHead",
-    ),
-)
+    "ForCausalLM LMHeadModel Model TextModel Decoder DecoderLayer Layer Block Attention SelfAttention MLP "
+    "SparseMoeBlock TopKRouter RotaryEmbedding LearnedPositionalEmbedding TextScaledWordEmbedding Linear "
+    "LayerNormPerHead"
+).split()
 """What a family's own classes may be called after its prefix; their forward is composed of modules and
 functions met elsewhere."""
 
@@ -127,23 +100,16 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
     """Which module gets which forward; refuses a module it does not know."""
     own = {family.classes + suffix for suffix in CONTAINERS}
     share = 0.0 if cp else 0.5
-    gated = {
-        id(layer.get_submodule(path))
-        for layer in layers_of(model)
-        if family.gated and (path := dense_path(layer, family, family.gated))
-    }
-    inside_gated = (
-        {id(module) for layer in layers_of(model) for module in non_linearities(layer, family)}
-        if family.gated
-        else set()
-    )
-    experts = {id(found) for layer in layers_of(model) if (found := experts_in(layer, family))}
-    constants = {
-        id(layer.get_submodule(path))
-        for layer in layers_of(model)
-        if experts_in(layer, family)
-        for path in family.constants
-    }
+    gated, inside_gated, experts, constants = (set[nn.Module]() for _ in range(4))
+    for layer in layers_of(model):
+        if family.gated:
+            if path := dense_path(layer, family, family.gated):
+                gated.add(layer.get_submodule(path))
+            inside_gated.update(non_linearities(layer, family))
+        if found := experts_in(layer, family):
+            experts.add(found)
+            constants.update(layer.get_submodule(path) for path in family.constants)
+    cap = getattr(model.config, "final_logit_softcapping", None)
     for name, module in model.named_modules():
         kind, origin, forward = type(module).__name__, type(module).__module__, forward_within(module)
         plain = getattr(module, forward)
@@ -152,34 +118,28 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
                 f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the "
                 "weights first"
             )
-        if id(module) in gated:
+        if module in gated:
             yield module, forward, _gated_mlp(module, family, share=share, name=name)
-        elif id(module) in experts:
-            yield (
-                module,
-                forward,
-                one_by_one(
-                    module, _product(module.get_submodule("act_fn"), share, name), constant_routing=True
-                ),
-            )
-        elif id(module) in constants:
-            yield module, forward, _constant(plain)
+        elif module in experts:
+            product = _product(module.get_submodule("act_fn"), share, name)
+            yield module, forward, one_by_one(module, product, constant_routing=True)
+        elif module in constants:
+            yield module, forward, lambda x, plain=plain: plain(x).detach()
         elif kind == family.classes + "RMSNorm":
             yield module, forward, _norm(rules.rms_norm, module, plain, family)
         elif kind in ("LayerNorm", family.classes + "LayerNorm"):
             yield module, forward, _norm(rules.layer_norm, module, plain, family)
-        elif (factor := _factor(module)) and id(module) not in inside_gated:
+        elif module in inside_gated:
+            continue
+        elif factor := _factor(module):
             yield module, forward, partial(rules.identity_rule, function=plain, factor=factor)
-        elif module is model.get_output_embeddings() and (
-            cap := getattr(model.config, "final_logit_softcapping", None)
-        ):
-            yield module, forward, _capped_head(plain, cap)
-        elif kind not in TRANSPARENT and kind not in own and id(module) not in inside_gated:
-            remedy = (
-                'load with attn_implementation="eager"'
-                if "FlashAttention" in kind
-                else "use method gradient, or add its rule"
-            )
+        elif module is model.get_output_embeddings() and cap:
+            # The soft-capping of logits under the identity rule; `_configs` takes the model's own away.
+            yield module, forward, lambda x, plain=plain: rules.soft_cap(plain(x), cap)
+        elif kind not in TRANSPARENT and kind not in own:
+            remedy = "use method gradient, or add its rule"
+            if "FlashAttention" in kind:
+                remedy = 'load with attn_implementation="eager"'
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; {remedy}")
 
 
@@ -204,16 +164,6 @@ def _norm(
 ) -> Callable[[Tensor], Tensor]:
     # The gain is looked up when it is needed: an offloaded norm has it at hand only then.
     return lambda x: rule(x, plain, _gain(module, family), _eps(module))
-
-
-def _capped_head(plain: Callable[[Tensor], Tensor], cap: float) -> Callable[[Tensor], Tensor]:
-    """The head with the model's logit soft-capping in it, under the identity rule; `_configs` takes it out of
-    the model."""
-
-    def forward(x: Tensor) -> Tensor:
-        return rules.soft_cap(plain(x), cap)
-
-    return forward
 
 
 def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Callable[[Tensor], Tensor]:
@@ -244,16 +194,10 @@ def _product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor
     return partial(rules.gated_product, function=activation.forward, factor=factor, share=share)
 
 
-def _constant(plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: plain(x).detach()
-
-
 def _attentions(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
     """The shares of query, key and value in attention modules that do not use transformers' attention
     interface."""
-    if _uses_interface(model, family):
-        return
-    for attention in _attention_modules(model, family):
+    for attention in [] if _uses_interface(model, family) else _attention_modules(model, family):
         if family.splits:
             yield attention, family.splits, _splits(getattr(attention, family.splits), cp)
         if family.mixes:
@@ -277,10 +221,9 @@ def _uses_interface(model: "PreTrainedModel", family: Family) -> bool:
         return False
     for attention in attentions:
         if not hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS"):
-            kind = type(attention).__name__
             raise UnsupportedModel(
-                f"no LRP rule for the attention of {kind} in this release of transformers; use method "
-                "gradient, or add its rule"
+                f"no LRP rule for the attention of {type(attention).__name__} in this release of "
+                "transformers; use method gradient, or add its rule"
             )
     return True
 
@@ -312,16 +255,13 @@ def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Cha
         if id(config) not in copies:
             copies[id(config)] = twin = copy.copy(config)
             if interface:
+                capped = getattr(config, "attn_logit_softcapping", None) is not None
                 twin._attn_implementation_internal = _register_attention(
-                    config._attn_implementation or "eager", cp, _caps_scores(config)
+                    config._attn_implementation or "eager", cp, capped
                 )
             if getattr(twin, "final_logit_softcapping", None):
                 twin.final_logit_softcapping = None
         yield module, "config", copies[id(config)]
-
-
-def _caps_scores(config: Any) -> bool:
-    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def _register_attention(implementation: str, cp: bool, capped: bool = False) -> str:
@@ -377,13 +317,13 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
     relevance has the model's own precision.
     """
     renew_(model)
-    places = [
-        (module._parameters, name)
+    # By name: an offloaded parameter is another one after each forward pass.
+    asked = [
+        (module._parameters, name, one.requires_grad)
         for module in model.modules()
         for name, one in module._parameters.items()
         if one is not None
     ]
-    asked = [(held, name, held[name].requires_grad) for held, name in places]
     modes = [(module, module.training) for module in model.modules()]
     try:
         for held, name, _ in asked:
@@ -397,11 +337,7 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
         ):
             yield
     finally:
-        for (
-            held,
-            name,
-            was,
-        ) in asked:  # by name: an offloaded parameter is another one after each forward pass
+        for held, name, was in asked:
             held[name].requires_grad_(was)
         for module, mode in modes:
             module.training = mode

@@ -109,11 +109,10 @@ def _hook_sites(
             if settings.unit == "head":
                 hook = site.hooked.register_forward_pre_hook(_head_hook(site, batch, settings, gathered))
             elif settings.unit == "weight":
-                hook = site.hooked.register_forward_hook(
-                    weight_hook(site, batch, sums, first=not index or sites[index - 1].layer != site.layer)
-                )
+                first = not index or sites[index - 1].layer != site.layer
+                hook = site.hooked.register_forward_hook(_weight_hook(site, batch, sums, first=first))
             else:
-                hook = site.hooked.register_forward_hook(_output_hook(site, batch, settings, gathered))
+                hook = site.hooked.register_forward_hook(_neuron_hook(site, batch, settings, gathered))
             stack.callback(hook.remove)
         yield
 
@@ -135,31 +134,40 @@ def _head_hook(
     return hook
 
 
-def _output_hook(
+def _neuron_hook(
     site: Site, batch: Batch, settings: Settings, gathered: dict[str, Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Neuron relevance at the site's output z = W a + b (docs/method.md, 4)."""
 
+    absolute, skip, shape = settings.neuron == "abs", settings.skip_positions, batch.ids.shape
+
     def receive(tokens: Tensor | None, grad: Tensor, kept: Tensor) -> None:
-        shape, grad, skip = batch.ids.shape, site.of(grad), settings.skip_positions
-        if settings.neuron == "abs":
+        grad = site.of(grad)
+        if absolute:
             g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
             gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, a)
         else:
-            gathered[site.name] = by_position(_to_float32(grad) * _to_float32(kept), tokens, shape)[
-                :, skip:
-            ].sum(1)
+            relevance = by_position(_to_float32(grad) * _to_float32(kept), tokens, shape)
+            gathered[site.name] = relevance[:, skip:].sum(1)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gathered.setdefault(
-            site.name, torch.zeros(len(batch.samples), site.out, device=output.device)
-        )  # stays where CP-LRP holds z constant
-        kept = args[0] if settings.neuron == "abs" else site.of(output)
-        return watch_gradient(
-            output, kept, partial(receive, tokens_of(args)), copied=site.role == "mlp.down"
-        )  # Falcon adds to it in place
+        zeros = torch.zeros(len(batch.samples), site.out, device=output.device)
+        gathered.setdefault(site.name, zeros)  # stays where CP-LRP holds z constant
+        return _watch_output(site, args, output, args[0] if absolute else site.of(output), receive)
 
     return hook
+
+
+def _watch_output(
+    site: Site,
+    args: tuple[Tensor, ...],
+    output: Tensor,
+    kept: Tensor,
+    receive: Callable[[Tensor | None, Tensor, Tensor], None],
+) -> Tensor:
+    """A site's output, of whose gradient `receive` will be told, and of which tokens it is."""
+    copied = site.role == "mlp.down"  # Falcon adds to it in place
+    return watch_gradient(output, kept, partial(receive, tokens_of(args)), copied=copied)
 
 
 def _to_float32(x: Tensor) -> Tensor:
@@ -170,30 +178,24 @@ def _to_float32(x: Tensor) -> Tensor:
 def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -> Tensor:
     """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out]
     and a [T, in]."""
-    pairs = [_match_dtypes(g, x) for g, x in zip(grad, a, strict=True)]
-    sums = torch.empty(
-        len(pairs),
-        weight.shape[0],
-        dtype=torch.promote_types(pairs[0][0].dtype, torch.float32),
-        device=weight.device,
-    )
+    pairs = _match_dtypes(zip(grad, a, strict=True))
+    dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    sums = torch.empty(len(pairs), weight.shape[0], dtype=dtype, device=weight.device)
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         for sample, (g, x) in enumerate(pairs):  # all samples while these rows of W are in cache
-            piece = (
-                (g[:, rows].T @ x).mul_(weight[rows]).abs_()
-            )  # a norm in one call takes several times as long on a CPU
-            sums[sample, rows] = piece.sum(1, dtype=sums.dtype)
+            # A norm in one call takes several times as long on a CPU.
+            piece = (g[:, rows].T @ x).mul_(weight[rows]).abs_()
+            sums[sample, rows] = piece.sum(1, dtype=dtype)
     return sums
 
 
-def _match_dtypes(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def _match_dtypes(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """In float32 where a CPU would compute in 16 bits."""
-    return (
-        (g.float(), a.float())
-        if g.device.type == "cpu" and g.dtype in (torch.float16, torch.bfloat16)
-        else (g, a)
-    )
+    return [
+        (g.float(), a.float()) if g.device.type == "cpu" and g.dtype.itemsize == 2 else (g, a)
+        for g, a in pairs
+    ]
 
 
 # Looking at what flows back through a tensor, and computing layers a second time in the backward pass instead
@@ -285,7 +287,7 @@ PIECE = 2**22
 threads that wait for each other."""
 
 
-def weight_hook(
+def _weight_hook(
     site: Site, batch: Batch, sums: Sums, *, first: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value,
@@ -302,33 +304,26 @@ def weight_hook(
         if first:
             give_back()
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return watch_gradient(
-            output, args[0], partial(receive, tokens_of(args)), copied=site.role == "mlp.down"
-        )  # Falcon adds to it in place
-
-    return hook
+    return lambda _, args, output: _watch_output(site, args, output, args[0], receive)
 
 
 def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Tensor]) -> None:
     """Add a batch, of each sample ĝ [T, out] and a [T, in], less what was in already when an earlier try at
     these samples ran out of memory."""
-    fresh = [
-        row for row, sample in enumerate(batch.samples) if (sample.index, site.name) not in sums.streamed
-    ]
-    pairs = [(grad[row], a[row]) for row in fresh]
-    for row, (g, x) in zip(fresh, pairs, strict=True):
+    pairs = []
+    for sample, g, x in zip(batch.samples, grad, a, strict=True):
+        if (sample.index, site.name) in sums.streamed:
+            continue
         if not (g.sum(dtype=torch.float32) + x.sum(dtype=torch.float32)).isfinite():
             raise NonFinite(
-                f"the relevance of sample {batch.samples[row].index} is not finite at {site.name}; look at "
+                f"the relevance of sample {sample.index} is not finite at {site.name}; look at "
                 "that sample, leave it out, or load the model in bfloat16 or float32"
             )
-    if grad[0].device.type == "cpu" and grad[0].dtype in (torch.float16, torch.bfloat16):
-        pairs = [(g.float(), x.float()) for g, x in pairs]
+        pairs.append((g, x))
     if pairs:
         add = add_absolute_ if sums.settings.reduce == "mean_abs" else add_signed_
-        add(sums.matrix(site), pairs)
-    sums.streamed.update((batch.samples[row].index, site.name) for row in fresh)
+        add(sums.matrix(site), _match_dtypes(pairs))
+    sums.streamed.update((sample.index, site.name) for sample in batch.samples)
 
 
 def add_signed_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -46,6 +46,11 @@ def relu_squared_factor(x: Tensor) -> Tensor:
     return torch.relu(x)
 
 
+def tanh_factor(x: Tensor) -> Tensor:
+    """tanh(x) / x, and 1 at 0."""
+    return torch.where(x == 0, torch.ones_like(x), torch.tanh(x) / x)
+
+
 class _Identity(torch.autograd.Function):
     """Identity rule: forward f(x), backward g · f(x)/x with f(x)/x in closed form."""
 
@@ -102,11 +107,6 @@ def gated_product(
     return _GatedProduct.apply(gate, up, function, factor, share)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def tanh_factor(x: Tensor) -> Tensor:
-    """tanh(x) / x, and 1 at 0."""
-    return torch.where(x == 0, torch.ones_like(x), torch.tanh(x) / x)
-
-
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """cap · tanh(x / cap), whose relevance passes unchanged."""
     return identity_rule(x / cap, torch.tanh, tanh_factor) * cap
@@ -150,48 +150,35 @@ def scale_relevance(x: Tensor, factor: float) -> Tensor:
     return x.detach() if factor == 0.0 else _Scale.apply(x, factor)  # type: ignore[no-untyped-call]
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, in which norms compute their statistic."""
-    return x if x.dtype == torch.float64 else x.float()
+class _Norm(torch.autograd.Function):
+    """norm(x), backward as the linear map that it is at a constant statistic: gain · scale, after which
+    LayerNorm subtracts the mean."""
 
-
-class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float
+        ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float, centred: bool
     ) -> Tensor:
-        scale = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(scale, *([] if gain is None else [gain]))
+        wide = x if x.dtype == torch.float64 else x.float()  # as norms compute their statistic
+        square = wide.var(-1, keepdim=True, correction=0) if centred else wide.pow(2).mean(-1, keepdim=True)
+        ctx.save_for_backward(torch.rsqrt(square + eps), *([] if gain is None else [gain]))
+        ctx.centred = centred
         return norm(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale, *gain = ctx.saved_tensors
-        return (grads[0] * gain[0] * scale if gain else grads[0] * scale).to(grads[0].dtype), None, None, None
+        flow = grads[0] * gain[0] * scale if gain else grads[0] * scale
+        if ctx.centred:
+            flow = flow - flow.mean(-1, keepdim=True)
+        return flow.to(grads[0].dtype), None, None, None, None
 
 
 def rms_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
     """norm(x) = gain · x / rms(x), whose statistic rms(x) is a constant on the way back (AttnLRP, Eq. 18)."""
-    return _RMSNorm.apply(x, norm, gain, eps)  # type: ignore[no-untyped-call, no-any-return]
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float
-    ) -> Tensor:
-        scale = torch.rsqrt(_wide(x).var(-1, keepdim=True, correction=0) + eps)
-        ctx.save_for_backward(scale, *([] if gain is None else [gain]))
-        return norm(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        scale, *gain = ctx.saved_tensors
-        flow = grads[0] * gain[0] * scale if gain else grads[0] * scale
-        return (flow - flow.mean(-1, keepdim=True)).to(grads[0].dtype), None, None, None
+    return _Norm.apply(x, norm, gain, eps, False)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def layer_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
     """norm(x) = gain · (x − mean(x)) / std(x) + bias; std(x) is a constant, the mean is the linear map that
     it is."""
-    return _LayerNorm.apply(x, norm, gain, eps)  # type: ignore[no-untyped-call, no-any-return]
+    return _Norm.apply(x, norm, gain, eps, True)  # type: ignore[no-untyped-call, no-any-return]

@@ -88,16 +88,13 @@ class Sums:
             self.totals[name] = self.totals.get(name, 0) + kept.sum(0)
         done = {sample.index for sample in batch.samples}
         self.streamed = {(index, name) for index, name in self.streamed if index not in done}
-        for row, sample in enumerate(batch.samples):
-            if good[row]:
-                self.count(len(sample.ids) - self.settings.skip_positions, len(sample.positions))
+        for sample, counts in zip(batch.samples, good.tolist(), strict=True):
+            if counts:
+                self.samples += 1
+                self.tokens += len(sample.ids) - self.settings.skip_positions
+                self.targets += len(sample.positions)
             else:
                 self.skipped.append(sample.index)
-
-    def count(self, tokens: int, targets: int) -> None:
-        self.samples += 1
-        self.tokens += tokens
-        self.targets += targets
 
     def absorb(self, other: "Sums") -> None:
         """Add sums over other samples to these."""
@@ -114,10 +111,8 @@ class Sums:
         """The running total [out, in] of a site's weights, zero at first; what streams is added to it in
         place."""
         if site.name not in self.totals:
-            dtype = getattr(torch, self.settings.sums_dtype)
-            self.totals[site.name] = torch.zeros(
-                site.out, site.inp, dtype=dtype, device=self.settings.sums_device
-            )
+            dtype, device = getattr(torch, self.settings.sums_dtype), self.settings.sums_device
+            self.totals[site.name] = torch.zeros(site.out, site.inp, dtype=dtype, device=device)
         return self.totals[site.name]
 
     def over_ranks(self, names: list[str]) -> "Sums":
@@ -125,12 +120,10 @@ class Sums:
         without a sample lacks."""
         if distributed.world() == 1:
             return self
-        known = distributed.gather(
-            {name: (tuple(total.shape), total.dtype) for name, total in self.totals.items()}
-        )
-        kinds = {name: kind for part in known for name, kind in part.items()}
+        held = {name: (total.shape, total.dtype) for name, total in self.totals.items()}
+        kinds = {name: kind for part in distributed.gather(held) for name, kind in part.items()}
         totals = {}
-        for name in (name for name in names if name in kinds):
+        for name in filter(kinds.__contains__, names):
             shape, dtype = kinds[name]
             total = self.totals.pop(name, None)
             totals[name] = torch.zeros(shape, dtype=dtype) if total is None else total.cpu()

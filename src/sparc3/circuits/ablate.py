@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Target = tuple[Tensor, Any]
+"""A stored tensor, and the index or mask of the values in it that change."""
+
+
 @contextmanager
 def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedModel"]:
     """Inside, the circuit's units are zero, or weaker by its strength; after it every touched value is back,
@@ -31,26 +35,29 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
     """
     require_present(model)
     targets = _targets(model, circuit)
-    kept: list[tuple[Tensor, Any, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for tensor, index in targets:
-                kept.append((tensor, index, _values(tensor, index)))
-                _weaken_(tensor, index, circuit.strength)
+    with _restored(targets):
+        _weaken_(targets, circuit.strength)
         yield model
-    finally:
-        with torch.no_grad():
-            for tensor, index, values in reversed(kept):
-                _put_(tensor, index, values)
 
 
 def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
     """Set the circuit's units to zero, or weaken them by its strength, for good (docs/method.md, 9). Raises
     UserError as `ablated` does."""
     require_present(model)
+    _weaken_(_targets(model, circuit), circuit.strength)
+
+
+@contextmanager
+def _restored(targets: list[Target]) -> Iterator[None]:
+    """After it, whatever happened inside, the values at the targets are as they were, bit for bit."""
     with torch.no_grad():
-        for tensor, index in _targets(model, circuit):
-            _weaken_(tensor, index, circuit.strength)
+        kept = [_values(tensor, index) for tensor, index in targets]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (tensor, index), values in zip(targets, kept, strict=True):
+                _put_(tensor, index, values)
 
 
 def removed_units(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
@@ -107,28 +114,28 @@ def _put_(tensor: Tensor, index: Any, values: Tensor) -> None:
         tensor[index] = values
 
 
-def _weaken_(tensor: Tensor, index: Any, strength: float) -> None:
-    if strength != 1:
-        _put_(tensor, index, weaken_values(_values(tensor, index), strength))
-    elif _is_mask(index):
-        tensor.masked_fill_(index, 0)
-    else:
-        tensor[index] = 0
+@torch.no_grad()
+def _weaken_(targets: list[Target], strength: float) -> None:
+    for tensor, index in targets:
+        if strength != 1:
+            _put_(tensor, index, weaken_values(_values(tensor, index), strength))
+        elif _is_mask(index):
+            tensor.masked_fill_(index, 0)
+        else:
+            tensor[index] = 0
 
 
-def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, Any]]:
+def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
     """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head,
     or a mask of weights.
 
     Below strength 1 the columns of mlp.down that read a neuron of mlp.up, in every family: in a plain MLP a
     non-linearity stands between mlp.up and the neuron's output, with which a factor does not commute.
     """
-    known = {
-        site.name: site
-        for site in sites_of(model, [role for role in ROLES if role in family_of(model).roles])
-    }
+    roles = [role for role in ROLES if role in family_of(model).roles]
+    known = {site.name: site for site in sites_of(model, roles)}
     readers = down_sites(model) if circuit.unit == "neuron" and circuit.strength != 1 else {}
-    targets: list[tuple[Tensor, Any]] = []
+    targets: list[Target] = []
     for name, units in circuit.members.items():
         if name not in known:
             raise UserError(
@@ -138,24 +145,27 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[Tensor, A
         site = known[name]
         _require_fit(site, circuit.unit, units)
         reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
-        if (reader or site).quantised:
+        if (changed := reader or site).quantised:
             raise UserError(
-                f"{(reader or site).name} holds quantised weights, which cannot be changed in place; ablate "
-                "the unquantised model"
+                f"{changed.name} holds quantised weights, which cannot be changed in place; ablate the "
+                "unquantised model"
             )
+        weight = changed.stored
+        if circuit.unit == "weight":
+            targets.append((weight, _stored_mask(site, units)))
+            continue
+        indices = torch.tensor(list(units), dtype=torch.long, device=weight.device)
         if reader:
-            targets.append(
-                (
-                    reader.stored,
-                    (slice(None), torch.tensor(list(units), dtype=torch.long, device=reader.stored.device)),
-                )
-            )
+            targets.append((weight, (slice(None), indices)))
+        elif circuit.unit == "head":
+            width = site.inp // site.heads
+            columns = indices[:, None] * width + torch.arange(width, device=weight.device)
+            targets.append((weight, (slice(None), columns.reshape(-1))))
         else:
-            targets += (
-                [(site.stored, _stored_mask(site, units))]
-                if circuit.unit == "weight"
-                else _locate_values(site, circuit.unit, list(units))
-            )
+            rows = site.stored_rows(indices)
+            targets.append((weight, rows))
+            if getattr(site.module, "bias", None) is not None:
+                targets.append((value_of(site.module, "bias"), rows))
     return targets
 
 
@@ -183,17 +193,6 @@ def _stored_mask(site: Site, mask: Tensor) -> Tensor:
     whole = torch.zeros(site.stored.shape, dtype=torch.bool, device=mask.device)
     whole[site.stored_rows(torch.arange(site.out, device=mask.device))] = mask
     return whole
-
-
-def _locate_values(site: Site, unit: str, indices: list[int]) -> list[tuple[Tensor, Any]]:
-    weight = site.stored
-    rows = torch.tensor(indices, device=weight.device)
-    if unit == "head":
-        width = site.inp // site.heads
-        columns = (rows[:, None] * width + torch.arange(width, device=rows.device)).reshape(-1)
-        return [(weight, (slice(None), columns))]
-    rows, biased = site.stored_rows(rows), getattr(site.module, "bias", None) is not None
-    return [(weight, rows), *([(value_of(site.module, "bias"), rows)] if biased else [])]
 
 
 # Damping: neurons made quieter instead of silent, in the weights, for a trial.
@@ -232,18 +231,12 @@ def damp(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedMode
     """
     require_present(model)
     columns = _columns(model, damping)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    try:
+    with _restored([(weight, (slice(None), index)) for weight, index, _ in columns]):
         with torch.no_grad():
             for weight, index, factor in columns:
-                kept.append((weight, index, weight[:, index].clone()))
                 wide = torch.promote_types(weight.dtype, factor.dtype)
                 weight[:, index] = (weight[:, index].to(wide) * factor).to(weight.dtype)
         yield model
-    finally:
-        with torch.no_grad():
-            for weight, index, values in reversed(kept):
-                weight[:, index] = values
 
 
 def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -252,12 +245,12 @@ def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Tensor, T
     downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
     found = []
     for name, factors in damping.factors.items():
-        if name not in downs or downs[name].inp != len(factors):
-            there = f"{name}, which '{model_id(model)}' does not have"
+        down = downs.get(name)
+        if down is None or down.inp != len(factors):
             raise UserError(
-                f"the damping names {len(factors)} neurons of {there}; use the model it was made on"
+                f"the damping names {len(factors)} neurons of {name}, which '{model_id(model)}' does not "
+                "have; use the model it was made on"
             )
-        down = downs[name]
         if down.quantised:
             raise UserError(
                 f"{down.name} holds quantised weights, which cannot be scaled in place; damp the unquantised "

@@ -1,6 +1,6 @@
 """Union, intersection and difference of circuits, and their overlap compared with chance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,25 +64,25 @@ def overlap(one: Circuit, other: Circuit, *, sizes: Mapping[str, int] | None = N
         UserError: their models, units or shapes differ, or they were chosen from different sites.
     """
     one, other = replace(one, strength=1.0), replace(other, strength=1.0)
-    both, either = intersection(one, other), len(union(one, other))
+    both, either = len(intersection(one, other)), len(union(one, other))
     known = dict(sizes) if sizes is not None else _sizes(one, other)
     total = sum(known.values()) if known is not None else None
     expected = len(one) * len(other) / total if total else None
     in_sites = (
         sum(n * other.counts.get(name, 0) / known[name] for name, n in one.counts.items() if n)
-        if known is not None
+        if known
         else None
     )
     return Overlap(
-        len(one),
-        len(other),
-        len(both),
-        either,
-        len(both) / either if either else 1.0,
-        total,
-        expected,
-        len(both) / expected if expected else None,
-        len(both) / in_sites if in_sites else None,
+        one=len(one),
+        other=len(other),
+        both=both,
+        either=either,
+        jaccard=both / either if either else 1.0,
+        units=total,
+        expected=expected,
+        enrichment=both / expected if expected else None,
+        enrichment_in_sites=both / in_sites if in_sites else None,
     )
 
 
@@ -124,10 +124,10 @@ def require_alike(one: Circuit, other: Circuit) -> None:
 
 def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:
     require_alike(one, other)
-    combine = _masks if one.unit == "weight" else _indices
-    names = {**one.members, **other.members}
-    members = {name: combine(operation, one.members.get(name), other.members.get(name)) for name in names}
-    members = {name: units for name, units in members.items() if _any(units)}
+    members = {}
+    for name in {**one.members, **other.members}:
+        units = (one.members.get(name), other.members.get(name))
+        members[name] = _masks(operation, *units) if one.unit == "weight" else _indices(operation, *units)
     parts = [
         {"fingerprint": circuit.fingerprint, "provenance": circuit.provenance} for circuit in (one, other)
     ]
@@ -135,30 +135,22 @@ def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:
     sizes = [circuit.provenance["sizes"] for circuit in (one, other) if "sizes" in circuit.provenance]
     if sizes:
         provenance["sizes"] = {name: size for part in sizes for name, size in part.items()}
+    members = {name: units for name, units in members.items() if units is not None}
     return Circuit(one.unit, members, one.model or other.model, provenance, one.strength)
 
 
-def _indices(operation: str, one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> tuple[int, ...]:
-    first, second = set(one or ()), set(other or ())
-    return tuple(
-        sorted(
-            first | second
-            if operation == "union"
-            else first & second
-            if operation == "intersection"
-            else first - second
-        )
-    )
+def _indices(
+    operation: str, one: Sequence[int] | None, other: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    """Of a site's indices, or None for a site without a member."""
+    method = getattr(frozenset(one or ()), operation)
+    return tuple(sorted(method(other or ()))) or None
 
 
 def _masks(operation: str, one: Any, other: Any) -> Any:
-    """Tensors [out, in], or None for a site without a member."""
-    if operation == "union":
-        return one | other if one is not None and other is not None else one if one is not None else other
-    if operation == "intersection":
-        return one & other if one is not None and other is not None else None
-    return one & ~other if one is not None and other is not None else one
-
-
-def _any(units: Any) -> bool:
-    return units is not None and (bool(units.any()) if hasattr(units, "any") else bool(units))
+    """Of a site's masks [out, in], or None for a site without a member."""
+    if one is None or other is None:
+        alone = {"union": other if one is None else one, "intersection": None, "difference": one}
+        return alone[operation]
+    both = one | other if operation == "union" else one & (other if operation == "intersection" else ~other)
+    return both if both.any() else None

@@ -56,11 +56,8 @@ class Circuit:
         """The same units of the same model, found in the same way."""
         if not isinstance(other, Circuit):
             return NotImplemented
-        return (self.fingerprint, self.model, self.provenance) == (
-            other.fingerprint,
-            other.model,
-            other.provenance,
-        )
+        one, two = ((c.fingerprint, c.model, c.provenance) for c in (self, other))
+        return one == two
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -76,18 +73,13 @@ class Circuit:
     @cached_property
     def fingerprint(self) -> str:
         """Names the set of units and, where it is not 1, the strength; whatever way it was found."""
+        there = {name: units for name, units in self.members.items() if self.counts[name]}
         if self.unit == "weight":
-            packed = {name: packed_bits(mask) for name, mask in self.members.items() if self.counts[name]}
-            shapes = {name: list(self.members[name].shape) for name in packed}
-            bits = {name: digest({"": mask}) for name, mask in packed.items()}
+            shapes = {name: list(mask.shape) for name, mask in there.items()}
+            bits = {name: digest({"": packed_bits(mask)}) for name, mask in there.items()}
             return fingerprint({"unit": self.unit, "shapes": shapes, "bits": bits, **self._strength})
-        return fingerprint(
-            {
-                "unit": self.unit,
-                "members": {k: list(v) for k, v in self.members.items() if v},
-                **self._strength,
-            }
-        )
+        members = {name: list(units) for name, units in there.items()}
+        return fingerprint({"unit": self.unit, "members": members, **self._strength})
 
     @property
     def _strength(self) -> dict[str, float]:
@@ -124,23 +116,14 @@ class Circuit:
                 f"name that ends in {self.suffix}"
             )
         if self.unit == "weight":
-            self._save_masks(path)
+            packed = {name: packed_bits(mask) for name, mask in self.members.items()}
+            shapes = {name: list(mask.shape) for name, mask in self.members.items()}
+            header = {"unit": self.unit, **self._strength, "shapes": shapes, "model": self.model}
+            save_tensors(path, FORMAT, packed, {**header, "provenance": self.provenance})
             return
         members = {name: list(indices) for name, indices in self.members.items()}
         header = {"format": FORMAT, "unit": self.unit, **self._strength, "model": self.model}
         write_json(path, {**header, "members": members, "provenance": self.provenance})
-
-    def _save_masks(self, path: str | os.PathLike[str]) -> None:
-        packed = {name: packed_bits(mask) for name, mask in self.members.items()}
-        shapes = {name: list(mask.shape) for name, mask in self.members.items()}
-        header = {
-            "unit": self.unit,
-            **self._strength,
-            "shapes": shapes,
-            "model": self.model,
-            "provenance": self.provenance,
-        }
-        save_tensors(path, FORMAT, packed, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Circuit":
@@ -155,26 +138,19 @@ class Circuit:
             DamagedFile: its content makes no sense, or was changed.
         """
         path = _file_of(path)
+        members: Mapping[str, Any] | None = None
         if path.suffix == ".safetensors":
-            members: Mapping[str, Any] | None
             packed, header = load_tensors(path, FORMAT)
-            members = _masks(packed, header.get("shapes")) if header.get("unit") == "weight" else None
+            if header.get("unit") == "weight":
+                members = _masks(packed, header.get("shapes"))
         else:
-            header = read_json(
-                path, FORMAT, by_hand=("format", "unit", "strength", "model", "members", "provenance")
-            )
-            members = _indices(header.get("members")) if header.get("unit") in UNITS[:2] else None
-        model, provenance, strength = (
-            header.get("model"),
-            header.get("provenance"),
-            header.get("strength", 1.0),
-        )
-        if (
-            members is None
-            or not is_model(model)
-            or not _is_provenance(provenance)
-            or not _is_strength(strength)
-        ):
+            keys = ("format", "unit", "strength", "model", "members", "provenance")
+            header = read_json(path, FORMAT, by_hand=keys)
+            if header.get("unit") in UNITS[:2]:
+                members = _indices(header.get("members"))
+        model, about, strength = header.get("model"), header.get("provenance"), header.get("strength", 1.0)
+        good = is_model(model) and _is_provenance(about) and _is_strength(strength)
+        if members is None or not good:
             raise DamagedFile(
                 f"{path}: the unit, strength, members, model or provenance does not follow {FORMAT}; create "
                 "the file again"
@@ -186,11 +162,12 @@ def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
     """Members as a file has them, in order; None where they make no sense."""
     if not isinstance(members, dict):
         return None
-    good = all(
-        isinstance(v, list) and all(type(i) is int and i >= 0 for i in v) and len(set(v)) == len(v)
-        for v in members.values()
-    )
-    return {name: tuple(sorted(indices)) for name, indices in members.items()} if good else None
+    for indices in members.values():
+        if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+            return None
+        if len(set(indices)) != len(indices):
+            return None
+    return {name: tuple(sorted(indices)) for name, indices in members.items()}
 
 
 def _masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"] | None:
@@ -198,15 +175,10 @@ def _masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"
     if not isinstance(shapes, dict) or shapes.keys() != packed.keys():
         return None
     for name, shape in shapes.items():
-        if not (
-            isinstance(shape, list)
-            and len(shape) == 2
-            and all(type(size) is int and size > 0 for size in shape)
-        ):
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
             return None
-        if str(packed[name].dtype) != "torch.uint8" or tuple(packed[name].shape) != (
-            -(-shape[0] * shape[1] // 8),
-        ):
+        size = (-(-shape[0] * shape[1] // 8),)
+        if str(packed[name].dtype) != "torch.uint8" or tuple(packed[name].shape) != size:
             return None
     return {name: mask_of(packed[name], shape) for name, shape in shapes.items()}
 
@@ -218,23 +190,20 @@ def _is_provenance(value: object) -> bool:
 
 
 def _is_strength(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    return type(value) in (int, float) and 0 < value <= 1  # type: ignore[operator]
 
 
 def _file_of(path: str | os.PathLike[str]) -> Path:
     """The local file that `Circuit.load` reads."""
-    place = place_of(os.fspath(path))
-    if place:
+    if place := place_of(os.fspath(path)):
         return fetch(place, NAMES)
-    if Path(path).is_dir():
-        there = [Path(path) / name for name in NAMES if (Path(path) / name).is_file()]
-        if len(there) != 1:
-            raise UserError(
-                f"{path} is a folder with {' and '.join(f.name for f in there) or 'no circuit'} in it; name "
-                "the circuit's file"
-            )
-        return there[0]
-    return Path(path)
+    if not Path(path).is_dir():
+        return Path(path)
+    there = [Path(path) / name for name in NAMES if (Path(path) / name).is_file()]
+    if len(there) != 1:
+        found = " and ".join(file.name for file in there) or "no circuit"
+        raise UserError(f"{path} is a folder with {found} in it; name the circuit's file")
+    return there[0]
 
 
 def packed_bits(mask: "Tensor") -> "Tensor":

@@ -64,11 +64,9 @@ def contrast(
         if matched is not None:
             benefit = penalty * torch.maximum(benefit.abs(), scaled["matched"][site].abs())
         values[site] = benefit - scaled["undesired"][site]
+    kept = ("method", "unit", "target", "neuron", "reduce", "model")
     provenance = {
-        **{
-            key: undesired.provenance.get(key)
-            for key in ("method", "unit", "target", "neuron", "reduce", "model")
-        },
+        **{key: undesired.provenance.get(key) for key in kept},
         "contrast": "plain" if matched is None else "matched",
         "penalty": penalty,
         "normalize": normalize,
@@ -100,18 +98,16 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
                 f"the {name} scores have {key} '{actual}' but the undesired scores have '{expected}'; "
                 f"use the same {key} for both"
             )
-    if set(undesired) != set(other):
-        unshared = min(set(undesired) ^ set(other))
+    if unshared := set(undesired) ^ set(other):
         raise UserError(
-            f"the {name} and undesired scores cover different sites (only one has {unshared}); score the "
-            "same sites in both"
+            f"the {name} and undesired scores cover different sites (only one has {min(unshared)}); score "
+            "the same sites in both"
         )
-    for site in undesired:
-        expected_shape, actual_shape = tuple(undesired[site].shape), tuple(other[site].shape)
-        if expected_shape != actual_shape:
+    for site, scored in undesired.items():
+        if other[site].shape != scored.shape:
             raise UserError(
-                f"{site} has shape {actual_shape} in the {name} scores but {expected_shape} in the undesired "
-                "scores; score both on the same model"
+                f"{site} has shape {tuple(other[site].shape)} in the {name} scores but {tuple(scored.shape)} "
+                "in the undesired scores; score both on the same model"
             )
 
 
@@ -285,11 +281,6 @@ def _resolve_count(
     return wanted
 
 
-def _site_seed(seed: int, site: str) -> int:
-    """A seed of 63 bits for each pair of seed and site name, so that no two sites draw the same places."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "big") >> 1
-
-
 def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circuit:
     """A random circuit of the same strength, with as many units in each site: one draw from the null.
 
@@ -298,13 +289,14 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
     """
     members: dict[str, Any] = {}
     for site, count in circuit.counts.items():
-        generator = torch.Generator().manual_seed(_site_seed(seed, site))
+        # 63 bits of a hash, so that no two pairs of seed and site draw the same places.
+        seed_of_site = int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "big") >> 1
+        generator = torch.Generator().manual_seed(seed_of_site)
         if circuit.unit == "weight":
             members[site] = lowest([torch.rand(circuit.members[site].shape, generator=generator)], count)[0]
         else:
-            members[site] = tuple(
-                torch.randperm(sizes[site], generator=generator)[:count].sort().values.tolist()
-            )
+            drawn = torch.randperm(sizes[site], generator=generator)[:count]
+            members[site] = tuple(drawn.sort().values.tolist())
     provenance: dict[str, Any] = {"null_of": circuit.fingerprint, "seed": seed, "version": __version__}
     return Circuit(circuit.unit, members, circuit.model, provenance, circuit.strength)
 
