@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,56 @@ def test_streamed_sums_are_those_of_whole_gradients(name: str, method: str) -> N
             assert all(distance(scores[site], of(each[site])) < 1e-6 for site in scores), (reduce, tokens)
             rounded = attribute(model, ids, **options)
             assert all(distance(rounded[site], of(each[site])) < 1e-5 for site in scores), (reduce, tokens)
+
+
+@pytest.mark.parametrize("method", ["lrp", "gradient"])
+def test_rms_is_over_the_tokens_of_log_probabilities(method: str) -> None:
+    """Against one backward pass with everything kept, and a loop over tokens in float64."""
+    model, ids = tiny("llama").double(), samples()
+    sites = sites_of(model, roles_of(model))
+    squares = {site.name: torch.zeros(site.out, site.inp, dtype=torch.float64) for site in sites}
+    for one in ids:
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(site: Site, args: tuple[Tensor, ...], output: Tensor, kept: Any = kept) -> None:
+            output.retain_grad()
+            kept[site.name] = (args[0].detach()[0], output)
+
+        hooks = [
+            site.module.register_forward_hook(lambda _, a, z, site=site: keep(site, a, z)) for site in sites
+        ]
+        with lrp_rules(model) if method == "lrp" else nullcontext():
+            logits = model(torch.tensor([one])).logits[0]
+            ends = logits.exp() / logits.exp().sum(-1, keepdim=True)
+            sum(ends[place, token].log() for place, token in enumerate(one[1:])).backward()
+        for hook in hooks:
+            hook.remove()
+        for site in sites:
+            a, z = kept[site.name]
+            for x, g in zip(a, z.grad[0], strict=True):
+                squares[site.name] += (site.weight.detach() * torch.outer(g, x)) ** 2
+    tokens = sum(map(len, ids))
+    for batch in (1, 20):
+        options: Any = {"unit": "weight", "sites": roles_of(model), "target": "logprob", "reduce": "rms"}
+        scores = attribute(model, ids, method=method, **options, batch_tokens=batch)
+        for site in sites:
+            assert distance(scores[site.name], (squares[site.name] / tokens).sqrt()) < 1e-5, site.name
+
+
+def test_rms_is_for_weights() -> None:
+    with pytest.raises(UserError, match="rms"):
+        attribute(tiny("llama"), samples(), reduce="rms")
+    attribute(tiny("llama"), samples(), method="activation", reduce="rms")  # has no relevance to reduce
+
+
+def test_the_scale_of_a_log_probability_is_a_tokens() -> None:
+    model, ids = tiny("llama"), samples()
+    once = attribute(model, ids, target="logprob", neuron="signed")
+    assert once.provenance["targets"] == sum(len(one) - 1 for one in ids)
+    again = attribute(model, ids * 2, target="logprob", neuron="signed")
+    assert all(distance(again[site], once[site]) < 1e-6 for site in once)
+    with pytest.raises(UserError, match="logprob"):
+        attribute(model, [[3]], target="logprob")
 
 
 @pytest.mark.parametrize("name", STORED_ALL_WAYS)

@@ -67,10 +67,10 @@ def attribute(
         method: lrp, cp-lrp, gradient, wanda, activation, magnitude, random (random:SEED).
         unit: "neuron", "head" (sites must be attn.o) or "weight".
         sites: canonical roles.
-        target: predicted, label, contrast, completion (completion:N), next; see docs/targets.md.
+        target: predicted, label, contrast, completion (completion:N), next, logprob; see docs/targets.md.
         neuron: "abs", Σ_j |R_W,ij| of each sample, or "signed", Σ_t ĝ_ti z_ti.
         reduce: "mean" over samples (Eq. 1), "mean_abs" (mean of absolute values), "abs_mean" (absolute value
-            of the mean).
+            of the mean); of weights also "rms" (root mean square over all tokens of W_ij ĝ_ti a_tj).
         batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch
             that does not fit into memory is halved.
         truncate: cut samples that are longer than the model's context instead of refusing them.

@@ -45,8 +45,8 @@ class Method:
 
 def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
     """Mean over samples, or over target tokens where a sample has many (docs/method.md, 2 and 5)."""
-    many = sums.settings.target.partition(":")[0] in ("completion", "next")
-    divisor = sums.targets if many else sums.samples
+    many = sums.settings.target.partition(":")[0] in ("completion", "next", "logprob")
+    divisor = sums.tokens if sums.settings.reduce == "rms" else sums.targets if many else sums.samples
     if sums.settings.unit == "weight":
         return weight_times_sums(site, total, divisor, sums.settings.reduce)
     mean = total / divisor
@@ -155,6 +155,8 @@ def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Se
                 f"method {method.name} cannot score site '{role}': {method.why}; use "
                 f"{', '.join(method.roles)}"
             )
+    if settings.reduce == "rms" and method.targeted and settings.unit != "weight":
+        raise UserError(f"reduce rms is for unit weight, not {settings.unit}; use mean, mean_abs or abs_mean")
     if settings.unit == "weight" and method.targeted and settings.non_finite == "skip":
         raise UserError(
             "unit weight does not support non_finite skip, because a sample cannot be removed from its "

@@ -16,7 +16,7 @@ from .methods import require_method
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "unit": ("neuron", "head", "weight"),
     "neuron": ("abs", "signed"),
-    "reduce": ("mean", "mean_abs", "abs_mean"),
+    "reduce": ("mean", "mean_abs", "abs_mean", "rms"),
     "non_finite": ("error", "skip"),
     "sums_dtype": ("float32", "float64", "bfloat16"),
     "gradient_checkpointing": (True, False, "auto", "offload"),

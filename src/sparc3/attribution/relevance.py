@@ -89,6 +89,8 @@ def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
     rows = [row for row, sample in enumerate(batch.samples) for _ in sample.positions]
     columns = [position for sample in batch.samples for position in sample.positions]
     logits = logits_at(model, batch.ids, rows, columns)
+    if batch.samples[0].log:
+        logits = logits.float().log_softmax(-1)
     ranks = torch.arange(len(rows), device=logits.device)
     if batch.samples[0].tokens is None:
         return logits[ranks, logits.detach().argmax(-1)].sum()
@@ -321,8 +323,11 @@ def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Te
             )
         pairs.append((g, x))
     if pairs:
+        pairs = _match_dtypes(pairs)
+        if sums.settings.reduce == "rms":  # Σ_t (ĝ_ti a_tj)² is a product too, of the squares
+            pairs = [(_to_float32(g).square(), _to_float32(x).square()) for g, x in pairs]
         add = add_absolute_ if sums.settings.reduce == "mean_abs" else add_signed_
-        add(sums.matrix(site), _match_dtypes(pairs))
+        add(sums.matrix(site), pairs)
     sums.streamed.update((sample.index, site.name) for sample in batch.samples)
 
 
@@ -354,9 +359,11 @@ def _pieces(total: Tensor, device: torch.device) -> list[slice]:
 
 def weight_times_sums(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
     """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the
-    reduction takes it."""
+    reduction takes it; |W| ⊙ √(total / divisor) of squares."""
     if not total.numel():  # CP-LRP holds the site constant
         return torch.zeros(site.out, site.inp)
+    if reduce == "rms":
+        return total.div_(divisor).sqrt_().mul_(site.weight.detach().to(total.device).abs())
     total.mul_(site.weight.detach().to(total.device))
     if divisor != 1:
         total.div_(divisor)

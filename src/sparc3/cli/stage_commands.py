@@ -19,7 +19,7 @@ OPTIONS = {
     "sites": "comma-separated roles (default: mlp.up)",
     "target": "predicted, label, contrast, completion[:N], next (default: predicted)",
     "neuron": "abs or signed (default: abs)",
-    "reduce": "mean, mean_abs, abs_mean (default: mean)",
+    "reduce": "mean, mean_abs, abs_mean, rms (default: mean)",
     "batch_tokens": "padded tokens in one forward pass (default: auto)",
     "skip_positions": "leave so many first positions of each sample out of the sums (default: 0)",
     "gradient_checkpointing": "true: compute layers twice to keep less; offload: and that on the CPU; auto: "

@@ -88,8 +88,8 @@ class Lengths:
 
 def _make_encoded(place: int, text: int, completion: int, target: str) -> Encoded:
     last = text - 1
-    if target == "next":
-        return Encoded(place, (0,) * text, tuple(range(last)), (0,) * last)
+    if target in ("next", "logprob"):
+        return Encoded(place, (0,) * text, tuple(range(last)), (0,) * last, log=target == "logprob")
     if target == "completion":
         return Encoded(
             place, (0,) * (text + completion - 1), tuple(range(last, last + completion)), (0,) * completion
@@ -102,9 +102,8 @@ def _cut(one: Encoded, context: int) -> Encoded:
     if len(one.ids) <= context:
         return one
     positions = tuple(position for position in one.positions if position < context) or (context - 1,)
-    return Encoded(
-        one.index, one.ids[:context], positions, one.tokens and one.tokens[: len(positions)], one.against
-    )
+    tokens = one.tokens and one.tokens[: len(positions)]
+    return replace(one, ids=one.ids[:context], positions=positions, tokens=tokens)
 
 
 def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":

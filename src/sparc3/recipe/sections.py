@@ -73,8 +73,8 @@ class Compress(Strict):
 
     Attributes:
         methods: magnitude, wanda, lrp, any other that scores weights, or wanda-sequential.
-        reduces: of methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, or
-            both.
+        reduces: of methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, "rms",
+            the root mean square over tokens, or several.
         scope: "row", "site", "global", or n:m, which has no fractions.
         fractions: shares of the weights that go.
         samples: numbers of reference samples to compare, each of every seed's set; methods that look at no
@@ -87,7 +87,7 @@ class Compress(Strict):
     methods: tuple[Annotated[str, _method_or(SEQUENTIAL)], ...] = Field(
         default=("magnitude", "wanda", "lrp"), min_length=1
     )
-    reduces: tuple[Literal["mean_abs", "abs_mean"], ...] = Field(default=("mean_abs",), min_length=1)
+    reduces: tuple[Literal["mean_abs", "abs_mean", "rms"], ...] = Field(default=("mean_abs",), min_length=1)
     scope: AnyScope = "row"
     fractions: tuple[Share, ...] = ()
     samples: tuple[Annotated[int, Field(ge=1)], ...] = ()

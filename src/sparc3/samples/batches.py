@@ -19,7 +19,7 @@ from .tokens import MaybeTokenizer, plain_ids, read_sample, tokenize
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-TARGETS = ("predicted", "label", "contrast", "completion", "next")
+TARGETS = ("predicted", "label", "contrast", "completion", "next", "logprob")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Encoded:
         positions: where logits count.
         tokens: which logit at each; None: the largest one.
         against: the logit to subtract at each; None: none.
+        log: whether log-probabilities count instead of logits.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Encoded:
     positions: tuple[int, ...]
     tokens: tuple[int, ...] | None = None
     against: tuple[int, ...] | None = None
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def _encode(
         if target == "predicted":
             return Encoded(index, ids, (last,))
         if len(ids) < 2:
-            raise UserError(f"{where} has one token; target next needs at least two")
-        return Encoded(index, ids, tuple(range(last)), ids[1:])
+            raise UserError(f"{where} has one token; target {target} needs at least two")
+        return Encoded(index, ids, tuple(range(last)), ids[1:], log=target == "logprob")
     _require_key(sample, "completion", where)
     tokens = read_sample(sample, tokenizer, where)
     ids, answer = tokens.prompt, tokens.completion[:first]
@@ -208,7 +210,7 @@ def _truncate(encoded: Encoded, context: int, target: str) -> Encoded:
         raise UserError(
             f"sample {encoded.index}: truncation leaves nothing of its completion; shorten its text"
         )
-    return Encoded(encoded.index, ids, kept, encoded.tokens[: len(kept)])
+    return replace(encoded, ids=ids, positions=kept, tokens=encoded.tokens[: len(kept)])
 
 
 def token_budget(batch_tokens: int | str, device: str) -> int:
