@@ -96,20 +96,14 @@ def require_source(name: str) -> None:
     if not is_path(name):
         raise unknown("source", name, _SOURCES)
     if not Path(name).is_file():
-        raise UserError(
-            f"no such file: {name}; a source is one of {', '.join(sources())}, or the path of a JSONL or "
-            "text file"
-        )
-
-
-def require_column(column: str | None, source: str | None) -> None:
-    """Raise UserError where a column is named and the source is no file."""
-    if column is not None and source is not None and not is_path(source):
-        raise UserError(f"column names that of a file, and source '{source}' is none; leave column out")
+        known = ", ".join(sources())
+        raise UserError(f"no such file: {name}; a source is one of {known}, or a file of JSON lines or text")
 
 
 def _require_file(column: str | None, info: ValidationInfo) -> str | None:
-    require_column(column, info.data.get("source"))
+    source = info.data.get("source")
+    if column is not None and source is not None and not is_path(source):
+        raise UserError(f"column names that of a file, and source '{source}' is none; leave column out")
     return column
 
 
@@ -282,7 +276,7 @@ def _ioi(request: Request, tokenizer: MaybeTokenizer, score: Score | None) -> li
     """Indirect object identification in words that are single tokens for the model (Wang et al. 2022)."""
     from .ioi_sentences import sentences
 
-    return _take_rows(sentences(tokenizer, request.split, request.seeds[0], request.taken), request.count)
+    return _take_rows(sentences, request, tokenizer)
 
 
 @source("agreement")
@@ -290,12 +284,13 @@ def _agreement(request: Request, tokenizer: MaybeTokenizer, score: Score | None)
     """Subject-verb agreement across a noun of the other number (Linzen et al. 2016)."""
     from .agreement_sentences import sentences
 
-    return _take_rows(sentences(tokenizer, request.split, request.seeds[0], request.taken), request.count)
+    return _take_rows(sentences, request, tokenizer)
 
 
-def _take_rows(rows: Iterator[tuple[str, str, str]], count: int) -> list[Sample]:
+def _take_rows(sentences: Callable[..., Any], request: Request, tokenizer: MaybeTokenizer) -> list[Sample]:
     """As many samples of (prompt, target, contrast) as are asked for, or as there are."""
-    return [Sample(text, None, target, contrast) for text, target, contrast in islice(rows, count)]
+    rows = islice(sentences(tokenizer, request.split, request.seeds[0], request.taken), request.count)
+    return [Sample(text, None, target, contrast) for text, target, contrast in rows]
 
 
 def stream(seed: int | None, **where: Any) -> Iterator[dict[str, Any]]:
@@ -426,16 +421,12 @@ def toxic_prompts(
 def _fresh_prompts(
     rows: Iterable[tuple[str, dict[str, Any]]], request: Request, tokenizer: MaybeTokenizer
 ) -> Iterator[tuple[str, dict[str, Any], Sample]]:
-    """Rows of the request's split whose prompt no other set of the run holds. A prompt's split follows from
-    its words."""
+    """Rows of the request's split, which follows from the prompt's words, that no other set holds."""
     seen = set(map(plain, request.taken))
     for where, row in rows:
         sample = sample_of(row, where, request.answer)
         if sample.words is None:
-            raise UserError(
-                f"{where} holds token ids, and prompts are chosen by their words; give a text, or leave "
-                f"choose_by out"
-            )
+            raise UserError(f"{where} has token ids, and choose_by needs words; give a text, or leave it out")
         key = plain(sample.words)
         if key not in seen and (prompt_split(key) == "test") == (request.split == "test"):
             seen.add(key)
@@ -443,14 +434,12 @@ def _fresh_prompts(
 
 
 def plain(text: str) -> str:
-    """What identifies a prompt: its text, where case, white space and Unicode's ways of writing one character
-    do not count."""
+    """What identifies a prompt: its text, however its case, white space and characters are written."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def prompt_split(text: str) -> str:
-    """Which side of the fence a prompt of a source without splits lies on: 70 % are for reference, 30 % for
-    test."""
+    """The split of a prompt of a source without splits: 70 % are for reference, 30 % for test."""
     return "test" if random.Random(f"sparc3/split/{plain(text)}").random() < 0.3 else "reference"
 
 
