@@ -74,7 +74,9 @@ class WorkList:
 def list_work(recipe: Recipe, sites: Sequence[Site], completed: Completed) -> WorkList:
     """The work of a recipe on a model with these sites."""
     if recipe.job == "discover":
-        made = tuple(dict.fromkeys(_list_discover(recipe)))
+        methods, sets = recipe.discover.methods, [name for name, _ in reference_sets(recipe)]
+        each = (_single_attribution(recipe, method, name) for method in methods for name in sets)
+        made = tuple(dict.fromkeys(each))
         return WorkList(
             made, ("original", "empty", *_discover_variants(recipe, sites)), score_files=len(made)
         )
@@ -213,8 +215,8 @@ def rival_methods(recipe: CorrectRecipe) -> tuple[str, ...]:
 
 
 def _search_of(recipe: CorrectRecipe) -> Tune:
-    assert recipe.selection.tune
-    return recipe.selection.tune
+    assert recipe.tune
+    return recipe.tune
 
 
 def attributions_tried(recipe: CorrectRecipe) -> list[tuple[str, str]]:
@@ -262,11 +264,6 @@ def count_candidates_tried(recipe: CorrectRecipe) -> int:
 
 
 # The jobs discover and compress.
-
-
-def _list_discover(recipe: DiscoverRecipe) -> Iterator[Attribution]:
-    for method in recipe.discover.methods:
-        yield from (_single_attribution(recipe, method, name) for name, _ in reference_sets(recipe))
 
 
 def _list_compress(recipe: CompressRecipe) -> Iterator[Attribution]:
@@ -342,7 +339,6 @@ def prunings_of(compress: Compress, *, sampled: bool) -> list[tuple[str, str, st
 
 
 # How many units each circuit has, by whichever scope.
-
 
 Sizes = dict[int, dict[str, Any]]
 """Number of units in all, ascending → the count or fraction by which `select` takes so many; nothing for a
