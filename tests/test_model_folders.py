@@ -177,3 +177,27 @@ def test_a_folder_around_the_checkpoint_is_told_with_the_one_inside(tmp_path, in
     shutil.copytree(DEMO, tmp_path / "outer" / inside)
     with pytest.raises(UserError, match=f"outer/{inside} "):
         load_weights(tmp_path / "outer")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+        "ForMultipleChoice",
+        "ForMaskedLM",
+    ],
+)
+def test_a_checkpoint_with_another_head_is_refused_though_its_embeddings_are_tied(folder, head):
+    change_config(folder, architectures=[f"Llama{head}"])
+    with pytest.raises(UserError, match=f"Llama{head}"):
+        require_loadable(folder)
+
+
+@pytest.mark.parametrize(
+    "said", [None, [], ["LlamaForCausalLM"], ["LlamaModel"], ["SomeForConditionalGeneration"]]
+)
+def test_other_names_of_the_architecture_load_as_before(folder, said):
+    change_config(folder, architectures=said)
+    assert describe(load_weights(folder))["fingerprint"] == describe(load_model("demo")[0])["fingerprint"]

@@ -293,6 +293,7 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
                 raise
             require_hub(name, remedy)
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    _require_language_model(config, name)
     _require_rope(config, name)
     for part in (config, config.get_text_config()):
         pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
@@ -305,6 +306,18 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
             )
             part._attn_implementation = None
     return config
+
+
+def _require_language_model(config: Any, name: str) -> None:
+    """Raise UserError for a checkpoint with another head, in whose place a tied embedding would be used."""
+    for said in config.architectures or ():
+        head = str(said).partition("For")[2]
+        if head.endswith(
+            ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
+        ):
+            raise UserError(
+                f"'{name}' is a {said}, which predicts no next token; give the language model it was made from"
+            )
 
 
 def _require_rope(config: Any, name: str) -> None:
