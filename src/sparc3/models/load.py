@@ -316,7 +316,7 @@ def _require_language_model(config: Any, name: str) -> None:
             ("Classification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "RewardModel")
         ):
             raise UserError(
-                f"'{name}' is a {said}, which predicts no next token; give the language model it was made from"
+                f"'{name}' is a {said}, which predicts no next token; give the model it was made from"
             )
 
 
