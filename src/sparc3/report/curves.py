@@ -35,11 +35,8 @@ def curves(run: RunFolder) -> list[Figure]:
 def _draw_curves(run: RunFolder, metric: str) -> Figure:
     points = run.points(metric)
     counts = sorted({point.count for point in points})
-    original, circuit, measured = (
-        run.find(metric, "original"),
-        run.find(metric, "ablated"),
-        points[0].measurement,
-    )
+    original, circuit = run.find(metric, "original"), run.find(metric, "ablated")
+    measured = points[0].measurement
     lines = {method: [p for p in points if p.method == method] for method in run.methods}
     lines = {method: found for method, found in lines.items() if found}
     # Where most units go, what counts is how few are left: even steps there, a logarithm where few go.
@@ -48,11 +45,11 @@ def _draw_curves(run: RunFolder, metric: str) -> Figure:
     shown = [*(point.measurement for point in points), *(m for m in (original, circuit) if m)]
     values = [end for m in shown for end in (m.value, *(_ends_of(run, m) or ())) if end is not None]
     anchor = original.value if original and original.value else points[0].value
-    y = Scale.fit(values, BOTTOM, TOP, share=is_share(metric, measured.unit), anchor=anchor)
-    chart = Chart(x, y)
+    share = is_share(metric, measured.unit)
+    chart = Chart(x, Scale.fit(values, BOTTOM, TOP, share=share, anchor=anchor))
 
     def write_tick(value: float) -> str:
-        if not is_share(metric, measured.unit):
+        if not share:
             return f"{value:,.6g}".replace("-", MINUS)
         exact = abs(value * 100 - round(value * 100, 2)) < 1e-9
         return f"{value * 100:{'g' if exact else '.1f'}}{PERCENT}"

@@ -224,14 +224,7 @@ def _draw_cloud(
         corners = [corner for pair in zip(front, steps, strict=False) for corner in pair]
         path = polyline([(x(a), y(b)) for a, b in [*corners, front[-1]]])
         chart.add(tag("path", d=path, class_="front"))
-    for spot in spots:
-        at_x, at_y = x(spot.place[0]), y(spot.place[1])
-        across, along = spot.intervals
-        bars = [line(x(across[0]), x(across[1]), at_y, at_y, "whisker")] if across else []
-        bars += [line(at_x, at_x, y(along[0]), y(along[1]), "whisker")] if along else []
-        hit = tag("circle", cx=at_x, cy=at_y, r=9.0, class_="hit")
-        kind = f"spot series {spot.colour}{' faint-spot' if spot.faint else ''}"
-        chart.add_target(spot.key, spot.tip, *bars, hit, mark(spot.colour, at_x, at_y, 4.2), class_=kind)
+    _add_spots(chart, spots)
     marked = []
     if original:
         a, b = x(original[0]), y(original[1])
@@ -240,6 +233,18 @@ def _draw_cloud(
         marked.append(tag("circle", cx=x(chosen[0]), cy=y(chosen[1]), r=8.5, class_="chosen"))
     chart.add(tag("g", *marked, aria_hidden="true"))
     return chart.draw(heading, note, f"{heading}; arrow keys step through the points", "curve cloud")
+
+
+def _add_spots(chart: Chart, spots: list[Spot]) -> None:
+    """Each with its intervals, a mark, and a place around it to point at."""
+    for spot in spots:
+        at_x, at_y = chart.x(spot.place[0]), chart.y(spot.place[1])
+        across, along = spot.intervals
+        bars = [line(chart.x(across[0]), chart.x(across[1]), at_y, at_y, "whisker")] if across else []
+        bars += [line(at_x, at_x, chart.y(along[0]), chart.y(along[1]), "whisker")] if along else []
+        hit = tag("circle", cx=at_x, cy=at_y, r=9.0, class_="hit")
+        kind = f"spot series {spot.colour}{' faint-spot' if spot.faint else ''}"
+        chart.add_target(spot.key, spot.tip, *bars, hit, mark(spot.colour, at_x, at_y, 4.2), class_=kind)
 
 
 def _scale_damage(damage: str, spots: list[Spot], budget: float | None) -> Scale:

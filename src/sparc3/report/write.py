@@ -17,6 +17,7 @@ from ..safe_text import visible
 from ..storage import write_text
 from . import compression, discovery, headline, tables, words
 from .cards import cards, protected, sharing, unit_map
+from .charts import Tip
 from .curves import curves, draw_samples
 from .examples import Mask, finalize, heat_maps, kinds
 from .read import RunFolder, read_folder
@@ -125,14 +126,14 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "fingerprints": tables.fingerprints(run),
         "environment": dict(tables.flatten(run.environment)),
         "recipe": recipe,
-        "tips": {
-            key: {
-                "head": visible(tip.head),
-                "rows": [{"key": c, "name": visible(name), "text": visible(t)} for name, t, c in tip.rows],
-            }
-            for key, tip in tips.items()
-        },
+        "tips": {key: _write_tip(tip) for key, tip in tips.items()},
     }
+
+
+def _write_tip(tip: Tip) -> dict[str, Any]:
+    """A tip as the script takes it, every text in it made visible."""
+    rows = [{"key": key, "name": visible(name), "text": visible(text)} for name, text, key in tip.rows]
+    return {"head": visible(tip.head), "rows": rows}
 
 
 def _hash_source(source: str) -> str:
