@@ -1,7 +1,7 @@
 """Relevance propagation the slow way: messages R_{i←j} from every output j to every input i, in float64, without a gradient.
 
 A second opinion on the engine, written from the papers and sharing no code with it:
-z-rule (ε-rule with ε → 0) on linear maps and sums, R_{i←j} = a_i w_ji / z_j · R_j (Bach et al. 2015); identity rule on
+z-rule on sums and ε-rule on linear maps, R_{i←j} = a_i w_ji / (z_j + ε sign z_j) · R_j (Bach et al. 2015); identity rule on
 element-wise functions, uniform ½ rule on products, softmax by its Taylor expansion, norms as a linear map at a constant
 statistic (AttnLRP, Achtibat et al. 2024, arXiv 2402.05602); CP-LRP, where attention weights and gates are constants (Ali et al. 2022).
 What a router decides is constant: a token's output is a weighted sum over its experts, which the z-rule shares out.
@@ -66,9 +66,10 @@ def softmax_rule(scores: Tensor, weights: Tensor, relevance: Tensor) -> Tensor:
 class Propagation:
     """Weights of a model in float64, and the relevance found so far."""
 
-    def __init__(self, model: Any, cp: bool) -> None:
+    def __init__(self, model: Any, cp: bool, gate: float | None = None, epsilon: float = 0.0) -> None:
         self.state = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
-        self.cp = cp
+        self.cp, self.epsilon = cp, epsilon
+        self.gate = gate if gate is not None else 0.0 if cp else 0.5
         self.found = Relevance()
 
     def linear(self, name: str, a: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ class Propagation:
 
     def linear_back(self, name: str, a: Tensor, relevance: Tensor) -> Tensor:
         """R of z = W a + b [T, out] to a [T, in]; notes R_W, R_z and R_b."""
-        share = per_unit(relevance, self.linear(name, a))
+        z = self.linear(name, a)
+        share = per_unit(relevance, z + self.epsilon * z.sign())
         messages = self.state[f"{name}.weight"] * a[:, None, :] * share[:, :, None]
         self.found.weights[name] = messages.sum(0)
         self.found.outputs[name] = relevance.sum(0)
@@ -169,9 +171,7 @@ class GatedMlp:
 
     def back(self, b: Tensor, relevance: Tensor) -> Tensor:
         r_product = self.run.linear_back(self.down, self.product(b), relevance)
-        r_gate, r_up = (
-            (torch.zeros_like(r_product), r_product) if self.run.cp else (r_product / 2, r_product / 2)
-        )
+        r_gate, r_up = self.run.gate * r_product, (1 - self.run.gate) * r_product
         return self.run.linear_back(self.gate, b, r_gate) + self.run.linear_back(self.up, b, r_up)
 
 
@@ -220,9 +220,11 @@ class Mixture:
         return r
 
 
-def llama(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
+def llama(
+    model: Any, ids: list[int], *, cp: bool = False, gate: float | None = None, epsilon: float = 0.0
+) -> Relevance:
     """Relevance of the largest logit at the last position of a Llama, or of one with experts, or with norms of queries and keys."""
-    run, config = Propagation(model, cp), model.config
+    run, config = Propagation(model, cp, gate, epsilon), model.config
     tokens, width = (
         len(ids),
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -285,9 +287,11 @@ def llama(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
     return run.found
 
 
-def opt(model: Any, ids: list[int], *, cp: bool = False) -> Relevance:
+def opt(
+    model: Any, ids: list[int], *, cp: bool = False, gate: float | None = None, epsilon: float = 0.0
+) -> Relevance:
     """Relevance of the largest logit at the last position of an OPT with norms before each block."""
-    run, config = Propagation(model, cp), model.config
+    run, config = Propagation(model, cp, gate, epsilon), model.config
     tokens, width = len(ids), config.hidden_size // config.num_attention_heads
     embedded = run.state["model.decoder.embed_tokens.weight"][ids]
     placed = run.state["model.decoder.embed_positions.weight"][torch.arange(tokens) + 2]

@@ -47,16 +47,19 @@ def exact_scores(
     unit: str = "neuron",
     neuron: str = "abs",
     tokens: int = 1,
+    epsilon: float = 0.0,
 ) -> dict[str, Tensor]:
     """What `attribute` computes, before it rounds to float32."""
     roles = ("attn.o",) if unit == "head" else roles_of(model) if method != "activation" else ("mlp.up",)
-    chosen, settings = settings_for(Settings(method, unit, "predicted", neuron, "mean"), roles)
+    asked = Settings(method, unit, "predicted", neuron, "mean", sums_dtype="float64", epsilon=epsilon)
+    chosen, settings = settings_for(asked, roles)
     sums, where = Sums(settings), sites_of(model, roles)
     encoded = encode(ReferenceSet.of(ids), None, "predicted", context=32, vocabulary=40)
     assert chosen.run
     for _ in chosen.run(model, make_batches(encoded, tokens, torch.device("cpu")), where, settings, sums):
         pass
-    return {site.name: chosen.finish(site, sums.totals[site.name], sums) for site in where}
+    none = torch.zeros(0, dtype=torch.float64)  # of weights that CP-LRP holds constant
+    return {site.name: chosen.finish(site, sums.totals.get(site.name, none), sums) for site in where}
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -213,7 +216,9 @@ def test_cp_relevance_adds_up_to_the_logit(name: str) -> None:
         assert relevance_ledger(model, ids, cp=False).gap > 1e-6
 
 
-@pytest.mark.parametrize("method", ["lrp", "cp-lrp", "gradient", "wanda", "activation"])
+@pytest.mark.parametrize(
+    "method", ["lrp", "cp-lrp", "relp", "gim", "gradient", "ig:2", "wanda", "activation"]
+)
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_padding_and_batches_change_nothing(name: str, method: str) -> None:
     model, ids = tiny(name), samples(4)
@@ -350,7 +355,7 @@ def test_rules_within_rules_are_the_inner_rules() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["lrp", "cp-lrp", "gradient", "wanda", "activation", "magnitude", "random"]
+    "method", ["lrp", "cp-lrp", "relp", "gim", "gradient", "ig", "wanda", "activation", "magnitude", "random"]
 )
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_attribute_leaves_no_gradient_and_nothing_else(name: str, method: str) -> None:

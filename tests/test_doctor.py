@@ -164,8 +164,8 @@ def test_families_pass_and_are_left_as_they_were(name: str) -> None:
 
 
 def test_a_wrong_share_of_the_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shared(query_key_value: Any, cp: bool) -> tuple[Tensor, ...]:
-        shares = (0.0, 0.0, 1.0) if cp else (0.0, 0.5, 0.5)
+    def shared(query_key_value: Any, asked: rules.RuleSet) -> tuple[Tensor, ...]:
+        shares = (0.0, 0.5, 0.5) if asked == rules.ATTN_LRP else asked.shares
         return tuple(
             rules.scale_relevance(x, share) for x, share in zip(query_key_value, shares, strict=True)
         )

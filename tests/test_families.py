@@ -158,9 +158,9 @@ def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(
     model, seen, outputs = tiny(name), [], {}
     plain = patching._shared_out
 
-    def recorded(query_key_value: Any, cp: bool) -> Any:
+    def recorded(query_key_value: Any, asked: Any) -> Any:
         seen.append(query_key_value)
-        return plain(query_key_value, cp)
+        return plain(query_key_value, asked)
 
     monkeypatch.setattr(patching, "_shared_out", recorded)
     sites = sites_of(model, ("attn.q", "attn.k", "attn.v"))[:3]

@@ -99,7 +99,7 @@ def test_capped_attention_is_gemmas_and_its_relevance_that_of_explicit_messages(
     module = nn.Module()
     module.num_key_value_groups = 2  # type: ignore[assignment]
     theirs, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.4, softcap=3.0)
-    mine, weights = rules.capped_attention(module, query, key, value, mask, scaling=0.4, softcap=3.0)
+    mine, weights = rules.explicit_attention(module, query, key, value, mask, scaling=0.4, softcap=3.0)
     assert torch.equal(mine, theirs)
     after, (to_query, to_key, to_value) = flow(mine, query, key, value)
     expected = [torch.zeros_like(x) for x in (query, key, value)]

@@ -53,6 +53,7 @@ def attribute(
     gradient_checkpointing: bool | str = "auto",
     sums_dtype: str = "float32",
     sums_device: str = "cpu",
+    epsilon: float = 0.0,
     partial: str | Path | None = None,
     save_every: float = 60.0,
     shard: tuple[int, int] | None = None,
@@ -64,7 +65,8 @@ def attribute(
         samples: a ReferenceSet, texts, or token-id lists. The methods magnitude and random use none: pass an
             empty list.
         tokenizer: the model's own; not needed for token ids.
-        method: lrp, cp-lrp, gradient, wanda, activation, magnitude, random (random:SEED).
+        method: lrp, cp-lrp, relp, gim, gradient, ig (ig:STEPS), wanda, activation, magnitude, random
+            (random:SEED).
         unit: "neuron", "head" (sites must be attn.o) or "weight".
         sites: canonical roles.
         target: predicted, label, contrast, completion (completion:N), next, logprob; see docs/targets.md.
@@ -87,6 +89,8 @@ def attribute(
         sums_dtype: of the running sums of weight relevance, one number a weight: "float32", "float64", or
             "bfloat16", which is half the memory and rounds away what many samples add little by little.
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
+        epsilon: ε of LRP's rule on linear maps, R_{i←j} = a_i w_ji R_j / (z_j + ε sign z_j), for lrp, cp-lrp
+            and relp; 0 is the limit.
         partial: a file for the sums so far. An interrupted call that is repeated with it resumes, and ends
             with the same scores; the file is removed at the end.
         save_every: seconds between two savings of the sums; more where they are so large that saving would
@@ -348,4 +352,6 @@ def _finish_scores(
     said = {key: getattr(settings, key) for key in ("target", "neuron", "reduce", "skip_positions")}
     counts = {key: getattr(sums, key) for key in ("samples", "tokens", "targets", "skipped")}
     kind = {"method": settings.method, "unit": settings.unit, "sites_roles": list(roles)}
+    if settings.epsilon:
+        said["epsilon"] = settings.epsilon
     return Scores(values, {**kind, **said, **counts, **about, "version": __version__})

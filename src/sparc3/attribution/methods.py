@@ -12,7 +12,8 @@ from ..errors import UserError, unknown
 from ..models.sites import Site
 from ..samples.batches import Batch
 from .activations import activation, wanda
-from .relevance import cp_lrp, gradient, lrp, weight_times_sums
+from .integrated_gradients import integrated_gradients
+from .relevance import cp_lrp, gim, gradient, lrp, relp, weight_times_sums
 from .sums import Settings, Sums
 
 Run = Callable[..., Generator[Batch, None, None]]
@@ -31,6 +32,7 @@ class Method:
         why: what to say of a unit or site it cannot score.
         targeted: whether it explains a target logit, which the samples must then provide.
         weighs: whether its scores are made of the weight's values whatever the unit (see `needs_weight`).
+        numbered: whether its name may be followed by a number: random:SEED, ig:STEPS.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Method:
     why: str = ""
     targeted: bool = False
     weighs: bool = False
+    numbered: bool = False
 
 
 def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
@@ -95,7 +98,10 @@ def register(method: Method) -> None:
 for _method in (
     Method("lrp", lrp, _mean, ALL, targeted=True),
     Method("cp-lrp", cp_lrp, _mean, ALL, targeted=True),
+    Method("relp", relp, _mean, ALL, targeted=True),
+    Method("gim", gim, _mean, ALL, targeted=True),
     Method("gradient", gradient, _mean, ALL, targeted=True),
+    Method("ig", integrated_gradients, _mean, ALL, targeted=True, numbered=True),
     Method(
         "wanda",
         wanda,
@@ -113,7 +119,7 @@ for _method in (
         why="an activation belongs to a neuron of mlp.up",
     ),
     Method("magnitude", None, _magnitude, ALL, weighs=True),
-    Method("random", None, _random, ALL),
+    Method("random", None, _random, ALL, numbered=True),
 ):
     register(_method)
 
@@ -124,8 +130,8 @@ def methods() -> list[str]:
 
 def require_method(name: str) -> Method:
     """The method called `name`; "random:3" is random with seed 3. Raises UserError for an unknown one."""
-    base = name.partition(":")[0]
-    if base not in _METHODS or (base != name and (base != "random" or not name.partition(":")[2].isdigit())):
+    base, colon, number = name.partition(":")
+    if base not in _METHODS or (colon and not (_METHODS[base].numbered and number.isdigit())):
         raise unknown("method", name, _METHODS)
     return _METHODS[base]
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 
 from ..errors import unknown
 from ..models.families import ROLES
@@ -41,6 +41,15 @@ class AttributionOptions(Strict):
     sums_dtype: str = "float32"
     sums_device: str = "cpu"
     gradient_checkpointing: bool | str = "auto"
+    epsilon: float = Field(default=0.0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What the options' fingerprints are made of: the same as before there was an ε, where it is 0."""
+        values: dict[str, Any] = plain(self)
+        if values.get("epsilon") == 0:
+            del values["epsilon"]
+        return values
 
     @field_validator(*CHOICES)
     @classmethod

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from ..models.families import Family
 from ..models.sites import family_of, layers_of, shadowed
 from ..samples.batches import Batch
+from .patching import LINEAR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-LINEAR = {"Linear", "Linear4bit", "Linear8bitLt", "Conv1D"}
 
 READ_ELSEWHERE = {"attn.k", "attn.v"}
 """Roles whose outputs later positions read, in the last layer too."""
@@ -36,7 +35,7 @@ def pack_positions(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
     real, targets = (_rows(batch, last=last) for last in (False, True))
     layers, count = list(layers_of(model)), batch.ids.numel()
     with ExitStack() as stack:
-        for layer in layers:
+        for layer in layers if len(real) <= WORTH * count else layers[-1:]:
             for module, cut in _maps(layer, family_of(model)):
                 rows = targets if cut and layer is layers[-1] else real
                 if len(rows) <= WORTH * count:

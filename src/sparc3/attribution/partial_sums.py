@@ -58,6 +58,8 @@ class Task:
         """As plain data, without where and how it is computed: sums from a GPU and from a CPU add up."""
         plain = asdict(self)
         del plain["settings"]["sums_device"], plain["settings"]["gradient_checkpointing"]
+        if not self.settings.epsilon:  # which files from before there was one lack
+            del plain["settings"]["epsilon"]
         return plain
 
     def stand_ins(self) -> list[Site]:

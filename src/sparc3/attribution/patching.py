@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..models.experts import one_by_one
+from ..models.experts import MATRICES, one_by_one
 from ..models.families import Family
 from ..models.offloading import device_of, forward_within, renew_
 from ..models.sites import (
@@ -71,11 +71,16 @@ FUSED = ("flash_attention", "flex_attention")
 OURS = "sparc3_"
 """What the names that we register with transformers begin with."""
 
+LINEAR = {"Linear", "Linear4bit", "Linear8bitLt", "Conv1D"}
+"""Classes of linear maps."""
+
 
 @contextmanager
-def lrp_rules(model: "PreTrainedModel", *, cp: bool = False) -> Iterator[None]:
-    """Inside, gradients through `model` are AttnLRP's modified gradients; CP-LRP's where `cp`. Forward values
-    do not change.
+def lrp_rules(
+    model: "PreTrainedModel", *, cp: bool = False, rule_set: rules.RuleSet | None = None
+) -> Iterator[None]:
+    """Inside, gradients through `model` are modified as the rule set says: AttnLRP's, or CP-LRP's where `cp`,
+    if none is given. Forward values do not change.
 
     AttnLRP: attention gives ½ to V, ¼ to Q and K each, the gate of a gated MLP gets ½. CP-LRP: Q, K and the
     gate are constants. In both, what a router decides is constant: which experts a token is sent to, and the
@@ -84,8 +89,8 @@ def lrp_rules(model: "PreTrainedModel", *, cp: bool = False) -> Iterator[None]:
     Raises:
         UnsupportedModel: a module that no rule is known for; nothing has been touched then.
     """
-    family = family_of(model)
-    changes = [*_forwards(model, family, cp), *_attentions(model, family, cp), *_configs(model, family, cp)]
+    family, asked = family_of(model), rule_set or (rules.CP_LRP if cp else rules.ATTN_LRP)
+    changes = [change for part in (_forwards, _attentions, _configs) for change in part(model, family, asked)]
     with ExitStack() as stack:
         for module, name, value in changes:
             stack.enter_context(shadowed(module, name, value))
@@ -96,10 +101,9 @@ Change = tuple[nn.Module, str, Any]
 """A module, and the instance attribute that it gets."""
 
 
-def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
+def _forwards(model: "PreTrainedModel", family: Family, asked: rules.RuleSet) -> Iterator[Change]:
     """Which module gets which forward; refuses a module it does not know."""
     own = {family.classes + suffix for suffix in CONTAINERS}
-    share = 0.0 if cp else 0.5
     gated, inside_gated, experts, constants = (set[nn.Module]() for _ in range(4))
     for layer in layers_of(model):
         if family.gated:
@@ -109,7 +113,7 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
         if found := experts_in(layer, family):
             experts.add(found)
             constants.update(layer.get_submodule(path) for path in family.constants)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     for name, module in model.named_modules():
         kind, origin, forward = type(module).__name__, type(module).__module__, forward_within(module)
         plain = getattr(module, forward)
@@ -118,22 +122,29 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
                 f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the "
                 "weights first"
             )
-        if module in gated:
-            yield module, forward, _gated_mlp(module, family, share=share, name=name)
-        elif module in experts:
-            product = _product(module.get_submodule("act_fn"), share, name)
+        linear = kind in LINEAR or isinstance(module, nn.Linear)
+        if linear and asked.epsilon:
+            plain = partial(rules.epsilon_rule, function=plain, epsilon=asked.epsilon)
+        if module in gated and asked.identity:
+            yield module, forward, _gated_mlp(module, family, share=asked.gate, name=name)
+        elif module in experts and asked.identity:
+            product = _product(module.get_submodule("act_fn"), asked.gate, name)
             yield module, forward, one_by_one(module, product, constant_routing=True)
-        elif module in constants:
+            for matrix in module.__dict__[MATRICES].values() if asked.epsilon else ():  # inside `frozen`
+                epsilon_rule = partial(rules.epsilon_rule, function=matrix.forward, epsilon=asked.epsilon)
+                yield matrix, "forward", epsilon_rule
+        elif module in constants and asked.identity:
             yield module, forward, lambda x, plain=plain: plain(x).detach()
         elif kind == family.classes + "RMSNorm":
             yield module, forward, _norm(rules.rms_norm, module, plain, family)
         elif kind in ("LayerNorm", family.classes + "LayerNorm"):
             yield module, forward, _norm(rules.layer_norm, module, plain, family)
-        elif module in inside_gated:
+        elif module in inside_gated or module in experts or module in constants:
             continue
         elif factor := _factor(module):
-            yield module, forward, partial(rules.identity_rule, function=plain, factor=factor)
-        elif module is model.get_output_embeddings() and cap:
+            if asked.identity:
+                yield module, forward, partial(rules.identity_rule, function=plain, factor=factor)
+        elif module is head and cap and asked.identity:
             # The soft-capping of logits under the identity rule; `_configs` takes the model's own away.
             yield module, forward, lambda x, plain=plain: rules.soft_cap(plain(x), cap)
         elif kind not in TRANSPARENT and kind not in own:
@@ -141,6 +152,8 @@ def _forwards(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Ch
             if "FlashAttention" in kind:
                 remedy = 'load with attn_implementation="eager"'
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; {remedy}")
+        elif linear and asked.epsilon:
+            yield module, forward, plain
 
 
 def _factor(activation: nn.Module) -> rules.Factor | None:
@@ -194,14 +207,19 @@ def _product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor
     return partial(rules.gated_product, function=activation.forward, factor=factor, share=share)
 
 
-def _attentions(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
+def _attentions(model: "PreTrainedModel", family: Family, asked: rules.RuleSet) -> Iterator[Change]:
     """The shares of query, key and value in attention modules that do not use transformers' attention
     interface."""
     for attention in [] if _uses_interface(model, family) else _attention_modules(model, family):
+        if asked.temperature != 1.0:
+            raise UnsupportedModel(
+                f"no rule for the softmax in {type(attention).__name__}, which does not use transformers' "
+                "attention interface; use another method"
+            )
         if family.splits:
-            yield attention, family.splits, _splits(getattr(attention, family.splits), cp)
+            yield attention, family.splits, _splits(getattr(attention, family.splits), asked)
         if family.mixes:
-            yield attention, family.mixes, _mixes(getattr(attention, family.mixes), cp)
+            yield attention, family.mixes, _mixes(getattr(attention, family.mixes), asked)
 
 
 def _attention_modules(model: "PreTrainedModel", family: Family) -> list[nn.Module]:
@@ -228,23 +246,24 @@ def _uses_interface(model: "PreTrainedModel", family: Family) -> bool:
     return True
 
 
-def _splits(plain: Callable[..., tuple[Tensor, ...]], cp: bool) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *args: _shared_out(plain(*args), cp)
+def _splits(plain: Callable[..., tuple[Tensor, ...]], asked: rules.RuleSet) -> Callable[..., Any]:
+    return lambda *args: _shared_out(plain(*args), asked)
 
 
-def _mixes(plain: Callable[..., Any], cp: bool) -> Callable[..., Any]:
+def _mixes(plain: Callable[..., Any], asked: rules.RuleSet) -> Callable[..., Any]:
     return lambda query, key, value, *args, **kwargs: plain(
-        *_shared_out((query, key, value), cp), *args, **kwargs
+        *_shared_out((query, key, value), asked), *args, **kwargs
     )
 
 
-def _shared_out(query_key_value: Iterable[Tensor], cp: bool) -> tuple[Tensor, ...]:
-    """¼ of the relevance to query and key each, ½ to the value; in CP mode all to the value."""
-    shares = (0.0, 0.0, 1.0) if cp else (0.25, 0.25, 0.5)
-    return tuple(rules.scale_relevance(x, share) for x, share in zip(query_key_value, shares, strict=True))
+def _shared_out(query_key_value: Iterable[Tensor], asked: rules.RuleSet) -> tuple[Tensor, ...]:
+    """Query, key and value, each with its share of what flows back."""
+    return tuple(
+        rules.scale_relevance(x, share) for x, share in zip(query_key_value, asked.shares, strict=True)
+    )
 
 
-def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Change]:
+def _configs(model: "PreTrainedModel", family: Family, asked: rules.RuleSet) -> Iterator[Change]:
     """A copy of the configuration that selects our attention, for each module that reads one."""
     copies: dict[int, Any] = {}
     interface = _uses_interface(model, family)
@@ -257,18 +276,18 @@ def _configs(model: "PreTrainedModel", family: Family, cp: bool) -> Iterator[Cha
             if interface:
                 capped = getattr(config, "attn_logit_softcapping", None) is not None
                 twin._attn_implementation_internal = _register_attention(
-                    config._attn_implementation or "eager", cp, capped
+                    config._attn_implementation or "eager", asked, capped
                 )
-            if getattr(twin, "final_logit_softcapping", None):
+            if getattr(twin, "final_logit_softcapping", None) and asked.identity:
                 twin.final_logit_softcapping = None
         yield module, "config", copies[id(config)]
 
 
-def _register_attention(implementation: str, cp: bool, capped: bool = False) -> str:
-    """The name, in transformers' registries, of `implementation` with LRP's shares on its inputs.
+def _register_attention(implementation: str, asked: rules.RuleSet, capped: bool = False) -> str:
+    """The name, in transformers' registries, of `implementation` with the rule set's shares on its inputs.
 
     Fused kernels (flash, flex) compute what sdpa does, or, where scores are soft-capped, what eager does,
-    which stands in for them.
+    which stands in for them; and for all where a rule is about the softmax.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -278,12 +297,16 @@ def _register_attention(implementation: str, cp: bool, capped: bool = False) -> 
         implementation = implementation.removeprefix(OURS).split("_", 1)[1]
     if implementation.startswith(FUSED):
         implementation = "eager" if capped else "sdpa"
+    if implementation == "sdpa" and asked.temperature != 1.0:
+        implementation = "eager"
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedModel(
             f"no LRP rule for attention implementation '{implementation}'; load with "
             'attn_implementation="sdpa" or "eager"'
         )
-    name = f"{OURS}{'cp' if cp else 'attn'}lrp_{implementation}"
+    explicit = {"temperature": asked.temperature, "identity": asked.identity}
+    kind = "-".join(str(part) for part in (*asked.shares, *explicit.values()))
+    name = f"{OURS}{kind}_{implementation}"
 
     def attention(
         module: nn.Module,
@@ -296,11 +319,12 @@ def _register_attention(implementation: str, cp: bool, capped: bool = False) -> 
     ) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         plain = ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
-        if kwargs.get("softcap") is not None and implementation == "eager":
-            plain = rules.capped_attention
+        capped = kwargs.get("softcap") is not None
+        if implementation == "eager" and (asked.temperature != 1.0 or (capped and asked.identity)):
+            plain, kwargs = rules.explicit_attention, {**kwargs, **explicit}
         # transformers before 5.2 gives StableLM's attention a mask that reaches beyond its keys.
         mask = None if mask is None else mask[..., : key.shape[-2]]
-        return plain(module, *_shared_out((query, key, value), cp), mask, *args, **kwargs)
+        return plain(module, *_shared_out((query, key, value), asked), mask, *args, **kwargs)
 
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, attention)
@@ -317,18 +341,20 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
     relevance has the model's own precision.
     """
     renew_(model)
+    modules = list(model.modules())
     # By name: an offloaded parameter is another one after each forward pass.
     asked = [
         (module._parameters, name, one.requires_grad)
-        for module in model.modules()
+        for module in modules
         for name, one in module._parameters.items()
         if one is not None
     ]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
     try:
         for held, name, _ in asked:
             held[name].requires_grad_(False)
-        model.eval()
+        for module in modules:
+            module.training = False
         with (
             torch.inference_mode(False),
             torch.enable_grad(),

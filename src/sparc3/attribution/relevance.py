@@ -1,12 +1,13 @@
-"""Relevance by (modified) gradients: `lrp`, `cp-lrp` and `gradient`. One forward, one backward with respect
-to inputs.
+"""Relevance by (modified) gradients: `lrp`, `cp-lrp`, `relp`, `gim` and `gradient`. One forward, one backward
+with respect to inputs.
 
 No weight ever has a gradient: what a site needs is gathered in a hook on its output while the backward pass
 goes by.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from ..models.memory import few_holes, give_back, logits_at
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, layers_of, shadowed
 from ..samples.batches import Batch
+from . import rules
 from .packing import pack_positions
 from .patching import frozen, lrp_rules
 from .sums import Settings, Sums
@@ -38,21 +40,35 @@ def lrp(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
 ) -> Generator[Batch, None, None]:
     """AttnLRP (Achtibat et al. 2024)."""
-    return _relevance(model, batches, sites, settings, sums, lrp_rules(model))
+    return _relevance(model, batches, sites, settings, sums, rules.ATTN_LRP)
 
 
 def cp_lrp(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
 ) -> Generator[Batch, None, None]:
     """CP-LRP (Ali et al. 2022): queries, keys and gates are constants."""
-    return _relevance(model, batches, sites, settings, sums, lrp_rules(model, cp=True))
+    return _relevance(model, batches, sites, settings, sums, rules.CP_LRP)
+
+
+def relp(
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
+) -> Generator[Batch, None, None]:
+    """The rules of RelP (Jafari et al. 2025): queries and keys are constants, a gate has half."""
+    return _relevance(model, batches, sites, settings, sums, rules.RELP)
+
+
+def gim(
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
+) -> Generator[Batch, None, None]:
+    """Gradient interaction modifications (Edin et al. 2025)."""
+    return _relevance(model, batches, sites, replace(settings, epsilon=0.0), sums, rules.GIM)
 
 
 def gradient(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
 ) -> Generator[Batch, None, None]:
     """Weight × gradient, no rules."""
-    return _relevance(model, batches, sites, settings, sums, nullcontext())
+    return _relevance(model, batches, sites, replace(settings, epsilon=0.0), sums, None)
 
 
 def _relevance(
@@ -61,20 +77,14 @@ def _relevance(
     sites: list[Site],
     settings: Settings,
     sums: Sums,
-    rules: AbstractContextManager[None],
+    rule_set: rules.RuleSet | None,
 ) -> Generator[Batch, None, None]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
-    how = settings.gradient_checkpointing
-    again = checkpoint_layers(model, offload=how == "offload") if how in (True, "offload") else nullcontext()
-    with (
-        frozen(model),
-        rules,
-        again,
-        few_holes(layers_of(model)) if device_of(model).type == "cpu" else nullcontext(),
-    ):
+    with prepared(model, settings, rule_set):
         for batch in batches:
             gathered: dict[str, Tensor] = {}
-            with pack_positions(model, batch), _hook_sites(sites, batch, settings, gathered, sums):
+            receive = receivers(sites, batch, settings, gathered, sums)
+            with pack_positions(model, batch), hook_sites(sites, settings, receive):
                 y = target_of(model, batch)
                 if y.requires_grad:  # not where CP-LRP holds constant all that the sites compute
                     y.backward()
@@ -83,96 +93,129 @@ def _relevance(
             yield batch
 
 
-def target_of(model: "PreTrainedModel", batch: Batch) -> Tensor:
+@contextmanager
+def prepared(model: "PreTrainedModel", settings: Settings, rule_set: rules.RuleSet | None) -> Iterator[None]:
+    """Inside, the model is ready for backward passes under the rules; under none where there is no set."""
+    how = settings.gradient_checkpointing
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        if rule_set:
+            stack.enter_context(lrp_rules(model, rule_set=replace(rule_set, epsilon=settings.epsilon)))
+        if how in (True, "offload"):
+            stack.enter_context(checkpoint_layers(model, offload=how == "offload"))
+        if device_of(model).type == "cpu":
+            stack.enter_context(few_holes(layers_of(model)))
+        yield
+
+
+def target_of(model: "PreTrainedModel", batch: Batch, predicted: Tensor | None = None) -> Tensor:
     """Σ over the batch of y, the target scalar of each sample (docs/method.md, 2). The head is computed at
-    target positions only."""
-    rows = [row for row, sample in enumerate(batch.samples) for _ in sample.positions]
-    columns = [position for sample in batch.samples for position in sample.positions]
-    logits = logits_at(model, batch.ids, rows, columns)
+    target positions only. `predicted`, of `predict`, takes the place of the tokens that are predicted now."""
+    logits = _target_logits(model, batch)
     if batch.samples[0].log:
         logits = logits.float().log_softmax(-1)
-    ranks = torch.arange(len(rows), device=logits.device)
+    ranks = torch.arange(len(logits), device=logits.device)
     if batch.samples[0].tokens is None:
-        return logits[ranks, logits.detach().argmax(-1)].sum()
+        return logits[ranks, logits.detach().argmax(-1) if predicted is None else predicted].sum()
     tokens = [token for sample in batch.samples for token in sample.tokens or ()]
     y = logits[ranks, torch.tensor(tokens, device=logits.device)].sum()
     against = [token for sample in batch.samples for token in sample.against or ()]
     return y - logits[ranks, torch.tensor(against, device=logits.device)].sum() if against else y
 
 
+@torch.no_grad()
+def predict(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """The token with the largest logit at each target position, sample after sample."""
+    return _target_logits(model, batch).argmax(-1)
+
+
+def _target_logits(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    rows = [row for row, sample in enumerate(batch.samples) for _ in sample.positions]
+    columns = [position for sample in batch.samples for position in sample.positions]
+    return logits_at(model, batch.ids, rows, columns)
+
+
+Receive = Callable[[Tensor | None, Tensor, Tensor], None]
+"""Called in the backward pass with the tokens that a site sees (`tokens_of`), the modified gradient there,
+and the activation that it is multiplied by: the site's input, or its output for signed neurons."""
+
+
 @contextmanager
-def _hook_sites(
-    sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums
-) -> Iterator[None]:
-    """Hooks on the sites for one forward and backward; what they compute lands in `gathered`, one row a
-    sample, and of weights in `sums`."""
+def hook_sites(sites: list[Site], settings: Settings, receive: Mapping[str, Receive]) -> Iterator[None]:
+    """Hooks on the sites for one forward and backward, which tell each site's `receive`."""
     with ExitStack() as stack:
-        for index, site in enumerate(sites):
+        for site in sites:
             if settings.unit == "head":
-                hook = site.hooked.register_forward_pre_hook(_head_hook(site, batch, settings, gathered))
-            elif settings.unit == "weight":
-                first = not index or sites[index - 1].layer != site.layer
-                hook = site.hooked.register_forward_hook(_weight_hook(site, batch, sums, first=first))
+                hook = site.hooked.register_forward_pre_hook(_watch_input(receive[site.name]))
             else:
-                hook = site.hooked.register_forward_hook(_neuron_hook(site, batch, settings, gathered))
+                hook = site.hooked.register_forward_hook(_watch_output(site, settings, receive[site.name]))
             stack.callback(hook.remove)
         yield
 
 
-def _head_hook(
-    site: Site, batch: Batch, settings: Settings, gathered: dict[str, Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Head relevance Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o (docs/method.md, 4)."""
-
-    def receive(grad: Tensor, a: Tensor) -> None:
-        relevance = (_to_float32(grad) * _to_float32(a)).reshape(*batch.ids.shape, site.heads, -1)
-        gathered[site.name] = relevance[:, settings.skip_positions :].sum((1, 3))
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        a = args[0]
-        gathered.setdefault(site.name, torch.zeros(len(batch.samples), site.heads, device=a.device))
-        return (watch_gradient(a, a, receive), *args[1:])
-
-    return hook
-
-
-def _neuron_hook(
-    site: Site, batch: Batch, settings: Settings, gathered: dict[str, Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Neuron relevance at the site's output z = W a + b (docs/method.md, 4)."""
-
-    absolute, skip, shape = settings.neuron == "abs", settings.skip_positions, batch.ids.shape
-
-    def receive(tokens: Tensor | None, grad: Tensor, kept: Tensor) -> None:
-        grad = site.of(grad)
-        if absolute:
-            g, a = (by_sample(x, tokens, shape, batch.lengths, skip) for x in (grad, kept))
-            gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, a)
-        else:
-            relevance = by_position(_to_float32(grad) * _to_float32(kept), tokens, shape)
-            gathered[site.name] = relevance[:, skip:].sum(1)
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        zeros = torch.zeros(len(batch.samples), site.out, device=output.device)
-        gathered.setdefault(site.name, zeros)  # stays where CP-LRP holds z constant
-        return _watch_output(site, args, output, args[0] if absolute else site.of(output), receive)
-
-    return hook
+def _watch_input(receive: Receive) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda _, args: (watch_gradient(args[0], (args[0],), partial(receive, None)), *args[1:])
 
 
 def _watch_output(
+    site: Site, settings: Settings, receive: Receive
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    signed = settings.unit == "neuron" and settings.neuron == "signed"
+
+    def tell(tokens: Tensor | None, grad: Tensor, kept: Tensor, z: Tensor | None = None) -> None:
+        grad = site.of(grad)
+        receive(tokens, grad if z is None else rules.absorb(grad, z, settings.epsilon), kept)
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        z = site.of(output)
+        # What a weight is multiplied by has passed the ε-rule, what the output is multiplied by has not.
+        kept = (z,) if signed else (args[0], z) if settings.epsilon else (args[0],)
+        copied = site.role == "mlp.down"  # Falcon adds to it in place
+        return watch_gradient(output, kept, partial(tell, tokens_of(args)), copied=copied)
+
+    return hook
+
+
+def receivers(
+    sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums
+) -> dict[str, Receive]:
+    """What each site does with what arrives: put one row a sample into `gathered`, or add a weight's
+    relevance to `sums`. Rows are zero where nothing arrives, because CP-LRP holds a site constant."""
+    receive: dict[str, Receive] = {}
+    for index, site in enumerate(sites):
+        if settings.unit == "weight":
+            first = not index or sites[index - 1].layer != site.layer
+            receive[site.name] = partial(_add_weights, site, batch, sums, first)
+        else:
+            width = site.heads if settings.unit == "head" else site.out
+            gathered[site.name] = torch.zeros(len(batch.samples), width)
+            receive[site.name] = partial(_gather_rows, site, batch, settings, gathered)
+    return receive
+
+
+def _gather_rows(
     site: Site,
-    args: tuple[Tensor, ...],
-    output: Tensor,
-    kept: Tensor,
-    receive: Callable[[Tensor | None, Tensor, Tensor], None],
-) -> Tensor:
-    """A site's output, of whose gradient `receive` will be told, and of which tokens it is."""
-    copied = site.role == "mlp.down"  # Falcon adds to it in place
-    return watch_gradient(output, kept, partial(receive, tokens_of(args)), copied=copied)
+    batch: Batch,
+    settings: Settings,
+    gathered: dict[str, Tensor],
+    tokens: Tensor | None,
+    grad: Tensor,
+    a: Tensor,
+) -> None:
+    """Relevance of each sample's heads, Σ_t Σ_{d ∈ head} a_td ∂̂y/∂a_td at the input of attn.o, or neurons
+    (docs/method.md, 4)."""
+    skip, shape = settings.skip_positions, batch.ids.shape
+    if settings.unit == "neuron" and settings.neuron == "abs":
+        g, x = (by_sample(one, tokens, shape, batch.lengths, skip) for one in (grad, a))
+        gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, x)
+        return
+    relevance = by_position(to_float32(grad) * to_float32(a), tokens, shape)[:, skip:].sum(1)
+    if settings.unit == "head":
+        relevance = relevance.view(len(relevance), site.heads, -1).sum(2)
+    gathered[site.name] = relevance
 
 
-def _to_float32(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """At least float32, in which everything is summed."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -204,34 +247,35 @@ def _match_dtypes(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, 
 # of keeping what they computed.
 
 
-Arrived = Callable[[Tensor, Tensor], None]
-"""Called in the backward pass with (gradient, what was kept)."""
-
-
 class _Watch(torch.autograd.Function):
     """The tensor itself. What is kept is kept as autograd keeps its own, so that a checkpointed layer keeps
     it neither."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, receive: Arrived, lowest: bool, copied: bool) -> Tensor:
-        ctx.save_for_backward(kept)
-        ctx.arrived, ctx.lowest = receive, lowest
+    def forward(
+        ctx: Any, x: Tensor, receive: Callable[..., None], lowest: bool, copied: bool, *kept: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.arrived, ctx.lowest, ctx.count = receive, lowest, len(kept)
         return x.clone() if copied else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.arrived(grads[0], *ctx.saved_tensors)
-        return None if ctx.lowest else grads[0], None, None, None, None
+        return (None if ctx.lowest else grads[0], None, None, None, *[None] * ctx.count)
 
 
-def watch_gradient(x: Tensor, kept: Tensor, receive: Arrived, *, copied: bool = False) -> Tensor:
-    """x, of whose gradient `receive` will be told; `copied` where what comes next changes it in place.
+def watch_gradient(
+    x: Tensor, kept: Sequence[Tensor], receive: Callable[..., None], *, copied: bool = False
+) -> Tensor:
+    """x, of whose gradient `receive` will be told, with what was kept; `copied` where what comes next changes
+    it in place.
 
     Where x asks for no gradient, nothing below it does: the graph begins, and the backward pass ends, there.
     """
     lowest = not x.requires_grad
     z = x.detach().requires_grad_() if lowest else x
-    return _Watch.apply(z, kept.detach(), receive, lowest, copied)  # type: ignore[no-untyped-call, no-any-return]
+    return _Watch.apply(z, receive, lowest, copied, *(one.detach() for one in kept))  # type: ignore[no-untyped-call, no-any-return]
 
 
 @contextmanager
@@ -289,24 +333,15 @@ PIECE = 2**22
 threads that wait for each other."""
 
 
-def _weight_hook(
-    site: Site, batch: Batch, sums: Sums, *, first: bool
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook; in the backward pass it adds the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value,
-    to the site's total.
-
-    Args:
-        first: whether no earlier site of its layer is watched, so that the backward pass leaves the layer's
-            sites with it.
-    """
-
-    def receive(tokens: Tensor | None, grad: Tensor, a: Tensor) -> None:
-        by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
-        _stream(site, batch, sums, by_sample(site.of(grad), *by), by_sample(a, *by))
-        if first:
-            give_back()
-
-    return lambda _, args, output: _watch_output(site, args, output, args[0], receive)
+def _add_weights(
+    site: Site, batch: Batch, sums: Sums, first: bool, tokens: Tensor | None, grad: Tensor, a: Tensor
+) -> None:
+    """Add the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value, to its total. `first`: no earlier site of
+    its layer is watched, so that the backward pass leaves the layer's sites with it."""
+    by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
+    _stream(site, batch, sums, by_sample(grad, *by), by_sample(a, *by))
+    if first:
+        give_back()
 
 
 def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Tensor]) -> None:
@@ -325,7 +360,7 @@ def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Te
     if pairs:
         pairs = _match_dtypes(pairs)
         if sums.settings.reduce == "rms":  # Σ_t (ĝ_ti a_tj)² is a product too, of the squares
-            pairs = [(_to_float32(g).square(), _to_float32(x).square()) for g, x in pairs]
+            pairs = [(to_float32(g).square(), to_float32(x).square()) for g, x in pairs]
         add = add_absolute_ if sums.settings.reduce == "mean_abs" else add_signed_
         add(sums.matrix(site), pairs)
     sums.streamed.update((sample.index, site.name) for sample in batch.samples)

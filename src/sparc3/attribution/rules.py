@@ -8,12 +8,44 @@ CP-LRP (Ali et al. 2022).
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Factor = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """Which rules a method has. Statistics of norms are constants in all of them.
+
+    Attributes:
+        shares: of an attention's gradient that query, key and value get.
+        identity: whether relevance passes an element-wise non-linearity unchanged, and what a router decides
+            is constant; else both have their plain gradient, and so has a gated product.
+        gate: the share of a gated product's relevance that the gate gets.
+        temperature: of the attention's softmax on the way back.
+        epsilon: of linear maps (`epsilon_rule`).
+    """
+
+    shares: tuple[float, float, float] = (0.25, 0.25, 0.5)
+    identity: bool = True
+    gate: float = 0.5
+    temperature: float = 1.0
+    epsilon: float = 0.0
+
+
+ATTN_LRP = RuleSet()
+"""Achtibat et al. 2024."""
+CP_LRP = RuleSet(shares=(0.0, 0.0, 1.0), gate=0.0)
+"""Ali et al. 2022: queries, keys and gates are constants."""
+RELP = RuleSet(shares=(0.0, 0.0, 1.0))
+"""Relevance patching (Jafari et al. 2025, arXiv 2508.21258): queries and keys are constants, gates not."""
+GIM = RuleSet(identity=False, temperature=2.0)
+"""Gradient interaction modifications (Edin et al. 2025, arXiv 2505.17630), as the package gim-explain has
+them."""
 
 
 def sigmoid_factor(x: Tensor) -> Tensor:
@@ -88,12 +120,18 @@ class _GatedProduct(torch.autograd.Function):
         (grad,) = grads
         gate, up = ctx.saved_tensors
         to_gate = to_up = None
+        if not ctx.share:
+            to_up = grad * ctx.function(gate) if ctx.needs_input_grad[1] else None
+            return None, to_up, None, None, None
+        # f(gate) is gate · f(gate)/gate, so that the non-linearity is computed once; in place, because on a
+        # CPU new memory costs as much as what is computed.
+        flow = ctx.factor(gate).mul_(grad).mul_(ctx.share)
         if ctx.needs_input_grad[1]:
-            to_up = grad * ctx.function(gate)
-            if ctx.share:
-                to_up = to_up.mul_(1.0 - ctx.share)
-        if ctx.needs_input_grad[0] and ctx.share:
-            to_gate = (grad * up).mul_(ctx.factor(gate)).mul_(ctx.share)
+            to_up = flow * gate
+            if ctx.share != 0.5:
+                to_up = to_up.mul_((1.0 - ctx.share) / ctx.share)
+        if ctx.needs_input_grad[0]:
+            to_gate = flow.mul_(up)
         return to_gate, to_up, None, None, None
 
 
@@ -112,24 +150,80 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return identity_rule(x / cap, torch.tanh, tanh_factor) * cap
 
 
-def capped_attention(
+def explicit_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     *,
-    scaling: float,
-    softcap: float,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    identity: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention whose scores are soft-capped, as Gemma 2 computes it: query [B, H, T, d]; key and value
-    may have fewer heads."""
+    """Eager attention as transformers computes it, with the rules inside it: query [B, H, T, d]; key and
+    value may have fewer heads.
+
+    Args:
+        softcap: soft-capping of scores, as Gemma 2 has it; under the identity rule where `identity`.
+        temperature: of the softmax on the way back.
+    """
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = soft_cap(torch.matmul(query, key.transpose(2, 3)) * scaling, softcap)
+    scores = torch.matmul(query, key.transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = soft_cap(scores, softcap) if identity else torch.tanh(scores / softcap) * softcap
     scores = scores if mask is None else scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if temperature == 1.0:
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    else:
+        weights = _TemperedSoftmax.apply(scores, temperature)  # type: ignore[no-untyped-call]
+    weights = weights.to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class _TemperedSoftmax(torch.autograd.Function):
+    """softmax(x), backward s ⊙ (g − Σ_j g_j s_j) with s = softmax(x / T): one that is saturated lets through
+    what it would at the temperature T (Edin et al. 2025)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.temperature = temperature
+        return torch.softmax(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        soft = torch.softmax(x / ctx.temperature, dim=-1, dtype=grads[0].dtype)
+        return (soft * (grads[0] - (grads[0] * soft).sum(-1, keepdim=True))).to(x.dtype), None
+
+
+class _Epsilon(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.epsilon = epsilon
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (z,) = ctx.saved_tensors
+        return absorb(grads[0], z, ctx.epsilon), None
+
+
+def absorb(grad: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    """ĝ z / (z + ε sign z), zero where z is: what a linear map z = W a + b hands on of the modified gradient
+    ĝ at its output."""
+    wide = z if z.dtype == torch.float64 else z.float()  # 16 bits have no 1e-6 beside 1
+    return grad * (wide.abs() / (wide.abs() + epsilon)).to(grad.dtype)
+
+
+def epsilon_rule(*args: Tensor, function: Callable[..., Tensor], epsilon: float) -> Tensor:
+    """A linear map's output z, of whose relevance R = ĝ z each input gets R_{i←j} = a_i w_ji R_j / (z_j + ε
+    sign z_j) (Bach et al. 2015)."""
+    return _Epsilon.apply(function(*args), epsilon)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Scale(torch.autograd.Function):

@@ -37,6 +37,7 @@ class Settings:
     sums_device: str = "cpu"
     skip_positions: int = 0
     gradient_checkpointing: bool | str = False
+    epsilon: float = 0.0
 
     @classmethod
     def of(cls, options: "AttributionOptions") -> "Settings":

@@ -133,7 +133,7 @@ def _attribute_one(
         relevance.copy_((grad.double() * x.double()).sum(-1)[0])
 
     def watch(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return watch_gradient(output, output, receive)
+        return watch_gradient(output, (output,), receive)
 
     hook = model.get_input_embeddings().register_forward_hook(watch)
     try:

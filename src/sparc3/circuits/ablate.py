@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..models.families import ROLES
 from ..models.fingerprint import model_id, require_present
 from ..models.offloading import named_values, value_of
-from ..models.sites import Site, down_sites, family_of, sites_of
+from ..models.sites import Site, down_sites, sites_of
 from ..storage import digest, fingerprint
 from .circuit import Circuit
 
@@ -132,18 +131,10 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
     Below strength 1 the columns of mlp.down that read a neuron of mlp.up, in every family: in a plain MLP a
     non-linearity stands between mlp.up and the neuron's output, with which a factor does not commute.
     """
-    roles = [role for role in ROLES if role in family_of(model).roles]
-    known = {site.name: site for site in sites_of(model, roles)}
     readers = down_sites(model) if circuit.unit == "neuron" and circuit.strength != 1 else {}
     targets: list[Target] = []
-    for name, units in circuit.members.items():
-        if name not in known:
-            raise UserError(
-                f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it was "
-                "made on"
-            )
-        site = known[name]
-        _require_fit(site, circuit.unit, units)
+    for name, site in circuit.sites(model).items():
+        units = circuit.members[name]
         reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
         if (changed := reader or site).quantised:
             raise UserError(
@@ -167,22 +158,6 @@ def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
             if getattr(site.module, "bias", None) is not None:
                 targets.append((value_of(site.module, "bias"), rows))
     return targets
-
-
-def _require_fit(site: Site, unit: str, units: Any) -> None:
-    if unit == "weight":
-        if tuple(units.shape) != (site.out, site.inp):
-            raise UserError(
-                f"the circuit has shape {tuple(units.shape)} at {site.name}, which has "
-                f"{(site.out, site.inp)}; use the model it was made on"
-            )
-        return
-    there = site.out if unit == "neuron" else site.heads
-    if units and max(units) >= there:
-        raise UserError(
-            f"the circuit names {unit} {max(units)} of {site.name}, which has {there}; use the model it was "
-            "made on"
-        )
 
 
 def _stored_mask(site: Site, mask: Tensor) -> Tensor:

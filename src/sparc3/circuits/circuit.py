@@ -2,7 +2,7 @@
 circuit.safetensors for weights)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..models.sites import Site
 
 FORMAT = "sparc3.circuit/1"
 NAMES = ("circuit.json", "circuit.safetensors")
@@ -106,6 +107,59 @@ class Circuit:
                 f"the circuit was made on {self.model.get('id')} ({self.model.get('fingerprint')}), not on "
                 f"{here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it anyway"
             )
+
+    def sites(self, model: "PreTrainedModel") -> "dict[str, Site]":
+        """Module name → where its members are in the model. Raises UserError for a unit that this model does
+        not have."""
+        from ..models.families import ROLES
+        from ..models.fingerprint import model_id
+        from ..models.sites import family_of, sites_of
+
+        roles = [role for role in ROLES if role in family_of(model).roles]
+        known = {site.name: site for site in sites_of(model, roles)}
+        for name, units in self.members.items():
+            if name not in known:
+                raise UserError(
+                    f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it "
+                    "was made on"
+                )
+            shape = (known[name].out, known[name].inp)
+            there = known[name].heads if self.unit == "head" else known[name].out
+            if self.unit == "weight" and tuple(units.shape) != shape:
+                raise UserError(
+                    f"the circuit has shape {tuple(units.shape)} at {name}, which has {shape}; use the model "
+                    "it was made on"
+                )
+            if self.unit != "weight" and units and max(units) >= there:
+                raise UserError(
+                    f"the circuit names {self.unit} {max(units)} of {name}, which has {there}; use the model "
+                    "it was made on"
+                )
+        return {name: known[name] for name in self.members}
+
+    def masks(self, model: "PreTrainedModel") -> dict[str, "Tensor"]:
+        """Module name → bool tensor, true at the units: [out] of neurons, [heads] of heads, [out, in]
+        of weights; on the CPU. Raises UserError as `sites` does."""
+        import torch
+
+        masks = {}
+        for name, site in self.sites(model).items():
+            masks[name] = self.members[name]
+            if self.unit != "weight":
+                masks[name] = torch.zeros(site.heads if self.unit == "head" else site.out, dtype=torch.bool)
+                masks[name][list(self.members[name])] = True
+        return masks
+
+    def hooks(self, model: "PreTrainedModel") -> "list[tuple[str, Callable[..., Tensor]]]":
+        """Module path and a forward hook for it, `hook(module, args, output) → output`: with all of them the
+        model computes what `ablated` makes of it, and its weights stay as they are.
+
+        Raises:
+            UserError: as `sites` does; or units of an expert, whose modules are computed in one call.
+        """
+        from .hooks import hooks_of
+
+        return hooks_of(model, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write readable JSON, or packed masks as safetensors for weights. Raises UserError where the name

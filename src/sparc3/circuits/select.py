@@ -91,7 +91,7 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
             f"the {name} scores were made with tokenizer {readers[1]} and the undesired ones with "
             f"{readers[0]}; score both with the model's own"
         )
-    for key in ("unit", "method", "neuron"):
+    for key in ("unit", "method", "neuron", "epsilon"):
         expected, actual = undesired.provenance.get(key), other.provenance.get(key)
         if expected != actual:
             raise UserError(

@@ -2,7 +2,7 @@
 checkpoint or a GGUF, push them to the hub."""
 
 import argparse
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from ..scores import Scores
 
 OPTIONS = {
-    "method": "lrp, cp-lrp, gradient, wanda, activation, magnitude, random (default: lrp)",
+    "method": "lrp, cp-lrp, relp, gim, gradient, ig, wanda, activation, magnitude, random (default: lrp)",
     "unit": "neuron, head or weight (default: neuron)",
     "sites": "comma-separated roles (default: mlp.up)",
     "target": "predicted, label, contrast, completion[:N], next (default: predicted)",
     "neuron": "abs or signed (default: abs)",
     "reduce": "mean, mean_abs, abs_mean, rms (default: mean)",
+    "epsilon": "of LRP's rule on linear maps (default: 0)",
     "batch_tokens": "padded tokens in one forward pass (default: auto)",
     "skip_positions": "leave so many first positions of each sample out of the sums (default: 0)",
     "gradient_checkpointing": "true: compute layers twice to keep less; offload: and that on the CPU; auto: "
@@ -174,6 +175,9 @@ def _parse_options(args: argparse.Namespace) -> "AttributionOptions":
         given["sites"] = tuple(args.sites.split(","))
     if args.batch_tokens and args.batch_tokens.isdigit():
         given["batch_tokens"] = int(args.batch_tokens)
+    if args.epsilon:
+        with suppress(ValueError):  # what is no number is refused below, by name
+            given["epsilon"] = float(args.epsilon)
     if args.gradient_checkpointing in ("true", "false"):
         given["gradient_checkpointing"] = args.gradient_checkpointing == "true"
     return parse(AttributionOptions, {**given, "truncate": args.truncate}, "")

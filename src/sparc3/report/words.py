@@ -69,6 +69,9 @@ METRICS = {
 METHODS = {
     "lrp": "LRP",
     "cp-lrp": "CP-LRP",
+    "relp": "RelP",
+    "gim": "GIM",
+    "ig": "integrated gradients",
     "gradient": "gradient",
     "wanda": "Wanda",
     "activation": "activation",

@@ -1,0 +1,95 @@
+"""The method `ig`: integrated gradients over activations, several forward and backward passes a batch."""
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..models.experts import by_position
+from ..models.offloading import value_of
+from ..models.sites import Site
+from ..samples.batches import Batch
+from .activations import capture
+from .packing import pack_positions
+from .relevance import hook_sites, predict, prepared, receivers, target_of, to_float32
+from .sums import Settings, Sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+STEPS = 5
+"""Of integrated gradients, as EAP-IG has them."""
+
+
+def integrated_gradients(
+    model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
+) -> Generator[Batch, None, None]:
+    """EAP-IG's rule at units (Hanna et al. 2024, arXiv 2403.17806): the difference of an activation from the
+    baseline, times its gradient's mean over the way there, 1/m Σ_k ∂y/∂a at e₀ + k/m (e − e₀), k = 1 … m.
+
+    e are the token embeddings; the baseline e₀, at every position, is the mean embedding of the vocabulary.
+    The target is the one of the whole input. m is the number after "ig:", else STEPS.
+    """
+    settings = replace(settings, epsilon=0.0)
+    steps = int(settings.method.partition(":")[2] or 0) or STEPS
+    signed = settings.unit == "neuron" and settings.neuron == "signed"
+    with prepared(model, settings, None):
+        for batch in batches:
+            gathered: dict[str, Tensor] = {}
+            receive = receivers(sites, batch, settings, gathered, sums)
+            predicted, shape = predict(model, batch), batch.ids.shape
+            grads: dict[str, Tensor] = {}
+            differences: dict[str, Tensor] = {}
+
+            def note(
+                name: str,
+                tokens: Tensor | None,
+                grad: Tensor,
+                a: Tensor,
+                grads: dict[str, Tensor] = grads,
+                differences: dict[str, Tensor] = differences,
+                shape: torch.Size = shape,
+            ) -> None:
+                grads[name] = grads.get(name, 0) + by_position(to_float32(grad), tokens, shape) / steps
+                differences[name] = by_position(to_float32(a), tokens, shape)  # the last is the input's own
+
+            def subtract(name: str, a: Tensor, differences: dict[str, Tensor] = differences) -> None:
+                differences[name] = differences[name] - a
+
+            noted = {site.name: partial(note, site.name) for site in sites}
+            for step in range(1, steps + 1):
+                with (
+                    _interpolated(model, step / steps),
+                    pack_positions(model, batch),
+                    hook_sites(sites, settings, noted),
+                ):
+                    target_of(model, batch, predicted).backward()
+            with _interpolated(model, 0.0), torch.no_grad():
+                by_name = {site.name: site for site in sites}
+                with capture(by_name, batch.mask(), subtract, outputs=signed):
+                    model.base_model(input_ids=batch.ids, use_cache=False)
+            for site in sites:
+                receive[site.name](None, grads.pop(site.name), differences.pop(site.name))
+            sums.add(batch, gathered)
+            yield batch
+
+
+@contextmanager
+def _interpolated(model: "PreTrainedModel", share: float) -> Iterator[None]:
+    """Inside, each token's embedding is e₀ + share · (e − e₀), with e₀ the mean of all."""
+    embeddings = model.get_input_embeddings()
+
+    def hook(module: nn.Module, _: object, output: Tensor) -> Tensor:
+        mean = value_of(module, "weight").float().mean(0) * getattr(module, "embed_scale", 1.0)
+        return torch.lerp(mean.to(output), output, share)
+
+    handle = embeddings.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
