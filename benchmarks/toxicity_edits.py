@@ -554,7 +554,23 @@ def confirm(model: Any, tokenizer: Any, work: Path, minutes: float) -> None:
         found[name] = made
         path.write_text(json.dumps(found, ensure_ascii=False) + "\n")
         print(name, flush=True)
-    report(found, len(rows))
+        if row["family"] != "none":
+            keep(families[row["family"]][row["size"]], work / f"{row['family']}.circuit.json")
+    table = json.dumps(report(found, len(rows)), indent=1, ensure_ascii=False)
+    (work / "table.json").write_text(table + "\n")
+
+
+def keep(edit: Any, path: Path) -> None:
+    """A circuit as `sparc3 ablate` takes it, or the factors of a damping, by module and neuron."""
+    what = edit.args[1] if getattr(edit, "args", ())[1:] else None
+    if isinstance(what, Circuit):
+        what.save(path)
+    elif isinstance(what, Damping):
+        factors = {
+            name: {int(i): round(float(f[i]), 4) for i in (f != 1).nonzero()[:, 0]}
+            for name, f in what.factors.items()
+        }
+        path.with_suffix("").with_suffix(".factors.json").write_text(json.dumps(factors) + "\n")
 
 
 def interval(values: np.ndarray) -> list[float]:
