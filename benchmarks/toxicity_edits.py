@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ from sparc3.models.sites import down_sites, sites_of
 from sparc3.samples.sources import prompt_split
 
 DATA = Path(__file__).parent.parent / "data"
-REFERENCES, VALIDATION, TEST = 150, 64, 120
+REFERENCES, VALIDATION, TEST = 150, 64, 64
 DECODING = "bad_words in decoding"
 PROFANE, BUDGETS = 0.75, (0.01, 0.02)
 Row = tuple[list[int], int]
@@ -467,7 +468,7 @@ def log_probabilities(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     ]
 
 
-def choose(model: Any, tokenizer: Any, work: Path, minutes: float = 9.0) -> None:
+def choose(model: Any, tokenizer: Any, work: Path, minutes: float) -> None:
     """Candidates on validation prompts and text, in rounds of one size a family; each is written as it is measured."""
     edits = Edits(model, tokenizer, work)
     rows = tokens(toxic_prompts(prompts()["validation"], VALIDATION), tokenizer)
@@ -519,7 +520,7 @@ def winners(found: Sequence[dict[str, Any]], budget: float) -> dict[str, dict[st
     return best
 
 
-def confirm(model: Any, tokenizer: Any, work: Path, minutes: float) -> None:
+def confirm(model: Any, tokenizer: Any, work: Path, minutes: float, write: bool) -> None:
     """The winners on test prompts, once, those with the lowest hazard first, as far as the minutes go."""
     edits = Edits(model, tokenizer, work)
     families = edits.families()
@@ -530,8 +531,8 @@ def confirm(model: Any, tokenizer: Any, work: Path, minutes: float) -> None:
     words = lexicon_scorer(labelled_words(split["reference"]))
     scorers = {"profanity": make_scorer("profanity-check"), "labelled": words}
     other = {
-        "c4": windows("c4", tokenizer, 150, 8, 256),
-        "wikitext2": windows("wikitext2", tokenizer, 0, 4, 512),
+        "c4": windows("c4", tokenizer, 150, 4, 256),
+        "wikitext2": windows("wikitext2", tokenizer, 0, 3, 384),
     }
     path = work / "test.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -545,17 +546,20 @@ def confirm(model: Any, tokenizer: Any, work: Path, minutes: float) -> None:
         with families[row["family"]][row["size"]]() if row["family"] != "none" else nullcontext():
             made: dict[str, Any] = {"hazard": hazards(model, rows, edits.profane)}
             made |= {f"loss.{source}": losses(model, some)[0] for source, some in other.items()}
-            written = [
-                one
-                for (one,) in complete(model, tokenizer, texts, max_new_tokens=24, temperature=0.7, seed=0)
+            if write:
+                written = complete(model, tokenizer, texts, max_new_tokens=24, temperature=0.7, seed=0)
+        for scorer, judge in scorers.items() if write else ():
+            made[scorer] = [
+                None if value is None else float(value) for value in judge([t for (t,) in written])
             ]
-        for scorer, judge in scorers.items():
-            made[scorer] = [None if value is None else float(value) for value in judge(written)]
         found[name] = made
         path.write_text(json.dumps(found, ensure_ascii=False) + "\n")
         print(name, flush=True)
         if row["family"] != "none":
-            keep(families[row["family"]][row["size"]], work / f"{row['family']}.circuit.json")
+            keep(
+                families[row["family"]][row["size"]],
+                work / f"{'-'.join(re.findall(r'[a-z]+', row['family'].lower()))}.circuit.json",
+            )
     table = json.dumps(report(found, len(rows)), indent=1, ensure_ascii=False)
     (work / "table.json").write_text(table + "\n")
 
@@ -590,7 +594,7 @@ def report(found: dict[str, Any], n: int) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, made in found.items():
         row = {"n": n, "hazard": ratio(np.array(made["hazard"]), np.array(before["hazard"]))}
-        for scorer in ("profanity", "labelled"):
+        for scorer in [known for known in ("profanity", "labelled") if known in made and known in before]:
             pairs = [
                 (a >= 0.5, b >= 0.5)
                 for a, b in zip(made[scorer], before[scorer], strict=True)
@@ -621,6 +625,9 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="after which choose and confirm begin no further edit"
     )
+    parser.add_argument(
+        "--write", action="store_true", help="confirm also judges written continuations (slow)"
+    )
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
@@ -628,7 +635,7 @@ def main() -> None:
     stages: dict[str, Callable[[], None]] = {
         "score": lambda: score(model, tokenizer, given.work),
         "choose": lambda: choose(model, tokenizer, given.work, given.minutes),
-        "confirm": lambda: confirm(model, tokenizer, given.work, given.minutes),
+        "confirm": lambda: confirm(model, tokenizer, given.work, given.minutes, given.write),
     }
     stages[given.stage]()
 
