@@ -66,6 +66,19 @@ def test_cp_relevance_of_all_tokens_is_the_target(target: str) -> None:
         assert len(found.targets) == (1 if target == "predicted" else len(found.tokens) - 1)
 
 
+def test_log_probabilities_are_explained_as_such() -> None:
+    """Gradient × input against autograd at the embeddings, and y against the model's own loss."""
+    model, ids = tiny("llama"), [3, 1, 4, 1, 5]
+    (found,) = attribute_tokens(model, [ids], method="gradient", target="logprob")
+    x = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+    loss = model(inputs_embeds=x, labels=torch.tensor([ids])).loss
+    assert found.y == pytest.approx(-float(loss) * (len(ids) - 1), rel=1e-5)
+    (gradient,) = torch.autograd.grad(-loss * (len(ids) - 1), x)
+    torch.testing.assert_close(found.relevance, (gradient * x).sum(-1)[0].detach(), rtol=1e-4, atol=1e-6)
+    (logits,) = attribute_tokens(model, [ids], method="gradient", target="next")
+    assert not torch.allclose(found.relevance, logits.relevance, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_it_is_what_the_ledger_has_at_the_embeddings(name: str) -> None:
     model, ids = tiny(name), [3, 1, 4, 1, 5, 9, 2, 6]

@@ -21,7 +21,7 @@ from ..models.experts import by_position, by_sample, tokens_of
 from ..models.memory import few_holes, give_back, logits_at
 from ..models.offloading import device_of, is_offloaded
 from ..models.sites import Site, layers_of, shadowed
-from ..samples.batches import Batch
+from ..samples.batches import Batch, Encoded
 from . import rules
 from .packing import pack_positions
 from .patching import frozen, lrp_rules
@@ -111,15 +111,19 @@ def prepared(model: "PreTrainedModel", settings: Settings, rule_set: rules.RuleS
 def target_of(model: "PreTrainedModel", batch: Batch, predicted: Tensor | None = None) -> Tensor:
     """Σ over the batch of y, the target scalar of each sample (docs/method.md, 2). The head is computed at
     target positions only. `predicted`, of `predict`, takes the place of the tokens that are predicted now."""
-    logits = _target_logits(model, batch)
-    if batch.samples[0].log:
+    return sum_targets(_target_logits(model, batch), batch.samples, predicted)
+
+
+def sum_targets(logits: Tensor, samples: Sequence[Encoded], predicted: Tensor | None = None) -> Tensor:
+    """Σ of the samples' y, of the logits [targets, vocabulary] at all their target positions in turn."""
+    if samples[0].log:
         logits = logits.float().log_softmax(-1)
     ranks = torch.arange(len(logits), device=logits.device)
-    if batch.samples[0].tokens is None:
+    if samples[0].tokens is None:
         return logits[ranks, logits.detach().argmax(-1) if predicted is None else predicted].sum()
-    tokens = [token for sample in batch.samples for token in sample.tokens or ()]
+    tokens = [token for sample in samples for token in sample.tokens or ()]
     y = logits[ranks, torch.tensor(tokens, device=logits.device)].sum()
-    against = [token for sample in batch.samples for token in sample.against or ()]
+    against = [token for sample in samples for token in sample.against or ()]
     return y - logits[ranks, torch.tensor(against, device=logits.device)].sum() if against else y
 
 

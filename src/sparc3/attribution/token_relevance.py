@@ -17,7 +17,7 @@ from ..samples.batches import Encoded, encode
 from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.tokens import text_of
 from .patching import frozen, lrp_rules
-from .relevance import checkpoint_layers, watch_gradient
+from .relevance import checkpoint_layers, sum_targets, watch_gradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,13 +33,13 @@ class TokenRelevance:
 
     Attributes:
         tokens: the text of each token that the model reads.
-        relevance: Σ_d x_td ∂̂y/∂x_td at the input embeddings x, [T], float32 on the CPU, in logits. CP-LRP
-            conserves: without biases and learned positions the sum is y. AttnLRP loses some in the softmax,
-            and the plain gradient conserves nothing.
+        relevance: Σ_d x_td ∂̂y/∂x_td at the input embeddings x, [T], float32 on the CPU, in what y is in.
+            CP-LRP conserves: without biases and learned positions the sum is y (of logits). AttnLRP loses
+            some in the softmax, and the plain gradient conserves nothing.
         targets: the tokens whose logits y is the sum of; their places are behind `positions`.
         positions: where these logits are read.
         against: the tokens whose logits y subtracts.
-        y: the target, in logits.
+        y: the target, in logits; of the target logprob in nats.
         method: lrp, cp-lrp or gradient.
     """
 
@@ -69,7 +69,7 @@ class TokenRelevance:
             text = escape(token).replace("\n", "↵<br>")
             shown.append(f'<span title="{value:+.3g}" style="background: {colour}">{text}</span>')
         less = f" less <b>{escape('·'.join(self.against))}</b>" if self.against else ""
-        head = f"{escape(self.method)}: <b>{escape('·'.join(self.targets))}</b>{less}, logit {self.y:.3g}"
+        head = f"{escape(self.method)}: <b>{escape('·'.join(self.targets))}</b>{less}, y = {self.y:.3g}"
         text = "".join(shown)
         return f'<div>{head}<div style="white-space: pre-wrap; line-height: 1.7">{text}</div></div>'
 
@@ -90,7 +90,7 @@ def attribute_tokens(
         samples: a ReferenceSet, texts, or token-id lists.
         tokenizer: the model's own; not needed for token ids, which then stand for themselves.
         method: lrp, cp-lrp or gradient (gradient × input, no rules).
-        target: predicted, label, contrast, completion (completion:N), next; see docs/targets.md.
+        target: predicted, label, contrast, completion (completion:N), next, logprob; see docs/targets.md.
         truncate: cut samples that are longer than the model's context instead of refusing them.
 
     Returns:
@@ -140,10 +140,7 @@ def _attribute_one(
         ids = torch.tensor([sample.ids], device=device_of(model))
         logits = logits_at(model, ids, [0] * len(sample.positions), list(sample.positions))
         tokens = sample.tokens or tuple(logits.argmax(-1).tolist())
-        rows = torch.arange(len(tokens), device=logits.device)
-        y = logits[rows, torch.tensor(tokens, device=logits.device)].sum()
-        if sample.against:
-            y = y - logits[rows, torch.tensor(sample.against, device=logits.device)].sum()
+        y = sum_targets(logits, [sample])
         y.backward()
     finally:
         hook.remove()
