@@ -74,7 +74,9 @@ def test_log_probabilities_are_explained_as_such() -> None:
     loss = model(inputs_embeds=x, labels=torch.tensor([ids])).loss
     assert found.y == pytest.approx(-float(loss) * (len(ids) - 1), rel=1e-5)
     (gradient,) = torch.autograd.grad(-loss * (len(ids) - 1), x)
-    torch.testing.assert_close(found.relevance, (gradient * x).sum(-1)[0].detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found.relevance, (gradient * x).sum(-1)[0].detach().float(), rtol=1e-4, atol=1e-6
+    )
     (logits,) = attribute_tokens(model, [ids], method="gradient", target="next")
     assert not torch.allclose(found.relevance, logits.relevance, rtol=1e-2)
 
