@@ -117,7 +117,7 @@ def target_of(model: "PreTrainedModel", batch: Batch, predicted: Tensor | None =
 def sum_targets(logits: Tensor, samples: Sequence[Encoded], predicted: Tensor | None = None) -> Tensor:
     """Σ of the samples' y, of the logits [targets, vocabulary] at all their target positions in turn."""
     if samples[0].log:
-        logits = _to_float32(logits).log_softmax(-1)
+        logits = to_float32(logits).log_softmax(-1)
     ranks = torch.arange(len(logits), device=logits.device)
     if samples[0].tokens is None:
         return logits[ranks, logits.detach().argmax(-1) if predicted is None else predicted].sum()
