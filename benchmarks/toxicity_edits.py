@@ -41,7 +41,7 @@ from sparc3.models.sites import down_sites, sites_of
 from sparc3.samples.sources import prompt_split
 
 DATA = Path(__file__).parent.parent / "data"
-REFERENCES, VALIDATION, TEST = 150, 64, 64
+REFERENCES, VALIDATION, TEST, WRITTEN = 150, 64, 64, 160
 DECODING = "bad_words in decoding"
 PROFANE, BUDGETS = 0.75, (0.01, 0.02)
 Row = tuple[list[int], int]
@@ -525,8 +525,8 @@ def confirm(model: Any, tokenizer: Any, work: Path, minutes: float, write: bool)
     edits = Edits(model, tokenizer, work)
     families = edits.families()
     split = prompts()
-    chosen = toxic_prompts(split["test"], TEST)
-    rows = tokens(chosen, tokenizer)
+    chosen = toxic_prompts(split["test"], WRITTEN)
+    rows = tokens(chosen[:TEST], tokenizer)
     texts = [row["prompt"]["text"] for row in chosen]
     words = lexicon_scorer(labelled_words(split["reference"]))
     scorers = {"profanity": make_scorer("profanity-check"), "labelled": words}
