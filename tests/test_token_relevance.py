@@ -72,7 +72,7 @@ def test_log_probabilities_are_explained_as_such() -> None:
     (found,) = attribute_tokens(model, [ids], method="gradient", target="logprob")
     x = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
     loss = model(inputs_embeds=x, labels=torch.tensor([ids])).loss
-    assert found.y == pytest.approx(-float(loss) * (len(ids) - 1), rel=1e-5)
+    assert found.y == pytest.approx(-float(loss.detach()) * (len(ids) - 1), rel=1e-5)
     (gradient,) = torch.autograd.grad(-loss * (len(ids) - 1), x)
     torch.testing.assert_close(
         found.relevance, (gradient * x).sum(-1)[0].detach().float(), rtol=1e-4, atol=1e-6

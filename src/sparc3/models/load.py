@@ -210,6 +210,7 @@ def _check_names(
 ) -> tuple[str, Adapter | None, Any, torch.dtype | str, torch.device]:
     name, target = _name(name_or_path), _device(device)
     config = load_config(name)
+    _require_language_model(config, name)
     require_family(config, name)
     adapter = find_adapter(name)
     require_readable(adapter.base if adapter else name)
@@ -293,7 +294,6 @@ def _read_config(name: str, remedy: str = _REMEDY) -> Any:
                 raise
             require_hub(name, remedy)
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    _require_language_model(config, name)
     _require_rope(config, name)
     for part in (config, config.get_text_config()):
         pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
