@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparc3 import Circuit, ReferenceSet, Sample, Scores, ablated, attribute, contrast, load_model, select
-from sparc3.attribution.activations import auroc, strengths
+from sparc3.attribution.activations import aura_factors, auroc
 from sparc3.circuits.ablate import Damping, damp
 from sparc3.circuits.select import count_candidates, random_like
 from sparc3.evaluation.generate import complete
@@ -391,7 +391,7 @@ class Edits:
         auc = {name: -values for name, values in self.auc.items()}
         gap = {name: -values for name, values in self.gap.items()}
         lrp = self.scores["lrp.undesired"]
-        every = {n: 1 - (1 - f) for n, f in strengths(Scores(self.auc)).items()}
+        every = {n: 1 - (1 - f) for n, f in aura_factors(Scores(self.auc)).items()}
         return {
             "LRP, matched contrast": {
                 f"λ={p:g}, {n}": z(self.matched("lrp", p, n))
@@ -413,7 +413,7 @@ class Edits:
                 for d in (0.01, 0.003, 0.03)
             },
             "AurA": {
-                "100": self.damped(strengths(Scores(self.auc), self.lowest(auc, 100).members)),
+                "100": self.damped(aura_factors(Scores(self.auc), self.lowest(auc, 100).members)),
                 "all": self.damped(every),
             },
             "Det-0": {f"{n}": z(self.lowest(auc, n)) for n in (25, 100)},

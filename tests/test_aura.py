@@ -8,7 +8,7 @@ from tiny import tiny
 from unchanged import fingerprint, require_same
 
 from sparc3 import UserError
-from sparc3.attribution.activations import auroc, expertise, strengths
+from sparc3.attribution.activations import aura_factors, auroc, expertise
 from sparc3.circuits.ablate import Damping, damp
 from sparc3.models.sites import family_of, layers_of, sites_of
 from sparc3.samples.reference_set import ReferenceSet, Sample
@@ -35,11 +35,11 @@ def test_auroc_is_the_rank_sum() -> None:
         assert float(auroc(positive, negative)[column]) == pytest.approx(u / 77, abs=1e-12)
 
 
-def test_strengths_are_auras() -> None:
+def test_factors_are_auras() -> None:
     scores = Scores({"a": torch.tensor([0.4, 0.5, 0.75, 1.0]), "b": torch.tensor([0.9, 0.75])})
-    assert strengths(scores)["a"].tolist() == [1.0, 1.0, 0.5, 0.0]
-    assert strengths(scores)["b"].tolist() == pytest.approx([0.2, 0.5])
-    two = strengths(scores, {"a": (2, 3), "b": (0,)})
+    assert aura_factors(scores)["a"].tolist() == [1.0, 1.0, 0.5, 0.0]
+    assert aura_factors(scores)["b"].tolist() == pytest.approx([0.2, 0.5])
+    two = aura_factors(scores, {"a": (2, 3), "b": (0,)})
     assert two["a"].tolist() == [1.0, 1.0, 0.5, 0.0]
     assert two["b"].tolist() == pytest.approx([0.2, 1.0])
 

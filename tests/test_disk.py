@@ -23,7 +23,7 @@ from sparc3.checkpoints.export import export
 from sparc3.evaluation.statistics import Evaluation, Observations
 from sparc3.experiment.run_folder import RunContext, accept_recipe, claim_folder, log_to_folder
 from sparc3.experiment.run_folder import log as log_of_runs
-from sparc3.experiment.slurm import sbatch, write_job
+from sparc3.experiment.slurm import format_job, write_job
 from sparc3.recipe.schema import load_recipe
 from sparc3.report.write import write_report
 from sparc3.results import Measurement
@@ -103,7 +103,7 @@ def kind(request: pytest.FixtureRequest, open_folder: Path) -> tuple[Path, Write
         "results": RESULTS.save,
         "samples": ReferenceSet.of(["some words"] * 300).save,
         "evaluation": Evaluation("original", (observed,), {}, "x", 1.0).save,
-        "job": lambda path: write_job(str(path), sbatch(load_recipe("demo"), "demo")),
+        "job": lambda path: write_job(str(path), format_job(load_recipe("demo"), "demo")),
         "report.html": report,
         "log.txt": log_line,
         "recipe.yaml": recipe_copy,

@@ -16,7 +16,7 @@ from sparc3 import Circuit, Results, Scores, UserError, load_model, load_recipe,
 from sparc3.checkpoints.model_card import circuit_card, model_card
 from sparc3.errors import UnsupportedModel
 from sparc3.experiment.run_folder import claim_folder
-from sparc3.experiment.slurm import sbatch
+from sparc3.experiment.slurm import format_job
 from sparc3.models.load import DEMO
 from sparc3.results import Measurement
 from sparc3.safe_text import one_line, visible
@@ -187,10 +187,10 @@ def test_a_circuit_cannot_write_markup_into_a_card() -> None:
 def test_a_batch_file_holds_no_line_that_a_name_smuggled_in() -> None:
     recipe = load_recipe("demo")
     with pytest.raises(UserError, match="rm -rf"):
-        sbatch(recipe, "demo\nrm -rf ~\n.yaml")
+        format_job(recipe, "demo\nrm -rf ~\n.yaml")
     for bad in ({"partition": "gpu\n#SBATCH --uid=0"}, {"folder": "runs/a\nb"}, {"partition": "a b"}):
         with pytest.raises(UserError, match=re.escape(repr(*bad.values())[1:-1])):
-            sbatch(recipe, "demo", **bad)  # type: ignore[arg-type]
+            format_job(recipe, "demo", **bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

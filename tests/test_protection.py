@@ -52,7 +52,7 @@ def test_what_is_protected_is_not_selected(tmp_path: Path, monkeypatch: pytest.M
     first = Circuit.load(tmp_path / "free" / "circuit.json")
     site, index = next((site, indices[0]) for site, indices in first.members.items() if indices)
     monkeypatch.setattr(protection, "_select_suspects", lambda work, samples: [(site, index)])
-    monkeypatch.setattr(protection, "RATIO", 0.0)
+    monkeypatch.setattr(protection, "PROTECTION_RATIO", 0.0)
     kept = run(recipe, tmp_path / "kept")
     assert [(one["module"], one["index"]) for one in kept.provenance["protected"]] == [(site, index)]
     second = Circuit.load(tmp_path / "kept" / "circuit.json")
@@ -71,7 +71,7 @@ def test_a_second_look_is_for_those_the_first_one_finds(monkeypatch: pytest.Monk
     seen = []
 
     def measure(work: Any, windows: list[Any]) -> float:
-        look = "whole" if max(len(ids) for ids, _ in windows) > protection.FIRST else "first"
+        look = "whole" if max(len(ids) for ids, _ in windows) > protection.SCREEN_TOKENS else "first"
         gone = [i for i in range(3) if (site.weight[i] == 0).all() and (plain[i] != 0).any()]
         seen.append((look, *gone))
         return 10.0 * made_up[look][gone[0]] if gone else 10.0

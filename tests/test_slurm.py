@@ -14,14 +14,14 @@ import pytest
 import yaml
 
 from sparc3 import Results, UserError, load_recipe
-from sparc3.experiment.slurm import sbatch, seconds, write_job
+from sparc3.experiment.slurm import format_job, parse_time, write_job
 
 Call = Callable[..., Any]
 ROOT = Path(__file__).parent.parent
 
 
 def lines(**options: Any) -> list[str]:
-    return sbatch(load_recipe("demo"), "demo", **options).splitlines()
+    return format_job(load_recipe("demo"), "demo", **options).splitlines()
 
 
 def test_one_node() -> None:
@@ -82,14 +82,15 @@ def test_bash_reads_it(options: dict[str, Any]) -> None:
     ],
 )
 def test_times(time: str, there: int) -> None:
-    assert seconds(time) == there
+    assert parse_time(time) == there
 
 
 def test_mistakes() -> None:
     for options, said in (
         ({"time": "soon"}, "soon"),
         ({"time": "3"}, "3 .*4 minutes"),
-        ({"nodes": 0}, "0 nodes"),
+        ({"nodes": 0}, "--nodes is 0"),
+        ({"gpus": -1}, "--gpus is -1"),
     ):
         with pytest.raises(UserError, match=said):
             lines(**options)

@@ -1,4 +1,5 @@
-"""Settings that users write, checked strictly: an unknown key is an error that suggests the near one."""
+"""`Strict`, the base class of a recipe's sections, which refuses unknown keys; and `parse`, whose errors name
+the key. The message about an unknown key, with the nearest known one, is made in `_explain`."""
 
 import reprlib
 from collections.abc import Callable, Mapping

@@ -153,7 +153,7 @@ def largest_writes(
 # "Whispering experts"). Two methods act on it: Det-0 removes the best experts, AurA damps every neuron whose
 # AUROC is above chance.
 
-METHODS = ("aura", "det0")
+EXPERTISE_METHODS = ("aura", "det0")
 
 
 def expertise(
@@ -210,8 +210,8 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
     return (below + not_above).double().sum(-1) / (2 * values.shape[1] * ordered.shape[1])
 
 
-def strengths(scores: Scores, only: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
-    """AurA's factor of each neuron: 1 − 2 (AUROC − ½) where AUROC > ½, else 1.
+def aura_factors(scores: Scores, only: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
+    """AurA's factor of each neuron: 1 − 2 (AUROC − ½) where AUROC > ½, else 1 (untouched).
 
     Args:
         only: damp these neurons of each site alone, the best experts for example; None damps all, as AurA

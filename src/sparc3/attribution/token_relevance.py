@@ -68,8 +68,10 @@ class TokenRelevance:
             colour = f"rgba({COLOURS[value > 0]}, {abs(value) / largest * 0.75:.2f})"
             text = escape(token).replace("\n", "↵<br>")
             shown.append(f'<span title="{value:+.3g}" style="background: {colour}">{text}</span>')
-        less = f" less <b>{escape('·'.join(self.against))}</b>" if self.against else ""
-        head = f"{escape(self.method)}: <b>{escape('·'.join(self.targets))}</b>{less}, y = {self.y:.3g}"
+        target = f"<b>{escape('·'.join(self.targets))}</b>"
+        if self.against:
+            target += f" minus <b>{escape('·'.join(self.against))}</b>, logit difference"
+        head = f"{escape(self.method)}: {target}, y = {self.y:.3g}"
         text = "".join(shown)
         return f'<div>{head}<div style="white-space: pre-wrap; line-height: 1.7">{text}</div></div>'
 
@@ -145,8 +147,14 @@ def _attribute_one(
     finally:
         hook.remove()
 
-    def write(ids: Iterable[int]) -> tuple[str, ...]:
+    def token_texts(ids: Iterable[int]) -> tuple[str, ...]:
         return tuple(text_of(tokenizer, one) if tokenizer else f"[{one}]" for one in ids)
 
-    texts = write(sample.ids), relevance, write(tokens), sample.positions, write(sample.against or ())
+    texts = (
+        token_texts(sample.ids),
+        relevance,
+        token_texts(tokens),
+        sample.positions,
+        token_texts(sample.against or ()),
+    )
     return TokenRelevance(*texts, float(y.detach()), method)

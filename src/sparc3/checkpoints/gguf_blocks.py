@@ -21,7 +21,7 @@ SCALES = {
     "TQ2_0": (64,),
 }
 """Where in a block its 16-bit scales are, in bytes; every weight of the block is proportional to them.
-Other types have scales of their own."""
+For quantised types not listed, scaling is refused."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Change:
     after: bytes = b""
 
     def fits(self, size: int) -> bool:
-        """Whether it lies in a file of `size` bytes and has its bytes before."""
+        """Whether it lies in a file of `size` bytes and `before` has the right length."""
         numbers = (self.offset, self.length, self.stride, self.count)
         return (
             all(type(n) is int and n >= 0 for n in numbers)
@@ -65,40 +65,41 @@ def plan_changes(path: Path, reader: Any, architecture: str, circuit: Circuit) -
             "them under one scale; ablate the Hugging Face model, and convert the result"
         )
     if reader.byte_order != "I":
-        raise UserError(f"{path} is in the other byte order than this machine's; convert it first")
+        raise UserError(f"{path} has the opposite byte order to this machine; convert it first")
     if (split := reader.fields.get("split.count")) and int(split.contents()) > 1:
         raise UserError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
-    file = _File(path, reader, architecture, circuit)
+    file = _GgufTensors(path, reader, architecture, circuit)
     changes = [change for name, units in circuit.members.items() for change in file.changes(name, units)]
-    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-    done = [_weaken(change, reader.data, kinds[change.tensor], circuit.strength) for change in changes]
+    types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    done = [_weaken(change, reader.data, types[change.tensor], circuit.strength) for change in changes]
     name = reader.fields.get("general.name")
     called = f" (the file calls itself {name.contents()})" if name else ""
-    sure = (
-        f"architecture {architecture}, {file.layers} layers and the sizes of {len(circuit.members)} tensors "
-        f"fit{called}; a quantised file does not tell whether its weights come from the model that the "
-        "circuit was found on"
+    checked = (
+        f"architecture {architecture}, {file.layers} layers; {file.compared} of {len(circuit.members)} "
+        f"tensor sizes compared and equal{called}; a quantised file does not tell whether its weights come "
+        "from the model that the circuit was found on"
     )
-    return done, sure
+    return done, checked
 
 
-class _File:
+class _GgufTensors:
     """The tensors of a GGUF, as a circuit of Hugging Face's names asks for them."""
 
     def __init__(self, path: Path, reader: Any, architecture: str, circuit: Circuit) -> None:
         self.path, self.architecture, self.circuit = path, architecture, circuit
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.fields = reader.fields
-        self.layers = int(self._figure("block_count"))
+        self.layers = int(self._read_metadata("block_count"))
         model_type = require_same_architecture(circuit.model.get("architecture"), architecture, path)
         self.family = FAMILIES[model_type]
-        for name, size in (circuit.provenance.get("sizes") or {}).items():
-            self._require_size(name, size)
+        sizes = circuit.provenance.get("sizes") or {}
+        equal = [name for name, size in sizes.items() if self._compare_size(name, size)]
+        self.compared = len(set(equal) & set(circuit.members))
 
-    def _figure(self, key: str, layer: int = 0, otherwise: str | None = None) -> int:
+    def _read_metadata(self, key: str, layer: int = 0, fallback_key: str | None = None) -> int:
         field = self.fields.get(f"{self.architecture}.{key}")
-        if field is None and otherwise:
-            return self._figure(otherwise, layer)
+        if field is None and fallback_key:
+            return self._read_metadata(fallback_key, layer)
         if field is None:
             raise UserError(f"{self.path} lacks {self.architecture}.{key} in its metadata; download it again")
         value = field.contents()
@@ -117,15 +118,16 @@ class _File:
     def _heads(self, where: Location) -> tuple[int, int]:
         layer = int(where.tensor.split(".")[1])
         return (
-            self._figure("attention.head_count", layer),
-            self._figure("attention.head_count_kv", layer, "attention.head_count"),
+            self._read_metadata("attention.head_count", layer),
+            self._read_metadata("attention.head_count_kv", layer, "attention.head_count"),
         )
 
-    def _require_size(self, name: str, size: object) -> None:
-        """Where the circuit says how many units a site has, the file's tensor must have as many."""
+    def _compare_size(self, name: str, size: object) -> bool:
+        """Whether a site's number of units was compared: not that of a fused q, k or v. Raises UserError
+        where the file's tensor has another number."""
         where, _, shape = self._find(name)
         if where.part in ("q", "k", "v"):
-            return
+            return False
         rows = shape[-2] // 2 if where.part else shape[-2]
         here = self._heads(where)[0] if self.circuit.unit == "head" else rows
         if here != size:
@@ -133,6 +135,7 @@ class _File:
                 f"the circuit was found on a model with {size} {self.circuit.unit}s in {name}, and "
                 f"{self.path} has {here}; use the model it was made on"
             )
+        return True
 
     def changes(self, name: str, units: tuple[int, ...]) -> Iterator[Change]:
         """The pieces of one site's members, still without their bytes."""
@@ -148,9 +151,8 @@ class _File:
         rows = rows_of(where, indices, shape, *self._heads(where), self.architecture)
         if self.circuit.strength != 1 and where.role == "mlp.up" and self.family.gated is None:
             raise UserError(
-                f"strength {self.circuit.strength:g} weakens what follows the non-linearity, columns of the "
-                "MLP's second matrix, and a block holds more than one of them; use strength 1, or ablate "
-                "the Hugging Face model"
+                f"at strength {self.circuit.strength:g} single columns of the MLP's down matrix must change, "
+                "but a GGUF block spans several columns; use strength 1, or ablate the Hugging Face model"
             )
         yield from _rows(tensor, rows, shape[-1])
         bias = self.tensors.get(f"{where.tensor}.bias")
@@ -180,8 +182,8 @@ class _File:
                     "narrower blocks, or ablate the Hugging Face model"
                 )
             begin, length = int(tensor.data_offset) + start // block * size, (stop - start) // block * size
-            kind, count_of_rows = tensor.tensor_type.name, int(tensor.n_bytes) // row
-            yield Change(tensor.name, kind, begin, length, row, count_of_rows)
+            type_name, rows = tensor.tensor_type.name, int(tensor.n_bytes) // row
+            yield Change(tensor.name, type_name, begin, length, row, rows)
 
 
 def _rows(tensor: Any, rows: Any, width: int) -> Iterator[Change]:
@@ -205,64 +207,66 @@ def _runs(indices: Any) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
 
 
-def _weaken(change: Change, data: Any, kind: Any, strength: float) -> Change:
+def _weaken(change: Change, data: Any, ggml_type: Any, strength: float) -> Change:
     """The change with its bytes: those of the file, and what they become."""
     import numpy
 
     where = change.offset + change.stride * numpy.arange(change.count)[:, None] + numpy.arange(change.length)
     before = numpy.asarray(data[where])
-    after = zeros(before, kind) if strength == 1 else scale_blocks(before, kind, 1 - strength)
+    after = zeros(before, ggml_type) if strength == 1 else scale_blocks(before, ggml_type, 1 - strength)
     return replace(change, before=before.tobytes(), after=after.tobytes())
 
 
-def zeros(before: Any, kind: Any) -> Any:
-    """Bytes of zero weights, as many as `before`. Raises UserError for a type whose zero bytes are not
-    that."""
+def zeros(before: Any, ggml_type: Any) -> Any:
+    """Bytes of zero weights, as many as `before`. Raises UserError for a type in which all-zero
+    bytes do not decode to zero."""
     import numpy
     from gguf import GGML_QUANT_SIZES, dequantize
 
     after = numpy.zeros_like(before)
     try:
-        sure = not dequantize(numpy.zeros((1, GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind).any()
+        decodes_to_zero = not dequantize(
+            numpy.zeros((1, GGML_QUANT_SIZES[ggml_type][1]), numpy.uint8), ggml_type
+        ).any()
     except NotImplementedError:
-        sure = False
-    if not sure:
+        decodes_to_zero = False
+    if not decodes_to_zero:
         raise UserError(
-            f"no block of zeros is known for tensors of type {kind.name}; give a file of another type"
+            f"no block of zeros is known for tensors of type {ggml_type.name}; give a file of another type"
         )
     return after
 
 
-def scale_blocks(before: Any, kind: Any, factor: float) -> Any:
+def scale_blocks(before: Any, ggml_type: Any, factor: float) -> Any:
     """Blocks [..., bytes] of weights `factor` times as large.
 
     Weights of F32, F16 and BF16 are rounded to their type, as in a checkpoint of it. Quantised ones keep
     their codes, and their scales are multiplied.
 
     Raises:
-        UserError: a scale times the factor is no number of the scale's type, or the type's scales are no
-        16-bit floats.
+        UserError: a scale times the factor cannot be represented in the scale's type, or the type's scales
+        are no 16-bit floats.
     """
     import numpy
     from gguf import GGML_QUANT_SIZES, dequantize, quantize
 
-    if kind.name in ("F32", "F16", "BF16"):
-        wide = dequantize(before, kind).astype(numpy.float64) * factor
-        return numpy.ascontiguousarray(quantize(wide.astype(numpy.float32), kind)).view(numpy.uint8)
-    if kind.name not in SCALES:
+    if ggml_type.name in ("F32", "F16", "BF16"):
+        wide = dequantize(before, ggml_type).astype(numpy.float64) * factor
+        return numpy.ascontiguousarray(quantize(wide.astype(numpy.float32), ggml_type)).view(numpy.uint8)
+    if ggml_type.name not in SCALES:
         raise UserError(
-            f"the scales of blocks of type {kind.name} cannot be multiplied by {factor:g}; use strength 1, "
-            "or a file of another type"
+            f"the scales of blocks of type {ggml_type.name} cannot be multiplied by {factor:g}; use strength "
+            "1, or a file of another type"
         )
-    after = before.reshape(-1, GGML_QUANT_SIZES[kind][1]).copy()
-    for place in SCALES[kind.name]:
+    after = before.reshape(-1, GGML_QUANT_SIZES[ggml_type][1]).copy()
+    for place in SCALES[ggml_type.name]:
         scale = after[:, place : place + 2].copy().view(numpy.float16).astype(numpy.float64)
         after[:, place : place + 2] = (scale * factor).astype(numpy.float16).view(numpy.uint8)
     blocks = before.reshape(after.shape)
-    wanted = dequantize(blocks, kind).astype(numpy.float64) * factor
-    if not numpy.array_equal(dequantize(after, kind), wanted.astype(numpy.float32)):
+    wanted = dequantize(blocks, ggml_type).astype(numpy.float64) * factor
+    if not numpy.array_equal(dequantize(after, ggml_type), wanted.astype(numpy.float32)):
         raise UserError(
-            f"{factor:g} times a scale of type {kind.name} is not always a 16-bit number, so that the change "
-            "would not be exact; use a strength of 0.5 or 0.75, whose factors are powers of two, or 1"
+            f"{factor:g} times a scale of type {ggml_type.name} is not always a 16-bit number, so that the "
+            "change would not be exact; use a strength of 0.5 or 0.75, whose factors are powers of two, or 1"
         )
     return after.reshape(before.shape)

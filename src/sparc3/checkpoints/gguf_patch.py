@@ -110,13 +110,13 @@ def patch_gguf(
     target = _target(path, name, out, in_place)
     with _watch_for_changes(path, in_place) as require_unchanged:
         reader, architecture = read_gguf(path)
-        changes, sure = plan_changes(path, reader, architecture, circuit)
+        changes, checked = plan_changes(path, reader, architecture, circuit)
         del reader  # and its map of the file
-        sure = sure if force else _check_weights(path, circuit, sure)
+        checked = checked if force else _check_weights(path, circuit, checked)
         before, after = _digests(path, [(c, c.after) for c in changes])
         described = {key: getattr(circuit, key) for key in ("unit", "fingerprint", "strength", "model")}
         described["members"] = {key: list(units) for key, units in circuit.members.items()}
-        patch = GgufPatch(path.name, path.stat().st_size, before, after, described, sure, tuple(changes))
+        patch = GgufPatch(path.name, path.stat().st_size, before, after, described, checked, tuple(changes))
         kept = _free_name(target) if in_place else target.with_name(target.name + SUFFIX)
         with _rewritten(path, target, require_unchanged) as opened:
             patch.save(kept)
@@ -264,7 +264,7 @@ def _digests(path: Path, changes: list[tuple[Change, bytes]]) -> tuple[str, str]
     return asis.hexdigest(), changed.hexdigest()
 
 
-def _check_weights(path: Path, circuit: Circuit, sure: str) -> str:
+def _check_weights(path: Path, circuit: Circuit, checked: str) -> str:
     """How sure it is that the circuit is this model's. Raises UserError for one found on a GGUF of other
     weights.
 
@@ -272,7 +272,7 @@ def _check_weights(path: Path, circuit: Circuit, sure: str) -> str:
     quantised file does not tell that of the original checkpoint.
     """
     if not str(circuit.model.get("id", "")).lower().endswith(".gguf"):
-        return sure
+        return checked
     from ..models.load import load_weights
 
     circuit.require_model(load_weights(str(path), device="cpu"))

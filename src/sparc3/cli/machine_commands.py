@@ -104,12 +104,12 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _slurm(args: argparse.Namespace) -> None:
-    from ..experiment.slurm import make_log_folder, sbatch, submit, write_job
+    from ..experiment.slurm import format_job, make_log_folder, submit, write_job
     from ..recipe.schema import load_recipe
 
     recipe = load_recipe(args.recipe, args.set)
     names = ("nodes", "gpus", "time", "partition", "account", "mem", "cpus_per_task", "token_file", "array")
-    text = sbatch(
+    text = format_job(
         recipe,
         args.recipe,
         **{name: getattr(args, name) for name in names},

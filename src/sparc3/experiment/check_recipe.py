@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..attribution.activations import METHODS as EXPERTISE
+from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import require_method, settings_for
 from ..attribution.sums import Settings
 from ..circuits.select import parse_scope
@@ -100,7 +100,9 @@ def _scoring_methods(recipe: Recipe) -> list[str]:
         named = recipe.discover.methods
     else:
         named = recipe.compress.methods
-    return [method for method in dict.fromkeys(named) if method not in EXPERTISE and method != SEQUENTIAL]
+    return [
+        method for method in dict.fromkeys(named) if method not in EXPERTISE_METHODS and method != SEQUENTIAL
+    ]
 
 
 def check_samples(

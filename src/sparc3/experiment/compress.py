@@ -81,8 +81,8 @@ def _load_or_make_circuit(
         inputs |= {"model": work.fingerprint, "samples": samples.fingerprint}
     else:
         how = ScoringSpec(asked.but(method=method, reduce=reduce), {name: _target(work)})
-        place = f"{reduce}." if require_method(method).targeted else ""
-        scores = load_or_make_parts(work, how, place=place)[name]
+        prefix = f"{reduce}." if require_method(method).targeted else ""
+        scores = load_or_make_parts(work, how, prefix=prefix)[name]
         inputs |= {"scores": scores.fingerprint}
 
     def make() -> Circuit:

@@ -32,21 +32,21 @@ log = logging.getLogger("sparc3")
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """One way to contrast: everything that tells two candidates of a search apart but for the number of
+    """One way to contrast: all settings that distinguish two candidates of a search, except the number of
     units.
 
     Attributes:
-        options: of the attributions, but for the target.
+        options: attribution options; the target comes from `targets`.
         targets: name of each reference set that takes part → its target.
-        strength: of the circuits that it finds.
-        place: where its scores are kept: a prefix of the file names in scores/.
+        strength: strength of the circuits selected with it.
+        file_prefix: of the names of its files in scores/.
     """
 
     options: AttributionOptions
     targets: dict[str, str]
     penalty: float = 1.0
     normalize: str | None = None
-    place: str = ""
+    file_prefix: str = ""
     strength: float = 1.0
 
 
@@ -66,17 +66,17 @@ def scoring_of_recipe(work: RunContext) -> ScoringSpec:
     return ScoringSpec(asked, targets, chosen.penalty, chosen.normalize, strength=chosen.strength)
 
 
-def load_or_make_contrast(
-    work: RunContext, how: ScoringSpec, before: Circuit | None = None, place: str = ""
+def compute_contrast(
+    work: RunContext, how: ScoringSpec, removed: Circuit | None = None, prefix: str = ""
 ) -> Scores:
-    """The contrast, on the model without the circuit `before`, whose units then come last."""
-    return contrast_parts(work, how, load_or_make_parts(work, how, before, place), before)
+    """The contrast on the model without the circuit `removed`, whose units are then ranked last."""
+    return contrast_parts(work, how, load_or_make_parts(work, how, removed, prefix), removed)
 
 
 def contrast_parts(
-    work: RunContext, how: ScoringSpec, sets: Mapping[str, Scores], before: Circuit | None = None
+    work: RunContext, how: ScoringSpec, sets: Mapping[str, Scores], removed: Circuit | None = None
 ) -> Scores:
-    """The contrast of scores that are there already; the units of `before` and protected ones come last."""
+    """The contrast from scores already computed; units of `removed` and protected units are ranked last."""
     # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
     normalize = "l1" if how.options.method == "wanda" else how.normalize
     made = contrast(
@@ -86,36 +86,38 @@ def contrast_parts(
         penalty=how.penalty,
         normalize=normalize,
     )
-    last = before or work.protected
-    if before and work.protected:
-        last = union(replace(before, strength=1.0), work.protected)
+    last = removed or work.protected
+    if removed and work.protected:
+        last = union(replace(removed, strength=1.0), work.protected)
     return exclude(made, last) if last else made
 
 
 def load_or_make_parts(
-    work: RunContext, how: ScoringSpec, before: Circuit | None = None, place: str = ""
+    work: RunContext, how: ScoringSpec, removed: Circuit | None = None, prefix: str = ""
 ) -> dict[str, Scores]:
-    """The scores of each reference set in `how`, on the model without the circuit `before`."""
-    return {name: _load_or_make_scores(work, how, name, before, place) for name in how.targets}
+    """The scores of each reference set in `how`, on the model without the circuit `removed`."""
+    return {name: _load_or_make_scores(work, how, name, removed, prefix) for name in how.targets}
 
 
 def _load_or_make_scores(
-    work: RunContext, how: ScoringSpec, name: str, before: Circuit | None, place: str
+    work: RunContext, how: ScoringSpec, name: str, removed: Circuit | None, prefix: str
 ) -> Scores:
     samples, options = work.references[name], how.options.but(target=how.targets[name])
     inputs = {
         **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),
         "samples": samples.fingerprint,
         "model": work.fingerprint,
-        "without": before.fingerprint if before else None,
+        "without": removed.fingerprint if removed else None,
     }
-    prefix = f"{how.place}{options.target.replace(':', '')}.{options.neuron}." if how.place else ""
+    candidate = (
+        f"{how.file_prefix}{options.target.replace(':', '')}.{options.neuron}." if how.file_prefix else ""
+    )
     method = "" if options.method == work.recipe.attribution.method else f"{options.method}."
-    path = f"scores/{place}{prefix}{method}{name}.safetensors"
+    path = f"scores/{prefix}{candidate}{method}{name}.safetensors"
 
     def make() -> Scores:
         began = time.perf_counter()
-        with ablated(work.model, before or Circuit(options.unit, {})):
+        with ablated(work.model, removed or Circuit(options.unit, {})):
             made = attribute(
                 work.model,
                 samples,
@@ -165,13 +167,13 @@ def select_in_rounds(
     None where a matched contrast has too few candidates below zero in a later round.
     """
     now, circuit = first, Circuit(work.recipe.attribution.unit, {}, work.described, strength=how.strength)
-    for turn in range(rounds):
-        if turn:
-            # In a search many circuits are on the way at once; the scores of each are kept under its name.
-            own = f"{circuit.fingerprint[:12]}." if how.place else ""
-            now = load_or_make_contrast(work, how, circuit, f"round{turn + 1}.{own}")
-        wanted = count * (turn + 1) // rounds - count * turn // rounds
-        if turn and wanted > count_candidates(now):
+    for round_index in range(rounds):
+        if round_index:
+            # A search builds several circuits, so the scores of each have its fingerprint in the file name.
+            own = f"{circuit.fingerprint[:12]}." if how.file_prefix else ""
+            now = compute_contrast(work, how, circuit, f"round{round_index + 1}.{own}")
+        wanted = count * (round_index + 1) // rounds - count * round_index // rounds
+        if round_index and wanted > count_candidates(now):
             return None
         part = select(now, count=wanted, scope=work.correct.selection.scope, strength=how.strength)
         # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
@@ -180,7 +182,8 @@ def select_in_rounds(
 
 
 def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
-    """Write the circuit and its contrast into the run folder, under the names a reader looks for."""
+    """Write the circuit and its contrast into the run folder, under their standard names; returns
+    the circuit with `model` and `made_from` filled in."""
     made_from = fingerprint(
         {
             "selection": work.correct.selection.model_dump(),
@@ -204,36 +207,41 @@ def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
     return replace(found, circuit=circuit)
 
 
-# Units that the whole model stands on are left out of every selection: those whose removal alone multiplies
-# perplexity.
+# Units the model cannot do without: removing one alone multiplies perplexity by PROTECTION_RATIO or more.
+# They are left out of every selection.
 
-SUSPECTS, TEXTS, TOKENS, FIRST = 12, 6, 256, 32
-"""How many neurons are tried alone, on how many general samples, of how many tokens each; and of how many
-tokens in the first look, after which most need no second."""
-RATIO = 1.5
-"""A neuron without which perplexity is so many times as large is protected."""
+MAX_SUSPECTS = 12
+"""How many neurons are tried, each alone."""
+MAX_TEXTS = 6
+"""On how many general samples."""
+MAX_TOKENS = 256
+"""Of how many tokens each."""
+SCREEN_TOKENS = 32
+"""How many of these tokens the first look takes; most neurons need no second."""
+PROTECTION_RATIO = 1.5
+"""A neuron without which perplexity is at least this many times as large is protected."""
 Unit = tuple[str, int]
 
 
 def protect_units(work: RunContext) -> None:
-    """Fill work.protected, and list it in the results' provenance; does nothing for heads, weights and
-    quantised models.
+    """Fill work.protected, and list it in the results' provenance. Does nothing for heads, weights and sites
+    other than mlp.up, or without `selection.protect`; raises UserError where mlp.down is quantised.
 
     A screen, not a search: only the neurons that write hardest into the residual stream are tried, each
     alone, on a few general samples. Their first tokens come first: only a neuron without which these are
-    √RATIO times as perplexing is tried on the whole.
+    √PROTECTION_RATIO times as perplexing is tried on the whole.
     """
     if not is_protected(work.recipe):
         return
-    joined = join_completions(ReferenceSet(work.references["general"].samples[:TEXTS]), work.tokenizer)
-    texts = [ids[:TOKENS] for sample in joined if len(ids := sample.input_ids or ()) > 1]
+    joined = join_completions(ReferenceSet(work.references["general"].samples[:MAX_TEXTS]), work.tokenizer)
+    texts = [ids[:MAX_TOKENS] for sample in joined if len(ids := sample.input_ids or ()) > 1]
     if not texts:
         return
-    found = _measure_ratios(work, _select_suspects(work, texts), [ids[:FIRST] for ids in texts])
-    likely = [unit for unit, ratio in found.items() if ratio >= math.sqrt(RATIO)]
-    if likely and max(map(len, texts)) > FIRST:
+    found = _measure_ratios(work, _select_suspects(work, texts), [ids[:SCREEN_TOKENS] for ids in texts])
+    likely = [unit for unit, ratio in found.items() if ratio >= math.sqrt(PROTECTION_RATIO)]
+    if likely and max(map(len, texts)) > SCREEN_TOKENS:
         found |= _measure_ratios(work, likely, texts)
-    kept = {unit: ratio for unit, ratio in found.items() if ratio >= RATIO}
+    kept = {unit: ratio for unit, ratio in found.items() if ratio >= PROTECTION_RATIO}
     members = {
         name: tuple(sorted(index for other, index in kept if other == name))
         for name in dict.fromkeys(name for name, _ in kept)
@@ -247,7 +255,7 @@ def protect_units(work: RunContext) -> None:
         "protected: %d of %d suspects multiply perplexity by %.3g or more (at most %.3g)",
         len(kept),
         len(found),
-        RATIO,
+        PROTECTION_RATIO,
         max(found.values()),
     )
 
@@ -257,7 +265,7 @@ def _select_suspects(work: RunContext, texts: list[tuple[int, ...]]) -> list[Uni
     writes = distributed.first(largest_writes(work.model, samples))
     places = [(name, index) for name, values in writes.items() for index in range(len(values))]
     hardest = torch.cat(list(writes.values())).argsort(descending=True, stable=True)
-    return [places[i] for i in hardest[:SUSPECTS].tolist()]
+    return [places[i] for i in hardest[:MAX_SUSPECTS].tolist()]
 
 
 def _measure_ratios(work: RunContext, units: list[Unit], texts: list[tuple[int, ...]]) -> dict[Unit, float]:
@@ -276,7 +284,7 @@ def _measure_ratios(work: RunContext, units: list[Unit], texts: list[tuple[int, 
 
 
 def _measure_perplexity(work: RunContext, windows: list[Window]) -> float:
-    """Infinite where the model gave a NaN or Inf: then it is broken indeed."""
+    """Infinite if any loss is NaN or Inf, so that a broken model counts as infinitely worse."""
     nll = negative_log_likelihoods(work.model, windows, progress=False)
     whole = sum(math.inf if value is None else value for value in nll)
     return float(torch.tensor(whole / sum(predicted for _, predicted in windows)).exp())

@@ -232,7 +232,7 @@ def _make_scoring(work: RunContext, target: str, neuron: str, names: Sequence[st
         completed = all(sample.completion is not None for sample in work.references[name])
         own = work.recipe.references[name].target
         targets[name] = own or work_list.target_for_set(target, completed)
-    return ScoringSpec(work.recipe.attribution.but(neuron=neuron), targets, place="tune.")
+    return ScoringSpec(work.recipe.attribution.but(neuron=neuron), targets, file_prefix="tune.")
 
 
 def _choose_best(tried: list[Candidate], trials: Trials) -> int:

@@ -15,8 +15,8 @@ from ..safe_text import one_line
 from ..storage import read_text, write_text
 
 GRACE = 120
-"""Seconds before the time limit at which the job is told: enough for the batch under way and for saving the
-sums."""
+"""How many seconds before the time limit SLURM signals the job: enough for the batch under way and for saving
+the sums."""
 
 SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 """Variables that hold the hub's token."""
@@ -41,14 +41,14 @@ BODY = """
 {changes}
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
 
-ask_again() {{
+save_and_requeue() {{
     echo "time is almost up: saving, and queueing job $SLURM_JOB_ID again"
     scancel --signal=TERM "$SLURM_JOB_ID.0"  # not to srun, which would end its tasks at once
     wait "$step"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }}
-trap ask_again USR1
+trap save_and_requeue USR1
 
 srun --kill-on-bad-exit=1 {cpus}{launch} &
 step=$!
@@ -56,7 +56,7 @@ wait "$step"
 """
 
 
-def sbatch(
+def format_job(
     recipe: Recipe,
     name: str,
     *,
@@ -80,8 +80,8 @@ def sbatch(
     Args:
         name: the recipe as `sparc3 run` takes it; a path is made absolute.
         nodes, gpus: nodes, and GPUs on each; one rank a GPU, or one rank a node where gpus is 0.
-        time: SLURM's time limit of one go, such as 30 (minutes), 04:00:00 or 1-12:00:00; the job may need
-            several.
+        time: SLURM's time limit of one submission, such as 30 (minutes), 04:00:00 or 1-12:00:00; a long run
+            is requeued several times.
         partition, account, mem, cpus_per_task: SLURM's options of these names; mem is of each node, such as
             64G.
         options: further options, each as an #SBATCH line has it, such as "--qos=long".
@@ -95,8 +95,8 @@ def sbatch(
     Raises:
         UserError: numbers, a time or names that SLURM or bash would not take; no such token file.
     """
-    _require_words(name, folder, (partition, account, mem), options)
-    _require_numbers(nodes, gpus, cpus_per_task, array, time)
+    _check_names(name, folder, (partition, account, mem), options)
+    _check_resources(nodes, gpus, cpus_per_task, array, time)
     out = _locate_run(recipe, folder)
     resources = "".join(
         f"#SBATCH --{option}\n"
@@ -128,34 +128,43 @@ def sbatch(
         cpus=f"--cpus-per-task={cpus_per_task} "
         if cpus_per_task
         else "",  # srun does not take it from the job
-        launch=_launch(name, out, nodes, max(1, gpus), array, sets),
+        launch=_format_torchrun_command(name, out, nodes, max(1, gpus), array, sets),
     )
 
 
-def _require_numbers(nodes: int, gpus: int, cpus_per_task: int | None, array: int | None, time: str) -> None:
-    """Raise UserError for numbers that make no job, and a time that leaves it none to work."""
-    if cpus_per_task is not None and cpus_per_task < 1:
-        raise UserError(f"--cpus-per-task is {cpus_per_task}; give --cpus-per-task at least 1")
-    if nodes < 1 or gpus < 0 or (array is not None and array < 1):
-        runs = "" if array is None else f" and {array} runs"
-        raise UserError(
-            f"{nodes} nodes with {gpus} GPUs{runs} make no job; give at least one node and one run"
-        )
-    if seconds(time) < 2 * GRACE:
+def _check_resources(nodes: int, gpus: int, cpus_per_task: int | None, array: int | None, time: str) -> None:
+    """Raise UserError for numbers that are too small, and a time that leaves none to work."""
+    for option, given, least in (
+        ("--nodes", nodes, 1),
+        ("--gpus", gpus, 0),
+        ("--cpus-per-task", cpus_per_task, 1),
+        ("--array", array, 1),
+    ):
+        if given is not None and given < least:
+            raise UserError(f"{option} is {given}; give {least} or more")
+    if parse_time(time) < 2 * GRACE:
         raise UserError(
             f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at "
             f"least {2 * GRACE // 60} minutes"
         )
 
 
-def _require_words(
+def _check_names(
     name: str, folder: str | None, asked: tuple[str | None, ...], options: tuple[str, ...]
 ) -> None:
-    """Raise UserError for a word that would be something else in a batch file."""
-    names = [word for word in asked if word is not None]
-    for word in (name, folder or "", *names):
-        if word != one_line(word) or (word in names and not re.fullmatch(r"[\w.,-]+", word)):
-            raise UserError(f"{word!r} is not allowed in a batch file; use letters, digits, dots and dashes")
+    """Raise UserError for a value that bash or SLURM would not read as a plain word."""
+    for path in (name, folder or ""):
+        if path != one_line(path):
+            raise UserError(
+                f"{path!r} is not allowed in a batch file; choose a shorter one, or one without line breaks, "
+                "control characters and repeated spaces"
+            )
+    for word in asked:
+        if word is not None and (word != one_line(word) or not re.fullmatch(r"[\w.,-]+", word)):
+            raise UserError(
+                f"{word!r} is not allowed in a batch file; use letters, digits, underscores, dots, commas "
+                "and dashes"
+            )
     for option in options:
         if option != one_line(option) or not re.fullmatch(r"--?[A-Za-z].*", option):
             raise UserError(
@@ -185,7 +194,7 @@ def _write_setup(modules: tuple[str, ...], environment: tuple[str, ...], token_f
         if not Path(token_file).is_file():
             raise UserError(f"no token file {token_file}; write the hub's token into it, or check the path")
         lines.append(f"export HF_TOKEN_PATH={shlex.quote(str(Path(token_file).absolute()))}")
-        lines.append("unset HF_TOKEN  # it would go before the file")
+        lines.append("unset HF_TOKEN  # HF_TOKEN would take precedence over the file")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -205,10 +214,12 @@ def _locate_run(recipe: Recipe, folder: str | None) -> str:
     return str(Path(folder or f"runs/{recipe.name}").absolute())
 
 
-def _launch(name: str, out: str, nodes: int, ranks: int, array: int | None, sets: tuple[str, ...]) -> str:
+def _format_torchrun_command(
+    name: str, out: str, nodes: int, ranks: int, array: int | None, sets: tuple[str, ...]
+) -> str:
     """torchrun on every node, and under it the command that a laptop runs."""
     recipe = str(Path(name).absolute()) if Path(name).suffix in (".yaml", ".yml") else name
-    meet = (
+    rendezvous = (
         ["--standalone"]
         if nodes == 1
         else [
@@ -222,14 +233,19 @@ def _launch(name: str, out: str, nodes: int, ranks: int, array: int | None, sets
     numbered = '-"$SLURM_ARRAY_TASK_ID"' if array else ""
     seeds = ['--set references.general.seeds="[$SLURM_ARRAY_TASK_ID]"'] if array else []
     changed = [*(f"--set {shlex.quote(change)}" for change in sets), *seeds]
-    torchrun = [shlex.quote(sys.executable), "-m torch.distributed.run", *meet, f"--nproc-per-node={ranks}"]
+    torchrun = [
+        shlex.quote(sys.executable),
+        "-m torch.distributed.run",
+        *rendezvous,
+        f"--nproc-per-node={ranks}",
+    ]
     command = ["-m sparc3 run", shlex.quote(recipe), "--out", shlex.quote(out) + numbered, *changed]
     return " ".join(torchrun) + " \\\n    " + " ".join(command)
 
 
-def seconds(time: str) -> int:
-    """Of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
-    Raises UserError for another."""
+def parse_time(time: str) -> int:
+    """Seconds of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds,
+    days-hours[:minutes[:seconds]]. Raises UserError for another."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         raise UserError(
             f"time '{time}' is not a SLURM time; write minutes, hours:minutes:seconds or "
@@ -244,7 +260,9 @@ def seconds(time: str) -> int:
 def write_job(path: str, text: str) -> None:
     """Write an executable batch file. Raises UserError where another file of that name is in the way."""
     if os.path.exists(path) and read_text(path) != text:
-        raise UserError(f"{path} exists and says something else; remove it, or name another file with --out.")
+        raise UserError(
+            f"{path} already exists with other content; remove it, or choose another name with --out"
+        )
     write_text(path, text)
     os.chmod(path, 0o755)
 

@@ -14,7 +14,7 @@ from ..models.sites import sites_of
 from ..results import Variant
 from ..scores import Scores
 from .run_folder import Intervention, RunContext, load_or_make
-from .score import ScoringSpec, SelectedCircuit, load_or_make_contrast
+from .score import ScoringSpec, SelectedCircuit, compute_contrast
 from .work_list import Sizes, comparison_for
 
 
@@ -32,13 +32,15 @@ def list_variants(
         how: the contrast that found the circuit; the other methods are contrasted alike.
     """
     circuit, scope = found.circuit, work.correct.selection.scope
-    beside = comparison_for(work.correct, sites_of(work.model, work.recipe.attribution.sites), len(circuit))
+    comparison = comparison_for(
+        work.correct, sites_of(work.model, work.recipe.attribution.sites), len(circuit)
+    )
     sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
     yield "original", [Circuit(circuit.unit, {}, work.described)]
     yield "ablated", [circuit]
-    # At its own size stands the circuit that was measured, whatever rounds found it.
+    # At the circuit's own size use the circuit itself, not a new selection.
     own = {len(circuit): circuit}
-    for total, size in beside.own.items():
+    for total, size in comparison.own.items():
         variant = Variant(how.options.method, total)
         if total not in own:
             made = _select_if_enough(work, found.contrast, variant, how.strength, scope, size)
@@ -48,14 +50,14 @@ def list_variants(
         yield str(variant), [own[total]]
     rivals = {
         str(Variant(method, total)): change
-        for method, (theirs, counts) in beside.rivals.items()
+        for method, (theirs, counts) in comparison.rivals.items()
         for total, change in select_by_method(work, how, method, theirs, counts)
     }
     for name, change in {**rivals, **work.rivals}.items():
         yield name, [change]
-    for count in beside.null if beside.draws else ():
+    for count in comparison.null if comparison.draws else ():
         if count in own:
-            draws = [random_like(own[count], sizes, seed) for seed in range(beside.draws)]
+            draws = [random_like(own[count], sizes, seed) for seed in range(comparison.draws)]
             yield str(Variant("random", count)), [*draws]
 
 
@@ -65,10 +67,11 @@ def select_by_method(
     """Another method's units at each size, by its number of units, contrasted and removed as `how` says.
 
     Methods of expertise rank by the AUROC of undesired against matched samples, or against general ones where
-    there are none. AurA damps by strengths of its own, and also every neuron that is an expert at all.
+    there are none. AurA damps by its own factors, and gets one more variant that damps every neuron with
+    AUROC above 0.5.
     """
     order = "lowest"
-    if method in activations.METHODS:
+    if method in activations.EXPERTISE_METHODS:
         undesired = work.references["undesired"]
         benign = work.references.get("matched", work.references["general"])
         inputs = {"aura": [undesired.fingerprint, benign.fingerprint], "model": work.fingerprint}
@@ -81,16 +84,16 @@ def select_by_method(
             lambda: activations.expertise(work.model, undesired, benign, tokenizer=work.tokenizer),
         )
     else:
-        theirs = replace(how, options=how.options.but(method=method), place="")
-        scores = load_or_make_contrast(work, theirs)
+        theirs = replace(how, options=how.options.but(method=method), file_prefix="")
+        scores = compute_contrast(work, theirs)
     for total, size in sizes.items():
         chosen = _select_if_enough(work, scores, Variant(method, total), how.strength, scope, size, order)
         if chosen is not None and method == "aura":
-            yield total, Damping(activations.strengths(scores, chosen.members))
+            yield total, Damping(activations.aura_factors(scores, chosen.members))
         elif chosen is not None:
             yield total, chosen
     if method == "aura":
-        whole = Damping(activations.strengths(scores))
+        whole = Damping(activations.aura_factors(scores))
         if len(whole) > max(sizes, default=0):
             yield len(whole), whole
 
@@ -106,7 +109,7 @@ def _select_if_enough(
 ) -> Circuit | None:
     """The units of a variant; None, with a warning, where a site, a row or the whole has too few candidates,
     or a share is no unit."""
-    why = "so small a share is no unit of a row or site"
+    why = "the share is too small to select one unit in any row or site"
     try:
         found = select(scores, scope=scope, order=order, strength=strength, **size)
         if len(found) or size == {"count": 0}:

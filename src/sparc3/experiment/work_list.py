@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..attribution.activations import METHODS as EXPERTISE
+from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import require_method
 from ..attribution.options import AttributionOptions
 from ..attribution.token_relevance import METHODS as RELEVANCE
@@ -87,7 +87,7 @@ def list_work(recipe: Recipe, sites: Sequence[Site], completed: Completed) -> Wo
     made = tuple(dict.fromkeys((_list_search if recipe.tune else _list_correct)(recipe, completed)))
     rivals, count, trials = rival_methods(recipe), circuit_count(recipe, sites), 0
     # The contrast, and what the methods of expertise share.
-    files = len(made) + 1 + bool(set(rivals) & set(EXPERTISE))
+    files = len(made) + 1 + bool(set(rivals) & set(EXPERTISE_METHODS))
     if recipe.tune:
         theirs = len(rivals) * len(counts_tried(recipe)) + ("aura" in rivals)
         trials = 1 + count_candidates_tried(recipe) + theirs
@@ -179,7 +179,7 @@ def _list_rivals(
     recipe: CorrectRecipe, names: Sequence[str], target: str, neuron: str, completed: Completed
 ) -> Iterator[Attribution]:
     for method in rival_methods(recipe):
-        for name in names if method not in EXPERTISE else ():
+        for name in names if method not in EXPERTISE_METHODS else ():
             theirs = target_for_set(target, completed(name))
             yield _single_attribution(recipe, method, name, theirs, neuron=neuron)
 

@@ -1,5 +1,6 @@
 """What work costs: of a device by its data sheet, or as this machine does it in half a second; of a model by
-running its code on tensors that have shapes and no content, and counting bytes, operations and time."""
+running its code on tensors that have shapes and no content, and counting bytes, operations and time; the
+run's total is in plan.py."""
 
 import os
 import time

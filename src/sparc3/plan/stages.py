@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..attribution.activations import METHODS as EXPERTISE
+from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import require_method
 from ..attribution.sums import Settings
 from ..circuits.select import parse_scope
@@ -161,18 +161,20 @@ class Stages:
 
     def _protection(self) -> Iterator[Stage]:
         if work_list.is_protected(self.recipe):
-            some = self.sets["general"].first(score.TEXTS).joined(min(self.context, score.TOKENS))
-            first = [min(len(one.ids), score.FIRST) for one in some]
+            some = self.sets["general"].first(score.MAX_TEXTS).joined(min(self.context, score.MAX_TOKENS))
+            first = [min(len(one.ids), score.SCREEN_TOKENS) for one in some]
             cost = self.rehearsal.windows("perplexity", max(first), len(first))
             look = _stage("", cost, sum(first), max(first) * len(first))
             # A second look at the whole is for neurons that the first one finds, and most models have none.
-            tried = self._forward("protection", some) + look * (1 + min(score.SUSPECTS, self.units))
+            tried = self._forward("protection", some) + look * (1 + min(score.MAX_SUSPECTS, self.units))
             yield replace(tried, scoring=True)
 
     def _scores(self) -> Iterator[Stage]:
         for one in self.work.attributions:
             yield from self._attribute(one)
-        if self.recipe.job == "correct" and set(work_list.rival_methods(self.recipe)) & set(EXPERTISE):
+        if self.recipe.job == "correct" and set(work_list.rival_methods(self.recipe)) & set(
+            EXPERTISE_METHODS
+        ):
             for name in ("undesired", "matched" if "matched" in self.sets else "general"):
                 read = self._forward("scores, expertise", self.sets[name].joined(self.context))
                 yield replace(read, scoring=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from ..attribution.activations import METHODS as EXPERTISE
+from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import settings_for
 from ..attribution.options import AttributionOptions
 from ..attribution.sums import Settings
@@ -159,7 +159,7 @@ class CorrectRecipe(BaseRecipe):
                 "selection.penalty has no effect without references.matched; give that set, or leave the "
                 "penalty out"
             )
-        theirs = [method for method in self.compare.methods if method in EXPERTISE]
+        theirs = [method for method in self.compare.methods if method in EXPERTISE_METHODS]
         if theirs and (self.attribution.unit, self.attribution.sites) != ("neuron", ("mlp.up",)):
             raise ValueError(
                 f"compare.methods {theirs[0]} acts on neurons of mlp.up; leave it out, or attribute unit "

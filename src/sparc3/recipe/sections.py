@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ..attribution.activations import METHODS as EXPERTISE
+from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import methods, require_method
 from ..circuits.select import parse_scope
 from ..errors import unknown
@@ -257,7 +257,7 @@ class Compare(Strict):
     share of each, rounded down, and as many in all as the others with "global".
     """
 
-    methods: tuple[Annotated[str, _method_or(*EXPERTISE)], ...] = ()
+    methods: tuple[Annotated[str, _method_or(*EXPERTISE_METHODS)], ...] = ()
     counts: tuple[int, ...] = ()
     random_draws: int = Field(default=3, ge=0)
     scopes: dict[str, Scope] | None = None
