@@ -12,10 +12,11 @@ from test_attribution import distance, roles_of
 from tiny import samples, tiny
 from torch import nn
 
-from sparc3 import UserError, ablated, attribute
+from sparc3 import UserError, ablated, attribute, load_recipe
 from sparc3.circuits.circuit import Circuit
 from sparc3.doctor.checks import relevance_ledger
 from sparc3.doctor.examine import examine
+from sparc3.experiment.check_recipe import check_sizes
 from sparc3.models.fingerprint import describe
 from sparc3.models.load import load_weights
 from sparc3.models.sites import sites_of
@@ -93,6 +94,13 @@ def test_a_quantised_neuron_is_not_ablated_in_place(pair: tuple[Any, Any]) -> No
         ablated(pair[0], Circuit("neuron", {site.name: (1,)}, describe(pair[0]), {})),
     ):
         pass
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo-ioi", "demo-compress"])
+def test_a_run_on_quantised_weights_is_refused_before_its_samples(pair: tuple[Any, Any], recipe: str) -> None:
+    sites = sites_of(pair[0], ("mlp.up",))
+    with pytest.raises(UserError, match=re.escape(sites[0].name)):
+        check_sizes(load_recipe(recipe), sites)
 
 
 def test_torchao_weights() -> None:

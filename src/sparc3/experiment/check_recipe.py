@@ -35,8 +35,14 @@ class Limits:
 
 
 def check_sizes(recipe: Recipe, sites: list[Site]) -> None:
-    """Raise UserError where more units are asked for than there are, or a scope does not fit; names the
-    key."""
+    """Raise UserError where more units are asked for than there are, a scope does not fit, or the weights are
+    quantised; names the key, or the weight."""
+    for site in sites:
+        if site.quantised:
+            raise UserError(
+                f"{site.name} is quantised, and a run removes units from the weights it measures; run the "
+                "recipe on the unquantised model (sparc3 attribute --neuron signed works on this one)"
+            )
     unit = recipe.attribution.unit
     if isinstance(recipe, DiscoverRecipe):
         for method in recipe.discover.methods:
