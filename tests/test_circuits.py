@@ -648,3 +648,23 @@ def test_a_task_without_accuracy_is_named() -> None:
 
     with pytest.raises(Sparc3Error, match="gsm8k"):
         harness.observations({"gsm8k": [{"doc_id": 0, "exact_match": 1.0}]}, ["gsm8k"])
+
+
+def test_scores_and_circuits_are_tables_in_a_notebook() -> None:
+    scores = Scores(
+        {"a.<b>up": torch.tensor([0.5, -2.0, 1.0]), "c.up": torch.zeros(20)},
+        {"unit": "neuron", "method": "lrp"},
+    )
+    page = scores._repr_html_()
+    assert "a.&lt;b&gt;up" in page
+    assert "<b>" not in page
+    assert all(f">{figure}<" in page for figure in ("3", "20", "2", "3.5"))
+    page = Circuit(
+        "neuron", {"a.<b>up": (1,), "c.up": tuple(range(20))}, {"id": "<i>"}, {}, 0.5
+    )._repr_html_()
+    assert "21 neurons at strength 0.5 of &lt;i&gt;" in page
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 8 more" in page
+    mask = torch.eye(3, dtype=torch.bool)
+    assert ">3<" in Circuit("weight", {"w": mask}, {}, {})._repr_html_()
+    assert Scores({}, {})._repr_html_()
+    assert Circuit("neuron", {})._repr_html_()

@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,15 @@ def _who() -> frozenset[str]:
 def _written_out(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for notebooks; every text is escaped, numbers are aligned to the right."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td style="text-align: right">{escape(str(value))}</td>' for value in row)
+        + "</tr>"
+        for row in rows
+    )
+    return f"<div>{escape(title)}<table><tr>{head}</tr>{body}</table></div>"

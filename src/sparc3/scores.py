@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import DamagedFile
+from .safe_text import html_table
 from .storage import digest, fingerprint, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -56,6 +57,18 @@ class Scores(Mapping[str, "Tensor"]):
         """Names the content: values and provenance, but for the time it took."""
         about = {key: value for key, value in self.provenance.items() if key != "seconds"}
         return fingerprint({"provenance": about, "tensors": digest(self.values_)})
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what was scored, and a row a site with its largest |score| and the sum of them."""
+        about = (
+            str(self.provenance[key]) for key in ("method", "target", "samples") if key in self.provenance
+        )
+        rows = [
+            (name, f"{one.numel():,}", f"{one.abs().max():.4g}", f"{one.abs().sum():.4g}")
+            for name, one in self.items()
+        ]
+        title = f"Scores of {self.units:,} {self.unit}s ({', '.join(about)})"
+        return html_table(title, ("site", "units", "largest |score|", "Σ |score|"), rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; its header has format, order of sites, provenance and a checksum."""

@@ -2,7 +2,7 @@
 circuit.safetensors for weights)."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedFile, UserError
 from ..models.hub import fetch, place_of
+from ..safe_text import html_table
 from ..scores import UNITS, is_model
 from ..storage import digest, fingerprint, load_tensors, read_json, save_tensors, write_json
 
@@ -96,6 +97,17 @@ class Circuit:
     def suffix(self) -> str:
         """What the name of its file ends in: ".json", or ".safetensors" for weights."""
         return ".safetensors" if self.unit == "weight" else ".json"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the circuit, and a row a site with its number of units and the first of them."""
+        rows = [
+            (name, f"{count:,}", "" if self.unit == "weight" else _list_first(self.members[name]))
+            for name, count in self.counts.items()
+        ]
+        title = (
+            f"Circuit of {len(self):,} {self.unit}s{self.at_strength} of {self.model.get('id', 'a model')}"
+        )
+        return html_table(title, ("site", "units", "which"), rows)
 
     def require_model(self, model: "PreTrainedModel") -> None:
         """Raise UserError unless this circuit was found on exactly these weights."""
@@ -276,3 +288,9 @@ def mask_of(packed: "Tensor", shape: list[int]) -> "Tensor":
 
     count = shape[0] * shape[1]
     return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count)).view(torch.bool).view(*shape)
+
+
+def _list_first(indices: Sequence[int], most: int = 12) -> str:
+    """The first indices, and how many more there are."""
+    more = len(indices) - most
+    return ", ".join(map(str, indices[:most])) + (f" and {more:,} more" if more > 0 else "")
