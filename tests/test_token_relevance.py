@@ -126,3 +126,13 @@ def test_a_notebook_shows_a_heat_map() -> None:
         "47, 95, 179, 0.00",
         "200, 71, 27, 0.75",
     ]
+
+
+def test_epsilon_is_that_of_attribute() -> None:
+    """At a token's embedding the first norm and map come after it, so a large ε damps what arrives there."""
+    plain, damped, again = (
+        attribute_tokens(tiny("llama"), [[3, 1, 4, 1, 5]], epsilon=epsilon)[0].relevance
+        for epsilon in (0.0, 0.5, 0.5)
+    )
+    assert torch.equal(damped, again)
+    assert float(damped.abs().sum()) < 0.9 * float(plain.abs().sum())

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from sparc3 import UserError, run
+from sparc3 import UserError, load_recipe, run
 from sparc3.cli.main import main
+from sparc3.experiment.tracking import WandbTracker
 from sparc3.results import Measurement
 
 RECIPE: dict[str, Any] = {
@@ -139,3 +140,14 @@ def test_tensorboard_reads_the_figures_back(tmp_path: Path) -> None:
         RECIPE, tmp_path / "run", track="tensorboard"
     )  # its files do not keep the folder from being resumed
     assert again.measurements == results.measurements
+
+
+def test_a_tracker_gets_no_path_of_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = tmp_path / "texts.txt"
+    source.write_text("A text.\n")
+    asked = {**RECIPE, "evaluation": {"perplexity": {"source": str(source), "count": 1}}}
+    started: dict[str, Any] = {}
+    WandbTracker(SimpleNamespace(init=lambda **given: started.update(given)), load_recipe(asked))
+    assert started["config"]["evaluation"]["perplexity"]["source"].endswith("texts.txt")
+    assert str(tmp_path) not in repr(started["config"])

@@ -2,16 +2,17 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from finished_run import measurement
 
 from sparc3.cli.recipe_commands import _show
+from sparc3.recipe.sections import Compress
 from sparc3.report.headline import remarks
 from sparc3.report.read import read_folder
 from sparc3.results import Difference, Results
-from sparc3.verdict import FLUENCY_MARGIN, PERPLEXITY_MARGIN, behaviour_of, judge
+from sparc3.verdict import FLUENCY_MARGIN, PERPLEXITY_MARGIN, behaviour_of, is_way_of, judge
 
 Interval = tuple[float, float]
 
@@ -204,3 +205,12 @@ def test_margins_of_the_recipe_come_before_a_budget_and_the_usual_ones() -> None
         verdict = judge(results(perplexity=dear, provenance={"margins": margins, "tune": tune}))
         assert verdict is not None
         assert verdict.criteria[-1].ok is ok
+
+
+def test_a_reduction_is_a_way_of_its_method() -> None:
+    """Every reduction that compress knows, so that a new one is no rival of its own method."""
+    kinds = get_args(get_args(Compress.model_fields["reduces"].annotation)[0])
+    assert "rms" in kinds
+    for reduce in kinds:
+        assert is_way_of(f"lrp-{reduce}", "lrp")
+    assert not is_way_of("lrp-rms", "cp-lrp")

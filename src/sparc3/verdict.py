@@ -191,7 +191,7 @@ def _judge_compression(results: Results) -> Verdict | None:
 
 def is_way_of(name: str, method: str) -> bool:
     """Whether this is the method, or the method with one of its rankings or reductions."""
-    ends = ("", "-abs", "-signed", "-mean_abs", "-abs_mean")
+    ends = ("", "-abs", "-signed", "-mean_abs", "-abs_mean", "-rms")
     return name in [f"{method}{end}" for end in ends]
 
 

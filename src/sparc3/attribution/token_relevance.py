@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ..models.offloading import device_of
 from ..samples.batches import Encoded, encode
 from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.tokens import text_of
+from . import rules
 from .patching import frozen, lrp_rules
 from .relevance import checkpoint_layers, sum_targets, watch_gradient
 
@@ -84,6 +85,7 @@ def attribute_tokens(
     method: str = "lrp",
     target: str = "predicted",
     truncate: bool = False,
+    epsilon: float = 0.0,
 ) -> list[TokenRelevance]:
     """The relevance of every token of the samples to the sample's target: relevance at the input embeddings
     (Achtibat et al. 2024), one forward and one backward pass a sample.
@@ -94,6 +96,7 @@ def attribute_tokens(
         method: lrp, cp-lrp or gradient (gradient × input, no rules).
         target: predicted, label, contrast, completion (completion:N), next, logprob; see docs/targets.md.
         truncate: cut samples that are longer than the model's context instead of refusing them.
+        epsilon: as in `attribute`.
 
     Returns:
         One TokenRelevance a sample, in their order.
@@ -114,8 +117,9 @@ def attribute_tokens(
         vocabulary=vocabulary_size(model),
         truncate=truncate,
     )
-    rules = nullcontext() if method == "gradient" else lrp_rules(model, cp=method == "cp-lrp")
-    with frozen(model), rules, checkpoint_layers(model):
+    rule_set = replace(rules.CP_LRP if method == "cp-lrp" else rules.ATTN_LRP, epsilon=epsilon)
+    under = nullcontext() if method == "gradient" else lrp_rules(model, rule_set=rule_set)
+    with frozen(model), under, checkpoint_layers(model):
         made = [_attribute_one(model, one, method, tokenizer) for one in encoded]
     for index, one in enumerate(made):
         if not one.relevance.isfinite().all():

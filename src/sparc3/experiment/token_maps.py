@@ -27,6 +27,7 @@ def write_token_maps(work: RunContext, how: ScoringSpec) -> None:
         "method": how.options.method,
         "target": how.targets["undesired"],
         "truncate": how.options.truncate,
+        **({"epsilon": how.options.epsilon} if how.options.epsilon else {}),
     }
     asked = {**options, "samples": samples.fingerprint, "model": work.fingerprint, "version": __version__}
     made_from = fingerprint(asked)

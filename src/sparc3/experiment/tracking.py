@@ -14,6 +14,7 @@ from .. import distributed
 from ..errors import unknown
 from ..recipe.schema import Recipe
 from ..results import Measurement
+from ..safe_text import shareable
 
 log = logging.getLogger("sparc3")
 
@@ -40,9 +41,8 @@ class WandbTracker:
 
     def __init__(self, module: Any, recipe: Recipe) -> None:
         self.module = module
-        module.init(
-            project="sparc3", name=recipe.name, config=recipe.model_dump(mode="json", exclude_none=True)
-        )
+        # As in recipe.yaml: without the user's home, which a tracker would publish.
+        module.init(project="sparc3", name=recipe.name, config=shareable(recipe.resolved()))
 
     def stage(self, name: str, seconds: float) -> None:
         self.module.log({f"seconds/{name}": seconds})
