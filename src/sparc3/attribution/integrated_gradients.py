@@ -15,7 +15,7 @@ from ..models.sites import Site
 from ..samples.batches import Batch
 from .activations import capture
 from .packing import pack_positions
-from .relevance import hook_sites, predict, prepared, receivers, target_of, to_float32
+from .relevance import hook_sites, predict, prepare_model, receivers, target_of, to_float32
 from .sums import Settings, Sums
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def integrated_gradients(
     settings = replace(settings, epsilon=0.0)
     steps = int(settings.method.partition(":")[2] or 0) or STEPS
     signed = settings.unit == "neuron" and settings.neuron == "signed"
-    with prepared(model, settings, None):
+    with prepare_model(model, settings, None):
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             receive = receivers(sites, batch, settings, gathered, sums)
@@ -64,12 +64,12 @@ def integrated_gradients(
             noted = {site.name: partial(note, site.name) for site in sites}
             for step in range(1, steps + 1):
                 with (
-                    _interpolated(model, step / steps),
+                    _interpolate_embeddings(model, step / steps),
                     pack_positions(model, batch),
                     hook_sites(sites, settings, noted),
                 ):
                     target_of(model, batch, predicted).backward()
-            with _interpolated(model, 0.0), torch.no_grad():
+            with _interpolate_embeddings(model, 0.0), torch.no_grad():
                 by_name = {site.name: site for site in sites}
                 with capture(by_name, batch.mask(), subtract, outputs=signed):
                     model.base_model(input_ids=batch.ids, use_cache=False)
@@ -80,7 +80,7 @@ def integrated_gradients(
 
 
 @contextmanager
-def _interpolated(model: "PreTrainedModel", share: float) -> Iterator[None]:
+def _interpolate_embeddings(model: "PreTrainedModel", share: float) -> Iterator[None]:
     """Inside, each token's embedding is e₀ + share · (e − e₀), with e₀ the mean of all."""
     embeddings = model.get_input_embeddings()
 

@@ -80,7 +80,7 @@ def _relevance(
     rule_set: rules.RuleSet | None,
 ) -> Generator[Batch, None, None]:
     """Add each batch's relevance to `sums`, and yield the batch when it is in."""
-    with prepared(model, settings, rule_set):
+    with prepare_model(model, settings, rule_set):
         for batch in batches:
             gathered: dict[str, Tensor] = {}
             receive = receivers(sites, batch, settings, gathered, sums)
@@ -94,7 +94,9 @@ def _relevance(
 
 
 @contextmanager
-def prepared(model: "PreTrainedModel", settings: Settings, rule_set: rules.RuleSet | None) -> Iterator[None]:
+def prepare_model(
+    model: "PreTrainedModel", settings: Settings, rule_set: rules.RuleSet | None
+) -> Iterator[None]:
     """Inside, the model is ready for backward passes under the rules; under none where there is no set."""
     how = settings.gradient_checkpointing
     with ExitStack() as stack:
