@@ -8,22 +8,24 @@ demo: .venv/ready
 	$(BIN)/sparc3 demo --out demo-run
 
 # The three jobs on a real pretrained model, SmolLM2-135M out of a package, on the slices of public data in data/, without
-# a model or data set hub: about 40 minutes on two cores. `real-all` runs the other recipes too, and all sizes, for hours.
+# a model or data set hub: about 40 minutes on two cores. `real-all` adds the other rankings, rivals, sizes and recipes, for hours.
 PROMPTS := data/realtoxicityprompts.jsonl.gz
 GENERAL := --set references.general.source=data/c4.jsonl.gz
 TEXT := --set evaluation.perplexity.source=data/wikitext2-test.raw.gz
 TOXIC := --set references.undesired.source=$(PROMPTS) --set evaluation.toxicity.source=$(PROMPTS)
 MATCHED := --set references.matched.source=$(PROMPTS)
 LOOPS := --set references.undesired.source=$(PROMPTS) --set evaluation.repetition.source=$(PROMPTS)
+SMALL := --set "compare={methods: [gradient, random], counts: [50], random_draws: 3}"
 SEARCH := --set evaluation.kl.source=data/wikitext2-test.raw.gz --set selection.tune.text_source=data/c4.jsonl.gz
 
 real: .venv/real
-	$(BIN)/sparc3 run smollm2-ioi --out real/ioi
-	$(BIN)/sparc3 run smollm2-toxicity-matched --out real/toxicity-matched --set compare.counts=[100] $(GENERAL) $(TEXT) $(TOXIC) $(MATCHED)
+	$(BIN)/sparc3 run smollm2-ioi --out real/ioi --set "discover.ranks=[abs]"
+	$(BIN)/sparc3 run smollm2-toxicity-matched --out real/toxicity-matched $(SMALL) $(GENERAL) $(TEXT) $(TOXIC) $(MATCHED)
 	$(BIN)/sparc3 run smollm2-compress --out real/compress $(GENERAL) $(TEXT)
 	@ls real/*/report.html
 
 real-all: real
+	$(BIN)/sparc3 run smollm2-ioi --out real/ioi
 	$(BIN)/sparc3 run smollm2-toxicity-matched --out real/toxicity-matched $(GENERAL) $(TEXT) $(TOXIC) $(MATCHED)
 	$(BIN)/sparc3 run smollm2-agreement --out real/agreement
 	$(BIN)/sparc3 run smollm2-toxicity --out real/toxicity $(GENERAL) $(TEXT) $(TOXIC)

@@ -113,7 +113,10 @@ class _GatedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.function, ctx.factor, ctx.share = function, factor, share
-        return function(gate) * up
+        product = function(gate)
+        if product.data_ptr() == gate.data_ptr():  # the non-linearity returned its argument
+            return product * up
+        return product.mul_(up)  # in place, because on a CPU new memory costs as much as what is computed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,9 +126,10 @@ class _GatedProduct(torch.autograd.Function):
         if not ctx.share:
             to_up = grad * ctx.function(gate) if ctx.needs_input_grad[1] else None
             return None, to_up, None, None, None
-        # f(gate) is gate · f(gate)/gate, so that the non-linearity is computed once; in place, because on a
-        # CPU new memory costs as much as what is computed.
-        flow = ctx.factor(gate).mul_(grad).mul_(ctx.share)
+        # f(gate) is gate · f(gate)/gate, so that the non-linearity is computed once; share · factor · grad in
+        # one pass, in place.
+        flow = ctx.factor(gate)
+        flow = torch.addcmul(flow.new_zeros(()), flow, grad, value=ctx.share, out=flow)
         if ctx.needs_input_grad[1]:
             to_up = flow * gate
             if ctx.share != 0.5:
