@@ -317,6 +317,7 @@ class Provenance(Section):
     Attributes:
         headline: the metric that the run is about, where it is not the first measured.
         ranks, seeds, enough: of a run that discovers: rankings, reference sets, the accuracy asked for.
+        ablation: of such a run, what removed units are set to: "zero" or "mean".
         scope: of a run that compresses.
         sizes: module → units in it.
         metrics, samples: metric → its settings, and the fingerprint of its samples.
@@ -336,6 +337,7 @@ class Provenance(Section):
     enough: Number = 0.9
     ranks: list[str] = []
     seeds: int = 1
+    ablation: str = "zero"
     circuit: str | None = None
     count: int | None = None
     sizes: dict[str, int] = {}

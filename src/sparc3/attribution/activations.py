@@ -13,7 +13,7 @@ from ..models.experts import by_position, tokens_of
 from ..models.fingerprint import describe
 from ..models.load import context_length, rope_switches, vocabulary_size
 from ..models.offloading import device_of
-from ..models.sites import Site, down_sites, sites_of
+from ..models.sites import Site, down_sites, readers_of, sites_of
 from ..samples.batches import Batch, Encoded, encode, join_completions, make_batches
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
@@ -147,6 +147,44 @@ def largest_writes(
     return {
         name: maxima[name] * down.weight.detach().float().norm(dim=0).cpu() for name, down in downs.items()
     }
+
+
+# Means of outputs, for mean ablation.
+
+
+def mean_outputs(
+    model: "PreTrainedModel",
+    samples: ReferenceSet,
+    roles: Sequence[str],
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    batch_tokens: int = 1024,
+) -> dict[str, Tensor]:
+    """The mean output of each neuron of mlp.up, or of each feature of the heads of attn.o, over the tokens of
+    the samples.
+
+    Returns:
+        name of each site of the roles → [2, width], float64: at the samples' first tokens, and at all others
+        (zero where there is no other).
+
+    Raises:
+        UserError: other roles, or experts.
+    """
+    readers = readers_of(model, sites_of(model, roles))
+    sums = {name: torch.zeros(2, reader.inp, dtype=torch.float64) for name, reader in readers.items()}
+    counts = torch.zeros(2, 1, dtype=torch.float64)
+    encoded = distributed.stride(encode_whole(model, samples, tokenizer))
+    batches = make_batches(encoded, batch_tokens, device_of(model), rope_switches(model))
+
+    def add_up(a: Tensor) -> Tensor:
+        return torch.stack([a[:, 0].sum(0), a[:, 1:].sum((0, 1))]).cpu().double()
+
+    for batch, found in _measure(model, batches, readers, add_up):
+        counts += torch.tensor([[len(batch.lengths)], [sum(batch.lengths) - len(batch.lengths)]])
+        for name, added in found.items():
+            sums[name] += added
+    distributed.sum_([counts, *sums.values()])
+    return {name: total / counts.clamp(min=1) for name, total in sums.items()}
 
 
 # Expertise of a neuron: how well its activation alone tells undesired texts from others (Suau et al. 2024,

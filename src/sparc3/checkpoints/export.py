@@ -78,10 +78,11 @@ def export(
             those of the model with the neurons at zero.
 
     Raises:
-        UserError: `out` exists and is not an empty folder; a unit that this model does not have; a circuit or
-            model that cannot be shrunk.
+        UserError: `out` exists and is not an empty folder; a unit that this model does not have; a circuit
+            that was measured by mean ablation; a circuit or model that cannot be shrunk.
         Sparc3Error: `out` cannot be written, or the smaller model's logits are not those of the zeroed one.
     """
+    circuit.require_exportable()
     removed = removed_units(model, circuit)
     smaller = plan_shrinking(model, circuit) if shrink else None
     with whole_folder(out) as temporary:

@@ -102,10 +102,11 @@ def patch_gguf(
         The patch, and the path it was written to: beside the new file, or the changed one.
 
     Raises:
-        UserError: weights, a file of another model, a type or width whose blocks cannot hold the change, or
-        a place that cannot be written.
+        UserError: weights, a circuit that was measured by mean ablation, a file of another model, a type or
+            width whose blocks cannot hold the change, or a place that cannot be written.
         Sparc3Error: the file was changed by another process, or the disk is full.
     """
+    circuit.require_exportable()
     path = locate_gguf(name)
     target = _target(path, name, out, in_place)
     with _watch_for_changes(path, in_place) as require_unchanged:

@@ -74,12 +74,14 @@ def push(
 
 
 def _load_source(source: Path) -> Circuit:
-    """The circuit of a circuit's file or an exported folder. Raises UserError where it is neither."""
+    """The circuit of a circuit's file or an exported folder. Raises UserError where it is neither, or
+    the circuit was measured by mean ablation."""
     if not source.exists():
         raise UserError(
             f"no such file or folder: {source}; give a circuit's file, or a folder that sparc3 ablate wrote"
         )
     circuit = Circuit.load(source)
+    circuit.require_exportable()
     if source.is_dir() and not (source / "config.json").is_file():
         raise UserError(
             f"{source} is not a checkpoint because it has no config.json; give a folder that sparc3 ablate "

@@ -132,6 +132,8 @@ def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:
         {"fingerprint": circuit.fingerprint, "provenance": circuit.provenance} for circuit in (one, other)
     ]
     provenance: dict[str, Any] = {"operation": operation, "of": parts, "version": __version__}
+    if "mean" in (one.provenance.get("ablation"), other.provenance.get("ablation")):
+        provenance["ablation"] = "mean"
     sizes = [circuit.provenance["sizes"] for circuit in (one, other) if "sizes" in circuit.provenance]
     if sizes:
         provenance["sizes"] = {name: size for part in sizes for name, size in part.items()}

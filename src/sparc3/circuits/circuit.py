@@ -120,6 +120,14 @@ class Circuit:
                 f"{here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it anyway"
             )
 
+    def require_exportable(self) -> None:
+        """Raise UserError where the circuit was measured by mean ablation, which no weights hold."""
+        if self.provenance.get("ablation") == "mean":
+            raise UserError(
+                "the circuit was measured with removed units at their means (discover.ablation mean), which "
+                "no checkpoint can hold; find it with discover.ablation zero to export it"
+            )
+
     def sites(self, model: "PreTrainedModel") -> "dict[str, Site]":
         """Module name → where its members are in the model. Raises UserError for a unit that this model does
         not have."""

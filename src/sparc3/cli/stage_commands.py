@@ -289,6 +289,7 @@ def _ablate_checkpoint(args: argparse.Namespace) -> None:
     from ..storage import require_place
 
     circuit = Circuit.load(args.circuit)
+    circuit.require_exportable()
     results = Results.load(args.results) if args.results else None
     require_place(args.out, folder=True)
     quiet_transformers()

@@ -45,6 +45,12 @@ def check_sizes(recipe: Recipe, sites: list[Site]) -> None:
             )
     unit = recipe.attribution.unit
     if isinstance(recipe, DiscoverRecipe):
+        inside = [site.name for site in sites if site.expert is not None]
+        if inside and recipe.discover.ablation == "mean":
+            raise UserError(
+                f"discover.ablation mean replaces outputs, and {inside[0]} is an expert's, which are "
+                "computed in one call; use zero"
+            )
         for method in recipe.discover.methods:
             if not removed_sizes(recipe.discover, method, unit, sites):
                 raise UserError(

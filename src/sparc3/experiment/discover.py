@@ -9,11 +9,16 @@ f dk (higher is better), CMD = ∫ |1 − f| dk (lower is).
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
+from torch import Tensor
+
 from .. import distributed
+from ..attribution.activations import mean_outputs
 from ..circuits.algebra import difference, overlap
 from ..circuits.circuit import Circuit
+from ..circuits.mean_ablation import MeanAblation
 from ..circuits.select import select
 from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import to_results
@@ -27,7 +32,14 @@ from ..results import Difference, Results, Variant, find_sparsest
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import is_path
 from ..scores import Scores
-from .measure import add_verdict, describe_run, load_or_make_evaluation, measure_kept_overlaps, pool_draws
+from .measure import (
+    add_verdict,
+    describe_run,
+    load_or_make_evaluation,
+    measure_kept_overlaps,
+    measure_once,
+    pool_draws,
+)
 from .run_folder import RunContext
 from .score import ScoringSpec, load_or_make_parts
 from .work_list import Sizes, ranking_scope, rankings, removed_sizes
@@ -84,14 +96,36 @@ def rank_units(work: RunContext) -> Ranked:
     }
 
 
+@dataclass
+class _Remover:
+    """Measures the model without some of its units: at zero, or at their means over all reference samples."""
+
+    work: RunContext
+
+    @cached_property
+    def means(self) -> dict[str, Tensor]:
+        """As `MeanAblation` has them; computed where an evaluation needs them."""
+        samples = [one for part in self.work.references.values() for one in part]
+        together = ReferenceSet(tuple(replace(one, completion=None) for one in samples))  # as target contrast
+        roles = self.work.recipe.attribution.sites
+        return mean_outputs(self.work.model, together, roles, tokenizer=self.work.tokenizer)
+
+    def measure(self, name: str, removed: Circuit) -> Evaluation:
+        if settings(self.work).ablation != "mean" or not len(removed):
+            return load_or_make_evaluation(self.work, name, removed)
+        references = [part.fingerprint for part in self.work.references.values()]
+        inputs = {"without": removed.fingerprint, "means_of": references}
+        return measure_once(self.work, name, inputs, lambda: MeanAblation(removed, self.means))
+
+
 def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, float]) -> Results:
     """Every method at every sparsity, figures of the seeds pooled, with faithfulness, its areas, and the
     circuits' stability."""
     own, any_scores = work.recipe.attribution.method, next(iter(ranked.values()))[0]
     everything = select(any_scores, count=any_scores.units)
     nothing = Circuit(work.recipe.attribution.unit, {}, work.described)
-    original = load_or_make_evaluation(work, "original", nothing)
-    empty = load_or_make_evaluation(work, "empty", everything)
+    remover = _Remover(work)
+    original, empty = remover.measure("original", nothing), remover.measure("empty", everything)
     full, left = (mean_of(one, "ioi.logit_difference") for one in (original, empty))
     if not full > left:
         raise UserError(
@@ -105,11 +139,13 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
         scope, removed = _removed_by(work, method)
         for count, size in removed.items():
             circuits = [select(scores, scope=scope, **size) for scores in seeds]
-            curve.append(_measure_at(work, Variant(method, count), circuits, everything, (left, full)))
+            curve.append(_measure_at(remover, Variant(method, count), circuits, everything, (left, full)))
             if method == own and distributed.is_main():  # what is kept at the first seed
                 kept = difference(
                     replace(everything, model=work.described), replace(circuits[0], model=work.described)
                 )
+                if settings(work).ablation == "mean":
+                    kept = replace(kept, provenance={**kept.provenance, "ablation": "mean"})
                 kept.save(work.claim(f"circuits/{Variant(method, len(kept))}{kept.suffix}"))
         found += [one.together for one in curve]
         gone = [count / len(everything) for count in removed]
@@ -124,6 +160,7 @@ def measure_circuits(work: RunContext, ranked: Ranked, seconds: Mapping[str, flo
         enough=settings(work).enough,
         ranks=settings(work).ranks,
         seeds=len(work.references),
+        **({"ablation": "mean"} if settings(work).ablation == "mean" else {}),
         sizes=sizes,
         overlaps=measure_kept_overlaps(_removed_together(work, ranked), own, sizes),
     )
@@ -159,14 +196,17 @@ class _Point:
 
 
 def _measure_at(
-    work: RunContext, variant: Variant, removed: list[Circuit], everything: Circuit, ends: tuple[float, float]
+    remover: _Remover,
+    variant: Variant,
+    removed: list[Circuit],
+    everything: Circuit,
+    ends: tuple[float, float],
 ) -> _Point:
     """What is left without each of these circuits, one a seed; `ends` are the logit differences of no unit
     and of the whole model."""
     nothing, full = ends
     draws = [
-        load_or_make_evaluation(work, str(replace(variant, draw=f"seed{seed}")), one)
-        for seed, one in enumerate(removed)
+        remover.measure(str(replace(variant, draw=f"seed{seed}")), one) for seed, one in enumerate(removed)
     ]
     faithfulness = [(mean_of(draw, "ioi.logit_difference") - nothing) / (full - nothing) for draw in draws]
     extra = [_observe_seeds("ioi.faithfulness", faithfulness, "share of the logit difference", "higher")]

@@ -12,6 +12,7 @@ import torch
 from .. import __version__
 from ..circuits.algebra import overlap
 from ..circuits.circuit import Circuit
+from ..circuits.mean_ablation import MeanAblation
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.scorers import lexicon_words
@@ -324,6 +325,8 @@ def measure_kept_overlaps(
 
 def _touched_units(change: Intervention) -> Circuit:
     """The units alone, whatever model and scores they are of; of a damping, the neurons that it touches."""
+    if isinstance(change, MeanAblation):
+        change = change.circuit
     if isinstance(change, Circuit):
         return replace(change, model={}, provenance={})
     touched = {

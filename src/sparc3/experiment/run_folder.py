@@ -16,6 +16,7 @@ import yaml
 from .. import __version__, distributed
 from ..circuits.ablate import Damping
 from ..circuits.circuit import Circuit
+from ..circuits.mean_ablation import MeanAblation
 from ..errors import Sparc3Error, UserError
 from ..evaluation.metrics import Prepared
 from ..evaluation.statistics import Evaluation
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sparc3")
 Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
-Intervention = Circuit | Damping
-"""What makes a variant: units that are removed, or damped."""
+Intervention = Circuit | Damping | MeanAblation
+"""What makes a variant: units that are removed, damped, or at their means."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 from ..attribution import activations
 from ..circuits.ablate import Damping, ablated, damp
 from ..circuits.circuit import Circuit
+from ..circuits.mean_ablation import MeanAblation, replace_by_means
 from ..circuits.select import random_like, select
 from ..errors import UserError
 from ..models.sites import sites_of
@@ -20,6 +21,8 @@ from .work_list import Sizes, comparison_for
 
 def apply_intervention(work: RunContext, change: Intervention) -> AbstractContextManager[object]:
     """Inside, the model is the variant."""
+    if isinstance(change, MeanAblation):
+        return replace_by_means(work.model, change)
     return damp(work.model, change) if isinstance(change, Damping) else ablated(work.model, change)
 
 

@@ -226,6 +226,28 @@ def down_sites(model: "PreTrainedModel") -> dict[tuple[int, int | None], Site]:
     return {site.mlp: site for site in sites_of(model, ("mlp.down",))}
 
 
+def readers_of(model: "PreTrainedModel", sites: Iterable[Site]) -> dict[str, Site]:
+    """Name of each mlp.up or attn.o → the matrix whose inputs are the outputs of its neurons or heads.
+
+    Raises:
+        UserError: another site, or an expert's, whose matrices are computed in one call.
+    """
+    downs, found = down_sites(model), dict[str, Site]()
+    for site in sites:
+        if site.role not in ("mlp.up", "attn.o"):
+            raise UserError(
+                f"{site.name} is {site.role}, and only units of mlp.up and attn.o have an output of "
+                "their own; use those"
+            )
+        if site.expert is not None:
+            raise UserError(
+                f"{site.name} is an expert's, and experts are computed in one call in which no output can be "
+                "replaced; use ablated(model, circuit), which sets it to zero"
+            )
+        found[site.name] = downs[site.mlp] if site.role == "mlp.up" else site
+    return found
+
+
 def _sites_in(
     model: "PreTrainedModel", family: Family, index: int, layer: nn.Module, role: str
 ) -> list[Site]:

@@ -234,8 +234,24 @@ class DiscoverRecipe(BaseRecipe):
                     f"discover.scopes.{method} row is for weights, and attribution.unit is {asked.unit}; use "
                     "global or site"
                 )
+        if self.discover.ablation == "mean":
+            self._require_means()
         self._require_scorable(self.discover.methods)
         return self
+
+    def _require_means(self) -> None:
+        """Raise where units have no output to take the mean of, or a metric reads more than whole texts."""
+        asked, others = self.attribution, [name for name in self.metrics() if name != "ioi"]
+        if (asked.unit, asked.sites) not in (("head", ("attn.o",)), ("neuron", ("mlp.up",))):
+            raise ValueError(
+                f"discover.ablation mean is for heads of attn.o and neurons of mlp.up, not for {asked.unit}s "
+                f"of {', '.join(asked.sites)}; use zero"
+            )
+        if others:
+            raise ValueError(
+                f"discover.ablation mean is measured by evaluation.ioi alone; leave {others[0]} out, or use "
+                "zero"
+            )
 
 
 class CompressRecipe(BaseRecipe):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import methods, require_method
@@ -50,6 +50,9 @@ class Discover(Strict):
         scopes: METHOD: SCOPE. "global" ranks all units together, as every method does that is not named;
             "site" and, of weights, "row" remove the same share of each. The paper's Figures 2 and 12 have
             rows for Wanda beside LRP's global ranking: {wanda: row}.
+        ablation: "zero" (the default) sets removed units to zero. "mean" replaces the outputs of heads, or of
+            neurons of mlp.up, by their means over all reference samples, as the literature does: for figures
+            of evaluation.ioi alone, since such a circuit cannot be exported.
     """
 
     methods: tuple[Annotated[str, _method_or()], ...] = Field(
@@ -59,6 +62,13 @@ class Discover(Strict):
     ranks: tuple[Literal["signed", "abs"], ...] = Field(default=("abs",), min_length=1)
     enough: float = Field(default=0.9, gt=0, le=1)
     scopes: dict[str, Scope] | None = None
+    ablation: Literal["zero", "mean"] | None = None
+
+    @field_validator("ablation")
+    @classmethod
+    def _without_default(cls, value: str | None) -> str | None:
+        """What the recipe's fingerprint is made of: as before there was a choice, where it is zero."""
+        return value if value == "mean" else None
 
     @model_validator(mode="after")
     def _require_listed(self) -> "Discover":

@@ -137,11 +137,9 @@ def _remark_on_faithfulness(run: RunFolder) -> list[Remark]:
         f"{method_title(method)} {plain(value)} and {plain(cmd[method])}"
         for value, method in sorted(((value, method) for method, value in cpr.items()), reverse=True)
     ]
-    text = (
-        "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; "
-        "removed units are set to zero."
-    )
-    return [remark("plain", text, join_words(parts))] if parts else []
+    text = "<b>Faithfulness, CPR (higher is better) and CMD (lower is better):</b> {}; removed units are {}."
+    done = "replaced by their means" if run.provenance.ablation == "mean" else "set to zero"
+    return [remark("plain", text, join_words(parts), done)] if parts else []
 
 
 def _remark_on_whole_model(run: RunFolder) -> list[Remark]:
