@@ -55,7 +55,7 @@ def _recipe(**changed: Any) -> dict[str, Any]:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that begins to score fails the test."""
     for name in ("protect_units", "find_circuit", "search_circuit"):
-        monkeypatch.setattr(running, name, lambda work: pytest.fail("work has begun"))
+        monkeypatch.setattr(running, name, lambda *_: pytest.fail("work has begun"))
 
 
 LATE = {

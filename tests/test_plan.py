@@ -1,6 +1,7 @@
 """What `plan` says against what is measured: torch's own allocator, resident memory, and the paper's models by their configurations alone."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -24,16 +25,18 @@ from sparc3.attribution.sums import Settings, Sums
 from sparc3.evaluation import generate as generation
 from sparc3.evaluation import perplexity
 from sparc3.evaluation import tasks as ioi
+from sparc3.experiment.gather import score_by_model
 from sparc3.experiment.work_list import count_selected
 from sparc3.models.families import ROLES
 from sparc3.models.load import load_config
 from sparc3.models.sites import sites_of
+from sparc3.plan.acceptance import prompts_read
 from sparc3.plan.costs import SHEETS, Hardware, Shaped, find_hardware
-from sparc3.plan.lengths import prompts_read
 from sparc3.plan.plan import plan
 from sparc3.plan.rehearsal import Rehearsal
 from sparc3.recipe.schema import bundled_recipes, load_recipe
 from sparc3.samples.batches import Encoded, group_by_length, make_batch
+from sparc3.samples.sources import Request, gather, request_for
 
 HERE = Hardware("a test", "cpu", {2: 1e11, 4: 1e11, 8: 1e11}, 1e10, 1e-5, 1e10)
 CLOSE = 0.2
@@ -257,6 +260,56 @@ def test_the_headline_is_a_range_where_the_model_chooses_prompts(tmp_path: Path)
     assert any(re.search(r"\b8 prompts.*\b128$", note) for note in found.notes)
     slow = replace(found, stages=(choosing * (1000 / choosing.seconds), *others))
     assert re.search(r"about 17 min to 4\.\d h$", slow.text().splitlines()[0])
+
+
+def test_a_few_prompts_narrow_the_range(
+    tmp_path: Path, demo: tuple[Any, Any], sparc3: Callable[..., tuple[int, str, str]]
+) -> None:
+    """On the embedded model: the share that fits is that of a count by hand, and the prompts that a run reads lie in
+    the range; without the model or a set that it chooses, the flag is refused."""
+    from sparc3.plan.acceptance import Tried, try_prompts
+
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [("demo-angry", 150), ("demo-polite", 450)]
+    texts = [one.text for kind, many in rows for one in gather(Request(kind, many))]
+    prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in dict.fromkeys(texts)))
+    chosen = f"{{source: {prompts}, count: 20, choose_by: completion, min_toxicity: 0.5, scorer: lexicon, "
+    chosen += "max_new_tokens: 16}"
+    few = ["references.general.count=2", f"references.undesired={chosen}", "compare={methods: []}"]
+    few += ["evaluation={perplexity: {source: demo-general, count: 2}}", "cards.most=0"]
+    recipe = load_recipe("demo", few)
+    spec = recipe.references["undesired"]
+    tried = try_prompts(recipe, 48)["undesired"]
+    read: list[str] = []
+    score = score_by_model(spec, *demo)
+
+    def watched(some: list[str]) -> list[tuple[str, float | None]]:
+        read.extend(some)
+        return score(some)
+
+    found = gather(request_for(spec, count=10), None, watched)  # the run's own way
+    by_hand = {sample.text for sample in gather(request_for(spec, count=1), None, watched)}
+    assert len(found) == 10
+    assert by_hand <= set(read)
+    fitting = sum(value is not None and value >= 0.5 for _, value in score(read[:48]))
+    assert tried == Tried(48, fitting)
+    assert 0 < fitting < 48
+    wide, narrow = prompts_read(spec), prompts_read(spec, Tried(48, 2))
+    assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
+    low, high = Tried(48, 2).interval
+    assert (low, high) == (pytest.approx(0.0115, abs=1e-3), pytest.approx(0.1397, abs=1e-3))
+    whole = request_for(spec.model_copy(update={"source": "realtoxicityprompts"}))
+    large = prompts_read(whole, Tried(48, 2))
+    assert large == (math.ceil(20 / high / 256) * 256, math.ceil(20 / low / 256) * 256)
+    assert prompts_read(whole, Tried(48, 0))[1] == 69_609
+    options = [part for setting in few for part in ("--set", setting)]
+    code, out, err = sparc3("plan", "demo", *options, "--hardware", "a100", "--try-prompts", "48")
+    assert code == 0, err
+    assert f"{fitting} of 48" in out
+    for name, flags in (("opt-125m-toxicity", ["--try-prompts", "4"]), ("demo", ["--try-prompts", "4"])):
+        code, _, err = sparc3("plan", name, "--hardware", "a100", *flags)
+        assert code == 2
+        assert "--try-prompts" in err
 
 
 def test_more_devices_take_less_time(tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ RUNS: dict[str, list[str]] = {
         "compare.random_draws=2",
         "cards.alone=2",
     ],
+    "demo, seeds apart": [
+        *FEW,
+        *TOXICITY,
+        "references.general.seeds=[0, 1]",
+        "evaluation.ioi.count=8",
+        "selection={count: 20, rounds: 2, seeds: apart}",
+        "compare={methods: [gradient, aura, random], counts: [5], random_draws: 2}",
+    ],
     "demo-tune": [
         *FEW,
         *TOXICITY,
@@ -85,7 +93,7 @@ RUNS: dict[str, list[str]] = {
         "evaluation.perplexity.seq_len=64",
     ],
 }
-WRITTEN = {"toxicity", "repetition", "fluency", "choosing undesired"}
+WRITTEN = {"toxicity", "repetition", "fluency", "search, fluency", "choosing undesired"}
 """What a model writes may end early: of these the plan has the most that there can be."""
 
 
@@ -155,7 +163,7 @@ def seen(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[See
 def test_a_plan_lists_what_the_run_does(
     name: str, seen: Seen, demo: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe(name, RUNS[name])
+    recipe = load_recipe(name.partition(",")[0], RUNS[name])
     stages = Stages(recipe, Rehearsal(Shaped(demo[0].config, torch.float32), HERE), tokenizer_at_hand("demo"))
     planned = {stage.name: stage for stage in stages.all()}
     lists: list[Any] = []

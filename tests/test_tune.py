@@ -9,9 +9,11 @@ import pytest
 
 from sparc3 import ReferenceSet, Results, Scores, UserError, load_recipe, run
 from sparc3.demo.text import split_of
+from sparc3.experiment.gather import search_fluency
 from sparc3.results import Candidate, Variant, pareto_front
 from sparc3.samples.sources import overlap
 from sparc3.storage import read_json
+from sparc3.verdict import FLUENCY_MARGIN
 
 SMALL: dict[str, Any] = {
     "name": "small-tune",
@@ -195,10 +197,43 @@ def test_a_budget_that_nothing_keeps_is_said(tmp_path: Path) -> None:
         run(recipe, tmp_path)
 
 
+def test_a_candidate_that_writes_worse_than_the_margin_is_not_chosen(
+    finished: tuple[Path, Results], tmp_path: Path
+) -> None:
+    """The same search with fluency measured: the best so far writes too badly, so that another one wins."""
+    recipe = json.loads(json.dumps(SMALL))
+    recipe["evaluation"]["fluency"] = {"of": "toxicity"}
+    recipe["selection"]["tune"] |= {"max_perplexity_increase": 5.0, "max_kl": None, "counts": [4, 40, 400]}
+    recipe["compare"] = {"methods": ["wanda"], "random_draws": 0}
+    free = {**recipe, "margins": {"fluency": 1e9}}
+    run(free, tmp_path / "run")
+    found = read_json(tmp_path / "run/tune.json", "sparc3.tune/1")
+    rise = found["best"]["figures"]["fluency"] / found["original"]["fluency"] - 1
+    assert rise > 0
+    assert found["budget"]["max_fluency_increase"] == 1e9
+    recipe["margins"] = {"fluency": rise / 2}
+    run(recipe, tmp_path / "run")
+    again = read_json(tmp_path / "run/tune.json", "sparc3.tune/1")
+    limit = again["original"]["fluency"] * (1 + rise / 2)
+    for one in again["candidates"]:
+        kept = one["perplexity_increase"] <= 5 and one["figures"].get("fluency", 1e9) <= limit
+        assert one["within"] == kept
+    assert again["best"]["circuit"] != found["best"]["circuit"]
+    assert again["best"]["figures"]["fluency"] <= limit
+    assert all(one["figures"]["fluency"] <= limit for one in again["rivals"])
+    assert again["samples"] == {"perplexity": 6, "toxicity": 6}
+    recipe["selection"]["tune"]["max_fluency_increase"] = 0.25  # before margins
+    assert search_fluency(load_recipe(recipe))[1] == 0.25
+    del recipe["margins"], recipe["selection"]["tune"]["max_fluency_increase"]
+    assert search_fluency(load_recipe(recipe))[1] == FLUENCY_MARGIN
+    assert search_fluency(load_recipe(SMALL)) is None
+
+
 @pytest.mark.parametrize(
     ("selection", "said"),
     [
         ({"tune": {}}, "tune.counts"),
+        ({"tune": {"counts": [4], "max_fluency_increase": 0.5}}, r"evaluation\.fluency"),
         ({"count": 3, "tune": {"counts": [4]}}, r"tune\.counts"),
         ({"fraction": 0.1, "tune": {"counts": [4]}}, "tune.*fraction"),
         ({"penalty": 2.0, "tune": {"counts": [4]}}, r"tune\.penalties"),

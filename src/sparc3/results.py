@@ -255,6 +255,7 @@ class Budget:
 
     max_perplexity_increase: Number | None = None
     max_kl: Number | None = None
+    max_fluency_increase: Number | None = None
 
 
 class Search(Section):

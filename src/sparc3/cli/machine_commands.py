@@ -36,6 +36,10 @@ PLAN: Arguments = {
         {"type": int, "default": 1},
     ),
     "--config FILE": "the model's config.json, if the hub cannot be reached",
+    "--try-prompts N": (
+        "load the model and let it complete N prompts of each set that it chooses, for a narrower estimate",
+        INTEGER,
+    ),
 }
 SLURM: Arguments = {
     **RECIPE,
@@ -100,7 +104,8 @@ def _plan(args: argparse.Namespace) -> None:
 
     quiet_transformers()
     recipe = load_recipe(args.recipe, args.set)
-    say(plan(recipe, hardware=args.hardware, gpus=args.gpus, config=args.config).text())
+    asked = {"hardware": args.hardware, "gpus": args.gpus, "config": args.config}
+    say(plan(recipe, **asked, try_prompts=args.try_prompts).text())
 
 
 def _slurm(args: argparse.Namespace) -> None:

@@ -119,6 +119,13 @@ def difference(one: Observations, other: Observations, from_: str, to: str) -> D
     )
 
 
+def share_interval(seen: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share of which `seen` of `n` were seen (Wilson 1927)."""
+    z = 1.959964
+    middle, spread = seen + z * z / 2, z * math.sqrt(seen * (n - seen) / n + z * z / 4)
+    return max(0.0, (middle - spread) / (n + z * z)), min(1.0, (middle + spread) / (n + z * z))
+
+
 def detectable_change(one: Observations, other: Observations) -> tuple[int, float] | None:
     """(n, x): so many paired units find a change of ≥ x with 80 % power, two-sided at 5 %; None with fewer
     than two pairs, or where all changes are the same.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -28,14 +27,16 @@ from ..results import Check, Results, SampleRow, SeedFigures, Variant
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from ..storage import fingerprint, write_json
-from .discover import measure_stability, observe_stability
+from .discover import measure_stability
 from .measure import (
     add_verdict,
     compare_methods,
     describe_run,
     load_or_make_evaluation,
     measure_once,
+    observe_stability,
     pool_draws,
+    tell_seeds,
 )
 from .prune_sequentially import prune_sequentially
 from .run_folder import RunContext, load_or_make, read_made
@@ -125,7 +126,7 @@ def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float
             pairs = [measure_stability([*map(Circuit.load, pair)], total) for pair in combinations(files, 2)]
             stable = observe_stability(sum(pairs) / len(pairs))
             found.append(replace(pooled, observations=(*pooled.observations, stable)))
-            by_seed += _tell_seeds(variant, draws)
+            by_seed += tell_seeds(variant, draws)
     by_number, drawn = compare_sample_counts(work)
     provenance = describe_run(
         work,
@@ -142,18 +143,6 @@ def measure_pruned(work: RunContext, pruned: Pruned, seconds: Mapping[str, float
     results = to_results([*found, *by_number], provenance.to_dict())
     beside = compare_methods([*found, *by_number], work.recipe.attribution.method)
     return add_verdict(replace(results, differences=(*results.differences, *beside)), "weight")
-
-
-def _tell_seeds(variant: str, draws: list[Evaluation]) -> list[SeedFigures]:
-    """Each metric but the counts of zeros, by each seed's set, as far as all of them could be measured."""
-    found = []
-    for column in zip(*(draw.observations for draw in draws), strict=True):
-        figures = [measurement(o, variant).value for o in column]
-        values = [value for value in figures if value is not None]
-        if not column[0].metric.startswith("sparsity") and len(values) == len(figures):
-            sem = stdev(values) / len(values) ** 0.5
-            found.append(SeedFigures(variant, column[0].metric, values, fmean(values), sem))
-    return found
 
 
 def _check_rows(work: RunContext, evaluation: Evaluation, circuit: Circuit) -> Check:

@@ -38,6 +38,7 @@ from .measure import (
     load_or_make_evaluation,
     measure_kept_overlaps,
     measure_once,
+    observe_stability,
     pool_draws,
 )
 from .run_folder import RunContext
@@ -294,9 +295,3 @@ def measure_stability(removed: Sequence[Circuit], total: int) -> float:
     bare = [replace(one, provenance={}) for one in removed]
     pairs = [overlap(one, other) for one, other in combinations(bare, 2)]
     return sum((total - pair.either) / (total - pair.both) for pair in pairs) / len(pairs)
-
-
-def observe_stability(value: float) -> Observations:
-    """A figure of all seeds together, which has no interval: pairs of seeds are not independent."""
-    unit = "shared units / units of either"
-    return Observations("circuit.jaccard", "all seeds", unit, "higher", (value,), (1.0,))

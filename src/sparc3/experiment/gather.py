@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..evaluation.evaluate import prepare
 from ..evaluation.metrics import (
+    FluencySettings,
     MetricSettings,
     PerplexitySettings,
     Prepared,
@@ -22,13 +23,14 @@ from ..evaluation.toxicity import completion_scores
 from ..recipe.schema import CorrectRecipe, Recipe
 from ..recipe.sections import Reference
 from ..samples.reference_set import ReferenceSet, Sample
-from ..samples.sources import corpus, gather, is_path, overlap, request_for
+from ..samples.sources import Score, corpus, gather, is_path, overlap, request_for
 from ..storage import file_digest
+from ..verdict import FLUENCY_MARGIN
 from .run_folder import RunContext, load_or_make
-from .work_list import reference_sets
+from .seeds import reference_sets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 log = logging.getLogger("sparc3")
@@ -65,15 +67,29 @@ def words_held(recipe: Recipe, sets: Mapping[str, ReferenceSet], source: str) ->
     return frozenset(sample.words for some in found for sample in some if sample.words)
 
 
-def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> ReferenceSet:
-    # Of two sets of one source, the later gets what is left.
-    apart = work.recipe.job == "correct"
-    taken = words_held(work.recipe, work.references, spec.source) if apart else frozenset()
-    settings = ToxicitySettings(scorer=spec.scorer, max_new_tokens=spec.max_new_tokens, source=spec.source)
+def words_taken(recipe: Recipe, sets: Mapping[str, ReferenceSet], name: str, source: str) -> frozenset[str]:
+    """Prompts that the reference set `name` leaves to those before it: of two sets of one source, the later
+    gets what is left. Seeds of one set are drawn independently of each other."""
+    if recipe.job != "correct":
+        return frozenset()
+    others = {one: some for one, some in sets.items() if one.partition(".")[0] != name.partition(".")[0]}
+    return words_held(recipe, others, source)
+
+
+def score_by_model(
+    spec: Any, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool = False
+) -> Score:
+    """What a set with choose_by completion or repetition is chosen by: the model's own completion of each
+    prompt, with its toxicity or its RUR."""
     if spec.choose_by == "repetition":
-        score = response_scores(work.model, work.tokenizer, spec.max_new_tokens, work.progress)
-    else:
-        score = completion_scores(work.model, work.tokenizer, settings, work.progress)
+        return response_scores(model, tokenizer, spec.max_new_tokens, progress)
+    settings = ToxicitySettings(scorer=spec.scorer, max_new_tokens=spec.max_new_tokens, source=spec.source)
+    return completion_scores(model, tokenizer, settings, progress)
+
+
+def _load_or_make_reference(work: RunContext, name: str, spec: Reference) -> ReferenceSet:
+    taken = words_taken(work.recipe, work.references, name, spec.source)
+    score = score_by_model(spec, work.model, work.tokenizer, work.progress)
     request, asked = request_for(spec, taken), spec.model_dump(exclude={"target"})
     return _load_or_make_samples(
         work,
@@ -156,6 +172,17 @@ def search_budget(recipe: CorrectRecipe) -> dict[str, PerplexitySettings]:
     return found
 
 
+def search_fluency(recipe: CorrectRecipe) -> tuple[FluencySettings, float] | None:
+    """How a search reads what its candidates write, and the largest relative increase that it allows; None
+    where the recipe does not measure the fluency of those texts."""
+    asked, tune = recipe.metrics().get("fluency"), recipe.selection.tune
+    if not isinstance(asked, FluencySettings) or asked.of != search_aim(recipe)[0]:
+        return None
+    assert tune
+    said = (tune.max_fluency_increase, recipe.margins and recipe.margins.fluency, FLUENCY_MARGIN)
+    return asked, next(margin for margin in said if margin is not None)
+
+
 def _prepare_validation(work: RunContext) -> None:
     """Fill work.budget and work.aim, each metric with validation samples.
 
@@ -185,6 +212,8 @@ def _prepare_validation(work: RunContext) -> None:
                 "another file there, or a split or choose_by that keeps them apart"
             )
     work.aim.append(aim)
+    if found := search_fluency(work.correct):
+        work.aim.append(Prepared(require_metric("fluency"), found[0], ReferenceSet(())))
 
 
 def validation_texts(

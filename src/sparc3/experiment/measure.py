@@ -5,6 +5,8 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import combinations
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from ..circuits.mean_ablation import MeanAblation
 from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.scorers import lexicon_words
-from ..evaluation.statistics import Evaluation, detectable_change, difference, pool
+from ..evaluation.statistics import Evaluation, Observations, detectable_change, difference, measurement, pool
 from ..evaluation.toxicity import agreement, side_by_side
 from ..models.sites import sites_of
 from ..results import (
@@ -28,42 +30,33 @@ from ..results import (
     Results,
     ScorerMeans,
     Scorers,
+    SeedFigures,
     Stage,
     Variant,
 )
 from ..verdict import is_way_of, judge
 from .run_folder import Intervention, RunContext, load_or_make
-from .score import ScoringSpec, SelectedCircuit
+from .score import Found
+from .seeds import name_draw, set_at_seed
 from .variants import apply_intervention, list_variants
 from .work_list import units_in
 
 log = logging.getLogger("sparc3")
 
 
-def measure_variants(
-    work: RunContext, found: SelectedCircuit, how: ScoringSpec, seconds: Mapping[str, float]
-) -> Results:
-    """All variants measured; a circuit that is met twice is measured once."""
-    known: dict[str, Evaluation] = {}
-    shared: list[Overlap] = []
-    sizes = {name: tensor.numel() for name, tensor in found.contrast.items()}
-    evaluations = []
-    for variant, changes in list_variants(work, found, how):
-        named, draws = Variant.parse(variant), []
-        for number, one in enumerate(changes):
-            name = variant if len(changes) == 1 else str(replace(named, draw=str(number)))
-            if one.fingerprint not in known:
-                known[one.fingerprint] = load_or_make_evaluation(work, name, one)
-            draws.append(replace(known[one.fingerprint], variant=variant))
-        evaluations.append(draws[0] if len(draws) == 1 else pool_draws(variant, draws))
-        if named.count == len(found.circuit) and named.method != how.options.method:
-            shared += measure_overlaps(found.circuit, {variant: changes}, sizes)
+def measure_variants(work: RunContext, found: Sequence[Found], seconds: Mapping[str, float]) -> Results:
+    """All variants measured, of several seeds with their figures pooled; a circuit that is met twice is
+    measured once."""
+    circuit, contrast = found[0][1].circuit, found[0][1].contrast
+    sizes = {name: tensor.numel() for name, tensor in contrast.items()}
+    measured, shared = _measure_seeds(work, found, sizes)
+    evaluations, by_seed = _pool_seeds(measured, found)
     scorers = _measure_agreement(work, evaluations)
     provenance = describe_run(
         work,
         seconds,
-        circuit=found.circuit.fingerprint,
-        count=len(found.circuit),
+        circuit=circuit.fingerprint,
+        count=len(circuit),
         sizes=sizes,
         lexicon=_words_to_mask(work),
         checks=run_checks(work, found, evaluations),
@@ -71,21 +64,105 @@ def measure_variants(
         **({"scorers": scorers} if scorers else {}),
         **work.noted,
         overlaps=shared,
+        **({"by_seed": by_seed} if by_seed else {}),
     )
-    null = [str(Variant("random", len(found.circuit)))] if len(found.circuit) else []
+    null = [str(Variant("random", len(circuit)))] if len(circuit) else []
     results = to_results(evaluations, provenance.to_dict(), [*null, *work.rivals])
     results.provenance["warnings"] = [
         *work.warnings,
         *_warn_of_chosen_prompts(work),
         *_warn_of_better_rivals(work, results),
     ]
-    add_verdict(results, found.circuit.unit)
+    add_verdict(results, circuit.unit)
     for metric in dict.fromkeys(d.metric for d in results.differences):
         d = results.difference(metric)
         change = f"{d.relative:+.1%}" if d.relative is not None else "-"
         before, after = results.find(metric).value, results.find(metric, "ablated").value
         log.info("%s: %.4g → %.4g (%s)", metric, before, after, change)
     return results
+
+
+Measured = list[dict[str, Evaluation]]
+"""Of each seed: variant → its evaluation, the figures of several random draws pooled."""
+
+
+def _measure_seeds(
+    work: RunContext, found: Sequence[Found], sizes: Mapping[str, int]
+) -> tuple[Measured, list[Overlap]]:
+    """Every variant of every seed, and how far the first one's circuits overlap."""
+    known: dict[str, Evaluation] = {}
+    shared: list[Overlap] = []
+    measured: Measured = []
+    for how, one in found:
+        seed = how.seed if len(found) > 1 else None
+        measured.append({})
+        for variant, changes in list_variants(work, one, how):
+            named, draws = Variant.parse(variant), []
+            for number, change in enumerate(changes):
+                place = name_draw(variant, seed, number if len(changes) > 1 else None)
+                if change.fingerprint not in known:
+                    name = variant if variant == "original" else place
+                    known[change.fingerprint] = load_or_make_evaluation(work, name, change)
+                draws.append(replace(known[change.fingerprint], variant=variant))
+            measured[-1][variant] = draws[0] if len(draws) == 1 else pool_draws(variant, draws)
+            if not how.seed and named.count == len(one.circuit) and named.method != how.options.method:
+                shared += measure_overlaps(one.circuit, {variant: changes}, sizes)
+    return measured, shared
+
+
+def _pool_seeds(measured: Measured, found: Sequence[Found]) -> tuple[list[Evaluation], list[SeedFigures]]:
+    """Every variant that all seeds have, pooled, and its figures by seed; of the circuits also how far they
+    overlap. Without several seeds, the variants as they are."""
+    if len(measured) == 1:
+        return list(measured[0].values()), []
+    evaluations, by_seed = [measured[0]["original"]], list[SeedFigures]()
+    for variant in list(measured[0])[1:]:
+        seeds = [one[variant] for one in measured if variant in one]
+        if len(seeds) < len(measured):
+            continue  # where it is missing, a warning says why
+        pooled = replace(pool_draws(variant, seeds), texts=_join_texts(seeds))
+        by_seed += tell_seeds(variant, seeds)
+        if variant == "ablated":
+            bare = [replace(one.circuit, provenance={}) for _, one in found]
+            pairs = [overlap(one, other).jaccard for one, other in combinations(bare, 2)]
+            stable = observe_stability(sum(pairs) / len(pairs))
+            pooled = replace(pooled, observations=(*pooled.observations, stable))
+            log.info("the circuits of two seeds share %.3g of the units of either", stable.sums[0])
+        evaluations.append(pooled)
+    return evaluations, by_seed
+
+
+def _join_texts(seeds: Sequence[Evaluation]) -> dict[str, list[dict[str, Any]]]:
+    """Of each prompt what the models of all seeds wrote."""
+    found = {}
+    for metric in seeds[0].texts:
+        rows = zip(*(one.texts[metric] for one in seeds), strict=True)
+        found[metric] = [
+            {**row[0], "continuations": [text for one in row for text in one["continuations"]]}
+            for row in rows
+        ]
+    return found
+
+
+def tell_seeds(variant: str, seeds: Sequence[Evaluation]) -> list[SeedFigures]:
+    """Each metric of a variant but the counts of zeros, by each seed's reference sets, as far as all of them
+    could be measured, with mean and standard error; logged too."""
+    found = []
+    for column in zip(*(one.observations for one in seeds), strict=True):
+        figures = [measurement(o, variant).value for o in column]
+        values = [value for value in figures if value is not None]
+        if not column[0].metric.startswith("sparsity") and len(values) == len(figures):
+            sem = stdev(values) / len(values) ** 0.5
+            found.append(SeedFigures(variant, column[0].metric, values, fmean(values), sem))
+    said = ", ".join(f"{one.metric} {one.mean:.4g} ± {one.sem:.2g}" for one in found)
+    log.info("%s, mean ± standard error of %d seeds: %s", variant, len(seeds), said)
+    return found
+
+
+def observe_stability(value: float) -> Observations:
+    """A figure of all seeds together, which has no interval: pairs of seeds are not independent."""
+    unit = "shared units / units of either"
+    return Observations("circuit.jaccard", "all seeds", unit, "higher", (value,), (1.0,))
 
 
 def load_or_make_evaluation(work: RunContext, variant: str, change: Intervention) -> Evaluation:
@@ -206,7 +283,7 @@ def _warn_of_chosen_prompts(work: RunContext) -> list[str]:
 
 
 def run_checks(
-    work: RunContext, found: SelectedCircuit, evaluations: Sequence[Evaluation], most: int = 3
+    work: RunContext, found: Sequence[Found], evaluations: Sequence[Evaluation], most: int = 3
 ) -> list[Check]:
     """The short list at the end of a run: what a careful reader would ask first.
 
@@ -214,7 +291,12 @@ def run_checks(
         most: how many of the layers with most relevance are named.
     """
     sites = {site.name: site for site in sites_of(work.model, work.recipe.attribution.sites)}
-    contrast = found.contrast
+    contrast = found[0][1].contrast
+    parts = {
+        set_at_seed(work.recipe, name, how.seed): part
+        for how, one in found
+        for name, part in one.parts.items()
+    }
     odd = [
         name
         for name, tensor in contrast.items()
@@ -222,11 +304,11 @@ def run_checks(
     ]
     shapes = f"{odd[0]} has another number of units" if odd else f"{contrast.units:,} units"
     # Σ|relevance| of each site; none may be zero or without end.
-    undesired = found.parts["undesired"].items()
+    undesired = parts["undesired"].items()
     sums = {name: float(tensor.abs().sum(dtype=torch.float64)) for name, tensor in undesired}
     least, largest, total = min(sums.values()), max(sums.values()), sum(sums.values()) or 1.0
     top = sorted(sums, key=lambda name: -sums[name])[:most]
-    said_of = {name: part.provenance for name, part in found.parts.items()}
+    said_of = {name: part.provenance for name, part in parts.items()}
     skipped = sum(len(said["skipped"]) for said in said_of.values())
     times = [f"{name} {p['seconds'] / max(1, p['samples']):.3f} s" for name, p in said_of.items()]
     failures = {e.variant: max((o.failures for o in e.observations), default=0) for e in evaluations}

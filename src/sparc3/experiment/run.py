@@ -25,8 +25,9 @@ from .gather import gather_all
 from .measure import measure_variants
 from .neuron_cards import write_cards
 from .run_folder import RunContext, accept_recipe, claim_folder, log_to_folder, tidy
-from .score import ScoringSpec, SelectedCircuit, find_circuit, protect_units, scoring_of_recipe
+from .score import Found, find_circuit, protect_units, scoring_of_recipe
 from .search import search_circuit
+from .seeds import count_seeds
 from .token_maps import write_token_maps
 from .tracking import TrackedRun, Tracker, require_tracker
 from .work_list import list_work
@@ -123,16 +124,19 @@ def _run_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) 
     return results
 
 
-def _find_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
+def _find_circuits(work: RunContext) -> list[Found]:
+    """One a seed where seeds are kept apart, otherwise one."""
     protect_units(work)
-    return search_circuit(work) if work.recipe.tune else (scoring_of_recipe(work), find_circuit(work))
+    if work.recipe.tune:
+        return [search_circuit(work)]
+    seeds = range(count_seeds(work.correct))
+    return [(scoring_of_recipe(work, seed), find_circuit(work, seed)) for seed in seeds]
 
 
-def _measure_circuit(
-    work: RunContext, found: tuple[ScoringSpec, SelectedCircuit], seconds: Mapping[str, float]
-) -> Results:
-    how, circuit = found
-    results = measure_variants(work, circuit, how, seconds)
+def _measure_circuits(work: RunContext, found: list[Found], seconds: Mapping[str, float]) -> Results:
+    """The cards and the tokens' relevance are of the first one."""
+    results = measure_variants(work, found, seconds)
+    how, circuit = found[0]
     write_cards(work, circuit)
     write_token_maps(work, how)
     return results
@@ -140,7 +144,7 @@ def _measure_circuit(
 
 JOBS: dict[str, tuple[Callable[[RunContext], Any], Callable[[RunContext, Any, Mapping[str, float]], Results]]]
 JOBS = {
-    "correct": (_find_circuit, _measure_circuit),
+    "correct": (_find_circuits, _measure_circuits),
     "discover": (discover.rank_units, discover.measure_circuits),
     "compress": (compress.prune_by_all_methods, compress.measure_pruned),
 }

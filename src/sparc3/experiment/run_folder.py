@@ -46,7 +46,7 @@ class RunContext:
         references: name → reference set, filled by the samples stage.
         prepared: the metrics with their test samples, filled by the samples stage.
         budget, aim: the metrics of a search with their validation samples: those it keeps within bounds, and
-            the one to better.
+            the one to better, with the fluency of what is written for it.
         warnings: what the reader of the results should know.
         noted: what stages add to the results' provenance.
         protected: units that no selection takes, because the model breaks without one of them.

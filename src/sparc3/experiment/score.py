@@ -25,6 +25,7 @@ from ..samples.reference_set import ReferenceSet, Sample
 from ..scores import Scores
 from ..storage import fingerprint
 from .run_folder import RunContext, load_or_make
+from .seeds import set_at_seed
 from .work_list import is_protected
 
 log = logging.getLogger("sparc3")
@@ -38,6 +39,7 @@ class ScoringSpec:
     Attributes:
         options: attribution options; the target comes from `targets`.
         targets: name of each reference set that takes part → its target.
+        seed: the place of the seed by whose sets it scores, where they are kept apart.
         strength: strength of the circuits selected with it.
         file_prefix: of the names of its files in scores/.
     """
@@ -48,6 +50,7 @@ class ScoringSpec:
     normalize: str | None = None
     file_prefix: str = ""
     strength: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,15 @@ class SelectedCircuit:
     parts: dict[str, Scores]
 
 
-def scoring_of_recipe(work: RunContext) -> ScoringSpec:
-    """The contrast that the recipe asks for."""
+Found = tuple[ScoringSpec, SelectedCircuit]
+"""A circuit and the contrast that found it."""
+
+
+def scoring_of_recipe(work: RunContext, seed: int = 0) -> ScoringSpec:
+    """The contrast that the recipe asks for, by the sets of the seed at this place."""
     asked, chosen = work.recipe.attribution, work.correct.selection
     targets = {name: spec.target or asked.target for name, spec in work.recipe.references.items()}
-    return ScoringSpec(asked, targets, chosen.penalty, chosen.normalize, strength=chosen.strength)
+    return ScoringSpec(asked, targets, chosen.penalty, chosen.normalize, "", chosen.strength, seed)
 
 
 def compute_contrast(
@@ -102,7 +109,8 @@ def load_or_make_parts(
 def _load_or_make_scores(
     work: RunContext, how: ScoringSpec, name: str, removed: Circuit | None, prefix: str
 ) -> Scores:
-    samples, options = work.references[name], how.options.but(target=how.targets[name])
+    options, name = how.options.but(target=how.targets[name]), set_at_seed(work.recipe, name, how.seed)
+    samples = work.references[name]
     inputs = {
         **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),
         "samples": samples.fingerprint,
@@ -141,21 +149,22 @@ def _load_or_make_scores(
     return load_or_make(work, path, Scores, inputs, make)
 
 
-def find_circuit(work: RunContext) -> SelectedCircuit:
-    """The circuit to remove, found in as many rounds as the recipe says."""
-    chosen, how = work.correct.selection, scoring_of_recipe(work)
+def find_circuit(work: RunContext, seed: int = 0) -> SelectedCircuit:
+    """The circuit to remove, found in as many rounds as the recipe says, by the sets of the seed at this
+    place."""
+    chosen, how = work.correct.selection, scoring_of_recipe(work, seed)
     parts = load_or_make_parts(work, how)
     first = contrast_parts(work, how, parts)
     if chosen.count is None:
         circuit = select(first, fraction=chosen.fraction, scope=chosen.scope, strength=how.strength)
-        return save_circuit(work, SelectedCircuit(circuit, first, parts))
+        return save_circuit(work, SelectedCircuit(circuit, first, parts), seed)
     found = select_in_rounds(work, how, first, chosen.count, chosen.rounds)
     if found is None:
         raise UserError(
             f"{chosen.count} {first.unit}s were requested in {chosen.rounds} rounds, but in a later round "
             "the matched contrast has too few candidates below zero; ask for fewer, or lower the penalty"
         )
-    return save_circuit(work, SelectedCircuit(found, first, parts))
+    return save_circuit(work, SelectedCircuit(found, first, parts), seed)
 
 
 def select_in_rounds(
@@ -171,7 +180,8 @@ def select_in_rounds(
         if round_index:
             # A search builds several circuits, so the scores of each have its fingerprint in the file name.
             own = f"{circuit.fingerprint[:12]}." if how.file_prefix else ""
-            now = compute_contrast(work, how, circuit, f"round{round_index + 1}.{own}")
+            whose = f"seed{how.seed}." if how.seed else ""
+            now = compute_contrast(work, how, circuit, f"{whose}round{round_index + 1}.{own}")
         wanted = count * (round_index + 1) // rounds - count * round_index // rounds
         if round_index and wanted > count_candidates(now):
             return None
@@ -181,12 +191,13 @@ def select_in_rounds(
     return circuit
 
 
-def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
+def save_circuit(work: RunContext, found: SelectedCircuit, seed: int = 0) -> SelectedCircuit:
     """Write the circuit and its contrast into the run folder, under their standard names; returns
-    the circuit with `model` and `made_from` filled in."""
+    the circuit with `model` and `made_from` filled in. Where seeds are kept apart, each one's circuit is
+    circuits/seedN, and the first one's is circuit.json too."""
     made_from = fingerprint(
         {
-            "selection": work.correct.selection.model_dump(),
+            "selection": work.correct.selection.model_dump(exclude={"seeds"}),
             "scores": found.contrast.fingerprint,
             "units": found.circuit.fingerprint,
         }
@@ -194,8 +205,11 @@ def save_circuit(work: RunContext, found: SelectedCircuit) -> SelectedCircuit:
     provenance = {**found.circuit.provenance, "made_from": made_from}
     circuit = replace(found.circuit, model=work.described, provenance=provenance)
     if distributed.is_main():
-        found.contrast.save(work.claim("scores/contrast.safetensors"))
-        circuit.save(work.claim(f"circuit{circuit.suffix}"))
+        found.contrast.save(work.claim(f"scores/contrast{f'.{seed}' if seed else ''}.safetensors"))
+        if seed == 0:
+            circuit.save(work.claim(f"circuit{circuit.suffix}"))
+        if work.correct.selection.seeds:
+            circuit.save(work.claim(f"circuits/seed{seed}{circuit.suffix}"))
     log.info(
         "circuit: %d of %d %ss%s in %d sites",
         len(circuit),

@@ -22,7 +22,7 @@ from ..recipe.sections import Tune
 from ..results import Budget, Candidate, Number, Rival, Search, Trial, Variant, pareto_front
 from ..scores import Scores
 from ..storage import fingerprint, write_json
-from . import work_list
+from . import gather, work_list
 from .run_folder import Intervention, RunContext, read_made
 from .score import (
     ScoringSpec,
@@ -52,6 +52,7 @@ class Trials:
     Attributes:
         known: key of a circuit → its figures.
         original: figures of the model as it is.
+        max_fluency: the largest relative increase of fluency; None where it is not looked at.
     """
 
     work: RunContext
@@ -60,6 +61,7 @@ class Trials:
     asked: list[Prepared]
     known: dict[str, Figures] = field(default_factory=dict)
     original: Figures = field(default_factory=dict)
+    max_fluency: float | None = None
 
     @property
     def aim(self) -> str:
@@ -92,7 +94,15 @@ class Trials:
         if "perplexity" not in figures or (self.tune.max_kl is not None and "kl" not in figures):
             return False
         fits = self.tune.max_kl is None or figures["kl"] <= self.tune.max_kl
-        return fits and self.increase(figures) <= self.tune.max_perplexity_increase
+        fits = fits and self.increase(figures) <= self.tune.max_perplexity_increase
+        return fits and self.writes_well(figures)
+
+    def writes_well(self, figures: Figures) -> bool:
+        """Whether what a variant writes is fluent enough; so it is not where it writes nothing."""
+        if self.max_fluency is None:
+            return True
+        limit = self.original["fluency"] * (1 + self.max_fluency)
+        return figures.get("fluency", math.inf) <= limit
 
     def badness(self, figures: Figures) -> float:
         """The aim, so that less is better; infinite where it was not measured."""
@@ -133,12 +143,18 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
     """
     tune = work.correct.selection.tune
     assert tune
-    trials = Trials(work, tune, work.budget, work.aim)
+    fluency = gather.search_fluency(work.correct)
+    trials = Trials(work, tune, work.budget, work.aim, max_fluency=fluency[1] if fluency else None)
     trials.load()
     trials.original = trials.try_once(Circuit(work.recipe.attribution.unit, {}, work.described))
     if "perplexity" not in trials.original:
         raise Sparc3Error(
             "the validation perplexity of the original is not finite; load the model in bfloat16 or float32"
+        )
+    if "fluency" not in trials.original and trials.max_fluency is not None:
+        raise Sparc3Error(
+            "the original writes nothing after the validation prompts, so that its fluency cannot be "
+            "measured; leave evaluation.fluency out"
         )
     contrasts = work_list.contrasts_tried(work.correct)
     names = work_list.sets_read_by(work.correct, [kind for kind, _, _ in contrasts])
@@ -186,9 +202,9 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
     rivals, others = _search_rivals(work, trials, how)
     found = Search(
         aim=trials.aim,
-        budget=Budget(tune.max_perplexity_increase, tune.max_kl),
+        budget=Budget(tune.max_perplexity_increase, tune.max_kl, trials.max_fluency),
         split="validation",
-        samples={p.metric.name: len(p.samples) for p in [*trials.budget, *trials.asked]},
+        samples={p.metric.name: len(p.samples) for p in [*trials.budget, *trials.asked] if p.samples},
         original=trials.original,
         best=rows[best],
         candidates=rows,
@@ -242,6 +258,13 @@ def _choose_best(tried: list[Candidate], trials: Trials) -> int:
         said = "there are too few units below zero"
         if costs:
             said = f"the cheapest of {len(tried)} costs {min(costs):+.2%} perplexity"
+            if cheap := [
+                one for one in tried if one.perplexity_increase <= trials.tune.max_perplexity_increase
+            ]:
+                many = sum(not trials.writes_well(one.figures) for one in cheap)
+                said += (
+                    f", and {many} of the {len(cheap)} within that budget write worse than the margin allows"
+                )
         raise UserError(
             f"no candidate is within the budget of selection.tune: {said}; try smaller counts, or a larger "
             "budget"
@@ -288,6 +311,7 @@ def _search_rivals(
 
 def _describe(one: Candidate, aim: str) -> str:
     gained = f"{aim} {one.figures[aim]:.4g}" if aim in one.figures else f"{aim} not measured"
+    gained += f", fluency {one.figures['fluency']:.4g}" if "fluency" in one.figures else ""
     way = [one.targets["undesired"], one.neuron, one.contrast]
     way += [f"penalty {one.penalty:g}"] if one.penalty is not None else []
     way += [one.normalize] if one.normalize else []

@@ -16,7 +16,7 @@ from ..results import Variant
 from ..scores import Scores
 from .run_folder import Intervention, RunContext, load_or_make
 from .score import ScoringSpec, SelectedCircuit, compute_contrast
-from .work_list import Sizes, comparison_for
+from .work_list import Sizes, comparison_for, expertise_sets
 
 
 def apply_intervention(work: RunContext, change: Intervention) -> AbstractContextManager[object]:
@@ -75,13 +75,14 @@ def select_by_method(
     """
     order = "lowest"
     if method in activations.EXPERTISE_METHODS:
-        undesired = work.references["undesired"]
-        benign = work.references.get("matched", work.references["general"])
+        names = expertise_sets(work.correct)
+        pair = names[min(how.seed, len(names) - 1)]
+        undesired, benign = (work.references[name] for name in pair)
         inputs = {"aura": [undesired.fingerprint, benign.fingerprint], "model": work.fingerprint}
         order = "highest"
         scores = load_or_make(
             work,
-            "scores/aura.safetensors",
+            f"scores/aura{f'.{how.seed}' if pair != names[0] else ''}.safetensors",
             Scores,
             inputs,
             lambda: activations.expertise(work.model, undesired, benign, tokenizer=work.tokenizer),

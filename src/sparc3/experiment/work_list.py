@@ -12,8 +12,9 @@ from ..attribution.token_relevance import METHODS as RELEVANCE
 from ..circuits.select import parse_scope, share_of
 from ..models.sites import Site
 from ..recipe.schema import CompressRecipe, CorrectRecipe, DiscoverRecipe, Recipe
-from ..recipe.sections import SEQUENTIAL, Compress, Discover, Reference, Tune
+from ..recipe.sections import SEQUENTIAL, Compress, Discover, Tune
 from ..results import Variant
+from .seeds import count_seeds, name_draw, reference_sets, set_at_seed
 
 Completed = Callable[[str], bool]
 """Whether the samples of a reference set, by its name, have completions."""
@@ -86,33 +87,15 @@ def list_work(recipe: Recipe, sites: Sequence[Site], completed: Completed) -> Wo
         return WorkList(made, names, score_files=sum(one.kept for one in made))
     made = tuple(dict.fromkeys((_list_search if recipe.tune else _list_correct)(recipe, completed)))
     rivals, count, trials = rival_methods(recipe), circuit_count(recipe, sites), 0
-    # The contrast, and what the methods of expertise share.
-    files = len(made) + 1 + bool(set(rivals) & set(EXPERTISE_METHODS))
+    # The contrasts, and what the methods of expertise share.
+    files = len(made) + count_seeds(recipe)
+    files += len(expertise_sets(recipe)) * bool(set(rivals) & set(EXPERTISE_METHODS))
     if recipe.tune:
         theirs = len(rivals) * len(counts_tried(recipe)) + ("aura" in rivals)
         trials = 1 + count_candidates_tried(recipe) + theirs
         files += len(sets_read_by(recipe, [kind for kind, _, _ in contrasts_tried(recipe)]))
     alone = min(recipe.cards.alone, recipe.cards.most, count) if has_cards(recipe) else 0
     return WorkList(made, tuple(_correct_variants(recipe, sites, count)), alone, trials, files)
-
-
-def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
-    """The reference sets by name; for the job discover one a seed, task.0, task.1, …, drawn independently of
-    each other.
-
-    So also where a compression compares numbers of samples, or has compress.seeds apart: general, general.1,
-    general.2, …
-    """
-    for name, spec in recipe.references.items():
-        if recipe.job == "discover":
-            yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
-        elif recipe.job == "compress" and (recipe.compress.samples or recipe.compress.seeds):
-            yield from (
-                (f"{name}.{place}" if place else name, spec.model_copy(update={"seeds": (seed,)}))
-                for place, seed in enumerate(spec.seeds)
-            )
-        else:
-            yield name, spec
 
 
 def is_protected(recipe: Recipe) -> bool:
@@ -147,10 +130,13 @@ def _single_attribution(
 
 
 def _list_correct(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attribution]:
-    asked, names = recipe.attribution, list(recipe.references)
+    asked = recipe.attribution
     for turn in range(1, recipe.selection.rounds + 1):
-        for name in names:
-            yield replace(_single_attribution(recipe, asked.method, name), turn=turn)
+        for seed in range(count_seeds(recipe)):
+            for name in recipe.references:
+                one = _single_attribution(recipe, asked.method, set_at_seed(recipe, name, seed))
+                yield replace(one, turn=turn, circuit=seed if turn > 1 else 0)
+    names = [name for name, _ in reference_sets(recipe)]
     yield from _list_rivals(recipe, names, asked.target, asked.neuron, completed)
 
 
@@ -193,22 +179,35 @@ def _correct_variants(recipe: CorrectRecipe, sites: Sequence[Site], count: int) 
     """The variants beside a circuit of `count` units, but those that are the circuit once more."""
     beside, own = comparison_for(recipe, sites, count), recipe.attribution.method
     yield "original"
-    if count:
-        yield "ablated"
-    yield from (str(Variant(own, many)) for many in beside.own if many != count)
-    for method, (_, sizes) in beside.rivals.items():
-        yield from (str(Variant(method, many)) for many in sizes if many)
-        if method == "aura":
-            yield "aura@all"
-    for many in beside.null:
-        draws = [""] if beside.draws == 1 else [str(draw) for draw in range(beside.draws)]
-        yield from (str(Variant("random", many, draw)) for draw in draws if many)
+    seeds = range(count_seeds(recipe))
+    for seed in seeds if len(seeds) > 1 else (None,):
+        if count:
+            yield name_draw("ablated", seed)
+        yield from (name_draw(str(Variant(own, many)), seed) for many in beside.own if many != count)
+        for method, (_, sizes) in beside.rivals.items():
+            yield from (name_draw(str(Variant(method, many)), seed) for many in sizes if many)
+            if method == "aura":
+                yield name_draw("aura@all", seed)
+        for many in filter(None, beside.null):
+            draws = (None,) if beside.draws == 1 else range(beside.draws)
+            yield from (name_draw(str(Variant("random", many)), seed, draw) for draw in draws)
 
 
 def rival_methods(recipe: CorrectRecipe) -> tuple[str, ...]:
     """The methods that stand beside the run's own; random is the null."""
     named = dict.fromkeys(recipe.compare.methods)
     return tuple(method for method in named if method not in ("random", recipe.attribution.method))
+
+
+def expertise_sets(recipe: CorrectRecipe) -> list[tuple[str, str]]:
+    """(undesired, benign) sets that the methods of expertise tell apart: matched samples, or general ones
+    where there are none; one pair a seed where they differ."""
+    benign = "matched" if "matched" in recipe.references else "general"
+    pairs = (
+        (set_at_seed(recipe, "undesired", seed), set_at_seed(recipe, benign, seed))
+        for seed in range(count_seeds(recipe))
+    )
+    return list(dict.fromkeys(pairs))
 
 
 # What a search tries.

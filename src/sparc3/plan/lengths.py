@@ -1,7 +1,6 @@
 """How long the samples are: read where they are at hand, assumed, and said so, where they are on the hub or
 the model would choose them."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..evaluation.evaluate import prepare
 from ..evaluation.metrics import HarnessSettings, MetricSettings, SampledSettings
-from ..experiment.gather import search_aim, search_budget, validation_texts, words_held
-from ..experiment.work_list import reference_sets
+from ..experiment.gather import search_aim, search_budget, validation_texts, words_held, words_taken
+from ..experiment.seeds import reference_sets
 from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
 from ..recipe.schema import Recipe
 from ..samples.batches import Encoded, parse_target
-from ..samples.reference_set import ReferenceSet, Rows
-from ..samples.sources import AT_ONCE, WIDER, Request, corpus, gather, is_path, request_for
+from ..samples.reference_set import ReferenceSet
+from ..samples.sources import Request, corpus, gather, is_path, request_for
 from ..samples.tokens import read_sample, tokenize
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 PROMPTS = {"realtoxicityprompts": 16, "ioi": 20, "agreement": 12}
 """Source → tokens of a prompt, about; of any other, 32."""
-
-PROMPTS_IN = {"realtoxicityprompts": 99_442}
-"""Source → its prompts in all, of which the other split's, 30 or 70 %, are passed over."""
 
 TEXTS = {"wikitext2": 310_000, "c4": 530_000}
 """Source → tokens of its test text, about."""
@@ -106,14 +102,15 @@ def _cut(one: Encoded, context: int) -> Encoded:
     return replace(one, ids=one.ids[:context], positions=positions, tokens=tokens)
 
 
+def is_model_here(name: str) -> bool:
+    """Whether a model is the demo, smollm2, a folder or a GGUF file."""
+    path = Path(name)
+    return name in ("demo", SMOLLM2) or path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
+
+
 def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of the demo, smollm2, a folder or a GGUF file; of the hub's models none, which would have
-    to be fetched."""
-    if (
-        name not in ("demo", SMOLLM2)
-        and not Path(name).is_dir()
-        and not (Path(name).suffix.lower() == ".gguf" and Path(name).is_file())
-    ):
+    """The tokenizer of a model that is here; of the hub's models none, which would have to be fetched."""
+    if not is_model_here(name):
         return None
     try:
         return load_tokenizer(name)
@@ -133,7 +130,7 @@ def samples_at_hand(
     sets: dict[str, ReferenceSet] = {}
     for name, spec in reference_sets(recipe):
         if is_there(spec):
-            taken = words_held(recipe, sets, spec.source) if recipe.job == "correct" else frozenset()
+            taken = words_taken(recipe, sets, name, spec.source)
             sets[name] = gather(request_for(spec, taken), tokenizer)
     unread: Any = None  # prompts that no model chooses ask for none
     found: list[tuple[str, MetricSettings, ReferenceSet]] = []
@@ -189,17 +186,6 @@ def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_c
         )
     text = PROMPTS.get(spec.source, 32)
     return Lengths(((text, written or text),) * count, assumed=True)
-
-
-def prompts_read(spec: Any) -> tuple[int, int]:
-    """The fewest and the most prompts that the model completes until enough of them are chosen."""
-    count = spec.count or 100
-    if spec.choose_by == "repetition":
-        return count * WIDER[0], count * WIDER[-1]
-    whole = len(Rows(spec.source, spec.column)) if is_path(spec.source) else PROMPTS_IN.get(spec.source, 0)
-    most = round(whole * (0.3 if spec.split == "test" else 0.7))
-    least = math.ceil(count / AT_ONCE) * AT_ONCE
-    return (min(least, most), most) if most else (least, least)
 
 
 def by_model(spec: Any) -> bool:

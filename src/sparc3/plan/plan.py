@@ -15,6 +15,7 @@ from ..models.load import MAP, load_config, require_loadable, vocabulary_size
 from ..models.sites import DTYPES
 from ..recipe.schema import Recipe, load_recipe
 from ..recipe.sections import SEQUENTIAL
+from . import acceptance
 from .costs import RUNTIME, Hardware, Shaped, find_hardware, this_machine
 from .lengths import samples_at_hand, tokenizer_at_hand
 from .rehearsal import Rehearsal
@@ -121,6 +122,7 @@ def plan(
     hardware: str | None = None,
     gpus: int = 1,
     config: str | None = None,
+    try_prompts: int | None = None,
 ) -> Plan:
     """What a recipe needs, without a weight being read: the model's own code runs on tensors that have shapes
     and no content.
@@ -131,6 +133,8 @@ def plan(
             second.
         gpus: how many devices share the samples, each with a whole model.
         config: a config.json, where the recipe's model cannot be reached.
+        try_prompts: so many prompts of each set that the model chooses are completed here, by the model
+            itself, so that the range of how many it takes is narrower.
 
     Raises:
         UserError: a configuration that cannot be had, sites that it does not have, hardware that nobody
@@ -145,7 +149,8 @@ def plan(
     source = config or loaded.model.id
     device, dtype, settings = _machine(loaded, source, hardware)
     shaped = Shaped(settings, dtype)
-    stages = Stages(loaded, Rehearsal(shaped, device), tokenizer_at_hand(loaded.model.id))
+    tried = None if try_prompts is None else acceptance.try_prompts(loaded, try_prompts)
+    stages = Stages(loaded, Rehearsal(shaped, device), tokenizer_at_hand(loaded.model.id), tried)
     check_sizes(loaded, stages.sites)
     if stages.tokenizer is not None:
         shaped_model = stages.rehearsal.shaped.model

@@ -1,7 +1,8 @@
 """What a recipe will do, stage by stage, and what each costs by the rehearsal of one batch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..attribution.activations import EXPERTISE_METHODS
@@ -17,13 +18,14 @@ from ..evaluation.metrics import (
     PerplexitySettings,
     PromptSettings,
 )
-from ..experiment import gather, score, work_list
+from ..experiment import gather, score, seeds, work_list
 from ..experiment.prune_sequentially import BATCH_TOKENS
 from ..models.load import context_length, rope_switches
 from ..recipe.schema import Recipe
 from ..recipe.sections import SEQUENTIAL
 from ..samples.batches import Encoded, group_by_length, token_budget
-from .lengths import by_model, of_samples, of_tasks, of_text, prompts_read
+from .acceptance import Tried, prompts_read, sets_by_model
+from .lengths import of_samples, of_tasks, of_text
 from .rehearsal import Cost, Rehearsal
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ class Stages:
     """The stages of a recipe.
 
     Attributes:
+        tried: of the sets that the model chooses, how many of a few prompts fit.
         notes: what had to be assumed, or is left out.
         sets: reference set, as the run names it → the lengths of its samples.
         work: what is scored and measured.
@@ -84,15 +87,19 @@ class Stages:
     """
 
     def __init__(
-        self, recipe: Recipe, rehearsal: Rehearsal, tokenizer: "PreTrainedTokenizerBase | None"
+        self,
+        recipe: Recipe,
+        rehearsal: Rehearsal,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        tried: Mapping[str, Tried] | None = None,
     ) -> None:
-        self.recipe, self.rehearsal, self.tokenizer = recipe, rehearsal, tokenizer
+        self.recipe, self.rehearsal, self.tokenizer, self.tried = recipe, rehearsal, tokenizer, tried or {}
         self.context = context_length(rehearsal.shaped.model)
         self.switches = rope_switches(rehearsal.shaped.model)
         self.sites = rehearsal.shaped.sites(recipe.attribution.sites)
         unit = recipe.attribution.unit
         self.units = sum(work_list.units_in(site, unit) for site in self.sites)
-        self.specs = dict(work_list.reference_sets(recipe))
+        self.specs = dict(seeds.reference_sets(recipe))
         self.sets = {name: of_samples(spec, tokenizer) for name, spec in self.specs.items()}
         self.notes = [
             f"samples of {name} taken to have {found.longest} tokens"
@@ -128,9 +135,8 @@ class Stages:
             return 1 if self.recipe.compress.samples else 0
         if self.recipe.job == "discover":
             return len(self.sets) * len(self.recipe.discover.methods) * len(self.recipe.discover.ranks)
-        return (
-            len(self.sets) * (len(work_list.attributions_tried(self.recipe)) if self.recipe.tune else 1) + 1
-        )
+        tried = len(work_list.attributions_tried(self.recipe)) if self.recipe.tune else 1
+        return len(self.sets) * tried + seeds.count_seeds(self.recipe)
 
     def removed(self) -> float:
         """The largest share of the units that is set to zero at once, and whose values are kept meanwhile."""
@@ -145,16 +151,18 @@ class Stages:
 
     def _choose_prompts(self) -> Iterator[Stage]:
         """Samples that are chosen by what the model writes: the least that it takes."""
-        asked: list[tuple[str, Any]] = [*self.specs.items(), *self.recipe.metrics().items()]
-        if self.recipe.job == "correct" and self.recipe.tune:
-            name, settings = gather.search_aim(self.recipe)
-            asked.append((f"validation {name}", settings))
-        for name, spec in ((name, spec) for name, spec in asked if by_model(spec)):
-            least, most = prompts_read(spec)
-            self.notes.append(
-                f"choosing {name} taken to need {least:,} prompts"
-                + (f"; it may need up to {most:,}" if most > least else "")
-            )
+        for name, spec in sets_by_model(self.recipe):
+            tried = self.tried.get(name)
+            least, most = prompts_read(spec, tried)
+            if tried:
+                self.notes.append(
+                    f"choosing {name} taken to need {least:,} to {most:,} prompts: {tried.said}"
+                )
+            else:
+                self.notes.append(
+                    f"choosing {name} taken to need {least:,} prompts"
+                    + (f"; it may need up to {most:,}" if most > least else "")
+                )
             prompt = of_samples(spec, self.tokenizer).longest
             stage = self._generate(f"choosing {name}", least, prompt, spec.max_new_tokens, 0.0)
             yield replace(stage, more=stage.seconds * (most / least - 1))
@@ -175,7 +183,7 @@ class Stages:
         if self.recipe.job == "correct" and set(work_list.rival_methods(self.recipe)) & set(
             EXPERTISE_METHODS
         ):
-            for name in ("undesired", "matched" if "matched" in self.sets else "general"):
+            for name in chain.from_iterable(work_list.expertise_sets(self.recipe)):
                 read = self._forward("scores, expertise", self.sets[name].joined(self.context))
                 yield replace(read, scoring=True)
 
@@ -208,6 +216,9 @@ class Stages:
             for name, settings in (*budget, gather.search_aim(self.recipe)):
                 for stage in self._metric(name, settings):
                     yield replace(stage * (self.work.trials - (name == "kl")), name=f"search, {name}")
+            if gather.search_fluency(self.recipe):
+                read = self._fluency("search, fluency", gather.search_aim(self.recipe)[1])
+                yield read * self.work.trials
 
     def _evaluation(self) -> Iterator[Stage]:
         many = len(self.work.evaluations) + self.work.alone
@@ -244,12 +255,16 @@ class Stages:
         elif isinstance(settings, FluencySettings):
             read = self.recipe.metrics()[settings.of]
             assert isinstance(read, PromptSettings)
-            found = of_samples(read, self.tokenizer)
-            many = len(found.pairs) * getattr(read, "generations", 1)
-            length = found.longest + read.max_new_tokens
-            yield _stage(name, self.rehearsal.windows("perplexity", length, many), many * length)
+            yield self._fluency(name, read)
         elif isinstance(settings, HarnessSettings):
             yield self._questions(name, settings)
+
+    def _fluency(self, name: str, read: PromptSettings) -> Stage:
+        """Of all that one variant writes for the metric whose settings these are."""
+        found = of_samples(read, self.tokenizer)
+        many = len(found.pairs) * getattr(read, "generations", 1)
+        length = found.longest + read.max_new_tokens
+        return _stage(name, self.rehearsal.windows("perplexity", length, many), many * length)
 
     def _questions(self, name: str, settings: HarnessSettings) -> Stage:
         self._note(

@@ -166,6 +166,7 @@ class CorrectRecipe(BaseRecipe):
                 "neuron at sites [mlp.up]"
             )
         self._require_scopes()
+        self._require_seeds()
         self.metrics()
         if self.selection.tune:
             self._require_searchable(self.selection.tune)
@@ -198,6 +199,15 @@ class CorrectRecipe(BaseRecipe):
         if groups and self.compare.counts:
             raise ValueError(f"scope {chosen} already sets the number of weights; omit compare.counts")
 
+    def _require_seeds(self) -> None:
+        """Raise where seeds are to be kept apart, and the sets do not say which belong together."""
+        many = {len(spec.seeds) for spec in self.references.values()} - {1}
+        if self.selection.seeds and len(many) != 1:
+            raise ValueError(
+                "selection.seeds apart needs a reference set with several seeds, and as many in each that "
+                "has more than one; give such as references.general.seeds [0, 1, 2]"
+            )
+
     def _require_searchable(self, tune: Tune) -> None:
         asked = self.metrics()
         if "perplexity" not in asked or not {"toxicity", "repetition"} & asked.keys():
@@ -207,6 +217,8 @@ class CorrectRecipe(BaseRecipe):
             )
         if tune.max_kl is not None and "kl" not in asked:
             raise ValueError("selection.tune.max_kl needs evaluation.kl")
+        if tune.max_fluency_increase is not None and "fluency" not in asked:
+            raise ValueError("selection.tune.max_fluency_increase needs evaluation.fluency")
         if "matched" in tune.contrasts and "matched" not in self.references:
             raise ValueError("selection.tune.contrasts: matched needs references.matched")
 

@@ -165,6 +165,9 @@ class Tune(Strict):
         max_perplexity_increase: the budget: the largest relative increase of validation perplexity; 0.01 is 1
             %.
         max_kl: and of the divergence from the original, in nats a token; needs evaluation.kl.
+        max_fluency_increase: and the largest relative increase of the fluency (the original's perplexity) of
+            what a candidate writes after validation prompts. Where it is not given, the verdict's margin:
+            margins.fluency, or 0.5. Kept where evaluation has fluency, which it needs if given.
         counts: numbers of units.
         targets: in the place of attribution.target; sets without completions take `next` where a candidate
             says `completion`.
@@ -183,6 +186,7 @@ class Tune(Strict):
 
     max_perplexity_increase: float = Field(default=0.01, ge=0)
     max_kl: float | None = Field(default=None, ge=0)
+    max_fluency_increase: float | None = Field(default=None, ge=0)
     counts: tuple[Annotated[int, Field(ge=1)], ...] = ()
     targets: tuple[Target, ...] = ()
     neurons: tuple[Literal["abs", "signed"], ...] = ()
@@ -201,7 +205,9 @@ class Selection(Strict):
 
     `rounds`: select a share, ablate it, attribute again, and go on. `tune`: search for all that.
     `strength`: the share of each unit that is taken away: 1 sets it to zero, 0.5 halves it.
-    `protect`: leave out neurons whose removal alone breaks the model, and list them.
+    `protect`: leave out neurons whose removal alone breaks the model, and list them. `seeds`: "apart" finds
+    and measures a circuit by each seed's reference sets alone, sets with one seed shared, and tells the mean
+    of the figures, its standard error and the circuits' overlap; without it the seeds' samples are one set.
     """
 
     count: int | None = Field(default=None, ge=0)
@@ -213,6 +219,7 @@ class Selection(Strict):
     strength: float = Field(default=1.0, gt=0, le=1)
     protect: bool = True
     tune: Tune | None = None
+    seeds: Literal["apart"] | None = None
 
     @model_validator(mode="after")
     def _one_size(self) -> "Selection":
@@ -234,6 +241,8 @@ class Selection(Strict):
     def _require_search(self, tune: Tune) -> None:
         if self.fraction is not None or self.rounds > 1:
             raise ValueError("tune tries counts and tune.rounds; leave fraction and rounds out")
+        if self.seeds:
+            raise ValueError("tune chooses one circuit by all samples; leave seeds out")
         if max(tune.rounds) > 1 and self.scope != "global":
             raise ValueError("tune.rounds above 1 needs scope global")
         if parse_scope(self.scope):

@@ -13,6 +13,7 @@ from .words import (
     join_words,
     method_title,
     percent,
+    plain,
     relative,
     relative_interval,
     remark,
@@ -83,6 +84,7 @@ def remarks(run: RunFolder) -> list[Remark]:
         *remark_on_verdict(run),
         _remark_on_effect(run, metric),
         *_remark_on_null(run, metric),
+        *_remark_on_seeds(run, metric),
         *_remark_on_cost(run, metric),
         *standing_remarks(run, metric),
         *_remark_on_fluency(run),
@@ -135,6 +137,27 @@ def _remark_on_null(run: RunFolder, metric: str) -> list[Remark]:
         )
     kind = "careful" if judged in ("none", "weak", "harmful") else "good"
     return [remark(kind, text, run.null_units, size)]
+
+
+def _remark_on_seeds(run: RunFolder, metric: str) -> list[Remark]:
+    """How far the figures and the circuit depend on the draw of the reference sets, where seeds are apart."""
+    names = {"ablated": "this circuit", str(Variant("random", run.count)): run.null_units}
+    rows = {(row.variant, row.metric): row for row in run.provenance.by_seed if row.variant in names}
+    if ("ablated", metric) not in rows:
+        return []
+    places = [(variant, metric) for variant in names] + [("ablated", "perplexity")] * (metric != "perplexity")
+    parts = [
+        f"{in_words(row.metric)} of {names[row.variant]} {plain(row.mean)} ± {plain(row.sem)}"
+        for row in (rows[place] for place in places if place in rows)
+    ]
+    stable = run.find("circuit.jaccard", "ablated")
+    shared = f"; two seeds’ circuits share {value_of(stable)} of the units of either" if stable else ""
+    text = (
+        "<b>Mean ± standard error over {} seeds,</b> each with a circuit of its own: {}{}. All figures are "
+        "means over them; the units, cards and texts shown are the first seed’s."
+    )
+    many = len(rows["ablated", metric].values)
+    return [remark("plain", text, many, join_words(parts), shared)]
 
 
 def _remark_on_cost(run: RunFolder, metric: str) -> list[Remark]:

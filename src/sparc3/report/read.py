@@ -243,8 +243,8 @@ class RunFolder:
 
     @cached_property
     def rival_texts(self) -> dict[str, Texts]:
-        """Variant → what it wrote, of every other method: at the count nearest to the circuit's (of several
-        draws the first), then at its best within the search's budget."""
+        """Variant → what it wrote, of every other method: at the count nearest to the circuit's, then at its
+        best within the search's budget."""
         nearest: dict[str, Point] = {}
         for point in self.points(self.behaviour or "") if self.circuit else ():
             held = nearest.get(point.method, point)
@@ -254,8 +254,7 @@ class RunFolder:
         names += [str(variant) for variant, _ in self.budgeted(self.behaviour or "")]
         found: dict[str, Texts] = {}
         for name in dict.fromkeys(names):
-            files = [self.path / "evaluation" / f"{name}{draw}.json" for draw in ("", ".0")]
-            texts = next((_read_texts(file) for file in files if file.is_file()), None)
+            texts = _read_texts(self.path, name)
             found |= {name: texts} if texts else {}
         return found
 
@@ -297,7 +296,7 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
     except ValueError as error:
         said = " ".join(str(error).split())
         raise DamagedFile(f"{where}: the provenance does not follow the format {FORMAT}: {said}") from None
-    written = {name: _read_texts(folder / "evaluation" / f"{name}.json") for name in ("original", "ablated")}
+    written = {name: _read_texts(folder, name) for name in ("original", "ablated")}
     return RunFolder(
         path=folder,
         results=results,
@@ -321,8 +320,10 @@ def _read_if_present(path: Path, read: Callable[[Path], T]) -> T | None:
     return read(path) if path.is_file() else None
 
 
-def _read_texts(path: Path) -> Texts | None:
-    return _read_part(path, EVALUATION, "texts", Texts)
+def _read_texts(folder: Path, variant: str) -> Texts | None:
+    """What a variant wrote; of several seeds or draws the first."""
+    files = [folder / "evaluation" / f"{variant}{draw}.json" for draw in ("", ".0", ".seed0", ".seed0.0")]
+    return next((_read_part(file, EVALUATION, "texts", Texts) for file in files if file.is_file()), None)
 
 
 def _read_part(path: Path, format: str, key: str, kind: type[T]) -> T | None:

@@ -142,6 +142,7 @@ def _place_spots(
             (in_words(search.aim), figure(figures[search.aim], search.aim), ""),
             ("perplexity", relative(increase), ""),
             *([("KL divergence", plain(figures["kl"]), "")] if "kl" in figures else []),
+            *([("fluency", plain(figures["fluency"]), "")] if "fluency" in figures else []),
             ("budget", "kept" if one.within else "exceeded", ""),
         ]
         whose = _describe_way(one) if isinstance(one, Candidate) else method_title(method)

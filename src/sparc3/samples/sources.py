@@ -57,6 +57,31 @@ def request_for(spec: Any, taken: frozenset[str] = frozenset(), **given: Any) ->
     return Request(**asked | given | {"taken": taken})
 
 
+class _Enough(Exception):
+    """Ends the reading of a source."""
+
+
+def prompts_to_complete(request: Request, tokenizer: MaybeTokenizer, count: int) -> list[str]:
+    """The first `count` prompts that a request whose choose_by is completion or repetition would have the
+    model complete, or as many as there are. Raises UserError where there is none."""
+    found: list[str] = []
+
+    def collect(prompts: list[str]) -> list[tuple[str, float | None]]:
+        found.extend(prompts)
+        if len(found) >= count:
+            raise _Enough
+        return [("", None)] * len(prompts)
+
+    try:
+        gather(request, tokenizer, collect)
+    except _Enough:
+        pass
+    except UserError:  # of a source with fewer prompts: none of them was taken
+        if not found:
+            raise
+    return found[:count]
+
+
 AT_ONCE = 256
 """Prompts that a model completes before it is known how many of them fit."""
 
@@ -177,7 +202,7 @@ def _repetitive(
         }
         looked |= new.keys()
         for (text, sample), (response, rur) in zip(new.items(), score(list(new)), strict=True):
-            if rur is not None and rur <= request.max_rur:
+            if fits(request, rur):
                 chosen[text] = replace(sample, completion=response, line=None)
         if len(chosen) >= request.count or not new:
             break
@@ -380,6 +405,16 @@ def _cuts(documents: Iterable[str], tokenizer: Tokenizer, request: Request, seed
         left -= len(starts)
 
 
+def fits(request: Request, value: float | None) -> bool:
+    """Whether a prompt with this toxicity, or of a response with this RUR, is one that is asked for."""
+    if value is None:
+        return False
+    if request.choose_by == "repetition":
+        return value <= request.max_rur
+    most = 1.0 if request.max_toxicity is None else request.max_toxicity
+    return (request.min_toxicity or 0.0) <= value <= most
+
+
 def toxic_prompts(
     rows: Iterable[tuple[str, dict[str, Any]]],
     request: Request,
@@ -396,15 +431,10 @@ def toxic_prompts(
     by = request.choose_by or "prompt"
     if by not in ways:
         raise unknown("choose_by", by, ways)
-    low, high = request.min_toxicity or 0.0, 1.0 if request.max_toxicity is None else request.max_toxicity
     fresh = _fresh_prompts(rows, request, tokenizer)
     if by != "completion":
-        fits = (
-            sample
-            for where, row, sample in fresh
-            if (value := toxicity_of(row, by, where)) is not None and low <= value <= high
-        )
-        return list(islice(fits, request.count))
+        found = (sample for where, row, sample in fresh if fits(request, toxicity_of(row, by, where)))
+        return list(islice(found, request.count))
     if score is None:
         raise UserError("choose_by: completion needs a model to complete the prompts; use it in a recipe")
     chosen: list[Sample] = []
@@ -413,7 +443,7 @@ def toxic_prompts(
         chosen += [
             replace(prompt, completion=completion)
             for prompt, (completion, value) in zip(batch, scored, strict=True)
-            if value is not None and completion and low <= value <= high
+            if completion and fits(request, value)
         ]
     return chosen[: request.count]
 
