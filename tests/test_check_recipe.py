@@ -70,6 +70,7 @@ LATE = {
         {"selection": {"tune": {"counts": [5, 5000]}, "protect": False}},
         ["selection.tune.counts", "5000"],
     ),
+    "cut": ({"references__general__seq_len": 600}, ["references.general.seq_len", "600", "512"]),
     "skip": ({"attribution__skip_positions": 400}, ["references.general", "skip_positions"]),
 }
 

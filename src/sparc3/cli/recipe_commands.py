@@ -131,8 +131,13 @@ def _report(args: argparse.Namespace) -> None:
 def _recipes(args: argparse.Namespace) -> None:
     from ..recipe.schema import bundled_recipes
 
-    for name, about in bundled_recipes().items():
-        say(f"{name:28} {about}")
+    def offered_first(name: str) -> tuple[str, bool]:
+        """Of one behaviour the matched contrast, which README recommends, before the plain one."""
+        return name.removesuffix("-matched"), not name.endswith("-matched")
+
+    found = bundled_recipes()
+    for name in sorted(found, key=offered_first):
+        say(f"{name:28} {found[name]}")
 
 
 def _show(results: Any, out: str) -> None:

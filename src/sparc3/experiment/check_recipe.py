@@ -62,6 +62,17 @@ def check_sizes(recipe: Recipe, sites: list[Site]) -> None:
         _check_selection(recipe, sites)
 
 
+def check_lengths(recipe: Recipe, context: int) -> None:
+    """Raise UserError where a reference set is cut to more tokens than the model reads; asked before any set
+    is gathered, which can take long."""
+    for name, spec in recipe.references.items():
+        if spec.seq_len and spec.seq_len > context and not recipe.attribution.truncate:
+            raise UserError(
+                f"references.{name}.seq_len {spec.seq_len} is more than the model's context of {context} "
+                f"tokens; give {context} or less, or attribution.truncate true"
+            )
+
+
 def _check_selection(recipe: CorrectRecipe, sites: list[Site]) -> None:
     asked, chosen = recipe.attribution, recipe.selection
     for method in _scoring_methods(recipe):

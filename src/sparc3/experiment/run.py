@@ -20,7 +20,7 @@ from ..report.write import write_report
 from ..results import Results
 from ..storage import write_json
 from . import compress, discover
-from .check_recipe import Limits, check_samples, check_sizes
+from .check_recipe import Limits, check_lengths, check_samples, check_sizes
 from .gather import gather_all
 from .measure import measure_variants
 from .neuron_cards import write_cards
@@ -88,6 +88,7 @@ def _run_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) 
         work = _load_context(recipe, folder, progress)
     sites = sites_of(work.model, recipe.attribution.sites)
     check_sizes(recipe, sites)
+    check_lengths(recipe, context_length(work.model))
     with stages.stage("samples"):
         gather_all(work)
     metrics = [(f"evaluation.{p.metric.name}", p.settings, p.samples) for p in work.prepared]

@@ -155,7 +155,8 @@ def samples_at_hand(
 
 
 def _is_at_hand(source: str) -> bool:
-    return source.startswith("demo-") or is_path(source)
+    """Whether a source needs no hub: made by the demo or for a tokenizer, or a file."""
+    return source.startswith("demo-") or source in ("ioi", "agreement") or is_path(source)
 
 
 def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_count: int = 100) -> Lengths:

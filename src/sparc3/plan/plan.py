@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..experiment.check_recipe import Limits, check_samples, check_sizes
+from ..experiment.check_recipe import Limits, check_lengths, check_samples, check_sizes
 from ..models.families import require_family
 from ..models.load import MAP, load_config, require_loadable, vocabulary_size
 from ..models.sites import DTYPES
@@ -152,6 +152,7 @@ def plan(
     tried = None if try_prompts is None else acceptance.try_prompts(loaded, try_prompts)
     stages = Stages(loaded, Rehearsal(shaped, device), tokenizer_at_hand(loaded.model.id), tried)
     check_sizes(loaded, stages.sites)
+    check_lengths(loaded, stages.context)
     if stages.tokenizer is not None:
         shaped_model = stages.rehearsal.shaped.model
         limits = Limits(stages.tokenizer, stages.context, vocabulary_size(shaped_model))
