@@ -42,7 +42,7 @@ RUNS: dict[str, list[str]] = {
         "references.general.seeds=[0, 1]",
         "evaluation.ioi.count=8",
         "selection={count: 20, rounds: 2, seeds: apart}",
-        "compare={methods: [gradient, aura, random], counts: [5], random_draws: 2}",
+        "compare={methods: [gradient, det0, random], counts: [5], random_draws: 2}",
     ],
     "demo-tune": [
         *FEW,

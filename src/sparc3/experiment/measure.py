@@ -50,7 +50,7 @@ def measure_variants(work: RunContext, found: Sequence[Found], seconds: Mapping[
     circuit, contrast = found[0][1].circuit, found[0][1].contrast
     sizes = {name: tensor.numel() for name, tensor in contrast.items()}
     measured, shared = _measure_seeds(work, found, sizes)
-    evaluations, by_seed = _pool_seeds(measured, found)
+    evaluations, by_seed = _pool_seeds(work, measured, found)
     scorers = _measure_agreement(work, evaluations)
     provenance = describe_run(
         work,
@@ -82,20 +82,17 @@ def measure_variants(work: RunContext, found: Sequence[Found], seconds: Mapping[
     return results
 
 
-Measured = list[dict[str, Evaluation]]
-"""Of each seed: variant → its evaluation, the figures of several random draws pooled."""
-
-
 def _measure_seeds(
     work: RunContext, found: Sequence[Found], sizes: Mapping[str, int]
-) -> tuple[Measured, list[Overlap]]:
-    """Every variant of every seed, and how far the first one's circuits overlap."""
+) -> tuple[list[list[Evaluation]], list[Overlap]]:
+    """Every variant of every seed, the figures of several random draws pooled, and how far the first one's
+    circuits overlap."""
     known: dict[str, Evaluation] = {}
     shared: list[Overlap] = []
-    measured: Measured = []
+    measured: list[list[Evaluation]] = []
     for how, one in found:
         seed = how.seed if len(found) > 1 else None
-        measured.append({})
+        measured.append([])
         for variant, changes in list_variants(work, one, how):
             named, draws = Variant.parse(variant), []
             for number, change in enumerate(changes):
@@ -104,22 +101,29 @@ def _measure_seeds(
                     name = variant if variant == "original" else place
                     known[change.fingerprint] = load_or_make_evaluation(work, name, change)
                 draws.append(replace(known[change.fingerprint], variant=variant))
-            measured[-1][variant] = draws[0] if len(draws) == 1 else pool_draws(variant, draws)
+            measured[-1].append(draws[0] if len(draws) == 1 else pool_draws(variant, draws))
             if not how.seed and named.count == len(one.circuit) and named.method != how.options.method:
                 shared += measure_overlaps(one.circuit, {variant: changes}, sizes)
     return measured, shared
 
 
-def _pool_seeds(measured: Measured, found: Sequence[Found]) -> tuple[list[Evaluation], list[SeedFigures]]:
+def _pool_seeds(
+    work: RunContext, measured: Sequence[Sequence[Evaluation]], found: Sequence[Found]
+) -> tuple[list[Evaluation], list[SeedFigures]]:
     """Every variant that all seeds have, pooled, and its figures by seed; of the circuits also how far they
     overlap. Without several seeds, the variants as they are."""
     if len(measured) == 1:
-        return list(measured[0].values()), []
-    evaluations, by_seed = [measured[0]["original"]], list[SeedFigures]()
-    for variant in list(measured[0])[1:]:
-        seeds = [one[variant] for one in measured if variant in one]
+        return list(measured[0]), []
+    by_name: dict[str, list[Evaluation]] = {}
+    for one in (one for seed in measured for one in seed):
+        by_name.setdefault(one.variant, []).append(one)
+    evaluations, by_seed = by_name.pop("original")[:1], list[SeedFigures]()
+    for variant, seeds in by_name.items():
         if len(seeds) < len(measured):
-            continue  # where it is missing, a warning says why
+            work.warn(
+                f"{variant} was left out: {len(seeds)} of {len(measured)} seeds have a circuit of this size"
+            )
+            continue
         pooled = replace(pool_draws(variant, seeds), texts=_join_texts(seeds))
         by_seed += tell_seeds(variant, seeds)
         if variant == "ablated":
