@@ -39,7 +39,8 @@ RUNS: dict[str, list[str]] = {
     "demo, seeds apart": [
         *FEW,
         *TOXICITY,
-        "references.general.seeds=[0, 1]",
+        "references.general.seeds=[3, 8]",
+        "references.undesired.seeds=[3, 8]",
         "evaluation.ioi.count=8",
         "selection={count: 20, rounds: 2, seeds: apart}",
         "compare={methods: [gradient, det0, random], counts: [5], random_draws: 2}",
