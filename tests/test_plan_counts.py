@@ -42,8 +42,9 @@ RUNS: dict[str, list[str]] = {
         "references.general.seeds=[3, 8]",
         "references.undesired.seeds=[3, 8]",
         "evaluation.ioi.count=8",
-        "selection={count: 20, rounds: 2, seeds: apart}",
-        "compare={methods: [gradient, det0, random], counts: [5], random_draws: 2}",
+        "attribution.neuron=signed",
+        "selection={count: 60, rounds: 2, seeds: apart}",
+        "compare={methods: [gradient], counts: [40], random_draws: 2}",
     ],
     "demo-tune": [
         *FEW,

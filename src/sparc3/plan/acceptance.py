@@ -48,25 +48,24 @@ def sets_by_model(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     return ((name, spec) for name, spec in asked if by_model(spec))
 
 
-def try_prompts(recipe: Recipe, count: int) -> dict[str, Tried]:
-    """Complete the first `count` prompts of each set that the model chooses, on this machine.
-
-    Raises:
-        UserError: the model is not here, there is no such set, or `count` is less than 1.
-    """
-    chosen = list(sets_by_model(recipe))
+def require_tryable(recipe: Recipe, count: int) -> None:
+    """Raise UserError where the model is not here, it chooses no set, or `count` is less than 1."""
     if count < 1:
         raise UserError(f"--try-prompts is {count}; give at least 1")
-    if not chosen:
+    if not list(sets_by_model(recipe)):
         raise UserError(f"{recipe.name} has no set that the model chooses; leave --try-prompts out")
     if not is_model_here(recipe.model.id):
         raise UserError(
             f"--try-prompts runs the model, and {recipe.model.id} is not here; download it and give its "
             "folder with --set model.id=FOLDER, or leave --try-prompts out"
         )
+
+
+def try_prompts(recipe: Recipe, count: int) -> dict[str, Tried]:
+    """Complete the first `count` prompts of each set that the model chooses, on this machine."""
     model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
     found = {}
-    for name, spec in chosen:
+    for name, spec in sets_by_model(recipe):
         request = request_for(spec, count=spec.count or 100)
         prompts = prompts_to_complete(request, tokenizer, count)
         scored = score_by_model(spec, model, tokenizer)(prompts)

@@ -144,6 +144,8 @@ def plan(
     loaded = load_recipe(recipe)
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}; give at least 1")
+    if try_prompts is not None:
+        acceptance.require_tryable(loaded, try_prompts)
     if config and not Path(config).is_file():
         raise UserError(f"no such file: {config}; --config takes the config.json of the recipe's model")
     source = config or loaded.model.id
