@@ -179,8 +179,9 @@ def search_fluency(recipe: CorrectRecipe) -> tuple[FluencySettings, float] | Non
     if not isinstance(asked, FluencySettings) or asked.of != search_aim(recipe)[0]:
         return None
     assert tune
-    said = (tune.max_fluency_increase, recipe.margins and recipe.margins.fluency, FLUENCY_MARGIN)
-    return asked, next(margin for margin in said if margin is not None)
+    margin = recipe.margins.fluency if recipe.margins else None
+    said = (tune.max_fluency_increase, margin, FLUENCY_MARGIN)
+    return asked, next(one for one in said if one is not None)
 
 
 def _prepare_validation(work: RunContext) -> None:

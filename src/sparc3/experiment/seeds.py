@@ -16,9 +16,9 @@ def reference_sets(recipe: Recipe) -> Iterator[tuple[str, Reference]]:
     So also where a compression compares numbers of samples, and where compress.seeds or selection.seeds is
     apart: general, general.1, general.2, …
     """
-    apart = recipe.job == "correct" and recipe.selection.seeds
+    apart = recipe.job == "correct" and bool(recipe.selection.seeds)
     if recipe.job == "compress":
-        apart = recipe.compress.samples or recipe.compress.seeds
+        apart = bool(recipe.compress.samples or recipe.compress.seeds)
     for name, spec in recipe.references.items():
         if recipe.job == "discover":
             yield from ((f"{name}.{seed}", spec.model_copy(update={"seeds": (seed,)})) for seed in spec.seeds)
