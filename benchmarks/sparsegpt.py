@@ -22,6 +22,7 @@ from torch import Tensor
 from sparc3 import ReferenceSet, Results, load_model, load_recipe
 from sparc3.attribution.activations import capture
 from sparc3.circuits.select import parse_scope
+from sparc3.evaluation.evaluate import prepare
 from sparc3.evaluation.metrics import PerplexitySettings
 from sparc3.evaluation.perplexity import negative_log_likelihoods, windows_of
 from sparc3.evaluation.statistics import Evaluation, Observations, difference, measurement
@@ -145,15 +146,17 @@ def main() -> None:
     assert isinstance(settings, PerplexitySettings)
     torch.set_num_threads(1)
     model, tokenizer = load_model(recipe.model.id, dtype="float32", device="cpu")
+    texts = prepare("perplexity", settings, model, tokenizer).samples
+    windows = windows_of(texts, tokenizer, settings, context_length(model))[: args.blocks]
+    others = dict(beside(args.folder, args.blocks))
+    if any(len(o.sums) != len(windows) for o in others.values()):
+        parser.error(f"{args.folder} was measured on other text, or on fewer than {args.blocks} blocks")
     prune_(model, tokenizer, ReferenceSet.load(args.folder / "samples/general.jsonl"), recipe)
     zeros = [float((site.weight == 0).double().mean()) for site in sites_of(model, recipe.attribution.sites)]
     print(f"zeros in a matrix: {min(zeros):.4%} to {max(zeros):.4%}")
-    texts = ReferenceSet.load(args.folder / "samples/evaluation-perplexity.jsonl")
-    windows = windows_of(texts, tokenizer, settings, context_length(model))[: args.blocks]
     nll = negative_log_likelihoods(model, windows, progress=False)
     weights = tuple(float(predicted) for _, predicted in windows)
     found = Observations("perplexity", settings.split, "perplexity", "lower", tuple(nll), weights, 0, True)
-    others = dict(beside(args.folder, args.blocks))
     measured = [measurement(o, name) for name, o in {**others, "sparsegpt": found}.items()]
     differences = [difference(o, found, name, "sparsegpt") for name, o in others.items()]
     about = {
