@@ -170,6 +170,28 @@ def test_half_a_strength_halves_the_output(tmp_path: Path, kind: Any, unit: str,
     assert not torch.allclose(patched, original, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [(TYPES.Q8_0, (0.5, 1.0, -1.0)), (TYPES.F32, (0.3, 1.0, -0.4)), (TYPES.BF16, (0.3, 1.0, -0.4))],
+)
+def test_each_row_at_its_own_strength(tmp_path: Path, kind: Any, own: tuple[float, ...]) -> None:
+    path = write(tmp_path / "tiny.gguf", tiny("llama", dtype=torch.float32, **WIDE), kind)
+    whole = load_weights(str(path), device="cpu")
+    circuit = Circuit("neuron", {UP: (0, 1, 7)}, model=describe(whole), strengths={UP: own})
+    _, kept = patch_gguf(path, circuit, tmp_path / "new.gguf")
+    original = logits(whole)
+    ablate_(whole, circuit)
+    patched = logits(load_weights(str(tmp_path / "new.gguf"), device="cpu"))
+    assert torch.allclose(patched, logits(whole), atol=1e-6 if kind != TYPES.BF16 else 1e-3)
+    assert not torch.allclose(patched, original, atol=2e-3)
+    assert GgufPatch.load(kept).circuit["strengths"] == {UP: list(own)}
+    assert undo_patch(tmp_path / "new.gguf", kept, tmp_path / "back.gguf").sha256_before == digest(path)
+    if kind == TYPES.Q8_0:
+        inexact = Circuit("neuron", circuit.members, circuit.model, strengths={UP: (0.5, 1.0, 0.3)})
+        with pytest.raises(UserError, match=r"0\.7 "):
+            patch_gguf(path, inexact, tmp_path / "inexact.gguf")
+
+
 def test_a_change_in_place_is_undone_and_twice_in_the_opposite_order(file: Path) -> None:
     first, before = digest(file), circuit_for(file, "neuron", {UP: (1,)})
     _, one = patch_gguf(file, before, in_place=True)

@@ -19,7 +19,7 @@ from torch.utils import backend_registration
 
 from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, run, select
 from sparc3.checkpoints.shrink import furthest
-from sparc3.circuits.ablate import Damping, damp, removed_units
+from sparc3.circuits.ablate import Damping, damp, targets_by_name
 from sparc3.doctor.checks import relevance_ledger
 from sparc3.doctor.examine import Specimen, examine_specimen
 from sparc3.doctor.second_opinion import all_sites, flows
@@ -307,7 +307,7 @@ def test_weights_on_the_disk_are_refused_in_one_line(tmp_path: Path) -> None:
         lambda: attribute(model, samples(4)),
         lambda: ablated(model, circuit).__enter__(),
         lambda: ablate_(model, circuit),
-        lambda: removed_units(model, circuit),
+        lambda: targets_by_name(model, circuit),
         lambda: damp(model, damping).__enter__(),
     ]
     for use in uses:

@@ -39,7 +39,7 @@ CIRCUITS = {
 }
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize("strength", [1.0, 0.3, -0.4])
 @pytest.mark.parametrize("kind", CIRCUITS)
 @pytest.mark.parametrize("name", ["llama-bias", "opt", "gpt2", "phi3", "pythia"])
 def test_hooks_do_what_ablation_does(name: str, kind: str, strength: float) -> None:
@@ -49,7 +49,13 @@ def test_hooks_do_what_ablation_does(name: str, kind: str, strength: float) -> N
         mask = torch.zeros(site.out, site.inp, dtype=torch.bool)
         mask[1, 2:5] = mask[3, 0] = True
         members[site.name] = mask if units is None else units
-    circuit = Circuit(kind.split()[0], members, strength=strength)
+    if strength < 0 and not kind.startswith("neuron"):
+        pytest.skip("of neurons alone each has its own strength")
+    if strength < 0:
+        own = {site: (strength, 0.5)[: len(units)] for site, units in members.items()}
+        circuit = Circuit("neuron", members, strengths=own)
+    else:
+        circuit = Circuit(kind.split()[0], members, strength=strength)
     ids = torch.tensor([samples()[0]])
     plain = model(ids).logits
     with ablated(model, circuit):

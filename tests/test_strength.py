@@ -23,11 +23,16 @@ MODEL = {"id": "m", "architecture": "llama", "fingerprint": "f"}
 
 
 def some_of(model: Any, unit: str, strength: float) -> Circuit:
-    """Two units of the first site; of neurons also two of mlp.down, which meet those of mlp.up in some weights."""
+    """Two units of the first site; of neurons also two of mlp.down, which meet those of mlp.up in some weights; as
+    "own" each of these has its own strength."""
     first = sites_of(model, ["attn.o" if unit == "head" else "mlp.up"])[0]
     if unit == "weight":
         picked = torch.rand(first.out, first.inp, generator=torch.Generator().manual_seed(0)) < 0.3
         return Circuit(unit, {first.name: picked}, strength=strength)
+    if unit == "own":
+        down = sites_of(model, ["mlp.down"])[0].name
+        own = {first.name: (1.0, -0.7, strength), down: (strength, 0.2)}
+        return Circuit("neuron", {first.name: (1, 2, 5), down: (0, 3)}, strengths=own)
     more = {sites_of(model, ["mlp.down"])[0].name: (0, 3)} if unit == "neuron" else {}
     return Circuit(unit, {first.name: (1, 2), **more}, strength=strength)
 
@@ -62,7 +67,7 @@ def test_half_a_neuron_is_half_of_its_effect_on_paper() -> None:
     assert not torch.allclose(halved, whole)
 
 
-@pytest.mark.parametrize("unit", ["neuron", "head", "weight"])
+@pytest.mark.parametrize("unit", ["neuron", "own", "head", "weight"])
 @pytest.mark.parametrize(
     ("name", "dtype", "strength"),
     [
@@ -88,13 +93,85 @@ def test_an_export_has_the_trials_logits(
     assert not torch.equal(halved, original)
     out = export(model, tokenizer, circuit, tmp_path / "out")
     assert torch.equal(logits(load_model(out)[0]), halved)
-    assert f"strength {strength}" in (out / "README.md").read_text()
-    assert Circuit.load(out).strength == strength
+    card = (out / "README.md").read_text()
+    assert ("strengths -0.7 to 1" if unit == "own" else f"strength {strength}") in card
+    assert ("| 1 (1), 2 (-0.7), 5 (" in card) == (unit == "own")
+    assert Circuit.load(out).fingerprint == circuit.fingerprint
     ablate_(model, circuit)
     assert torch.equal(logits(model), halved)
     model.config._name_or_path = model.name_or_path = ""
     unchanged_files = export(model, tokenizer, Circuit("neuron", {}), tmp_path / "memory")
     assert torch.equal(logits(load_model(unchanged_files)[0]), halved)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "opt", "gpt2", "phi3", "mixtral"])
+def test_each_neuron_writes_the_rest_of_its_own_strength(name: str) -> None:
+    model = tiny(name).double()
+    up = sites_of(model, ["mlp.up"])[0]
+    down = down_sites(model)[up.mlp]
+    before, rest = down.stored.clone(), unchanged.fingerprint(model)
+    circuit = Circuit("neuron", {up.name: (0, 1, 4)}, strengths={up.name: (-1.0, 0.25, 1.0)})
+    with ablated(model, circuit):
+        left = torch.ones(before.shape[1], dtype=torch.float64)
+        left[[0, 1, 4]] = torch.tensor([2.0, 0.75, 0.0], dtype=torch.float64)
+        assert torch.equal(down.stored, before * left)
+    unchanged.require_same(unchanged.fingerprint(model), rest)
+
+
+OWN = Circuit("neuron", {"a": (0, 2), "b": (1,)}, MODEL, strengths={"a": (0.5, -1.0), "b": (1.0,)})
+
+
+def test_strengths_of_their_own_are_in_the_file_and_the_fingerprint(tmp_path: Path) -> None:
+    OWN.save(tmp_path / "own.json")
+    again = Circuit.load(tmp_path / "own.json")
+    assert again == OWN
+    assert again.strengths == OWN.strengths
+    plain = Circuit("neuron", OWN.members, MODEL)
+    assert OWN.fingerprint != plain.fingerprint == "d8086e39fac72248"
+    assert OWN.at_full_strength.fingerprint == plain.fingerprint
+    assert (OWN.zeroes, plain.zeroes) == (False, True)
+    assert list(OWN.by_strength("a")) == [(0.5, (0,)), (-1.0, (2,))]
+    written = {"format": "sparc3.circuit/1", "unit": "neuron", "model": MODEL, "provenance": {}}
+    written |= {"members": {"a": [2, 0], "b": [1]}, "strengths": {"a": [-1, 0.5], "b": [1]}}
+    (tmp_path / "hand.json").write_text(json.dumps(written))  # in another order
+    assert Circuit.load(tmp_path / "hand.json") == OWN
+    for odd in (
+        {"unit": "head"},
+        {"strength": 0.5},
+        {"strengths": {"a": [-1, 0.5]}},
+        {"strengths": {"a": [-1], "b": [1]}},
+        {"strengths": {"a": [-1, 0.5], "b": [0]}},
+        {"strengths": {"a": [-1, 0.5], "b": [1.5]}},
+        {"strengths": {"a": [-1, 0.5], "b": ["1"]}},
+        {"strengths": [1, 2, 3]},
+    ):
+        (tmp_path / "odd.json").write_text(json.dumps(written | odd))
+        with pytest.raises(DamagedFile, match="strength"):
+            Circuit.load(tmp_path / "odd.json")
+    for own in ({"a": (0.5, -1.0)}, {"a": (0.5, 2.0), "b": (1.0,)}, {"a": (0.5, float("nan")), "b": (1.0,)}):
+        with pytest.raises(UserError, match="strength"):
+            Circuit("neuron", OWN.members, strengths=own)
+    with pytest.raises(UserError, match="strength"):
+        Circuit("head", {"a": (0,)}, strengths={"a": (0.5,)})
+
+
+def test_operations_keep_strengths_of_their_own() -> None:
+    same = Circuit("neuron", {"a": (2, 3), "c": (0,)}, MODEL, strengths={"a": (-1.0, 0.5), "c": (0.1,)})
+    both = union(OWN, same)
+    assert both.members == {"a": (0, 2, 3), "b": (1,), "c": (0,)}
+    assert both.strengths == {"a": (0.5, -1.0, 0.5), "b": (1.0,), "c": (0.1,)}
+    assert intersection(OWN, same).strengths == {"a": (-1.0,)}
+    assert difference(OWN, same).strengths == {"a": (0.5,), "b": (1.0,)}
+    zeroed = Circuit("neuron", {"b": (1,), "c": (4,)}, MODEL)
+    assert union(OWN, zeroed).strengths == {"a": (0.5, -1.0), "b": (1.0,), "c": (1.0,)}
+    for operation in (union, intersection, difference):
+        with pytest.raises(UserError, match=r"neuron 2 of a has strength -1 .* 1 "):
+            operation(OWN, Circuit("neuron", {"a": (2,)}, MODEL))
+    assert overlap(OWN, Circuit("neuron", {"a": (2,)}, MODEL)).both == 1
+    drawn = random_like(OWN, {"a": 50, "b": 50}, 0)
+    assert drawn.strengths == OWN.strengths
+    assert drawn.members != OWN.members
+    assert OWN.with_units({"a": (2,)}).strengths == {"a": (-1.0,)}
 
 
 @pytest.mark.parametrize("unit", ["neuron", "weight"])
@@ -142,6 +219,8 @@ def test_what_cannot_be_weakened_is_refused() -> None:
     members = {site.name: (0,) for site in sites_of(model, ["mlp.up"])}
     with pytest.raises(UserError, match=r"--shrink .* strength 0\.5"):
         plan_shrinking(model, Circuit("neuron", members, strength=0.5))
+    with pytest.raises(UserError, match=r"--shrink .* strengths"):
+        plan_shrinking(model, Circuit("neuron", members, strengths=dict.fromkeys(members, (0.5,))))
     down = sites_of(model, ["mlp.down"])[0]
     down.module.weight = torch.nn.Parameter(down.module.weight.to(torch.int8), requires_grad=False)
     with (

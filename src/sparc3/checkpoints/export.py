@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..circuits.ablate import ablated, removed_units, weaken_values
+from ..circuits.ablate import Target, ablated, targets_by_name
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import Sparc3Error, UserError
 from ..models.check_checkpoint import ALONE, INDEX
@@ -47,6 +47,8 @@ ROUNDINGS = 16
 """How many roundings of its dtype the logits of a shrunk model may be away, relative to their norm: sums of
 other lengths are rounded otherwise."""
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+AS_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element → a type in which any can be set to zero."""
 Stored = Mapping[str, Mapping[str, str]]
 """File of weights → key in it → name of the model's tensor."""
 
@@ -65,10 +67,10 @@ def export(
 
     Where the model in memory is still what it was loaded from, a folder or the hub's cache, the new folder is
     a copy of that one: the same files with the same names, keys, dtype and metadata, and every byte as it was
-    but those of the removed units (at a strength below 1 multiplied in the files' own dtype) and of the card.
-    Weights that were changed in memory, or whose source holds them in another form than safetensors or under
-    other names, are written as transformers writes them, in the source's dtype where that loses nothing. The
-    folder appears whole or not at all.
+    but those of the removed units (where they are not set to zero multiplied in the files' own dtype) and of
+    the card. Weights that were changed in memory, or whose source holds them in another form than safetensors
+    or under other names, are written as transformers writes them, in the source's dtype where that loses
+    nothing. The folder appears whole or not at all.
 
     Args:
         tokenizer: the model's; None leaves the folder without one.
@@ -83,7 +85,7 @@ def export(
         Sparc3Error: `out` cannot be written, or the smaller model's logits are not those of the zeroed one.
     """
     circuit.require_exportable()
-    removed = removed_units(model, circuit)
+    removed = targets_by_name(model, circuit)
     smaller = plan_shrinking(model, circuit) if shrink else None
     with whole_folder(out) as temporary:
         source = source_folder(model)
@@ -96,7 +98,7 @@ def export(
         if source and stored and smaller:
             _shrink_shards(source, temporary, stored, smaller)
         elif source and stored:
-            _weaken_shards(source, temporary, stored, removed, circuit.strength)
+            _weaken_shards(source, temporary, stored, removed)
         if tokenizer is not None and not copied:
             tokenizer.save_pretrained(temporary)
         circuit.save(temporary / f"circuit{circuit.suffix}")
@@ -110,15 +112,11 @@ def export(
     return Path(out)
 
 
-def _weaken_shards(
-    source: Path, out: Path, stored: Stored, removed: Mapping[str, Tensor], strength: float
-) -> None:
+def _weaken_shards(source: Path, out: Path, stored: Stored, removed: Mapping[str, list[Target]]) -> None:
     for file in [*stored, *([] if ALONE in stored else [INDEX])]:
         shutil.copyfile(source / file, out / file)
     for file, names in stored.items():
-        weaken_in_file_(
-            out / file, {key: removed[name] for key, name in names.items() if name in removed}, strength
-        )
+        weaken_in_file_(out / file, {key: removed[name] for key, name in names.items() if name in removed})
 
 
 def _shrink_shards(source: Path, out: Path, stored: Stored, smaller: Shrinking) -> None:
@@ -224,15 +222,15 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) -> None:
+def weaken_in_file_(path: Path, removed: Mapping[str, list[Target]]) -> None:
     """Weaken elements of a safetensors file's tensors in place, in the file's dtype; zero is all bits zero in
     each of its types.
 
     Args:
-        removed: key → how many times each element is weakened.
+        removed: key → what is weakened in its tensor, in order.
 
     Raises:
-        UserError: a strength below 1, and elements that are no floating-point numbers of 16 bits or more.
+        UserError: a share of elements that are no floating-point numbers of 16 bits or more.
     """
     import numpy
 
@@ -241,22 +239,20 @@ def weaken_in_file_(path: Path, removed: Mapping[str, Tensor], strength: float) 
     with open(path, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-    for key, times in removed.items():
+    for key, targets in removed.items():
         begin, end = header[key]["data_offsets"]
-        shape = (times.numel(), (end - begin) // times.numel())
-        elements = numpy.memmap(path, "uint8", "r+", offset=8 + length + begin, shape=shape)
-        flat = times.reshape(-1).cpu().numpy()
-        if strength == 1:
-            elements[flat > 0] = 0
-        elif (kind := STORED_AS.get(header[key]["dtype"])) is None:
+        shape = targets[0][0].parameter.shape
+        elements = numpy.memmap(path, "uint8", "r+", offset=8 + length + begin, shape=(end - begin,))
+        zeroes = all(strength == 1 for _, strength in targets)
+        kind = AS_BITS[elements.size // shape.numel()] if zeroes else STORED_AS.get(header[key]["dtype"])
+        if kind is None:
             raise UserError(
                 f"{key} is stored as {header[key]['dtype']}, of which no share can be taken; use a circuit "
                 "of strength 1"
             )
-        else:
-            for turn in range(int(flat.max(initial=0))):
-                values = torch.from_numpy(elements[flat > turn]).view(kind)
-                elements[flat > turn] = weaken_values(values, strength).view(torch.uint8).numpy()
+        values = torch.from_numpy(elements).view(kind).view(shape)
+        for place, strength in targets:
+            place.weaken_(strength, values)
         elements.flush()
 
 

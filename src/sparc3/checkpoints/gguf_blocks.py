@@ -69,9 +69,14 @@ def plan_changes(path: Path, reader: Any, architecture: str, circuit: Circuit) -
     if (split := reader.fields.get("split.count")) and int(split.contents()) > 1:
         raise UserError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
     file = _GgufTensors(path, reader, architecture, circuit)
-    changes = [change for name, units in circuit.members.items() for change in file.changes(name, units)]
+    changes = [
+        (change, strength)
+        for name in circuit.members
+        for strength, units in circuit.by_strength(name)
+        for change in file.changes(name, units, strength)
+    ]
     types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-    done = [_weaken(change, reader.data, types[change.tensor], circuit.strength) for change in changes]
+    done = [_weaken(change, reader.data, types[change.tensor], strength) for change, strength in changes]
     name = reader.fields.get("general.name")
     called = f" (the file calls itself {name.contents()})" if name else ""
     checked = (
@@ -137,7 +142,7 @@ class _GgufTensors:
             )
         return True
 
-    def changes(self, name: str, units: tuple[int, ...]) -> Iterator[Change]:
+    def changes(self, name: str, units: tuple[int, ...], strength: float) -> Iterator[Change]:
         """The pieces of one site's members, still without their bytes."""
         import numpy
 
@@ -149,9 +154,9 @@ class _GgufTensors:
             yield from self._columns_of_heads(where, tensor, shape, indices)
             return
         rows = rows_of(where, indices, shape, *self._heads(where), self.architecture)
-        if self.circuit.strength != 1 and where.role == "mlp.up" and self.family.gated is None:
+        if strength != 1 and where.role == "mlp.up" and self.family.gated is None:
             raise UserError(
-                f"at strength {self.circuit.strength:g} single columns of the MLP's down matrix must change, "
+                f"at strength {strength:g} single columns of the MLP's down matrix must change, "
                 "but a GGUF block spans several columns; use strength 1, or ablate the Hugging Face model"
             )
         yield from _rows(tensor, rows, shape[-1])

@@ -30,7 +30,8 @@ class GgufPatch:
     Attributes:
         file, size: name and bytes of the file before.
         sha256_before, sha256_after: of all its bytes.
-        circuit: what was removed: unit, members, strength, fingerprint and the model it was found on.
+        circuit: what was removed: unit, members, strength or strengths, fingerprint and the model it was
+            found on.
         checked: how sure it is that the circuit is this model's, in words.
         changes: where, and the bytes before.
     """
@@ -89,8 +90,8 @@ def patch_gguf(
     """Remove a circuit from a GGUF without loading the model.
 
     A neuron's rows, or a head's columns, become zeros in the blocks of the file's own types, which is what
-    `ablate_` does to the dequantised model. Below strength 1 the scales of the blocks are multiplied, where
-    the result is exact.
+    `ablate_` does to the dequantised model. At other strengths than 1 the scales of the blocks are
+    multiplied, where the result is exact.
 
     Args:
         name: as `find_gguf` takes it.
@@ -116,6 +117,8 @@ def patch_gguf(
         checked = checked if force else _check_weights(path, circuit, checked)
         before, after = _digests(path, [(c, c.after) for c in changes])
         described = {key: getattr(circuit, key) for key in ("unit", "fingerprint", "strength", "model")}
+        if circuit.strengths:
+            described["strengths"] = {key: list(own) for key, own in circuit.strengths.items()}
         described["members"] = {key: list(units) for key, units in circuit.members.items()}
         patch = GgufPatch(path.name, path.stat().st_size, before, after, described, checked, tuple(changes))
         kept = _free_name(target) if in_place else target.with_name(target.name + SUFFIX)

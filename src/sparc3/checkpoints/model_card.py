@@ -32,7 +32,9 @@ def model_card(
     """
     what = f"{len(circuit):,} {circuit.unit}s"
     share = f"{circuit.strength * 100:g} % of each of {what} taken away"
-    done = f"{what} set to zero" if circuit.strength == 1 else share
+    if circuit.strengths:
+        share = f"what each of {what} writes multiplied by 1 less its strength"
+    done = f"{what} set to zero" if circuit.zeroes else share
     lines = [
         *_front(base, matter, ["sparc3", "pruned"]),
         f"# {_plain_text(source['id'])}, without {what}{circuit.at_strength}",
@@ -112,14 +114,16 @@ def _describe_selection(circuit: Circuit) -> list[str]:
 
 
 def _members(circuit: Circuit) -> list[str]:
-    """Each site's members by index, or, of weights, how many they are."""
-    rows = [f"| module | {circuit.unit}s |", "|---|---|"]
+    """Each site's members by index, with their strengths where each has its own, or, of weights, how many
+    they are."""
+    rows = [f"| module | {circuit.unit}s{' (strength)' if circuit.strengths else ''} |", "|---|---|"]
     for site, count in circuit.counts.items():
         units = circuit.members[site]
         if circuit.unit == "weight":
             listed = f"{count:,} of {units.numel():,} ({count / units.numel():.1%})"
         else:
-            listed = ", ".join(map(str, units))
+            own = map("{} ({:.3g})".format, units, circuit.strengths.get(site, ()))
+            listed = ", ".join(own if circuit.strengths else map(str, units))
         if count:
             rows.append(f"| `{_plain_text(site)}` | {listed} |")
     return [*rows, ""]

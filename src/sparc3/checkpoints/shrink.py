@@ -61,10 +61,10 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
         UnsupportedModel: an MLP that is not two or three linear maps, or whose width the configuration does
             not say.
     """
-    if circuit.strength != 1:
+    if not circuit.zeroes:
         raise UserError(
-            f"--shrink removes whole neurons, but this circuit has strength {circuit.strength:g}; omit "
-            "--shrink, or use strength 1"
+            f"--shrink removes whole neurons, but this circuit is{circuit.at_strength}; omit --shrink, or "
+            "use strength 1"
         )
     kind = model.config.model_type
     ups, downs = sites_of(model, ["mlp.up"]), {site.layer: site for site in sites_of(model, ["mlp.down"])}

@@ -1,6 +1,6 @@
 """Removing a circuit from a model in memory: for a trial, or for good."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,144 +20,155 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Target = tuple[Tensor, Any]
-"""A stored tensor, and the index or mask of the values in it that change."""
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Some values of a parameter.
 
-
-@contextmanager
-def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedModel"]:
-    """Inside, the circuit's units are zero, or weaker by its strength; after it every touched value is back,
-    bit for bit.
-
-    Raises:
-        UserError: a unit that this model does not have; nothing has been touched then.
+    Attributes:
+        parameter: as the model holds it.
+        view: makes of it the matrix or vector that the index is of.
+        index: indices, or a bool mask.
     """
-    require_present(model)
-    targets = _targets(model, circuit)
-    with _restored(targets):
-        _weaken_(targets, circuit.strength)
-        yield model
 
+    parameter: Tensor
+    view: Callable[[Tensor], Tensor]
+    index: Any
 
-def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
-    """Set the circuit's units to zero, or weaken them by its strength, for good (docs/method.md, 9). Raises
-    UserError as `ablated` does."""
-    require_present(model)
-    _weaken_(_targets(model, circuit), circuit.strength)
+    def read(self, parameter: Tensor | None = None) -> Tensor:
+        """A copy of the values, and of no other, of the parameter or of another of its shape. A mask needs no
+        list of places, which would be larger than the matrix."""
+        tensor, index = self._within(parameter)
+        return tensor.masked_select(index) if _is_mask(index) else tensor[index].clone()
 
-
-@contextmanager
-def _restored(targets: list[Target]) -> Iterator[None]:
-    """After it, whatever happened inside, the values at the targets are as they were, bit for bit."""
-    with torch.no_grad():
-        kept = [_values(tensor, index) for tensor, index in targets]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (tensor, index), values in zip(targets, kept, strict=True):
-                _put_(tensor, index, values)
-
-
-def removed_units(model: "PreTrainedModel", circuit: Circuit) -> dict[str, Tensor]:
-    """Parameter name → uint8 tensor of its shape: how many units an element is weakened for. Raises UserError
-    as `ablated` does.
-
-    More than one is possible below strength 1 alone: a neuron of mlp.down and one of mlp.up meet in an
-    element of mlp.down.
-    """
-    require_present(model)
-    found: dict[str, Tensor] = {}
-    parameters = dict(named_values(model))
-    for tensor, index in _targets(model, circuit):
-        name, offset = _place_of(tensor, parameters)
-        if name not in found:
-            found[name] = torch.zeros_like(parameters[name], dtype=torch.uint8)
-        view = found[name].as_strided(tensor.shape, tensor.stride(), offset)
-        if _is_mask(index):
-            view += index
+    def write_(self, values: Tensor | float, parameter: Tensor | None = None) -> None:
+        """Set the values of the parameter, or of another of its shape."""
+        tensor, index = self._within(parameter)
+        if not _is_mask(index):
+            tensor[index] = values
+        elif isinstance(values, Tensor):
+            tensor.masked_scatter_(index, values)
         else:
-            view[index] += 1
-    return found
+            tensor.masked_fill_(index, values)
 
+    @torch.no_grad()
+    def weaken_(self, strength: float, parameter: Tensor | None = None) -> None:
+        """Leave (1 − strength) of the values, computed in float64 and rounded to their dtype: the same bits
+        for any layout."""
+        if strength == 1:
+            self.write_(0, parameter)
+        else:
+            values = self.read(parameter)
+            self.write_((values.double() * (1 - strength)).to(values.dtype), parameter)
 
-def weaken_values(values: Tensor, strength: float) -> Tensor:
-    """What is left of the values, (1 − strength) of them, computed in float64 and rounded to their dtype: the
-    same bits for any layout."""
-    return (values.double() * (1 - strength)).to(values.dtype)
+    def _within(self, parameter: Tensor | None) -> tuple[Tensor, Any]:
+        if parameter is None:
+            return self.view(self.parameter), self.index
+        there = tuple(part.to(parameter.device) if isinstance(part, Tensor) else part for part in self._parts)
+        return self.view(parameter), there if isinstance(self.index, tuple) else there[0]
 
-
-def _place_of(view: Tensor, parameters: dict[str, Tensor]) -> tuple[str, int]:
-    """Which parameter a view looks into, and where in it the view begins, in elements."""
-    for name, parameter in parameters.items():
-        offset = (view.data_ptr() - parameter.data_ptr()) // parameter.element_size()
-        if view.device == parameter.device and 0 <= offset < parameter.numel():
-            return name, offset
-    raise AssertionError("a site that is no parameter of its model")
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.index if isinstance(self.index, tuple) else (self.index,)
 
 
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
-def _values(tensor: Tensor, index: Any) -> Tensor:
-    """A copy of the values at the index, and of no other. A mask needs no list of places, which would be
-    larger than the matrix."""
-    return tensor.masked_select(index) if _is_mask(index) else tensor[index].clone()
+Target = tuple[Place, float]
+"""What a circuit weakens, and the share of it that it takes away; below 0 it adds."""
 
 
-def _put_(tensor: Tensor, index: Any, values: Tensor) -> None:
-    if _is_mask(index):
-        tensor.masked_scatter_(index, values)
-    else:
-        tensor[index] = values
+@contextmanager
+def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedModel"]:
+    """Inside, the circuit's units are zero, or weaker or stronger by their strengths; after it every touched
+    value is back, bit for bit.
 
-
-@torch.no_grad()
-def _weaken_(targets: list[Target], strength: float) -> None:
-    for tensor, index in targets:
-        if strength != 1:
-            _put_(tensor, index, weaken_values(_values(tensor, index), strength))
-        elif _is_mask(index):
-            tensor.masked_fill_(index, 0)
-        else:
-            tensor[index] = 0
-
-
-def _targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
-    """The (tensor, index) pairs to be zero: rows of mlp.up and its bias, columns of attn.o that read a head,
-    or a mask of weights.
-
-    Below strength 1 the columns of mlp.down that read a neuron of mlp.up, in every family: in a plain MLP a
-    non-linearity stands between mlp.up and the neuron's output, with which a factor does not commute.
+    Raises:
+        UserError: a unit that this model does not have; nothing has been touched then.
     """
-    readers = down_sites(model) if circuit.unit == "neuron" and circuit.strength != 1 else {}
+    targets = find_targets(model, circuit)
+    with _restored([place for place, _ in targets]):
+        for place, strength in targets:
+            place.weaken_(strength)
+        yield model
+
+
+def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
+    """Set the circuit's units to zero, or weaken them by their strengths, for good (docs/method.md, 9).
+    Raises UserError as `ablated` does."""
+    for place, strength in find_targets(model, circuit):
+        place.weaken_(strength)
+
+
+@contextmanager
+def _restored(places: list[Place]) -> Iterator[None]:
+    """After it, whatever happened inside, the values at the places are as they were, bit for bit."""
+    with torch.no_grad():
+        kept = [place.read() for place in places]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for place, values in zip(places, kept, strict=True):
+                place.write_(values)
+
+
+def targets_by_name(model: "PreTrainedModel", circuit: Circuit) -> dict[str, list[Target]]:
+    """Parameter name → what a circuit weakens in it, in order. Raises UserError as `ablated` does.
+
+    The order matters where an element is weakened twice: a neuron of mlp.down and one of mlp.up that is not
+    set to zero meet in an element of mlp.down.
+    """
+    names = {parameter.data_ptr(): name for name, parameter in reversed(list(named_values(model)))}
+    found: dict[str, list[Target]] = {}
+    for place, strength in find_targets(model, circuit):
+        found.setdefault(names[place.parameter.data_ptr()], []).append((place, strength))
+    return found
+
+
+def find_targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
+    """What a circuit weakens: rows of mlp.up and its bias, columns of attn.o that read a head, or a mask of
+    weights. Raises UserError as `ablated` does.
+
+    Where it does not set units to zero, the columns of mlp.down that read a neuron of mlp.up, in every
+    family: in a plain MLP a non-linearity stands between mlp.up and the neuron's output, with which a factor
+    does not commute.
+    """
+    require_present(model)
+    readers = down_sites(model) if circuit.unit == "neuron" and not circuit.zeroes else {}
     targets: list[Target] = []
     for name, site in circuit.sites(model).items():
-        units = circuit.members[name]
         reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
         if (changed := reader or site).quantised:
             raise UserError(
                 f"{changed.name} holds quantised weights, which cannot be changed in place; ablate the "
                 "unquantised model"
             )
-        weight = changed.stored
-        if circuit.unit == "weight":
-            targets.append((weight, _stored_mask(site, units)))
-            continue
-        indices = torch.tensor(list(units), dtype=torch.long, device=weight.device)
-        if reader:
-            targets.append((weight, (slice(None), indices)))
-        elif circuit.unit == "head":
-            width = site.inp // site.heads
-            columns = indices[:, None] * width + torch.arange(width, device=weight.device)
-            targets.append((weight, (slice(None), columns.reshape(-1))))
-        else:
-            rows = site.stored_rows(indices)
-            targets.append((weight, rows))
-            if getattr(site.module, "bias", None) is not None:
-                targets.append((value_of(site.module, "bias"), rows))
+        for strength, units in circuit.by_strength(name):
+            targets += [(place, strength) for place in _places(site, reader, circuit.unit, units)]
     return targets
+
+
+def _places(site: Site, reader: Site | None, unit: str, units: Any) -> Iterator[Place]:
+    """Where these units of a site are: in the columns of `reader`, where there is one."""
+    changed = reader or site
+    weight = value_of(changed.module, changed.parameter)
+    if unit == "weight":
+        yield Place(weight, changed.matrix_of, _stored_mask(site, units))
+        return
+    indices = torch.tensor(list(units), dtype=torch.long, device=weight.device)
+    if reader:
+        yield Place(weight, changed.matrix_of, (slice(None), indices))
+    elif unit == "head":
+        width = site.inp // site.heads
+        columns = indices[:, None] * width + torch.arange(width, device=weight.device)
+        yield Place(weight, changed.matrix_of, (slice(None), columns.reshape(-1)))
+    else:
+        rows = site.stored_rows(indices)
+        yield Place(weight, changed.matrix_of, rows)
+        if getattr(site.module, "bias", None) is not None:
+            yield Place(value_of(site.module, "bias"), lambda bias: bias, rows)
 
 
 def _stored_mask(site: Site, mask: Tensor) -> Tensor:
@@ -206,16 +217,17 @@ def damp(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedMode
     """
     require_present(model)
     columns = _columns(model, damping)
-    with _restored([(weight, (slice(None), index)) for weight, index, _ in columns]):
+    with _restored([place for place, _ in columns]):
         with torch.no_grad():
-            for weight, index, factor in columns:
-                wide = torch.promote_types(weight.dtype, factor.dtype)
-                weight[:, index] = (weight[:, index].to(wide) * factor).to(weight.dtype)
+            for place, factor in columns:
+                values = place.read()
+                wide = torch.promote_types(values.dtype, factor.dtype)
+                place.write_((values.to(wide) * factor).to(values.dtype))
         yield model
 
 
-def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(weight of mlp.down [out, in], its columns to scale, their factors) of each site with any."""
+def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Place, Tensor]]:
+    """The columns of mlp.down to scale, and their factors, of each site with any."""
     of_mlp = down_sites(model)
     downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
     found = []
@@ -233,6 +245,7 @@ def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Tensor, T
             )
         index = (factors != 1).nonzero()[:, 0]
         if len(index):
-            device = down.stored.device
-            found.append((down.stored, index.to(device), factors[index].float().to(device)))
+            weight = value_of(down.module, down.parameter)
+            place = Place(weight, down.matrix_of, (slice(None), index.to(weight.device)))
+            found.append((place, factors[index].float().to(weight.device)))
     return found

@@ -1,7 +1,7 @@
 """Union, intersection and difference of circuits, and their overlap compared with chance."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
@@ -34,12 +34,14 @@ class Overlap:
 
 
 def union(one: Circuit, other: Circuit) -> Circuit:
-    """The units of either circuit. Raises UserError where their models, units, shapes or strengths differ."""
+    """The units of either circuit, each at its own strength. Raises UserError where their models, units,
+    shapes or strengths differ."""
     return _combine("union", one, other)
 
 
 def intersection(one: Circuit, other: Circuit) -> Circuit:
-    """The units of both circuits. Raises UserError where their models, units, shapes or strengths differ."""
+    """The units of both circuits. Raises UserError where their models, units, shapes or strengths differ; of
+    units with strengths of their own, where a unit of both has two."""
     return _combine("intersection", one, other)
 
 
@@ -63,7 +65,7 @@ def overlap(one: Circuit, other: Circuit, *, sizes: Mapping[str, int] | None = N
     Raises:
         UserError: their models, units or shapes differ, or they were chosen from different sites.
     """
-    one, other = replace(one, strength=1.0), replace(other, strength=1.0)
+    one, other = one.at_full_strength, other.at_full_strength
     both, either = len(intersection(one, other)), len(union(one, other))
     known = dict(sizes) if sizes is not None else _sizes(one, other)
     total = sum(known.values()) if known is not None else None
@@ -105,11 +107,12 @@ def require_alike(one: Circuit, other: Circuit) -> None:
             f"a circuit of {one.unit}s cannot be combined with one of {other.unit}s; use circuits of the "
             "same unit"
         )
-    if one.strength != other.strength:
+    if not (one.strengths or other.strengths) and one.strength != other.strength:
         raise UserError(
             f"circuits of strength {one.strength:g} and {other.strength:g} do not go together; use the same "
             "strength for both"
         )
+    _require_same_strengths(one, other)
     first, second = one.model.get("fingerprint"), other.model.get("fingerprint")
     if first and second and first != second:
         raise UserError(
@@ -120,6 +123,29 @@ def require_alike(one: Circuit, other: Circuit) -> None:
         if name in other.members and one.members[name].shape != other.members[name].shape:
             shapes = " and ".join(str(tuple(circuit.members[name].shape)) for circuit in (one, other))
             raise UserError(f"{name} has shapes {shapes} in the two circuits; use circuits of the same model")
+
+
+def _require_same_strengths(one: Circuit, other: Circuit) -> None:
+    """Raise UserError where a unit of both circuits has another strength in each."""
+    first, second = _strengths(one), _strengths(other)
+    for unit in first.keys() & second.keys() if one.strengths or other.strengths else ():
+        if first[unit] != second[unit]:
+            raise UserError(
+                f"neuron {unit[1]} of {unit[0]} has strength {first[unit]:g} in one circuit and "
+                f"{second[unit]:g} in the other; use circuits in which it has the same strength"
+            )
+
+
+def _strengths(circuit: Circuit) -> dict[tuple[str, int], float]:
+    """Module and index of each unit → its strength; nothing of weights."""
+    if circuit.unit == "weight":
+        return {}
+    return {
+        (name, unit): strength
+        for name in circuit.members
+        for strength, units in circuit.by_strength(name)
+        for unit in units
+    }
 
 
 def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:
@@ -138,6 +164,10 @@ def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:
     if sizes:
         provenance["sizes"] = {name: size for part in sizes for name, size in part.items()}
     members = {name: units for name, units in members.items() if units is not None}
+    if one.strengths or other.strengths:
+        known = _strengths(one) | _strengths(other)
+        own = {name: tuple(known[name, unit] for unit in units) for name, units in members.items()}
+        return Circuit(one.unit, members, one.model or other.model, provenance, strengths=own)
     return Circuit(one.unit, members, one.model or other.model, provenance, one.strength)
 
 

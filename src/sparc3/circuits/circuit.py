@@ -2,8 +2,8 @@
 circuit.safetensors for weights)."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ NAMES = ("circuit.json", "circuit.safetensors")
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """A set of units; removing it, wholly or by a share, is an ablation. Raises UserError for a strength out
-    of its range.
+    of its range, and for strengths that do not fit the members.
 
     Attributes:
         unit: "neuron", "head" or "weight".
@@ -39,6 +39,8 @@ class Circuit:
             to 1, which is all of it.
         model: id, architecture and fingerprint of the model it was found on.
         provenance: the selection and the scores it came from.
+        strengths: of neurons, where each has a strength of its own: module name → one for each of its
+            members, in their order, from −1, which doubles what the neuron writes, to 1, which removes it.
     """
 
     unit: str
@@ -46,10 +48,18 @@ class Circuit:
     model: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     strength: float = 1.0
+    strengths: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise UserError(f"strength must be above 0 and at most 1, but it is {self.strength}")
+        if self.strengths and (self.unit != "neuron" or self.strength != 1):
+            raise UserError(
+                f"strengths are of neurons, in the place of one strength, but this circuit is of "
+                f"{self.unit}s at strength {self.strength:g}; leave one of them out"
+            )
+        if self.strengths and (odd := _unfit_strengths(self.strengths, self.members)):
+            raise UserError(f"{odd}; give one strength a neuron, from -1 to 1 and not 0")
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -84,14 +94,49 @@ class Circuit:
         return fingerprint({"unit": self.unit, "members": members, **self._strength})
 
     @property
-    def _strength(self) -> dict[str, float]:
+    def _strength(self) -> dict[str, Any]:
         """What a file and the fingerprint say of the strength: nothing where it is 1."""
+        if self.strengths:
+            own = {name: list(map(float, self.strengths[name])) for name, n in self.counts.items() if n}
+            return {"strengths": own}
         return {"strength": float(self.strength)} if self.strength != 1 else {}
 
     @property
     def at_strength(self) -> str:
-        """A phrase for messages: " at strength 0.5", or nothing if the units are set to zero."""
+        """A phrase for messages: " at strength 0.5", " at strengths -0.2 to 1", or nothing if the units are
+        set to zero."""
+        if own := [strength for some in self.strengths.values() for strength in some]:
+            return f" at strengths {min(own):.3g} to {max(own):.3g}"
         return f" at strength {self.strength:g}" if self.strength != 1 else ""
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether removing it sets every unit to zero."""
+        return self.strength == 1 and not self.strengths
+
+    @property
+    def at_full_strength(self) -> "Circuit":
+        """The same units, set to zero."""
+        return self if self.zeroes else replace(self, strength=1.0, strengths={})
+
+    def by_strength(self, name: str) -> Iterator[tuple[float, Any]]:
+        """(strength, which units of the module have it), as `members` has units; the strongest first."""
+        if not self.strengths:
+            yield self.strength, self.members[name]
+            return
+        own = dict(zip(self.members[name], self.strengths.get(name, ()), strict=True))
+        for strength in sorted(set(own.values()), reverse=True):
+            yield strength, tuple(unit for unit, theirs in own.items() if theirs == strength)
+
+    def with_units(self, members: Mapping[str, Any]) -> "Circuit":
+        """A circuit of some of its units, or as many others, each at its own strength."""
+        if not self.strengths:
+            return replace(self, members=members)
+        strengths = {}
+        for name, units in members.items():
+            own = dict(zip(self.members[name], self.strengths.get(name, ()), strict=True))
+            strengths[name] = tuple(own[unit] for unit in units)
+        return replace(self, members=members, strengths={n: s for n, s in strengths.items() if s})
 
     @property
     def suffix(self) -> str:
@@ -158,8 +203,8 @@ class Circuit:
         return {name: known[name] for name in self.members}
 
     def masks(self, model: "PreTrainedModel") -> dict[str, "Tensor"]:
-        """Module name → bool tensor, true at the units: [out] of neurons, [heads] of heads, [out, in]
-        of weights; on the CPU. Raises UserError as `sites` does."""
+        """Module name → bool tensor, true at the units, whatever their strength: [out] of neurons, [heads] of
+        heads, [out, in] of weights; on the CPU. Raises UserError as `sites` does."""
         import torch
 
         masks = {}
@@ -218,18 +263,19 @@ class Circuit:
             if header.get("unit") == "weight":
                 members = _masks(packed, header.get("shapes"))
         else:
-            keys = ("format", "unit", "strength", "model", "members", "provenance")
+            keys = ("format", "unit", "strength", "strengths", "model", "members", "provenance")
             header = read_json(path, FORMAT, by_hand=keys)
             if header.get("unit") in UNITS[:2]:
                 members = _indices(header.get("members"))
         model, about, strength = header.get("model"), header.get("provenance"), header.get("strength", 1.0)
+        strengths = _strengths(header) if members is not None else None
         good = is_model(model) and _is_provenance(about) and _is_strength(strength)
-        if members is None or not good:
+        if members is None or strengths is None or not good:
             raise DamagedFile(
                 f"{path}: the unit, strength, members, model or provenance does not follow {FORMAT}; create "
                 "the file again"
             )
-        return cls(header["unit"], members, header["model"], header["provenance"], strength)
+        return cls(header["unit"], members, header["model"], header["provenance"], strength, strengths)
 
 
 def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
@@ -242,6 +288,33 @@ def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
         if len(set(indices)) != len(indices):
             return None
     return {name: tuple(sorted(indices)) for name, indices in members.items()}
+
+
+def _strengths(header: Mapping[str, Any]) -> dict[str, tuple[float, ...]] | None:
+    """Strengths as a file has them, in the order of the sorted members; None where they make no sense."""
+    given, members = header.get("strengths", {}), header.get("members")
+    if given == {}:
+        return {}
+    if header["unit"] != "neuron" or "strength" in header or not isinstance(given, dict):
+        return None
+    if not all(isinstance(own, list) and all(map(_is_number, own)) for own in given.values()):
+        return None
+    if _unfit_strengths(given, members):
+        return None
+    order = {name: sorted(range(len(units)), key=units.__getitem__) for name, units in members.items()}
+    return {name: tuple(float(own[place]) for place in order[name]) for name, own in given.items()}
+
+
+def _unfit_strengths(strengths: Mapping[str, Sequence[float]], members: Mapping[str, Any]) -> str | None:
+    """What is wrong with the strengths of these members; None where nothing is."""
+    for name in {**members, **strengths}:
+        own, count = strengths.get(name, ()), len(members.get(name, ()))
+        if len(own) != count:
+            return f"{name} has {count} neurons and {len(own)} strengths"
+        for strength in own:
+            if not (-1 <= strength <= 1 and strength != 0):
+                return f"{name} has the strength {strength}"
+    return None
 
 
 def _masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"] | None:
@@ -263,8 +336,12 @@ def _is_provenance(value: object) -> bool:
     )
 
 
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
 def _is_strength(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value <= 1  # type: ignore[operator]
+    return _is_number(value) and 0 < value <= 1  # type: ignore[operator]
 
 
 def _file_of(path: str | os.PathLike[str]) -> Path:

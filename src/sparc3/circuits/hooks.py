@@ -19,7 +19,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 def hooks_of(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[str, Hook]]:
     """What `Circuit.hooks` returns."""
-    readers = down_sites(model) if circuit.unit == "neuron" and circuit.strength != 1 else {}
+    readers = down_sites(model) if circuit.unit == "neuron" and not circuit.zeroes else {}
     masks, hooks = circuit.masks(model), list[tuple[str, Hook]]()
     for name, site in circuit.sites(model).items():
         if site.expert is not None:
@@ -27,7 +27,9 @@ def hooks_of(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[str, Hook
                 f"{name} is an expert's, and experts are computed in one call that has no place for a hook; "
                 "use ablated(model, circuit)"
             )
-        factor = 1 - circuit.strength * masks[name].float()
+        factor = torch.ones(masks[name].shape)
+        for strength, units in circuit.by_strength(name) if circuit.unit != "weight" else ():
+            factor[list(units)] = 1 - strength
         if circuit.unit == "weight":
             hook: Hook = partial(_subtract, site, masks[name], circuit.strength)
         elif circuit.unit == "head":

@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -282,7 +283,8 @@ def _resolve_count(
 
 
 def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circuit:
-    """A random circuit of the same strength, with as many units in each site: one draw from the null.
+    """A random circuit of the same strength or strengths, with as many units in each site: one draw from the
+    null.
 
     Args:
         sizes: module name → number of units of that site; ignored for weights, whose masks give it.
@@ -298,7 +300,7 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
             drawn = torch.randperm(sizes[site], generator=generator)[:count]
             members[site] = tuple(drawn.sort().values.tolist())
     provenance: dict[str, Any] = {"null_of": circuit.fingerprint, "seed": seed, "version": __version__}
-    return Circuit(circuit.unit, members, circuit.model, provenance, circuit.strength)
+    return replace(circuit, members=members, provenance=provenance)
 
 
 def exclude(scores: Scores, circuit: Circuit) -> Scores:

@@ -3,6 +3,7 @@ cards.json)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,17 +76,18 @@ def make_cards(
     for number, ((site, index), seen) in enumerate(zip(units, fired, strict=True)):
         sign = -1.0 if seen and seen[0]["activation"] < 0 else 1.0
         promotes, suppresses = _promoted_tokens(model, tokenizer, site, index, sign)
+        one = replace(circuit.with_units({site.name: (index,)}), provenance={})
         card = {
             "module": site.name,
             "layer": site.layer,
             "index": index,
+            **({"strength": one.strengths[site.name][0]} if one.strengths else {}),
             **{name: float(parts[name][site.name][index]) for name in SETS if name in parts},
             "promotes": promotes,
             "suppresses": suppresses,
             "fired": seen,
         }
         if measure and number < alone:
-            one = Circuit(circuit.unit, {site.name: (index,)}, circuit.model, strength=circuit.strength)
             card["alone"] = measure(one)
         made.append(card)
     return made

@@ -95,7 +95,7 @@ def contrast_parts(
     )
     last = removed or work.protected
     if removed and work.protected:
-        last = union(replace(removed, strength=1.0), work.protected)
+        last = union(removed.at_full_strength, work.protected)
     return exclude(made, last) if last else made
 
 

@@ -73,9 +73,12 @@ class Site:
     @property
     def stored(self) -> torch.Tensor:
         """The module's whole weight as a [module's out, in] view."""
-        weight = value_of(self.module, self.parameter)
-        weight = weight if self.expert is None else weight[self.expert]
-        return weight.T if self.transposed else weight
+        return self.matrix_of(value_of(self.module, self.parameter))
+
+    def matrix_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Of the module's parameter, or another of its shape, the view `stored`."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix.T if self.transposed else matrix
 
     @property
     def weight(self) -> torch.Tensor:

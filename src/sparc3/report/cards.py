@@ -60,8 +60,9 @@ def _make_card(row: UnitCard, run: RunFolder, mask: Mask, toxic: bool) -> Card:
             name = in_words(metric) if metric in run.metrics else title(metric).lower()
             was = value_of(original) if original and original.value else ""
             alone.append((name, figure(value, metric), was))
+    own = "" if row.strength is None else f", strength {plain(row.strength)}"
     return Card(
-        f"{place(row.module, several=row.layer is None).capitalize()}, {run.unit} {row.index:,}",
+        f"{place(row.module, several=row.layer is None).capitalize()}, {run.unit} {row.index:,}{own}",
         [(name, plain(value), abs(value) / longest * 100) for name, value in told.items()],
         list(map(token, row.promotes[:10])),
         list(map(token, row.suppresses[:10])),

@@ -55,11 +55,13 @@ def damage(run: RunFolder) -> Markup | None:
 
 
 def _write_removed(run: RunFolder) -> str:
-    """What was taken out: "40 of 2,048 neurons", or "50 % of each of 40 of 2,048 neurons"."""
+    """What was taken out: "40 of 2,048 neurons", "50 % of each of 40 of 2,048 neurons", or "a share of its
+    own of each of …"."""
     if run.circuit is None:
         sparsity = run.find("sparsity", "ablated")
         return f"{value_of(sparsity)} of the {run.units}" if sparsity else "the chosen units"
     share = f"{run.circuit.strength * 100:g} % of each of " if run.circuit.strength != 1 else ""
+    share = "a share of its own of each of " if run.circuit.strengths else share
     of = f"{run.count:,} of {run.number_of(run.total)}" if run.total else None
     return share + (of or run.number_of(run.count))
 

@@ -58,11 +58,13 @@ class Fired:
 
 @dataclass(frozen=True)
 class UnitCard:
-    """One removed unit as cards.json has it; `alone`: metric → figure with this unit alone removed."""
+    """One removed unit as cards.json has it; `strength`: where each unit has its own; `alone`: metric →
+    figure with this unit alone removed."""
 
     module: str
     index: int
     layer: int | None = None
+    strength: float | None = None
     general: float | None = None
     undesired: float | None = None
     promotes: list[str] = field(default_factory=list)
