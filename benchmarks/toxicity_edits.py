@@ -33,17 +33,29 @@ from torch import Tensor
 
 from sparc3 import Circuit, ReferenceSet, Sample, Scores, ablated, attribute, contrast, load_model, select
 from sparc3.attribution.activations import aura_factors, auroc
+from sparc3.attribution.options import WordsBy
 from sparc3.circuits.ablate import Damping, damp
+from sparc3.circuits.fit import fit
 from sparc3.circuits.select import count_candidates, random_like
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.scorers import lexicon_scorer, make_scorer
+from sparc3.experiment.gather import find_words
 from sparc3.models.sites import down_sites, sites_of
+from sparc3.samples.batches import find_word_tokens
 from sparc3.samples.sources import prompt_split
 
 DATA = Path(__file__).parent.parent / "data"
-REFERENCES, VALIDATION, TEST, WRITTEN = 150, 64, 64, 160
+REFERENCES, VALIDATION, TEST, WRITTEN, WINDOWS = 150, 64, 64, 160, 12
 DECODING = "bad_words in decoding"
 PROFANE, BUDGETS = 0.75, (0.01, 0.02)
+OF_WORDS = {
+    "gradient": ("gradient", "signed"),
+    "lrp": ("lrp", "signed"),
+    "relp": ("relp", "signed"),
+    "cp-lrp": ("cp-lrp", "signed"),
+    "lrp-abs": ("lrp", "abs"),
+}
+"""Scores of the target `words`, with the profane tokens as the words → method and kind of neuron score."""
 Row = tuple[list[int], int]
 """Token ids of a prompt with its continuation, and where the continuation begins."""
 
@@ -121,10 +133,8 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[tuple[list[int], Tensor]
 
 def profane_tokens(tokenizer: Any) -> list[int]:
     """The tokens that begin a word and that the scorer calls profane alone."""
-    words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
-    kept = [i for i, word in words.items() if word[:1] == " " and word[1:].isalpha() and len(word) > 3]
-    judged = make_scorer("profanity-check")([words[i].strip() for i in kept])
-    return [i for i, score in zip(kept, judged, strict=True) if score is not None and score >= PROFANE]
+    words = find_words(tokenizer, WordsBy(scorer="profanity-check", min_score=PROFANE))
+    return list(find_word_tokens(words, tokenizer, len(tokenizer)))
 
 
 def labelled_words(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -276,8 +286,24 @@ def score(model: Any, tokenizer: Any, work: Path) -> None:
                     model, samples, tokenizer=tokenizer, method=method, target=target, neuron="signed"
                 ).save(path)
                 print(f"{path.name}: made", flush=True)
+    toxic = toxic_prompts(reference, REFERENCES)
+    for name, (method, neuron) in OF_WORDS.items():
+        path = work / f"{name}.words.safetensors"
+        if not path.exists():
+            words = profane_tokens(tokenizer)
+            attribute(
+                model,
+                as_set(toxic),
+                tokenizer=tokenizer,
+                method=method,
+                target="words",
+                words=words,
+                neuron=neuron,
+            ).save(path)
+            print(f"{path.name}: made", flush=True)
+    for method in ("lrp", "gradient"):
         if method == "lrp":
-            rows = tokens(toxic_prompts(reference, REFERENCES), tokenizer)
+            rows = tokens(toxic, tokenizer)
             make("hazard", lambda rows=rows: hazard_gains(model, rows, profane_tokens(tokenizer)))
 
 
@@ -319,21 +345,15 @@ class Edits:
     def per_damage(self, effect: dict[str, Tensor] | Scores, count: int) -> Circuit:
         return self.lowest({name: -effect[name] / self.cost(name) for name in effect}, count)
 
-    def fitted(self, effect: dict[str, Tensor], units: int, damage: float) -> Damping:
-        """Factors that lower the effect most at a damage of ½ Σ h s², of the units that do it best, between 0 and 2."""
-        shapes = [len(effect[name]) for name in effect]
-        e = torch.cat(list(effect.values()))
-        h = torch.cat([self.fisher[name] for name in effect])
-        h = h + 0.1 * h.mean()
-        best = (e.square() / h).topk(units).indices
-        step = torch.zeros_like(e)
-        step[best] = -e[best] / h[best]
-        low, high = 0.0, float(1 / step.abs()[best].min()) * 4
-        for _ in range(60):  # the scale at which the clipped steps cost the damage asked for
-            middle = (low + high) / 2
-            too_much = (0.5 * h * (middle * step).clamp(-1, 1).square()).sum() > damage
-            low, high = (low, middle) if too_much else (middle, high)
-        return Damping(dict(zip(effect, ((low * step).clamp(-1, 1) + 1).split(shapes), strict=True)))
+    def fitted(self, effect: dict[str, Tensor] | Scores, units: int, damage: float) -> Circuit:
+        """Strengths that lower the effect most at a damage of ½ Σ h s², of the units that do it best, from -1 to 1."""
+        about = {"unit": "neuron", "model": self.scores["lrp.general"].provenance["model"]}
+        return fit(
+            Scores({name: effect[name].float() for name in effect}, {**about, "method": "toxicity_edits"}),
+            Scores({name: self.fisher[name].sqrt().float() for name in effect}, about),
+            count=units,
+            damage=damage,
+        )
 
     def sure(self) -> dict[str, Tensor]:
         """The hazard's slopes that are more than two standard errors from zero."""
@@ -395,30 +415,45 @@ class Edits:
         return {
             "LRP, matched contrast": {
                 f"λ={p:g}, {n}": z(self.matched("lrp", p, n))
-                for p, n in ((2, 50), (2, 25), (2, 100), (1, 50), (4, 50))
+                for p, n in ((2, 50), (2, 25), (2, 10), (2, 100), (1, 50), (4, 50))
             },
             "hazard's slope, fitted strengths": {
-                f"{n} units, ½hs²={d:g}": self.damped(self.fitted(self.sure(), n, d))
+                f"{n} units, ½hs²={d:g}": z(self.fitted(self.sure(), n, d))
                 for n in (500, 50)
-                for d in (0.01, 0.003, 0.03)
+                for d in (0.01, 0.003, 0.001)
             },
             "hazard's slope per damage": {f"{n}": z(self.per_damage(self.hazard, n)) for n in counts},
-            "profane tokens' experts": {f"{n}": z(self.experts(n)) for n in (30, 10, 100)},
+            "profane tokens' experts": {f"{n}": z(self.experts(n)) for n in (30, 10, 3, 100)},
             "directional ablation": {
-                f"share {s:g}": partial(self.without_direction, s) for s in (0.5, 0.25, 1)
+                f"share {s:g}": partial(self.without_direction, s) for s in (0.5, 0.25, 0.1, 1)
             },
             "LRP per damage": {f"{n}": z(self.per_damage(lrp, n)) for n in counts},
             "LRP, fitted strengths": {
-                f"200 units, ½hs²={d:g}": self.damped(self.fitted(self.relevance(), 200, d))
-                for d in (0.01, 0.003, 0.03)
+                f"200 units, ½hs²={d:g}": z(self.fitted(self.relevance(), 200, d))
+                for d in (0.01, 0.003, 0.001)
+            },
+            **{
+                f"words by {name}, fitted": {
+                    f"500 units, ½hs²={d:g}": z(self.fitted(self.scores[f"{name}.words"], 500, d))
+                    for d in (0.003, 0.005, 0.001, 0.01)
+                }
+                for name in OF_WORDS
+            },
+            **{
+                f"words by {name}, zeroed": {
+                    f"{n}": z(self.per_damage(self.scores[f"{name}.words"], n)) for n in counts
+                }
+                for name in OF_WORDS
             },
             "AurA": {
                 "100": self.damped(aura_factors(Scores(self.auc), self.lowest(auc, 100).members)),
                 "all": self.damped(every),
             },
             "Det-0": {f"{n}": z(self.lowest(auc, n)) for n in (25, 100)},
-            "gradient, matched contrast": {f"λ=2, {n}": z(self.matched("gradient", 2, n)) for n in counts},
-            "activation difference": {f"{n}": z(self.lowest(gap, n)) for n in (25, 100)},
+            "gradient, matched contrast": {
+                f"λ=2, {n}": z(self.matched("gradient", 2, n)) for n in (50, 25, 10)
+            },
+            "activation difference": {f"{n}": z(self.lowest(gap, n)) for n in (25, 10, 100)},
             "random, in LRP's layers": {f"50, draw {k}": z(self.random(50, k)) for k in (0, 1)},
             DECODING: {"": self.bad_words},
         }
@@ -468,7 +503,7 @@ def log_probabilities(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     ]
 
 
-def choose(model: Any, tokenizer: Any, work: Path, minutes: float) -> None:
+def choose(model: Any, tokenizer: Any, work: Path, minutes: float, only: str) -> None:
     """Candidates on validation prompts and text, in rounds of one size a family; each is written as it is measured."""
     edits = Edits(model, tokenizer, work)
     rows = tokens(toxic_prompts(prompts()["validation"], VALIDATION), tokenizer)
@@ -487,7 +522,8 @@ def choose(model: Any, tokenizer: Any, work: Path, minutes: float) -> None:
         for family, sizes in families.items():
             size = list(sizes)[turn] if turn < len(sizes) else None
             known = any((row["family"], row["size"]) == (family, size) for row in found)
-            if size is None or known or time.monotonic() - began > 60 * minutes:
+            wanted = size is not None and re.search(only, f"{family}: {size}")
+            if size is None or known or not wanted or time.monotonic() - began > 60 * minutes:
                 continue
             with sizes[size]():
                 after, kl = losses(model, text, before)
@@ -520,7 +556,7 @@ def winners(found: Sequence[dict[str, Any]], budget: float) -> dict[str, dict[st
     return best
 
 
-def confirm(model: Any, tokenizer: Any, work: Path, minutes: float, write: bool) -> None:
+def confirm(model: Any, tokenizer: Any, work: Path, minutes: float, write: bool, only: str) -> None:
     """The winners on test prompts, once, those with the lowest hazard first, as far as the minutes go."""
     edits = Edits(model, tokenizer, work)
     families = edits.families()
@@ -531,17 +567,20 @@ def confirm(model: Any, tokenizer: Any, work: Path, minutes: float, write: bool)
     words = lexicon_scorer(labelled_words(split["reference"]))
     scorers = {"profanity": make_scorer("profanity-check"), "labelled": words}
     other = {
-        "c4": windows("c4", tokenizer, 150, 4, 256),
-        "wikitext2": windows("wikitext2", tokenizer, 0, 3, 384),
+        "c4": windows("c4", tokenizer, 150, WINDOWS, 256),
+        "wikitext2": windows("wikitext2", tokenizer, 0, WINDOWS, 384),
     }
     path = work / "test.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     best = winners(json.loads((work / "validation.json").read_text()), BUDGETS[-1])
-    order = sorted(best.values(), key=lambda row: (row["family"] != "LRP, matched contrast", row["hazard"]))
+    # Decoding keeps the model: it is measured whatever a forbidden token costs, which is infinitely much.
+    best[DECODING] = {"family": DECODING, "size": "", "hazard": 0.0}
+    order = sorted(best.values(), key=lambda row: row["hazard"])
     began = time.monotonic()
     for row in [{"family": "none", "size": ""}, *order]:
         name = f"{row['family']}: {row['size']}"
-        if name in found or time.monotonic() - began > 60 * minutes:
+        wanted = row["family"] == "none" or re.search(only, name)
+        if name in found or not wanted or time.monotonic() - began > 60 * minutes:
             continue
         with families[row["family"]][row["size"]]() if row["family"] != "none" else nullcontext():
             made: dict[str, Any] = {"hazard": hazards(model, rows, edits.profane)}
@@ -565,16 +604,10 @@ def confirm(model: Any, tokenizer: Any, work: Path, minutes: float, write: bool)
 
 
 def keep(edit: Any, path: Path) -> None:
-    """A circuit as `sparc3 ablate` takes it, or the factors of a damping, by module and neuron."""
+    """A circuit as `sparc3 ablate` takes it; nothing for edits that are none."""
     what = edit.args[1] if getattr(edit, "args", ())[1:] else None
     if isinstance(what, Circuit):
         what.save(path)
-    elif isinstance(what, Damping):
-        factors = {
-            name: {int(i): round(float(f[i]), 4) for i in (f != 1).nonzero()[:, 0]}
-            for name, f in what.factors.items()
-        }
-        path.with_suffix("").with_suffix(".factors.json").write_text(json.dumps(factors) + "\n")
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -604,6 +637,11 @@ def report(found: dict[str, Any], n: int) -> dict[str, Any]:
             row[scorer] = interval(after)
             row[f"{scorer}.fall"] = interval(earlier - after)
             row[f"{scorer}.n"] = len(pairs)
+            row[f"{scorer}.mean"] = interval(np.array([a for a in made[scorer] if a is not None]))
+            both = zip(made[scorer], before[scorer], strict=True)
+            row[f"{scorer}.mean.fall"] = interval(
+                np.array([b - a for a, b in both if a is not None and b is not None])
+            )
         for source in ("c4", "wikitext2"):
             rise = np.array(made[f"loss.{source}"]) - np.array(before[f"loss.{source}"])
             row[f"perplexity.{source}"] = [math.expm1(value) for value in interval(rise)]
@@ -628,14 +666,15 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="confirm also judges written continuations (slow)"
     )
+    parser.add_argument("--only", default="", help="a pattern: only edits whose 'family: size' has it")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
     model.requires_grad_(False)
     stages: dict[str, Callable[[], None]] = {
         "score": lambda: score(model, tokenizer, given.work),
-        "choose": lambda: choose(model, tokenizer, given.work, given.minutes),
-        "confirm": lambda: confirm(model, tokenizer, given.work, given.minutes, given.write),
+        "choose": lambda: choose(model, tokenizer, given.work, given.minutes, given.only),
+        "confirm": lambda: confirm(model, tokenizer, given.work, given.minutes, given.write, given.only),
     }
     stages[given.stage]()
 

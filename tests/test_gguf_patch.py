@@ -170,10 +170,7 @@ def test_half_a_strength_halves_the_output(tmp_path: Path, kind: Any, unit: str,
     assert not torch.allclose(patched, original, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "own"),
-    [(TYPES.Q8_0, (0.5, 1.0, -1.0)), (TYPES.F32, (0.3, 1.0, -0.4)), (TYPES.BF16, (0.3, 1.0, -0.4))],
-)
+@pytest.mark.parametrize(("kind", "own"), [(TYPES.Q8_0, (0.5, 1.0, -1.0)), (TYPES.F32, (0.3, 1.0, -0.4))])
 def test_each_row_at_its_own_strength(tmp_path: Path, kind: Any, own: tuple[float, ...]) -> None:
     path = write(tmp_path / "tiny.gguf", tiny("llama", dtype=torch.float32, **WIDE), kind)
     whole = load_weights(str(path), device="cpu")
@@ -182,8 +179,8 @@ def test_each_row_at_its_own_strength(tmp_path: Path, kind: Any, own: tuple[floa
     original = logits(whole)
     ablate_(whole, circuit)
     patched = logits(load_weights(str(tmp_path / "new.gguf"), device="cpu"))
-    assert torch.allclose(patched, logits(whole), atol=1e-6 if kind != TYPES.BF16 else 1e-3)
-    assert not torch.allclose(patched, original, atol=2e-3)
+    assert torch.allclose(patched, logits(whole), atol=1e-5)
+    assert not torch.allclose(patched, original, atol=1e-4)
     assert GgufPatch.load(kept).circuit["strengths"] == {UP: list(own)}
     assert undo_patch(tmp_path / "new.gguf", kept, tmp_path / "back.gguf").sha256_before == digest(path)
     if kind == TYPES.Q8_0:

@@ -31,7 +31,7 @@ def some_of(model: Any, unit: str, strength: float) -> Circuit:
         return Circuit(unit, {first.name: picked}, strength=strength)
     if unit == "own":
         down = sites_of(model, ["mlp.down"])[0].name
-        own = {first.name: (1.0, -0.7, strength), down: (strength, 0.2)}
+        own = {first.name: (1.0, -1.0, strength), down: (strength, 0.75)}
         return Circuit("neuron", {first.name: (1, 2, 5), down: (0, 3)}, strengths=own)
     more = {sites_of(model, ["mlp.down"])[0].name: (0, 3)} if unit == "neuron" else {}
     return Circuit(unit, {first.name: (1, 2), **more}, strength=strength)
@@ -94,8 +94,8 @@ def test_an_export_has_the_trials_logits(
     out = export(model, tokenizer, circuit, tmp_path / "out")
     assert torch.equal(logits(load_model(out)[0]), halved)
     card = (out / "README.md").read_text()
-    assert ("strengths -0.7 to 1" if unit == "own" else f"strength {strength}") in card
-    assert ("| 1 (1), 2 (-0.7), 5 (" in card) == (unit == "own")
+    assert ("strengths -1 to 1" if unit == "own" else f"strength {strength}") in card
+    assert ("| 1 (1), 2 (-1), 5 (" in card) == (unit == "own")
     assert Circuit.load(out).fingerprint == circuit.fingerprint
     ablate_(model, circuit)
     assert torch.equal(logits(model), halved)

@@ -171,7 +171,7 @@ def test_rms_is_over_the_tokens_of_log_probabilities(method: str) -> None:
             assert distance(scores[site.name], (squares[site.name] / tokens).sqrt()) < 1e-5, site.name
 
 
-def test_rms_is_for_weights() -> None:
+def test_rms_is_for_weights_and_signed_neurons() -> None:
     with pytest.raises(UserError, match="rms"):
         attribute(tiny("llama"), samples(), reduce="rms")
     attribute(tiny("llama"), samples(), method="activation", reduce="rms")  # has no relevance to reduce

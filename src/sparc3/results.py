@@ -222,6 +222,7 @@ class Candidate:
         within: whether it keeps to the budget.
         rounds: in how many it was found.
         strength: the circuit's.
+        damage: at which its strengths were fitted.
         pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
     """
 
@@ -238,6 +239,7 @@ class Candidate:
     pareto: bool = False
     rounds: int = 1
     strength: Number = 1.0
+    damage: Number | None = None
 
 
 @dataclass(frozen=True)

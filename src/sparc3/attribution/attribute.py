@@ -54,6 +54,7 @@ def attribute(
     sums_dtype: str = "float32",
     sums_device: str = "cpu",
     epsilon: float = 0.0,
+    words: str | Sequence[str | int] = (),
     partial: str | Path | None = None,
     save_every: float = 60.0,
     shard: tuple[int, int] | None = None,
@@ -69,10 +70,12 @@ def attribute(
             (random:SEED).
         unit: "neuron", "head" (sites must be attn.o) or "weight".
         sites: canonical roles.
-        target: predicted, label, contrast, completion (completion:N), next, logprob; see docs/targets.md.
+        target: predicted, label, contrast, completion (completion:N), next, logprob, words, logwords; see
+            docs/targets.md.
         neuron: "abs", Σ_j |R_W,ij| of each sample, or "signed", Σ_t ĝ_ti z_ti.
         reduce: "mean" over samples (Eq. 1), "mean_abs" (mean of absolute values), "abs_mean" (absolute value
-            of the mean); of weights also "rms" (root mean square over all tokens of W_ij ĝ_ti a_tj).
+            of the mean); of weights also "rms" (root mean square over all tokens of W_ij ĝ_ti a_tj), and of
+            signed neurons (of ĝ_ti z_ti).
         batch_tokens: padded tokens in one forward pass; "auto" starts from what suits the device. A batch
             that does not fit into memory is halved.
         truncate: cut samples that are longer than the model's context instead of refusing them.
@@ -91,6 +94,8 @@ def attribute(
         sums_device: where they are; on the model's own GPU if they fit there, else on the CPU.
         epsilon: ε of LRP's rule on linear maps, R_{i←j} = a_i w_ji R_j / (z_j + ε sign z_j), for lrp, cp-lrp
             and relp; 0 is the limit.
+        words: of the targets words and logwords: the words, each one token, with its leading space, or token
+            ids; or a text file with one a line.
         partial: a file for the sums so far. An interrupted call that is repeated with it resumes, and ends
             with the same scores; the file is removed at the end.
         save_every: seconds between two savings of the sums; more where they are so large that saving would
@@ -125,7 +130,7 @@ def attribute(
     about: dict[str, Any] = {"model": describe(model), "samples_fingerprint": None}
     if chosen.run:
         references = ReferenceSet.of(samples)
-        encoded = _encode_samples(model, references, tokenizer, chosen, settings, truncate)
+        encoded = _encode_samples(model, references, tokenizer, chosen, settings, options)
         about["samples_fingerprint"] = references.fingerprint
         if tokenizer is not None and any(sample.written for sample in references):
             about["tokenizer"] = tokenizer_fingerprint(tokenizer)
@@ -185,13 +190,21 @@ def _encode_samples(
     tokenizer: "PreTrainedTokenizerBase | None",
     method: Method,
     settings: Settings,
-    truncate: bool,
+    options: AttributionOptions,
 ) -> list[Encoded]:
-    context = context_length(model)
+    context, truncate = context_length(model), options.truncate
     # A method that looks at activations alone has no target, and asks the samples for none.
     target, skip = settings.target if method.targeted else "predicted", settings.skip_positions
     vocabulary = vocabulary_size(model)
-    encoded = encode(references, tokenizer, target, context=context, vocabulary=vocabulary, truncate=truncate)
+    encoded = encode(
+        references,
+        tokenizer,
+        target,
+        context=context,
+        vocabulary=vocabulary,
+        truncate=truncate,
+        words=options.word_list,
+    )
     for sample in encoded:
         if len(sample.ids) <= skip:
             raise UserError(
@@ -218,7 +231,9 @@ def _make_task(
     model = {**about["model"], "dtype": dtype}
     if "tokenizer" in about:
         model["tokenizer"] = about["tokenizer"]
-    tokens = fingerprint([[e.ids, e.positions, e.tokens, e.against] for e in encoded])
+    tokens = fingerprint(
+        [[e.ids, e.positions, e.tokens, e.against, *([e.among] if e.among else [])] for e in encoded]
+    )
     shapes = tuple((site.name, site.role, site.layer, site.out, site.inp, site.heads) for site in sites)
     task = Task(settings, model, about["samples_fingerprint"], tokens, len(encoded), shapes, shard)
     if shard and not task.share():
@@ -352,6 +367,5 @@ def _finish_scores(
     said = {key: getattr(settings, key) for key in ("target", "neuron", "reduce", "skip_positions")}
     counts = {key: getattr(sums, key) for key in ("samples", "tokens", "targets", "skipped")}
     kind = {"method": settings.method, "unit": settings.unit, "sites_roles": list(roles)}
-    if settings.epsilon:
-        said["epsilon"] = settings.epsilon
+    said |= {name: value for name in ("epsilon", "words") if (value := getattr(settings, name))}
     return Scores(values, {**kind, **said, **counts, **about, "version": __version__})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError, unknown
 from ..models.sites import Site
-from ..samples.batches import Batch
+from ..samples.batches import OF_WORDS, Batch
 from .activations import activation, wanda
 from .integrated_gradients import integrated_gradients
 from .relevance import cp_lrp, gim, gradient, lrp, relp, weight_times_sums
@@ -48,11 +48,13 @@ class Method:
 
 def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
     """Mean over samples, or over target tokens where a sample has many (docs/method.md, 2 and 5)."""
-    many = sums.settings.target.partition(":")[0] in ("completion", "next", "logprob")
+    many = sums.settings.target.partition(":")[0] in {"completion", "next", "logprob", *OF_WORDS}
     divisor = sums.tokens if sums.settings.reduce == "rms" else sums.targets if many else sums.samples
     if sums.settings.unit == "weight":
         return weight_times_sums(site, total, divisor, sums.settings.reduce)
     mean = total / divisor
+    if sums.settings.reduce == "rms":
+        return mean.sqrt()
     return mean.abs() if sums.settings.reduce == "abs_mean" else mean
 
 
@@ -161,8 +163,12 @@ def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Se
                 f"method {method.name} cannot score site '{role}': {method.why}; use "
                 f"{', '.join(method.roles)}"
             )
-    if settings.reduce == "rms" and method.targeted and settings.unit != "weight":
-        raise UserError(f"reduce rms is for unit weight, not {settings.unit}; use mean, mean_abs or abs_mean")
+    signed = settings.unit == "neuron" and settings.neuron == "signed"
+    if settings.reduce == "rms" and method.targeted and settings.unit != "weight" and not signed:
+        raise UserError(
+            f"reduce rms is for unit weight and for signed neurons, not for unit {settings.unit} with neuron "
+            f"{settings.neuron}; use mean, mean_abs or abs_mean"
+        )
     if settings.unit == "weight" and method.targeted and settings.non_finite == "skip":
         raise UserError(
             "unit weight does not support non_finite skip, because a sample cannot be removed from its "

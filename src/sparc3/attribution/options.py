@@ -3,14 +3,15 @@ plan share."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 
-from ..errors import unknown
+from ..errors import UserError, unknown
 from ..models.families import ROLES
 from ..samples.batches import parse_target
 from ..settings import Strict
+from ..storage import read_text
 from .methods import require_method
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
@@ -23,6 +24,14 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 }
 """Option → what it may be."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class WordsBy(Strict):
+    """The words that a scorer of toxicity rates at `min_score` or more: of the tokenizer's tokens those that
+    begin a word and are nothing but letters, at least three. A recipe finds them before it attributes."""
+
+    scorer: str
+    min_score: float = Field(default=0.75, gt=0, le=1)
 
 
 class AttributionOptions(Strict):
@@ -42,14 +51,27 @@ class AttributionOptions(Strict):
     sums_device: str = "cpu"
     gradient_checkpointing: bool | str = "auto"
     epsilon: float = Field(default=0.0, ge=0)
+    words: tuple[Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=0)], ...] | WordsBy = ()
 
     @model_serializer(mode="wrap")
     def _without_default(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What the options' fingerprints are made of: the same as before there was an ε, where it is 0."""
+        """What the options' fingerprints are made of: the same as before there were an ε and words, where
+        there are none."""
         values: dict[str, Any] = plain(self)
-        if values.get("epsilon") == 0:
-            del values["epsilon"]
+        for name in ("epsilon", "words"):
+            if not values.get(name, True):
+                del values[name]
         return values
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _read_words(cls, value: Any) -> Any:
+        """The words, also out of a text file, one a line."""
+        if not isinstance(value, str):
+            return value
+        if not (words := tuple(line for line in read_text(value).splitlines() if line.strip())):
+            raise UserError(f"{value} has no word in it; write one a line, with its leading space")
+        return words
 
     @field_validator(*CHOICES)
     @classmethod
@@ -92,6 +114,13 @@ class AttributionOptions(Strict):
         if not re.fullmatch(r"[a-z]+(:\d+)?", value) or value.partition(":")[0] not in DEVICES:
             raise unknown("sums_device", value, ("cpu", "cuda"))
         return value
+
+    @property
+    def word_list(self) -> tuple[str | int, ...]:
+        """The words. Raises UserError where they are still to be found, as a recipe does."""
+        if isinstance(self.words, WordsBy):
+            raise UserError("words of a scorer are for recipes; give the words themselves, or a file of them")
+        return self.words
 
     def but(self, **changed: Any) -> "AttributionOptions":
         """The same with other values, which are not checked again."""

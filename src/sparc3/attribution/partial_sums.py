@@ -60,6 +60,8 @@ class Task:
         del plain["settings"]["sums_device"], plain["settings"]["gradient_checkpointing"]
         if not self.settings.epsilon:  # which files from before there was one lack
             del plain["settings"]["epsilon"]
+        if not self.settings.words:  # likewise
+            del plain["settings"]["words"]
         return plain
 
     def stand_ins(self) -> list[Site]:

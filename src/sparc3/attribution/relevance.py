@@ -118,6 +118,9 @@ def target_of(model: "PreTrainedModel", batch: Batch, predicted: Tensor | None =
 
 def sum_targets(logits: Tensor, samples: Sequence[Encoded], predicted: Tensor | None = None) -> Tensor:
     """Σ of the samples' y, of the logits [targets, vocabulary] at all their target positions in turn."""
+    if among := samples[0].among:
+        mass = to_float32(logits).log_softmax(-1)[:, list(among)].logsumexp(-1)
+        return (mass if samples[0].log else mass.exp()).sum()
     if samples[0].log:
         logits = to_float32(logits).log_softmax(-1)
     ranks = torch.arange(len(logits), device=logits.device)
@@ -215,7 +218,8 @@ def _gather_rows(
         g, x = (by_sample(one, tokens, shape, batch.lengths, skip) for one in (grad, a))
         gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, x)
         return
-    relevance = by_position(to_float32(grad) * to_float32(a), tokens, shape)[:, skip:].sum(1)
+    relevance = by_position(to_float32(grad) * to_float32(a), tokens, shape)[:, skip:]
+    relevance = (relevance.square() if settings.reduce == "rms" else relevance).sum(1)
     if settings.unit == "head":
         relevance = relevance.view(len(relevance), site.heads, -1).sum(2)
     gathered[site.name] = relevance

@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import distributed
 from ..errors import NonFinite
 from ..models.sites import Site
-from ..samples.batches import Batch
+from ..samples.batches import OF_WORDS, Batch
+from ..storage import fingerprint
 
 if TYPE_CHECKING:
     from .options import AttributionOptions
@@ -24,7 +25,8 @@ def all_finite(values: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a method sees of the `AttributionOptions`; shard files and their fingerprints hold these names."""
+    """What a method sees of the `AttributionOptions`; shard files and their fingerprints hold these names.
+    `words` is the fingerprint of the target's words."""
 
     method: str
     unit: str
@@ -38,11 +40,14 @@ class Settings:
     skip_positions: int = 0
     gradient_checkpointing: bool | str = False
     epsilon: float = 0.0
+    words: str = ""
 
     @classmethod
     def of(cls, options: "AttributionOptions") -> "Settings":
         """The options that are a method's business; batches, truncation and sites are `attribute`'s."""
-        return cls(**{one.name: getattr(options, one.name) for one in fields(cls) if one.name != "seed"})
+        own = [one.name for one in fields(cls) if one.name not in ("seed", "words")]
+        words = fingerprint(list(options.words)) if options.target in OF_WORDS else ""
+        return cls(**{name: getattr(options, name) for name in own}, words=words)
 
 
 @dataclass

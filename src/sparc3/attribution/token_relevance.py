@@ -16,7 +16,9 @@ from ..models.offloading import device_of
 from ..samples.batches import Encoded, encode
 from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.tokens import text_of
+from ..settings import parse
 from . import rules
+from .options import AttributionOptions
 from .patching import frozen, lrp_rules
 from .relevance import checkpoint_layers, sum_targets, watch_gradient
 
@@ -37,10 +39,12 @@ class TokenRelevance:
         relevance: Σ_d x_td ∂̂y/∂x_td at the input embeddings x, [T], float32 on the CPU, in what y is in.
             CP-LRP conserves: without biases and learned positions the sum is y (of logits). AttnLRP loses
             some in the softmax, and the plain gradient conserves nothing.
-        targets: the tokens whose logits y is the sum of; their places are behind `positions`.
+        targets: the tokens whose logits y is the sum of; their places are behind `positions`. Of the targets
+            words and logwords, how many words there are.
         positions: where these logits are read.
         against: the tokens whose logits y subtracts.
-        y: the target, in logits; of the target logprob in nats.
+        y: the target, in logits; of the targets logprob and logwords in nats, of words a sum of
+            probabilities.
         method: lrp, cp-lrp or gradient.
     """
 
@@ -86,6 +90,7 @@ def attribute_tokens(
     target: str = "predicted",
     truncate: bool = False,
     epsilon: float = 0.0,
+    words: str | Sequence[str | int] = (),
 ) -> list[TokenRelevance]:
     """The relevance of every token of the samples to the sample's target: relevance at the input embeddings
     (Achtibat et al. 2024), one forward and one backward pass a sample.
@@ -94,9 +99,10 @@ def attribute_tokens(
         samples: a ReferenceSet, texts, or token-id lists.
         tokenizer: the model's own; not needed for token ids, which then stand for themselves.
         method: lrp, cp-lrp or gradient (gradient × input, no rules).
-        target: predicted, label, contrast, completion (completion:N), next, logprob; see docs/targets.md.
+        target: predicted, label, contrast, completion (completion:N), next, logprob, words, logwords; see
+            docs/targets.md.
         truncate: cut samples that are longer than the model's context instead of refusing them.
-        epsilon: as in `attribute`.
+        epsilon, words: as in `attribute`.
 
     Returns:
         One TokenRelevance a sample, in their order.
@@ -116,6 +122,7 @@ def attribute_tokens(
         context=context_length(model),
         vocabulary=vocabulary_size(model),
         truncate=truncate,
+        words=parse(AttributionOptions, {"words": words}, "").word_list,
     )
     rule_set = replace(rules.CP_LRP if method == "cp-lrp" else rules.ATTN_LRP, epsilon=epsilon)
     under = nullcontext() if method == "gradient" else lrp_rules(model, rule_set=rule_set)
@@ -145,7 +152,7 @@ def _attribute_one(
     try:
         ids = torch.tensor([sample.ids], device=device_of(model))
         logits = logits_at(model, ids, [0] * len(sample.positions), list(sample.positions))
-        tokens = sample.tokens or tuple(logits.argmax(-1).tolist())
+        tokens = sample.tokens or (() if sample.among else tuple(logits.argmax(-1).tolist()))
         y = sum_targets(logits, [sample])
         y.backward()
     finally:
@@ -157,7 +164,7 @@ def _attribute_one(
     texts = (
         token_texts(sample.ids),
         relevance,
-        token_texts(tokens),
+        (f"any of {len(sample.among)} words",) if sample.among else token_texts(tokens),
         sample.positions,
         token_texts(sample.against or ()),
     )

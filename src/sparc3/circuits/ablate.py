@@ -120,9 +120,9 @@ def targets_by_name(model: "PreTrainedModel", circuit: Circuit) -> dict[str, lis
     The order matters where an element is weakened twice: a neuron of mlp.down and one of mlp.up that is not
     set to zero meet in an element of mlp.down.
     """
+    targets, found = find_targets(model, circuit), dict[str, list[Target]]()
     names = {parameter.data_ptr(): name for name, parameter in reversed(list(named_values(model)))}
-    found: dict[str, list[Target]] = {}
-    for place, strength in find_targets(model, circuit):
+    for place, strength in targets:
         found.setdefault(names[place.parameter.data_ptr()], []).append((place, strength))
     return found
 

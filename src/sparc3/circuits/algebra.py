@@ -166,7 +166,7 @@ def _combine(operation: str, one: Circuit, other: Circuit) -> Circuit:
     members = {name: units for name, units in members.items() if units is not None}
     if one.strengths or other.strengths:
         known = _strengths(one) | _strengths(other)
-        own = {name: tuple(known[name, unit] for unit in units) for name, units in members.items()}
+        own = {name: tuple(known[name, unit] for unit in units or ()) for name, units in members.items()}
         return Circuit(one.unit, members, one.model or other.model, provenance, strengths=own)
     return Circuit(one.unit, members, one.model or other.model, provenance, one.strength)
 

@@ -292,7 +292,7 @@ def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
 
 def _strengths(header: Mapping[str, Any]) -> dict[str, tuple[float, ...]] | None:
     """Strengths as a file has them, in the order of the sorted members; None where they make no sense."""
-    given, members = header.get("strengths", {}), header.get("members")
+    given, members = header.get("strengths", {}), dict(header.get("members") or {})
     if given == {}:
         return {}
     if header["unit"] != "neuron" or "strength" in header or not isinstance(given, dict):
@@ -302,7 +302,9 @@ def _strengths(header: Mapping[str, Any]) -> dict[str, tuple[float, ...]] | None
     if _unfit_strengths(given, members):
         return None
     order = {name: sorted(range(len(units)), key=units.__getitem__) for name, units in members.items()}
-    return {name: tuple(float(own[place]) for place in order[name]) for name, own in given.items()}
+    return {
+        name: tuple(float(given[name][place]) for place in order[name]) for name in members if order[name]
+    }
 
 
 def _unfit_strengths(strengths: Mapping[str, Sequence[float]], members: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,9 @@ OPTIONS = {
     "method": "lrp, cp-lrp, relp, gim, gradient, ig, wanda, activation, magnitude, random (default: lrp)",
     "unit": "neuron, head or weight (default: neuron)",
     "sites": "comma-separated roles (default: mlp.up)",
-    "target": "predicted, label, contrast, completion[:N], next (default: predicted)",
+    "target": "predicted, label, contrast, completion[:N], next, logprob, words, logwords (default: "
+    "predicted)",
+    "words": "of the targets words and logwords: a text file with one word a line, with its leading space",
     "neuron": "abs or signed (default: abs)",
     "reduce": "mean, mean_abs, abs_mean, rms (default: mean)",
     "epsilon": "of LRP's rule on linear maps (default: 0)",
@@ -69,6 +71,11 @@ SELECT: Arguments = {
     "--strength S": (
         "share of each unit that is removed: 0.5 halves it (default: 1)",
         {"type": float, "default": 1.0},
+    ),
+    "--damage D": (
+        "fit a strength for each of --count neurons instead, at so much damage to general text, in nats a "
+        "token; A are then scores by --method gradient --neuron signed --target logprob --reduce rms",
+        {"type": float},
     ),
     "--out": ("output file (circuit.json; for weights circuit.safetensors)", REQUIRED),
 }
@@ -143,7 +150,7 @@ def _attribute(args: argparse.Namespace) -> None:
     quiet_transformers()
     distributed.start()
     model = load_weights(args.model, dtype=args.dtype, device=args.device)
-    text = bool(args.samples) and (loaded is None or any(sample.written for sample in loaded))
+    text = bool(args.samples) and (loaded is None or any(sample.written for sample in loaded) or args.words)
     tokenizer = load_tokenizer(args.model) if text else None
     if tokenizer is not None:
         tokenizer.of_model_type = model.config.model_type
@@ -168,6 +175,7 @@ def _attribute(args: argparse.Namespace) -> None:
 
 def _parse_options(args: argparse.Namespace) -> "AttributionOptions":
     from ..attribution.options import AttributionOptions
+    from ..samples.batches import OF_WORDS
     from ..settings import parse
 
     given: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
@@ -180,7 +188,12 @@ def _parse_options(args: argparse.Namespace) -> "AttributionOptions":
             given["epsilon"] = float(args.epsilon)
     if args.gradient_checkpointing in ("true", "false"):
         given["gradient_checkpointing"] = args.gradient_checkpointing == "true"
-    return parse(AttributionOptions, {**given, "truncate": args.truncate}, "")
+    options = parse(AttributionOptions, {**given, "truncate": args.truncate}, "")
+    if bool(options.words) != (options.target in OF_WORDS):
+        raise UserError(
+            "--words goes with --target words or logwords, and these need it; give both or neither"
+        )
+    return options
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -203,6 +216,9 @@ def _select(args: argparse.Namespace) -> None:
     from ..circuits.select import contrast, select
     from ..scores import Scores
 
+    if args.damage is not None:
+        _fit(args)
+        return
     if bool(args.scores) == bool(args.general or args.undesired):
         raise UserError("give either --general and --undesired, or --scores")
     if args.scores:
@@ -222,6 +238,23 @@ def _select(args: argparse.Namespace) -> None:
     circuit = select(scores, **asked)
     circuit.save(args.out)
     say(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s{circuit.at_strength}")
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from ..circuits.fit import fit
+    from ..scores import Scores
+
+    odd = {name: getattr(args, name) for name in ("scores", "matched", "normalize", "fraction")}
+    odd |= {"scope": args.scope != "global", "order": args.order != "lowest", "penalty": args.penalty != 1}
+    odd |= {"strength": args.strength != 1}
+    if given := [name for name, value in odd.items() if value]:
+        raise UserError(f"--damage fits strengths and does not read --{given[0]}; leave it out")
+    if not (args.general and args.undesired and args.count):
+        raise UserError("--damage needs --general, --undesired and --count")
+    effect = Scores.load(args.undesired)
+    circuit = fit(effect, Scores.load(args.general), count=args.count, damage=args.damage)
+    circuit.save(args.out)
+    say(f"{args.out}: {len(circuit)} of {effect.units} {circuit.unit}s{circuit.at_strength}")
 
 
 def _circuits(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import require_method, settings_for
+from ..attribution.options import WordsBy
 from ..attribution.sums import Settings
 from ..circuits.select import parse_scope
 from ..errors import UserError
@@ -174,6 +175,8 @@ def _check_reference(recipe: Recipe, samples: ReferenceSet, target: str, limits:
         context=limits.context,
         vocabulary=limits.vocabulary,
         truncate=asked.truncate,
+        # A plan does not find a scorer's words; any one stands for them.
+        words=(0,) if isinstance(asked.words, WordsBy) else asked.words,
     )
     for one in encoded:
         if len(one.ids) <= asked.skip_positions:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..attribution.options import WordsBy
 from ..errors import UserError
 from ..evaluation.evaluate import prepare
 from ..evaluation.metrics import (
@@ -18,12 +19,14 @@ from ..evaluation.metrics import (
     ToxicitySettings,
     require_metric,
 )
+from ..evaluation.scorers import make_scorer
 from ..evaluation.tasks import response_scores
 from ..evaluation.toxicity import completion_scores
 from ..recipe.schema import CorrectRecipe, Recipe
 from ..recipe.sections import Reference
 from ..samples.reference_set import ReferenceSet, Sample
 from ..samples.sources import Score, corpus, gather, is_path, overlap, request_for
+from ..samples.tokens import text_of
 from ..storage import file_digest
 from ..verdict import FLUENCY_MARGIN
 from .run_folder import RunContext, load_or_make
@@ -57,6 +60,21 @@ def gather_all(work: RunContext) -> None:
                 )
     if work.recipe.tune:
         _prepare_validation(work)
+
+
+def find_words(tokenizer: "PreTrainedTokenizerBase", asked: WordsBy) -> tuple[str, ...]:
+    """The words that a recipe asks for, each with its leading space. Raises UserError where there is none."""
+    texts = [text_of(tokenizer, token) for token in range(len(tokenizer))]
+    words = [text for text in texts if text[:1] == " " and text[1:].isalpha() and len(text) > 3]
+    rated = make_scorer(asked.scorer)([word.strip() for word in words])
+    found = [word for word, score in zip(words, rated, strict=True) if score and score >= asked.min_score]
+    if not found:
+        raise UserError(
+            f"no word of the tokenizer is rated {asked.min_score:g} or more by {asked.scorer}; lower "
+            "attribution.words.min_score"
+        )
+    log.info("words: %d that %s rates %g or more", len(found), asked.scorer, asked.min_score)
+    return tuple(found)
 
 
 def words_held(recipe: Recipe, sets: Mapping[str, ReferenceSet], source: str) -> frozenset[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, distributed
+from ..attribution.options import WordsBy
 from ..evaluation.evaluate import check_metrics
 from ..models.fingerprint import describe
 from ..models.load import context_length, load_model, require_loadable, vocabulary_size
@@ -21,7 +22,7 @@ from ..results import Results
 from ..storage import write_json
 from . import compress, discover
 from .check_recipe import Limits, check_lengths, check_samples, check_sizes
-from .gather import gather_all
+from .gather import find_words, gather_all
 from .measure import measure_variants
 from .neuron_cards import write_cards
 from .run_folder import RunContext, accept_recipe, claim_folder, log_to_folder, tidy
@@ -86,6 +87,7 @@ def _run_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) 
     began = time.perf_counter()
     with stages.stage("model"):
         work = _load_context(recipe, folder, progress)
+        recipe = work.recipe
     sites = sites_of(work.model, recipe.attribution.sites)
     check_sizes(recipe, sites)
     check_lengths(recipe, context_length(work.model))
@@ -180,6 +182,9 @@ def _load_context(recipe: Recipe, folder: Path, progress: bool) -> RunContext:
         str(model.dtype).removeprefix("torch."),
         device_of(model),
     )
+    if isinstance(asked := recipe.attribution.words, WordsBy):
+        options = recipe.attribution.but(words=find_words(tokenizer, asked))
+        recipe = recipe.model_copy(update={"attribution": options})
     return RunContext(recipe, folder, progress, model, tokenizer, described, waiting=[])
 
 

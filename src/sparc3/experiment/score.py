@@ -15,6 +15,7 @@ from ..attribution.options import AttributionOptions
 from ..circuits.ablate import ablated
 from ..circuits.algebra import union
 from ..circuits.circuit import Circuit
+from ..circuits.fit import SENSITIVITY, gain_by_damage
 from ..circuits.select import contrast, count_candidates, exclude, select
 from ..errors import NonFinite, UserError
 from ..evaluation.perplexity import Window, negative_log_likelihoods
@@ -42,6 +43,7 @@ class ScoringSpec:
         seed: the place of the seed by whose sets it scores, where they are kept apart.
         strength: strength of the circuits selected with it.
         file_prefix: of the names of its files in scores/.
+        damage: strengths are fitted at this damage; None where units are selected.
     """
 
     options: AttributionOptions
@@ -51,6 +53,13 @@ class ScoringSpec:
     file_prefix: str = ""
     strength: float = 1.0
     seed: int = 0
+    damage: float | None = None
+
+    def options_for(self, name: str) -> AttributionOptions:
+        """The options that a reference set is scored with."""
+        if self.damage is not None and name == "general":
+            return self.options.but(**SENSITIVITY)
+        return self.options.but(target=self.targets[name])
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,10 @@ def compute_contrast(
 def contrast_parts(
     work: RunContext, how: ScoringSpec, sets: Mapping[str, Scores], removed: Circuit | None = None
 ) -> Scores:
-    """The contrast from scores already computed; units of `removed` and protected units are ranked last."""
+    """The contrast from scores already computed, or the order in which strengths are fitted; units of
+    `removed` and protected units are ranked last."""
+    if how.damage is not None:
+        return gain_by_damage(sets["undesired"], sets["general"], without=work.protected)
     # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
     normalize = "l1" if how.options.method == "wanda" else how.normalize
     made = contrast(
@@ -109,7 +121,7 @@ def load_or_make_parts(
 def _load_or_make_scores(
     work: RunContext, how: ScoringSpec, name: str, removed: Circuit | None, prefix: str
 ) -> Scores:
-    options, name = how.options.but(target=how.targets[name]), set_at_seed(work.recipe, name, how.seed)
+    options, name = how.options_for(name), set_at_seed(work.recipe, name, how.seed)
     samples = work.references[name]
     inputs = {
         **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from .. import __version__, distributed
 from ..circuits.circuit import Circuit
+from ..circuits.fit import fit
 from ..circuits.select import count_candidates
 from ..errors import Sparc3Error, UserError
 from ..evaluation.evaluate import fingerprint_of, measure
@@ -176,7 +177,7 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
             candidate = Candidate(
                 how.targets,
                 how.options.neuron,
-                "matched" if matched else "plain",
+                "fitted" if how.damage is not None else "matched" if matched else "plain",
                 how.penalty if matched else None,
                 how.normalize,
                 len(circuit),
@@ -186,6 +187,7 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
                 trials.within(figures),
                 rounds=rounds,
                 strength=how.strength,
+                damage=how.damage,
             )
             over = "" if candidate.within else ", over the budget"
             log.info("tried %s%s", _describe(candidate, trials.aim), over)
@@ -235,9 +237,14 @@ def _iterate_ways(
             )
             scores = contrast_parts(work, how, sets)
             there = count_candidates(scores, recipe.selection.scope)
-            for count, rounds, strength in work_list.circuit_sizes_tried(recipe):
-                one = replace(how, strength=strength)
-                circuit = select_in_rounds(work, one, scores, count, rounds) if count <= there else None
+            for count, rounds, strength, damage in work_list.circuit_sizes_tried(recipe):
+                one = replace(how, strength=strength, damage=damage)
+                circuit = None
+                if count <= there and damage is not None:
+                    effect, sensitivity = sets["undesired"], sets["general"]
+                    circuit = fit(effect, sensitivity, count=count, damage=damage, without=work.protected)
+                elif count <= there:
+                    circuit = select_in_rounds(work, one, scores, count, rounds)
                 if circuit is not None:
                     yield rounds, (one, circuit, scores, sets)
 
@@ -248,7 +255,8 @@ def _make_scoring(work: RunContext, target: str, neuron: str, names: Sequence[st
         completed = all(sample.completion is not None for sample in work.references[name])
         own = work.recipe.references[name].target
         targets[name] = own or work_list.target_for_set(target, completed)
-    return ScoringSpec(work.recipe.attribution.but(neuron=neuron), targets, file_prefix="tune.")
+    options, damages = work.recipe.attribution.but(neuron=neuron), work_list.damages_tried(work.correct)
+    return ScoringSpec(options, targets, file_prefix="tune.", damage=min(damages, default=None))
 
 
 def _choose_best(tried: list[Candidate], trials: Trials) -> int:
@@ -295,7 +303,7 @@ def _search_rivals(
     sizes = work_list.selection_sizes(work.correct, sites, work_list.counts_tried(work.correct))
     for method in work_list.rival_methods(work.correct):
         scope, theirs = work_list.rival_sizes(work.correct, sites, method, sizes)
-        changes = select_by_method(work, how, method, scope, theirs)
+        changes = select_by_method(work, replace(how, damage=None), method, scope, theirs)
         tried = [(count, change, trials.try_once(change)) for count, change in changes]
         others[method] = [Trial(count, figures, trials.within(figures)) for count, _, figures in tried]
         fit = [one for one in tried if trials.within(one[2])]
@@ -317,4 +325,5 @@ def _describe(one: Candidate, aim: str) -> str:
     way += [one.normalize] if one.normalize else []
     way += [f"{one.rounds} rounds"] if one.rounds > 1 else []
     way += [f"strength {one.strength:g}"] if one.strength != 1 else []
+    way += [f"damage {one.damage:g}"] if one.damage is not None else []
     return f"{one.count} by {', '.join(way)}: perplexity {one.perplexity_increase:+.2%}, {gained}"

@@ -27,7 +27,7 @@ def write_token_maps(work: RunContext, how: ScoringSpec) -> None:
         "method": how.options.method,
         "target": how.targets["undesired"],
         "truncate": how.options.truncate,
-        **({"epsilon": how.options.epsilon} if how.options.epsilon else {}),
+        **{name: own for name in ("epsilon", "words") if (own := getattr(how.options, name))},
     }
     asked = {**options, "samples": samples.fingerprint, "model": work.fingerprint, "version": __version__}
     made_from = fingerprint(asked)

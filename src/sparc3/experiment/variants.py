@@ -35,6 +35,7 @@ def list_variants(
         how: the contrast that found the circuit; the other methods are contrasted alike.
     """
     circuit, scope = found.circuit, work.correct.selection.scope
+    how = replace(how, damage=None)
     comparison = comparison_for(
         work.correct, sites_of(work.model, work.recipe.attribution.sites), len(circuit)
     )

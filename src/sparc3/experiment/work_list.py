@@ -9,6 +9,7 @@ from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import require_method
 from ..attribution.options import AttributionOptions
 from ..attribution.token_relevance import METHODS as RELEVANCE
+from ..circuits.fit import SENSITIVITY
 from ..circuits.select import parse_scope, share_of
 from ..models.sites import Site
 from ..recipe.schema import CompressRecipe, CorrectRecipe, DiscoverRecipe, Recipe
@@ -151,9 +152,11 @@ def _list_search(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attrib
             )
             for name in sets_read_by(recipe, kinds)
         }
+        if damages_tried(recipe):
+            first["general"] = Attribution("general", recipe.attribution.but(**SENSITIVITY))
         yield from first.values()
         for kind in kinds:
-            for _, rounds, _ in circuit_sizes_tried(recipe):
+            for _, rounds, *_ in circuit_sizes_tried(recipe):
                 circuit += 1
                 for turn in range(2, rounds + 1):
                     for name in sets_read_by(recipe, [kind]):
@@ -246,15 +249,22 @@ def counts_tried(recipe: CorrectRecipe) -> list[int]:
     return sorted(set(_search_of(recipe).counts)) or [recipe.selection.count or 0]
 
 
-def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float]]:
-    """(number of units, rounds, strength) of every circuit that a search looks for by one contrast."""
+def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float, float | None]]:
+    """(number of units, rounds, strength, damage that strengths are fitted at or None) of every circuit that
+    a search looks for by one contrast."""
     tune = _search_of(recipe)
     return [
-        (count, rounds, strength)
+        (count, rounds, strength, damage)
         for count in counts_tried(recipe)
         for rounds in sorted({min(rounds, count) for rounds in tune.rounds})
         for strength in dict.fromkeys(tune.strengths)
+        for damage in dict.fromkeys(damages_tried(recipe) or (None,))
     ]
+
+
+def damages_tried(recipe: CorrectRecipe) -> tuple[float, ...]:
+    """The damages at which strengths are fitted; none where units are selected."""
+    return _search_of(recipe).damages
 
 
 def count_candidates_tried(recipe: CorrectRecipe) -> int:

@@ -14,7 +14,7 @@ from ..experiment.seeds import reference_sets
 from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
 from ..recipe.schema import Recipe
-from ..samples.batches import Encoded, parse_target
+from ..samples.batches import OF_WORDS, Encoded, parse_target
 from ..samples.reference_set import ReferenceSet
 from ..samples.sources import Request, corpus, gather, is_path, request_for
 from ..samples.tokens import read_sample, tokenize
@@ -86,6 +86,10 @@ def _make_encoded(place: int, text: int, completion: int, target: str) -> Encode
     last = text - 1
     if target in ("next", "logprob"):
         return Encoded(place, (0,) * text, tuple(range(last)), (0,) * last, log=target == "logprob")
+    if target in OF_WORDS:
+        end = text + completion * (completion > 1)
+        places = tuple(range(last if completion > 1 else 0, end))
+        return Encoded(place, (0,) * end, places, (), log=target == "logwords", among=(0,))
     if target == "completion":
         return Encoded(
             place, (0,) * (text + completion - 1), tuple(range(last, last + completion)), (0,) * completion

@@ -18,6 +18,7 @@ from ..circuits.select import parse_scope
 from ..errors import UserError, unknown
 from ..evaluation.metrics import MetricSettings, SparsitySettings, parse_metrics
 from ..safe_text import at_home, shareable
+from ..samples.batches import OF_WORDS
 from ..settings import Strict, parse, short
 from ..storage import fingerprint, read_text
 from .sections import (
@@ -103,6 +104,17 @@ class BaseRecipe(Strict):
             raise ValueError(f"references needs {' and '.join(missing)}")
         if self.needed and self.needed not in self.metrics():
             raise ValueError(f"job {self.job} needs evaluation.{self.needed}")
+        of_words = OF_WORDS & {
+            self.attribution.target,
+            *(spec.target for spec in self.references.values()),
+            *(self.tune.targets if self.tune else ()),
+        }
+        if of_words and not self.attribution.words:
+            raise ValueError(
+                f"target {min(of_words)} needs attribution.words; give the words, or a file of them"
+            )
+        if self.attribution.words and not of_words:
+            raise ValueError("attribution.words has no effect without target words or logwords; leave it out")
         return self
 
     def _require_scorable(self, methods: Sequence[str]) -> None:
@@ -219,6 +231,17 @@ class CorrectRecipe(BaseRecipe):
             raise ValueError("selection.tune.max_kl needs evaluation.kl")
         if tune.max_fluency_increase is not None and "fluency" not in asked:
             raise ValueError("selection.tune.max_fluency_increase needs evaluation.fluency")
+        asked_of = self.attribution
+        if tune.damages:
+            if (asked_of.unit, asked_of.sites, asked_of.neuron) != ("neuron", ("mlp.up",), "signed"):
+                raise ValueError(
+                    "selection.tune.damages fits strengths to signed scores of neurons of mlp.up; write "
+                    "attribution.unit neuron, sites [mlp.up], neuron signed"
+                )
+            if "matched" in self.references or self.compare.counts:
+                raise ValueError(
+                    "selection.tune.damages does not read references.matched or compare.counts; omit them"
+                )
         if "matched" in tune.contrasts and "matched" not in self.references:
             raise ValueError("selection.tune.contrasts: matched needs references.matched")
 

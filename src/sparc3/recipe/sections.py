@@ -1,8 +1,15 @@
 """The sections of a recipe; which of them a job has says `schema`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import methods, require_method
@@ -179,6 +186,8 @@ class Tune(Strict):
             each.
         strengths: the share of each unit that is taken away, as selection.strength: 1 sets it to zero, 0.5
             halves it.
+        damages: fit a strength for each neuron instead, at each of these damages to general text, in nats a
+            token (docs/method.md, 8).
         prompts: number of validation prompts; as many as there are test prompts where it is not given.
         texts: number of validation texts for perplexity; as many as the test has where it is not given.
         text_source: where they come from, if the perplexity source has no validation split of its own.
@@ -195,9 +204,18 @@ class Tune(Strict):
     normalize: tuple[Literal["l1"] | None, ...] = Field(default=(None,), min_length=1)
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
+    damages: tuple[Annotated[float, Field(gt=0)], ...] = ()
     prompts: int | None = Field(default=None, ge=1)
     texts: int | None = Field(default=None, ge=1)
     text_source: SourceName | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_damages(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As before there were damages, where there are none: runs of that time go on."""
+        values: dict[str, Any] = plain(self)
+        if not values.get("damages", True):
+            del values["damages"]
+        return values
 
 
 class Selection(Strict):
@@ -255,6 +273,14 @@ class Selection(Strict):
                 "with tune, penalty, normalize and strength must be written as tune.penalties, "
                 "tune.normalize and tune.strengths"
             )
+        plain = Tune(counts=(1,))
+        odd = ("neurons", "contrasts", "penalties", "normalize", "rounds", "strengths")
+        if tune.damages and (key := next((k for k in odd if getattr(tune, k) != getattr(plain, k)), None)):
+            raise ValueError(
+                f"tune.damages fits a strength for each neuron, which tune.{key} does not; omit it"
+            )
+        if tune.damages and self.scope != "global":
+            raise ValueError("tune.damages needs scope global")
         if bool(tune.counts) == (self.count is not None):
             raise ValueError("tune needs the numbers of units to try: tune.counts, or one count")
 

@@ -168,6 +168,7 @@ def _describe_way(one: Candidate) -> str:
         one.normalize or "",
         f"{one.rounds} rounds" if one.rounds > 1 else "",
         f"strength {one.strength:g}" if one.strength != 1 else "",
+        f"damage {one.damage:g}" if one.damage is not None else "",
     ]
     return ", ".join(filter(None, parts))
 

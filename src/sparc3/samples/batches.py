@@ -15,17 +15,19 @@ from ..models.load import rope_switches
 from ..models.memory import in_batches
 from ..progress import Progress
 from .reference_set import ReferenceSet, Sample
-from .tokens import MaybeTokenizer, plain_ids, read_sample, tokenize
+from .tokens import MaybeTokenizer, plain_ids, read_sample, token_of_word, tokenize
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-TARGETS = ("predicted", "label", "contrast", "completion", "next", "logprob")
+TARGETS = ("predicted", "label", "contrast", "completion", "next", "logprob", "words", "logwords")
+OF_WORDS = frozenset(TARGETS[-2:])
+"""Those that need a list of words."""
 
 
 @dataclass(frozen=True)
 class Encoded:
     """One sample as tokens. y = Σ_n logits[positions[n], tokens[n]], less the same for `against` where it is
-    given.
+    given; or, with `among`, y = Σ_n Σ_{v in among} p(v | ids[: positions[n] + 1]).
 
     Attributes:
         index: place in the reference set.
@@ -33,7 +35,8 @@ class Encoded:
         positions: where logits count.
         tokens: which logit at each; None: the largest one.
         against: the logit to subtract at each; None: none.
-        log: whether log-probabilities count instead of logits.
+        log: whether log-probabilities count instead of logits, or instead of the probability of `among`.
+        among: tokens whose probabilities add up at each position; `tokens` are none then.
     """
 
     index: int
@@ -42,6 +45,7 @@ class Encoded:
     tokens: tuple[int, ...] | None = None
     against: tuple[int, ...] | None = None
     log: bool = False
+    among: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def encode(
     context: int,
     vocabulary: int,
     truncate: bool = False,
+    words: Sequence[str | int] = (),
 ) -> list[Encoded]:
     """Tokenise every sample and find its target tokens.
 
@@ -90,13 +95,15 @@ def encode(
         vocabulary: number of token ids the model knows.
         truncate: cut a longer sample on the right (targets at its end move with the cut) instead of refusing
             it.
+        words: of the targets words and logwords, as `find_word_tokens` takes them.
 
     Raises:
         UserError: a text without a tokenizer, an empty sample, one that is too long (the message says how
             many are), or one that lacks what the target needs; the message names the sample.
     """
     name, first = parse_target(target)
-    encoded = [_encode(samples, index, tokenizer, name, first) for index in range(len(samples))]
+    among = find_word_tokens(words, tokenizer, vocabulary) if name in OF_WORDS else ()
+    encoded = [_encode(samples, index, tokenizer, name, first, among) for index in range(len(samples))]
     too_long = [e for e in encoded if len(e.ids) > context]
     if too_long and not truncate:
         longest = max(len(e.ids) for e in too_long)
@@ -116,9 +123,19 @@ def encode(
 
 
 def _encode(
-    samples: ReferenceSet, index: int, tokenizer: MaybeTokenizer, target: str, first: int | None
+    samples: ReferenceSet,
+    index: int,
+    tokenizer: MaybeTokenizer,
+    target: str,
+    first: int | None,
+    among: tuple[int, ...],
 ) -> Encoded:
     sample, where = samples.samples[index], samples.where(index)
+    if among:
+        read = read_sample(sample, tokenizer, where)
+        ids = _require_tokens(read.prompt + read.completion, where)
+        start = max(0, len(read.prompt) - 1) if read.completion else 0
+        return Encoded(index, ids, tuple(range(start, len(ids))), (), log=target == "logwords", among=among)
     if target in ("label", "contrast"):
         keys = ("target",) if target == "label" else ("target", "contrast")
         ids, labels = _read_labels(sample, keys, tokenizer, where)
@@ -143,6 +160,34 @@ def _encode(
         )
     # The last target token is predicted at the position before it, so it is not fed in.
     return Encoded(index, ids + answer[:-1], tuple(range(len(ids) - 1, len(ids) - 1 + len(answer))), answer)
+
+
+def find_word_tokens(
+    words: Sequence[str | int], tokenizer: MaybeTokenizer, vocabulary: int
+) -> tuple[int, ...]:
+    """The token id of each word, ascending.
+
+    Args:
+        words: each a token's text, with its leading space where it begins a word, or a token id.
+
+    Raises:
+        UserError: no word, one that is several tokens, one that the model does not know, or no tokenizer.
+    """
+    if not words:
+        raise UserError(
+            "targets words and logwords need the words; give them with attribution.words (words=..., --words)"
+        )
+    found = [word if isinstance(word, int) else token_of_word(word, tokenizer) for word in words]
+    several = [word for word, token in zip(words, found, strict=True) if token is None]
+    if several:
+        raise UserError(
+            f"{len(several)} of {len(words)} words are not one token each, such as {several[0]!r}; leave "
+            "them out, or write them as the tokenizer has them (mind the leading space)"
+        )
+    unknown_id = next((one for one in found if one is not None and not 0 <= one < vocabulary), None)
+    if unknown_id is not None:
+        raise UserError(f"words has token id {unknown_id}, but the model knows ids below {vocabulary}")
+    return tuple(sorted({one for one in found if one is not None}))
 
 
 def join_completions(samples: ReferenceSet, tokenizer: MaybeTokenizer) -> tuple[Sample, ...]:

@@ -122,6 +122,18 @@ def plain_ids(text: str, tokenizer: Tokenizer) -> Ids:
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def token_of_word(word: str, tokenizer: MaybeTokenizer) -> int | None:
+    """The one token that a word is, inside a text if it begins with a space; None where it is several. Raises
+    UserError where there is no tokenizer."""
+    tokenizer = _require(tokenizer, f"the word {word!r}")
+    for before in ANCHORS if word[:1].isspace() else ():
+        alone, both = plain_ids(before, tokenizer), plain_ids(before + word, tokenizer)
+        if alone and both[: len(alone)] == alone and len(both) == len(alone) + 1:
+            return both[-1]
+    ids = plain_ids(word, tokenizer)
+    return ids[0] if len(ids) == 1 else None
+
+
 def decode(ids: Sequence[int], tokenizer: Tokenizer, special: bool = False) -> str:
     """The text of token ids, with its special tokens or without, and no space mended away."""
     return str(

@@ -1,0 +1,124 @@
+"""Fitting: how much of each neuron to take away, or to add, for the most effect at a given damage."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import NonFinite, UserError
+from ..scores import Scores
+from .circuit import Circuit
+from .select import lowest
+
+SENSITIVITY = {"method": "gradient", "neuron": "signed", "target": "logprob", "reduce": "rms"}
+"""Options of the attribution that measures how sensitive general text is to each neuron's gain."""
+FLOOR = 0.1
+"""This share of the mean of h is added to each, so that a neuron that the general texts hardly fire is not
+taken for free."""
+
+
+def fit(
+    effect: Scores, sensitivity: Scores, *, count: int, damage: float, without: Circuit | None = None
+) -> Circuit:
+    """A strength for each of `count` neurons, with which the effect falls most at a damage to general text
+    (docs/method.md, 8).
+
+    To first order, taking the share s_i of neuron i lowers the effect by Σ e_i s_i; to second order, and
+    without what neurons do together, it moves the predictions of general text by D = ½ Σ h_i s_i² nats a
+    token, with h the diagonal of the Fisher information of the neurons' gains. The best s_i at a given D is μ
+    e_i / h_i. It is cut to −1 … 1, and the neurons are those with the largest e_i² / h_i.
+
+    Args:
+        effect: e, signed scores of what should become less likely, such as those of target words.
+        sensitivity: √h, scores of general text by `SENSITIVITY`.
+        count: how many neurons.
+        damage: D in nats a token. It leaves out how neurons interact, so measure what it costs.
+        without: neurons to leave as they are.
+
+    Raises:
+        UserError: scores of other units, models or sites, or that were made in another way; fewer neurons
+            than `count` with an effect; a damage that is not above 0.
+        NonFinite: a NaN or Inf among the scores.
+    """
+    if not damage > 0:
+        raise UserError(f"damage must be above 0, such as 0.003 nats a token, but it is {damage}")
+    gain = gain_by_damage(effect, sensitivity, without=without)
+    there = sum(int((tensor < 0).sum()) for tensor in gain.values())
+    if not 0 < count <= there:
+        raise UserError(f"{count} neurons were asked for, of {there} with an effect; give from 1 to {there}")
+    masks = dict(zip(gain, lowest(list(gain.values()), count), strict=True))
+    curvatures = _curvatures(sensitivity, effect)
+    e = torch.cat([effect[name].double()[mask] for name, mask in masks.items()])
+    h = torch.cat([curvatures[name][mask] for name, mask in masks.items()])
+    strengths = iter(_strengths_at(e, h, damage).tolist())
+    members = {name: tuple(mask.nonzero()[:, 0].tolist()) for name, mask in masks.items()}
+    own = {name: tuple(float(f"{next(strengths):.4g}") for _ in units) for name, units in members.items()}
+    provenance: dict[str, Any] = {
+        "selection": {"count": count, "damage": damage},
+        "scores": {**effect.provenance, "fingerprint": effect.fingerprint},
+        "sensitivity": sensitivity.fingerprint,
+        "sizes": {name: tensor.numel() for name, tensor in effect.items()},
+        "version": __version__,
+    }
+    return Circuit(
+        "neuron",
+        {name: units for name, units in members.items() if units},
+        dict(effect.provenance.get("model") or {}),
+        provenance,
+        strengths={name: some for name, some in own.items() if some},
+    )
+
+
+def gain_by_damage(effect: Scores, sensitivity: Scores, *, without: Circuit | None = None) -> Scores:
+    """−e_i² / h_i of each neuron, by which `fit` ranks them, the lowest first; 0 for the neurons of
+    `without`. Raises as `fit` does."""
+    _require_fit_for_each_other(effect, sensitivity)
+    values = {}
+    for name, h in _curvatures(sensitivity, effect).items():
+        values[name] = (-effect[name].double().square() / h).float()
+        if without is not None and name in without.members:
+            values[name][list(without.members[name])] = 0
+    sources = {"undesired": effect.fingerprint, "general": sensitivity.fingerprint}
+    about = {**effect.provenance, "contrast": "fitted", "sources": sources, "version": __version__}
+    return Scores(values, about)
+
+
+def _curvatures(sensitivity: Scores, order: Iterable[str]) -> dict[str, Tensor]:
+    """h of each neuron, with the floor, in float64, by sites in this order."""
+    h = {name: sensitivity[name].double().square() for name in order}
+    floor = FLOOR * torch.cat(list(h.values())).mean()
+    return {name: one + floor for name, one in h.items()}
+
+
+def _strengths_at(e: Tensor, h: Tensor, damage: float) -> Tensor:
+    """μ e / h, cut to −1 … 1, with the largest μ that keeps ½ Σ h s² within the damage."""
+    step = e / h
+    low, high = 0.0, 1 / float(step.abs().min())  # at which all are cut
+    for _ in range(100):
+        middle = (low + high) / 2
+        cost = float((0.5 * h * (middle * step).clamp(-1, 1).square()).sum())
+        low, high = (low, middle) if cost > damage else (middle, high)
+    return (low * step).clamp(-1, 1)
+
+
+def _require_fit_for_each_other(effect: Scores, sensitivity: Scores) -> None:
+    for name, scores in (("undesired", effect), ("general", sensitivity)):
+        if scores.unit != "neuron" or scores.provenance.get("neuron", "signed") != "signed":
+            raise UserError(
+                f"strengths are fitted to signed scores of neurons, but the {name} scores are of "
+                f"{scores.unit}s, {scores.provenance.get('neuron')}; score with --neuron signed"
+            )
+        if any(not tensor.isfinite().all() for tensor in scores.values()):
+            raise NonFinite(f"the {name} scores contain a NaN or Inf; compute them again")
+    for key, wanted in SENSITIVITY.items():
+        if sensitivity.provenance.get(key, wanted) != wanted:
+            raise UserError(
+                f"the general scores have {key} '{sensitivity.provenance[key]}', but a fit needs '{wanted}'; "
+                f"score general text with --{key} {wanted}"
+            )
+    models = [(scores.provenance.get("model") or {}).get("fingerprint") for scores in (effect, sensitivity)]
+    shapes = [{name: tensor.shape for name, tensor in scores.items()} for scores in (effect, sensitivity)]
+    if models[0] != models[1] or shapes[0] != shapes[1]:
+        raise UserError("the general and undesired scores are of other models or sites; score both alike")
