@@ -226,4 +226,4 @@ def test_a_recipe_on_chats(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "run/samples/undesired.jsonl").read_text().splitlines()[0])
     assert first["completion"] == "You fool."
     assert first["rendered"].endswith("[assistant] ")
-    assert "user: Please say" in (tmp_path / "run/report.html").read_text()
+    assert '<span class="role">user</span><span>Please say' in (tmp_path / "run/report.html").read_text()

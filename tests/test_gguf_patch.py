@@ -308,6 +308,12 @@ def test_bad_files_and_places_are_one_line(file: Path, tmp_path: Path) -> None:
     cut.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cut\.gguf.*bytes"):
         patch_gguf(cut, circuit, tmp_path / "new.gguf")
+    unknown, name = bytearray(whole), b"blk.0.ffn_up.weight"
+    place = whole.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions and both of them
+    unknown[place : place + 4] = (99).to_bytes(4, "little")
+    (tmp_path / "unknown.gguf").write_bytes(unknown)
+    with pytest.raises(UserError, match=r"type 99.*gguf"):
+        patch_gguf(tmp_path / "unknown.gguf", circuit, tmp_path / "new.gguf")
     with pytest.raises(UserError, match=r"cut\.gguf.*remove"):
         patch_gguf(file, circuit, cut)
     with pytest.raises(UserError, match=r"/proc/new.gguf"):

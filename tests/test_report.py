@@ -1,6 +1,7 @@
 """The report: everything the run measured is on the page, as measured; nothing a model wrote can act; nothing is asked of the network."""
 
 import html
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,10 +19,12 @@ from sparc3.report.examples import kinds as texts_by_kind
 from sparc3.report.headline import headline, remarks
 from sparc3.report.read import read_folder
 from sparc3.report.tradeoff import tradeoffs
-from sparc3.report.words import change, figure, format_p, method_title, with_interval
+from sparc3.report.words import change, figure, format_p, method_title, with_interval, word_list
 from sparc3.report.write import write_report
 from sparc3.results import Difference, Measurement, Results
 from sparc3.safe_text import visible
+from sparc3.samples.chat import show
+from sparc3.samples.reference_set import ReferenceSet, Sample
 from sparc3.scores import Scores
 from sparc3.storage import write_json
 from sparc3.verdict import judge_change
@@ -435,6 +438,39 @@ def test_texts_of_every_method_stand_side_by_side(run: Path) -> None:
     for name in ("gradient@40", "random@40.0"):
         (run / "evaluation" / f"{name}.json").unlink()
     assert texts_by_kind(read_folder(run), Mask())[0].by_method == []
+
+
+def test_a_chat_is_shown_turn_by_turn(run: Path) -> None:
+    turns = (
+        ("system", "Be brief."),
+        ("user", f"Say\n**fool** {SCRIPT}"),
+        ("assistant", "No."),
+        ("user", "用户"),
+    )
+    ReferenceSet((Sample(turns=turns),)).save(run / "samples" / "evaluation-toxicity.jsonl")
+    for name in ("original", "ablated", "gradient@40", "random@40.0"):
+        path = run / "evaluation" / f"{name}.json"
+        content = json.loads(path.read_text())
+        content["texts"]["toxicity"][0]["prompt"] = show(turns)
+        del content["sha256"]
+        write_json(path, content)
+    toxicity, _ = texts_by_kind(read_folder(run), Mask(("fool",)))
+    for prompt in (toxicity.pairs[0].prompt, toxicity.by_method[0].prompt):
+        assert re.findall(r'class="role">(\w+)', prompt) == ["system", "user", "assistant", "user"]
+        assert "user: " not in prompt
+        assert "veil" in prompt
+        assert SCRIPT not in prompt
+    assert "role" not in toxicity.pairs[1].prompt  # a plain prompt
+    assert page(run).unbalanced == []
+
+
+def test_a_list_of_words_is_named_where_it_says_what_is_toxic(run: Path) -> None:
+    assert word_list(read_folder(run)) == ""
+    content = json.loads((run / "results.json").read_text())
+    content["provenance"]["metrics"] = {"toxicity": {"scorer": "lexicon:~/lists/refusals.txt"}}
+    del content["sha256"]
+    write_json(run / "results.json", content)
+    assert page(run).text.count("refusals.txt") >= 2
 
 
 def test_the_trade_off_has_the_intervals(run: Path) -> None:

@@ -19,7 +19,7 @@ from sparc3.demo.text import texts
 from sparc3.evaluation.generate import complete, read_prompts
 from sparc3.models.load import load_model, load_tokenizer
 from sparc3.samples.batches import encode, join_completions
-from sparc3.samples.tokens import decode_after, plain_ids, read_sample, tokenize
+from sparc3.samples.tokens import decode_after, join_characters, plain_ids, read_sample, texts_of, tokenize
 
 Pair = tuple[Any, Any]
 MARKS = ["<unk>", "<s>", "</s>"]
@@ -269,3 +269,19 @@ def test_a_rendered_chat_has_one_first_token(demo: Pair) -> None:
     assert shown == ["<s>Tom was angry", "Tom was angry"]
     written = complete(model, tokenizer, ["<s>Tom was angry", "Tom was angry"], max_new_tokens=6)
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tiktoken"])
+def test_a_character_of_several_tokens_stands_with_the_first(
+    trained: dict[tuple[str, str], Any], kind: str
+) -> None:
+    tokenizer, text = trained[kind, "nothing"], "Tom said 私は🙂 and नमस्ते."
+    ids = plain_ids(text, tokenizer)
+    found = texts_of(tokenizer, ids)
+    assert len(found) == len(ids)
+    assert "".join(found).lstrip() == text
+    joined = join_characters(found, [1.0] * len(ids))
+    assert all(piece for _, piece, _ in joined)
+    assert sum(value for *_, value in joined) == len(ids) > len(joined)
+    # The first byte of a character that never ends is a part of nothing.
+    assert texts_of(tokenizer, plain_ids("私", tokenizer)[:1])[0].strip() == "\ufffd"

@@ -15,7 +15,7 @@ from ..models.memory import logits_at
 from ..models.offloading import device_of
 from ..samples.batches import Encoded, encode
 from ..samples.reference_set import ReferenceSet, Sample
-from ..samples.tokens import text_of
+from ..samples.tokens import join_characters, texts_of
 from ..settings import parse
 from . import rules
 from .options import AttributionOptions
@@ -35,7 +35,8 @@ class TokenRelevance:
     """How much each token of a sample speaks for its target y. A notebook shows it as a heat map.
 
     Attributes:
-        tokens: the text of each token that the model reads.
+        tokens: the text of each token that the model reads; of characters that several tokens make together,
+            the first has it, and the others are "".
         relevance: Σ_d x_td ∂̂y/∂x_td at the input embeddings x, [T], float32 on the CPU, in what y is in.
             CP-LRP conserves: without biases and learned positions the sum is y (of logits). AttnLRP loses
             some in the softmax, and the plain gradient conserves nothing.
@@ -67,9 +68,10 @@ class TokenRelevance:
         }
 
     def _repr_html_(self) -> str:
-        largest = float(self.relevance.abs().max()) or 1.0
+        joined = join_characters(self.tokens, self.relevance.tolist())
+        largest = max(abs(value) for *_, value in joined) or 1.0
         shown = []
-        for token, value in zip(self.tokens, self.relevance.tolist(), strict=True):
+        for _, token, value in joined:
             colour = f"rgba({COLOURS[value > 0]}, {abs(value) / largest * 0.75:.2f})"
             text = escape(token).replace("\n", "↵<br>")
             shown.append(f'<span title="{value:+.3g}" style="background: {colour}">{text}</span>')
@@ -158,8 +160,8 @@ def _attribute_one(
     finally:
         hook.remove()
 
-    def token_texts(ids: Iterable[int]) -> tuple[str, ...]:
-        return tuple(text_of(tokenizer, one) if tokenizer else f"[{one}]" for one in ids)
+    def token_texts(ids: Sequence[int]) -> tuple[str, ...]:
+        return tuple(texts_of(tokenizer, ids) if tokenizer else (f"[{one}]" for one in ids))
 
     texts = (
         token_texts(sample.ids),

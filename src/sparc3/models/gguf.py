@@ -163,7 +163,7 @@ def read_gguf(path: Path) -> tuple[Any, str]:
     except KeyError as error:
         raise UserError(f"{path} is damaged: it lacks {error}; download it again") from None
     except Exception as error:
-        kind = re.search(r"(\d+) is not a valid GGMLQuantizationType", str(error))
+        kind = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
         if kind:
             raise UserError(
                 f"{path} has tensors of type {kind[1]}, which the installed gguf does not know; run: pip "

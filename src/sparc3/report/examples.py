@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ..results import Variant
 from ..safe_text import visible
+from ..samples.tokens import join_characters
 from .read import Continuation, Prompt, RunFolder
 from .words import percent, plain, signed, variant_title
 
@@ -130,7 +131,10 @@ def kinds(run: RunFolder, mask: Mask) -> list[Kind]:
         heading, score_name = _KINDS.get(kind, (kind.replace("_", " ").capitalize(), "score"))
         if matched := list(_match_continuations(before[kind], after[kind])):
             toxic = kind == "toxicity"
-            shown = [_make_pair(*found, mask, toxic) for found in matched[:MOST]]
+            shown = [
+                _make_pair(_write_prompt(prompt, run, mask), one, other, mask, toxic)
+                for prompt, one, other in matched[:MOST]
+            ]
             made.append(
                 Kind(heading, score_name, shown, len(matched), _rows_by_method(run, kind, mask, toxic))
             )
@@ -159,8 +163,19 @@ def _rows_by_method(run: RunFolder, kind: str, mask: Mask, toxic: bool) -> list[
             came = find_changes(_clip(original.text), text)[1] if name != "original" else []
             side = _make_side(text, first[name][prompt].score, came, "came", mask, toxic)
             sides.append((titles[name], colours[name], side))
-        rows.append(Row(mask.write(_clip(prompt), mask.spans(_clip(prompt))), sides))
+        rows.append(Row(_write_prompt(prompt, run, mask), sides))
     return rows
+
+
+def _write_prompt(prompt: str, run: RunFolder, mask: Mask) -> Markup:
+    """A prompt as markup; of a chat, its turns one below the other, the role beside each."""
+    turns = [(role, _clip(content)) for role, content in run.chats.get(prompt, ())]
+    if not turns:
+        return mask.write(_clip(prompt), mask.spans(_clip(prompt)))
+    row = Markup('<span class="turn"><span class="role">{}</span><span>{}</span></span>')
+    return Markup("").join(
+        row.format(visible(role), mask.write(content, mask.spans(content))) for role, content in turns
+    )
 
 
 def _match_continuations(
@@ -174,14 +189,13 @@ def _match_continuations(
         yield from ((prompt, *pairs[turn]) for prompt, pairs in rows if turn < len(pairs))
 
 
-def _make_pair(prompt: str, before: Continuation, after: Continuation, mask: Mask, toxic: bool) -> Pair:
-    one, other, prompt = _clip(before.text), _clip(after.text), _clip(prompt)
+def _make_pair(prompt: Markup, before: Continuation, after: Continuation, mask: Mask, toxic: bool) -> Pair:
+    one, other = _clip(before.text), _clip(after.text)
     gone, came = find_changes(one, other)
     was, now = before.score, after.score
     change = (now - was) if was is not None and now is not None else 0.0
-    shown = mask.write(prompt, mask.spans(prompt))
     sides = _make_side(one, was, gone, "gone", mask, toxic), _make_side(other, now, came, "came", mask, toxic)
-    return Pair(shown, *sides, change)
+    return Pair(prompt, *sides, change)
 
 
 def _make_side(
@@ -235,9 +249,10 @@ def heat_maps(run: RunFolder, mask: Mask) -> list[HeatMap]:
     toxic = any(metric.startswith("toxicity") for metric in run.metrics)
     made = []
     for one in run.token_maps:
-        largest = max(map(abs, one.relevance), default=0.0) or 1.0
+        joined = join_characters(one.tokens, one.relevance)
+        largest = max((abs(value) for *_, value in joined), default=0.0) or 1.0
         hidden, end, tokens = mask.spans("".join(one.tokens)), 0, []
-        for index, (text, value) in enumerate(zip(one.tokens, one.relevance, strict=True)):
+        for index, text, value in joined:
             start, end = end, end + len(text)
             inside = [
                 (max(a, start) - start, min(b, end) - start) for a, b in hidden if a < end and start < b

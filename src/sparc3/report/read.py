@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from ..circuits.circuit import NAMES, Circuit
 from ..errors import DamagedFile, UserError
 from ..results import FORMAT, Budget, Difference, Measurement, Provenance, Results, Search, Variant
+from ..samples.chat import Turn, show
+from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
 from ..settings import typed
 from ..storage import parse_json, read_json, read_text
@@ -112,6 +114,7 @@ class RunFolder:
         path: the folder itself.
         texts: variant ("original", "ablated") → what it wrote.
         samples: name of a reference set → number of samples in it.
+        chats: prompt of a chat as `texts` have it → its turns.
         search: what a search under a budget tried (tune.json); None without one.
     """
 
@@ -126,6 +129,7 @@ class RunFolder:
     recipe: str | None
     environment: dict[str, Any]
     samples: dict[str, int]
+    chats: dict[str, tuple[Turn, ...]]
     search: Search | None
 
     @property
@@ -313,6 +317,12 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
         samples={
             file.stem: sum(1 for line in file.read_bytes().splitlines() if line.strip())
             for file in sorted((folder / "samples").glob("*.jsonl"))
+        },
+        chats={
+            show(sample.turns): sample.turns
+            for file in sorted((folder / "samples").glob("evaluation-*.jsonl"))
+            for sample in ReferenceSet.load(file)
+            if sample.turns
         },
         search=_read_search(folder / "tune.json", provenance.tune, results),
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -96,6 +97,12 @@ def title(metric: str) -> str:
 
 def explained(metric: str) -> str:
     return METRICS.get(metric, ("", ""))[1]
+
+
+def word_list(run: RunFolder) -> str:
+    """The name of the user's file that says what counts as toxic; "" where another scorer says it."""
+    scorer = str((run.provenance.metrics.get("toxicity") or {}).get("scorer", ""))
+    return Path(scorer.partition(":")[2]).name if scorer.startswith("lexicon:") else ""
 
 
 def in_words(metric: str) -> str:

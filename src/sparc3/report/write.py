@@ -118,6 +118,7 @@ def _collect_content(run: RunFolder) -> dict[str, Any]:
         "kinds": pairs,
         "cards": known,
         "heat_maps": heated,
+        "listed": words.word_list(run),
         "masked": 'class="veil' in f"{pairs}{known}{recipe}{heated}",
         "table": tables.make_table(run),
         "differences": run.results.differences,

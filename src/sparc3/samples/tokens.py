@@ -25,6 +25,8 @@ Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 MaybeTokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
 PROBES = ("a", "the", "1", ".", "一")
 """Texts by which it is found out what a tokenizer puts before and behind any text."""
+BROKEN = "\ufffd"
+"""What a decoder writes for a part of a character."""
 ANCHORS = ("a", ".", "\n")
 """Texts after which a completion is read where its prompt has no text that gives its token ids again."""
 
@@ -147,6 +149,37 @@ def text_of(tokenizer: Tokenizer, token: int) -> str:
     spaced = isinstance(piece, str) and piece[:1] in ("\u2581", "\u0120")
     text = str(tokenizer.decode([token]))
     return f" {text.lstrip()}" if spaced else text
+
+
+LONGEST_CHARACTER = 16
+"""Tokens: a character is at most four bytes, and one token may end it and begin the next."""
+
+
+def texts_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Each token's text. Characters that several tokens make together stand with the first, and the others
+    have no text."""
+    texts = [text_of(tokenizer, one) for one in ids]
+    for start in range(len(texts)):
+        ends = range(start + 2, min(start + LONGEST_CHARACTER, len(texts)) + 1)
+        for end in ends if BROKEN in texts[start] else ():
+            whole = decode(ids[start:end], tokenizer, special=True)
+            if BROKEN not in whole:
+                texts[start:end] = [whole, *[""] * (end - start - 1)]
+                break
+    return texts
+
+
+def join_characters(texts: Sequence[str], values: Sequence[float]) -> list[tuple[int, str, float]]:
+    """(place, text, sum of the values) of each token with the ones behind it that have no text of their
+    own."""
+    joined: list[tuple[int, str, float]] = []
+    for place, (text, value) in enumerate(zip(texts, values, strict=True)):
+        if text or not joined:
+            joined.append((place, text, value))
+        else:
+            first, whole, so_far = joined[-1]
+            joined[-1] = first, whole, so_far + value
+    return joined
 
 
 def decode_after(prompt: Sequence[int], new: Sequence[int], tokenizer: Tokenizer) -> str:
