@@ -24,7 +24,7 @@ END = "<|endoftext|>"
 
 
 def recipe(model: str, calibration: Path, text: Path, fractions: list[float]) -> dict[str, Any]:
-    content = load_recipe("demo-compress").resolved()
+    content = load_recipe("demo-compress").resolve()
     content["name"] = f"compress-on-{text.stem}"
     content["model"]["id"] = model
     content["references"]["general"] |= {"source": str(calibration), "count": CALIBRATION}

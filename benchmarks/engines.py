@@ -14,7 +14,7 @@ from pathlib import Path
 from sparc3 import load_model
 from sparc3.evaluation.engines import LlamaCpp
 from sparc3.evaluation.evaluate import measure, prepare
-from sparc3.evaluation.generate import writes_with
+from sparc3.evaluation.generate import use_engine
 from sparc3.evaluation.metrics import parse_metrics
 from sparc3.evaluation.statistics import measurement
 from sparc3.models.gguf import find_gguf
@@ -42,7 +42,7 @@ def main() -> None:
             if name == "transformers":
                 found = measure(model, tokenizer, prepared, name)
             else:
-                with writes_with(engine.write):
+                with use_engine(engine.write):
                     found = measure(model, tokenizer, prepared, name)
             spent = time.process_time() - processor
             first = " (loads)" if number == 0 else ""

@@ -24,7 +24,7 @@ from sparc3.attribution.activations import capture
 from sparc3.circuits.select import parse_scope
 from sparc3.evaluation.evaluate import prepare
 from sparc3.evaluation.metrics import PerplexitySettings
-from sparc3.evaluation.perplexity import negative_log_likelihoods, windows_of
+from sparc3.evaluation.perplexity import make_windows, negative_log_likelihoods
 from sparc3.evaluation.statistics import Evaluation, Observations, difference, measurement
 from sparc3.experiment.prune_sequentially import BATCH_TOKENS, capture_layer_inputs
 from sparc3.models.load import context_length, vocabulary_size
@@ -98,7 +98,7 @@ def prune_(model: object, tokenizer: object, samples: ReferenceSet, recipe: Comp
                     pruned(site.weight, hessian, fraction=fractions[0] if fractions else 0.0, groups=groups)
                 )
         for flow in flows:
-            flow.hidden = flow.through(layer)
+            flow.hidden = flow.run_layer(layer)
         print(f"layer {index}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
@@ -117,7 +117,7 @@ def hessians(layer: object, here: dict[str, Site], flows: Sequence[object]) -> d
 
     for flow in flows:
         with capture(read, flow.batch.mask(), add):
-            flow.through(layer)
+            flow.run_layer(layer)
     return sums
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(recipe.model.id, dtype="float32", device="cpu")
     texts = prepare("perplexity", settings, model, tokenizer).samples
-    windows = windows_of(texts, tokenizer, settings, context_length(model))[: args.blocks]
+    windows = make_windows(texts, tokenizer, settings, context_length(model))[: args.blocks]
     others = dict(beside(args.folder, args.blocks))
     if any(len(o.sums) != len(windows) for o in others.values()):
         parser.error(f"{args.folder} was measured on other text, or on fewer than {args.blocks} blocks")
@@ -160,7 +160,7 @@ def main() -> None:
     measured = [measurement(o, name) for name, o in {**others, "sparsegpt": found}.items()]
     differences = [difference(o, found, name, "sparsegpt") for name, o in others.items()]
     about = {
-        "recipe": recipe.resolved(),
+        "recipe": recipe.resolve(),
         "zeros": [min(zeros), max(zeros)],
         "nll": {**{n: o.sums for n, o in others.items()}, "sparsegpt": nll},
     }

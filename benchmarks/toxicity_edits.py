@@ -166,7 +166,7 @@ def gains(model: Any, receive: Callable[[str, Tensor, Tensor], None]) -> Iterato
             if a.requires_grad:
                 a.register_hook(lambda g: receive(name, a.detach(), g))
 
-        hooks.append(downs[site.mlp].hooked.register_forward_pre_hook(watch))
+        hooks.append(downs[site.mlp].hook_module.register_forward_pre_hook(watch))
     try:
         yield
     finally:
@@ -222,7 +222,7 @@ def outputs_and_states(model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
     largest: dict[str, list[Tensor]] = {}
     mask = torch.ones(())
     hooks = [
-        site.hooked.register_forward_hook(
+        site.hook_module.register_forward_hook(
             lambda _, __, out, name=site.name: largest.setdefault(name, []).append(
                 out.masked_fill(~mask[..., None], -torch.inf).amax(1)
             )
@@ -373,7 +373,7 @@ class Edits:
     def without_direction(self, share: float) -> Iterator[None]:
         """The difference of means at the layer of two thirds of the depth, projected out of attn.o and mlp.down."""
         r = self.direction[2 * len(self.direction) // 3]
-        writers = [site.stored for site in sites_of(self.model, ("attn.o", "mlp.down"))]
+        writers = [site.stored_weight for site in sites_of(self.model, ("attn.o", "mlp.down"))]
         kept = [weight.clone() for weight in writers]
         try:
             for weight in writers:

@@ -16,7 +16,7 @@ from tiny import CONFIGS, samples, tiny  # noqa: E402
 
 from sparc3.doctor import checks  # noqa: E402
 from sparc3.doctor.checks import relevance_ledger  # noqa: E402
-from sparc3.doctor.second_opinion import all_sites, exact_copy, flows  # noqa: E402
+from sparc3.doctor.second_opinion import all_sites, exact_copy, record_flows  # noqa: E402
 from sparc3.models.families import FAMILIES, Family  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -39,7 +39,7 @@ def table() -> str:
 def row(kind: str, family: Family) -> str:
     figures = [measured(name) for name, (own, _) in CONFIGS.items() if own == kind]
     gap, difference = (max(column) for column in zip(*figures, strict=True))
-    up, out = (f"`{family.listed(role)}`" for role in ("mlp.up", "attn.o"))
+    up, out = (f"`{family.describe_role(role)}`" for role in ("mlp.up", "attn.o"))
     return f"| `{kind}` | {family.models} | {up} | {out} | {gap:.0e} | {difference:.0e} |"
 
 
@@ -47,7 +47,7 @@ def measured(name: str) -> tuple[float, float]:
     """(largest gap of the ledger, relative to its largest part; difference of AttnLRP from the second
     opinion) of a tiny model."""
     model = exact_copy(tiny(name))
-    seen = flows(model, samples()[0], all_sites(model))
+    seen = record_flows(model, samples()[0], all_sites(model))
     difference, _, _ = checks.attnlrp_agrees(model, samples(), seen)
     return max(relevance_ledger(model, ids).gap for ids in samples()), difference
 

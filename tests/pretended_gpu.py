@@ -113,7 +113,7 @@ if __name__ == "__main__":
     model = placed(sys.argv[1], mode, sys.argv[2])
     torch.tensor = on_device(torch.tensor)
     torch.Tensor.__bool__ = lambda value: True  # everything is finite
-    Site.quantised = property(lambda site: False)  # which the class of a tensor without content looks like
+    Site.is_quantised = property(lambda site: False)  # which the class of a tensor without content looks like
     warnings.simplefilter("ignore")
     with mode:
         print(

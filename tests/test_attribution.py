@@ -16,7 +16,7 @@ from unchanged import fingerprint, require_same
 from sparc3.attribution.attribute import attribute
 from sparc3.attribution.methods import settings_for
 from sparc3.attribution.options import AttributionOptions
-from sparc3.attribution.patching import frozen, lrp_rules
+from sparc3.attribution.patching import freeze, lrp_rules
 from sparc3.attribution.relevance import target_of
 from sparc3.attribution.sums import Settings, Sums
 from sparc3.cli.stage_commands import OPTIONS
@@ -96,7 +96,7 @@ def test_every_weight_agrees_with_explicit_propagation(name: str, method: str) -
         )
     assert float(logit.detach()) == pytest.approx(found.logit, rel=1e-12)
     for site, grad in zip(sites, grads, strict=True):
-        mine = grad if grad is None or site.expert is None else site.of(grad[site.expert].T).T
+        mine = grad if grad is None or site.expert is None else site.select_features(grad[site.expert].T).T
         relevance = torch.zeros_like(site.weight) if mine is None else site.weight.detach() * mine
         assert distance(relevance, found.weights[site.name]) < 1e-8, site.name
 
@@ -333,14 +333,14 @@ def test_the_rules_leave_nothing_behind(name: str, cp: bool) -> None:
     untouched, values, theirs = fingerprint(other), model.eval()(ids).logits, other(ids).logits
     model.train()
     model.get_submodule(family_of(model).layers)[0].eval()
-    with frozen(model), lrp_rules(model, cp=cp):
+    with freeze(model), lrp_rules(model, cp=cp):
         require_same(fingerprint(other), untouched)
         assert torch.equal(other(ids).logits, theirs)
         assert torch.equal(model(ids).logits, values)
-        with frozen(model), lrp_rules(model, cp=not cp):
+        with freeze(model), lrp_rules(model, cp=not cp):
             assert torch.equal(model(ids).logits, values)
     require_same(fingerprint(model), before)
-    with pytest.raises(ZeroDivisionError), frozen(model), lrp_rules(model, cp=cp):
+    with pytest.raises(ZeroDivisionError), freeze(model), lrp_rules(model, cp=cp):
         raise ZeroDivisionError
     require_same(fingerprint(model), before)
     require_same(fingerprint(other), untouched)
@@ -509,7 +509,9 @@ def test_attribute_the_recipe_and_the_command_line_share_one_list_of_options() -
     assert {*OPTIONS, "truncate"} == set(options)
     assert CorrectRecipe.model_fields["attribution"].annotation is AttributionOptions
     # Shard files and their fingerprints hold these names; batches, truncation and sites are not among them.
-    settings = asdict(Settings.of(AttributionOptions(sites=("attn.o",), batch_tokens=7, truncate=True)))
+    settings = asdict(
+        Settings.from_options(AttributionOptions(sites=("attn.o",), batch_tokens=7, truncate=True))
+    )
     assert settings == asdict(
         Settings("lrp", "neuron", "predicted", "abs", "mean", gradient_checkpointing="auto")
     )

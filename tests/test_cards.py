@@ -9,7 +9,7 @@ from tiny import tiny
 from unchanged import fingerprint, require_same
 
 from sparc3 import Circuit
-from sparc3.experiment.neuron_cards import _through_final_norm, make_cards
+from sparc3.experiment.neuron_cards import _apply_final_norm, make_cards
 from sparc3.models.sites import sites_of
 from sparc3.report.cards import cards
 from sparc3.report.examples import Mask
@@ -110,7 +110,7 @@ def test_the_final_norm_is_folded_in_as_the_model_applies_it(name: str) -> None:
     """A small step of the last hidden state along the column moves the logits as the folded column says, up to the norm's scale."""
     model = tiny(name)
     column = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    folded = _through_final_norm(model, column.float()).double()
+    folded = _apply_final_norm(model, column.float()).double()
     head = model.get_output_embeddings()
     assert folded.shape[0] == head.weight.shape[1]
     if name == "opt-350m":  # no final norm, but a projection

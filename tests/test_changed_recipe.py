@@ -11,7 +11,7 @@ import pytest
 
 from sparc3 import Circuit, Results, UserError, load_model, load_recipe, run
 from sparc3.experiment import measure
-from sparc3.experiment.run_folder import changed_keys
+from sparc3.experiment.run_folder import list_changed_keys
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -213,7 +213,7 @@ def test_no_resume_refuses_a_changed_recipe_too(folder: Path) -> None:
 def test_keys_that_changed() -> None:
     one = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
     other = {"a": {"b": 1, "c": [1]}, "e": 1}
-    assert list(changed_keys(one, other)) == ["a.c", "d", "e"]
+    assert list(list_changed_keys(one, other)) == ["a.c", "d", "e"]
 
 
 def test_a_recipe_that_is_refused_leaves_a_finished_run_as_it_was(folder: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sparc3 import ReferenceSet, Sample, UserError, attribute, evaluate, run
-from sparc3.evaluation.perplexity import _window
+from sparc3.evaluation.perplexity import _make_window
 from sparc3.models.load import load_model
-from sparc3.samples.chat import turns_of
+from sparc3.samples.chat import parse_turns
 from sparc3.samples.sources import Request, gather
 from sparc3.samples.tokens import read_sample
 
@@ -63,7 +63,7 @@ def chatty() -> tuple[Any, Any]:
     ],
 )
 def test_the_shapes_of_data_sets(row: dict[str, Any], answer: str, completion: str | None) -> None:
-    assert turns_of(row, answer, "line 1") == (ASKED, completion)
+    assert parse_turns(row, answer, "line 1") == (ASKED, completion)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_fluency_reads_an_answer_after_the_rendered_prompt(chatty: tuple[Any, An
     _, tokenizer = chatty
     whole = tokenizer("<s>[user] Who is angry?\n[assistant] Tom is.", add_special_tokens=False)["input_ids"]
     answer = read_sample(Sample(turns=ASKED, completion="Tom is."), tokenizer).completion
-    assert _window(tokenizer, Sample(turns=ASKED), "Tom is.", 100) == (tuple(whole), len(answer))
+    assert _make_window(tokenizer, Sample(turns=ASKED), "Tom is.", 100) == (tuple(whole), len(answer))
 
 
 def test_a_recipe_on_chats(tmp_path: Path) -> None:

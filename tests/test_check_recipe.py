@@ -255,4 +255,4 @@ def test_an_interruption_promises_what_the_command_does(
     asked = ("--samples", tmp_path / "s.jsonl") if command == "attribute" else ("--metrics", "sparsity")
     code, _, said = sparc3(command, "demo", *asked, "--out", tmp_path / "out")
     assert code == 130
-    assert ("anew" in said) != resumes
+    assert ("starts again" in said) != resumes

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import CONFIGS, tiny
 
 from sparc3 import Circuit, UserError, ablate_, ablated, attribute, export, load_model, select
-from sparc3.checkpoints.shrink import furthest, plan_shrinking
+from sparc3.checkpoints.shrink import plan_shrinking, relative_logit_difference
 from sparc3.errors import Sparc3Error
 from sparc3.models.families import FAMILIES
 from sparc3.models.load import load_weights
@@ -226,7 +226,7 @@ def test_shrinking_from_memory_and_in_sixteen_bits(dtype: torch.dtype, tmp_path:
         export(model, tokenizer, circuit, tmp_path / "out", shrink=True), dtype=str(dtype)[6:]
     )
     assert small.config.intermediate_size == 22
-    assert furthest(small, model) > 0.02, (
+    assert relative_logit_difference(small, model) > 0.02, (
         "a check that cannot tell these neurons from none would pass anything"
     )
 

@@ -294,7 +294,7 @@ def test_overlap_stands_beside_chance() -> None:
     one = Circuit("neuron", {"a": tuple(range(10))}, MODEL, {"sizes": sizes})
     other = Circuit("neuron", {"a": tuple(range(5, 15)), "b": tuple(range(10))}, MODEL, {"sizes": sizes})
     found = overlap(one, other)
-    assert (found.one, found.other, found.both, found.either, found.units) == (10, 20, 5, 25, 100)
+    assert (found.first, found.second, found.both, found.either, found.units) == (10, 20, 5, 25, 100)
     assert (found.jaccard, found.expected, found.enrichment) == (0.2, 2.0, 2.5)
     assert found.enrichment_in_sites == 5 / (10 * 10 / 50)
     bare = overlap(Circuit("neuron", {"a": (1,)}), Circuit("neuron", {"a": (1,)}))
@@ -586,11 +586,11 @@ def test_a_folder_of_tasks_is_read_and_a_changed_task_is_another_measurement(
     assert fake_harness["include_path"] == str(tmp_path)
     assert fake_harness["task_manager"] is not None
     (settings,) = parse_metrics(asked).values()
-    before = settings.described()
+    before = settings.describe()
     (tmp_path / "rte.yaml").write_text("task: rte\nnum_fewshot: 1\n")
-    assert settings.described() != before
+    assert settings.describe() != before
     (plain,) = parse_metrics({"harness": {"tasks": ["rte"]}}).values()
-    assert "tasks_dir" not in plain.described(), "as it was before there were folders: old runs resume"
+    assert "tasks_dir" not in plain.describe(), "as it was before there were folders: old runs resume"
     nowhere = tmp_path / "nowhere"
     said = mistake(
         *("evaluate", "demo", "--metrics", "harness", "--out", tmp_path / "r.json"),

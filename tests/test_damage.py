@@ -185,7 +185,7 @@ def test_a_damaged_recipe_is_a_recipe_or_refused(tmp_path: Path) -> None:
         accepted += found is not None
         if found is not None:
             again = load_recipe(yaml.safe_load(found.to_yaml()))
-            assert again.resolved() == found.resolved()
+            assert again.resolve() == found.resolve()
     assert accepted < EACH / 2
 
 
@@ -283,11 +283,11 @@ def test_the_fingerprint_tells_what_a_configuration_computes(
 def test_the_fingerprint_tells_kinds_of_rotary_positions_apart() -> None:
     from types import SimpleNamespace
 
-    from sparc3.models.fingerprint import _figures
+    from sparc3.models.fingerprint import _config_figures
 
     def figures(**rope: Any) -> dict[str, Any]:
         config = SimpleNamespace(to_dict=lambda: {"rope_parameters": {"rope_theta": 1e4, **rope}})
-        return _figures(SimpleNamespace(get_text_config=lambda: config))
+        return _config_figures(SimpleNamespace(get_text_config=lambda: config))
 
     made = [
         figures(),

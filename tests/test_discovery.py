@@ -10,10 +10,10 @@ import pytest
 
 from sparc3 import Circuit, Results, Sparc3Error, UserError, ablated, load_recipe, run
 from sparc3.evaluation.statistics import Evaluation, Observations
-from sparc3.experiment.discover import curve_areas, mean_of, measure_stability
+from sparc3.experiment.discover import curve_areas, mean_metric, measure_stability
 from sparc3.results import find_sparsest
 from sparc3.samples import agreement_sentences
-from sparc3.samples.ioi_sentences import sentences, split_of
+from sparc3.samples.ioi_sentences import choose_split, sentences
 from sparc3.samples.reference_set import ReferenceSet
 from sparc3.samples.sources import Request, gather
 
@@ -42,9 +42,9 @@ def test_a_failed_prompt_counts_in_no_mean() -> None:
     seen = Observations(
         "ioi.accuracy", "test", "share", "higher", (1.0, None, 1.0, 0.0), (1.0,) * 4, failures=1
     )
-    assert mean_of(Evaluation("lrp@1", (seen,)), "ioi.accuracy") == pytest.approx(2 / 3)
+    assert mean_metric(Evaluation("lrp@1", (seen,)), "ioi.accuracy") == pytest.approx(2 / 3)
     with pytest.raises(Sparc3Error):
-        mean_of(Evaluation("lrp@1", (replace(seen, sums=(None,) * 4),)), "ioi.accuracy")
+        mean_metric(Evaluation("lrp@1", (replace(seen, sums=(None,) * 4),)), "ioi.accuracy")
 
 
 def test_areas_by_hand() -> None:
@@ -216,7 +216,7 @@ def test_ioi_sentences_keep_splits_apart_and_name_the_receiver() -> None:
     }
     for split, samples in made.items():
         for sample in samples:
-            assert split_of(sample.text) == split
+            assert choose_split(sample.text) == split
             giver = sample.text.split(" gave ")[0].split()[-1]
             assert sample.contrast == f" {giver}"
             assert sample.target.strip() in sample.text.removesuffix("to")
@@ -243,7 +243,7 @@ def test_agreement_sentences_ask_for_the_verb_of_the_subjects_number() -> None:
             f" {verb}" for pair in agreement_sentences.VERBS for verb in pair
         }
         for number, (sample, (target, contrast)) in enumerate(zip(samples, verbs, strict=True)):
-            assert agreement_sentences.split_of(sample.text) == split
+            assert agreement_sentences.choose_split(sample.text) == split
             words = sample.text.split()
             subject = next(w for w in words if w.removesuffix("s") in agreement_sentences.SUBJECTS)
             plural = subject.endswith("s")

@@ -8,7 +8,7 @@ import torch
 from unchanged import fingerprint, require_same
 
 from sparc3 import Circuit, UserError, ablated, evaluate
-from sparc3.evaluation.evaluate import to_results
+from sparc3.evaluation.evaluate import make_results
 from sparc3.evaluation.perplexity import kl_per_token
 from sparc3.evaluation.statistics import Evaluation, Observations, detectable_change
 
@@ -70,7 +70,7 @@ def test_power_by_hand() -> None:
 
 def test_the_effect_net_of_the_null_is_a_difference() -> None:
     evaluations = [_seen("original", 1.0, 1.0), _seen("random@3", 1.0, 0.5), _seen("ablated", 0.0, 0.5)]
-    found = to_results(evaluations, {}, beside=["random@3"]).difference(
+    found = make_results(evaluations, {}, baselines=["random@3"]).difference(
         "toxicity.mean", "ablated", "random@3"
     )
     assert found.value == pytest.approx(-0.5)

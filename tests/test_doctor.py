@@ -17,7 +17,7 @@ from sparc3.attribution import patching, rules
 from sparc3.doctor import examine as whole
 from sparc3.doctor.checks import Finding
 from sparc3.doctor.examine import Specimen, shrink_config
-from sparc3.doctor.second_opinion import exact_copy, flows
+from sparc3.doctor.second_opinion import exact_copy, record_flows
 from sparc3.errors import UnsupportedModel
 from sparc3.models.families import FAMILIES
 from sparc3.models.sites import sites_of
@@ -156,7 +156,7 @@ def test_families_pass_and_are_left_as_they_were(name: str) -> None:
     model = tiny(name, dtype=torch.float32)
     before = fingerprint(model)
     found = whole.examine_specimen(Specimen(model, samples(3), ()))
-    assert not found.failed, found.failed
+    assert not found.failures, found.failures
     require_same(fingerprint(model), before)
     figures = [finding.value for finding in found.findings if finding.passed]
     assert len(figures) == 6
@@ -170,8 +170,8 @@ def test_a_wrong_share_of_the_attention_is_found(monkeypatch: pytest.MonkeyPatch
             rules.scale_relevance(x, share) for x, share in zip(query_key_value, shares, strict=True)
         )
 
-    monkeypatch.setattr(patching, "_shared_out", shared)
-    assert [finding.name for finding in examined().failed] == [
+    monkeypatch.setattr(patching, "_share_out", shared)
+    assert [finding.name for finding in examined().failures] == [
         "AttnLRP equals its rules on torch's functions"
     ]
 
@@ -179,20 +179,20 @@ def test_a_wrong_share_of_the_attention_is_found(monkeypatch: pytest.MonkeyPatch
 def test_relevance_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = patching._gain
     monkeypatch.setattr(patching, "_gain", lambda norm, family: 1.001 * plain(norm, family))
-    assert "CP-LRP's ledger adds up to the logit" in [finding.name for finding in examined().failed]
+    assert "CP-LRP's ledger adds up to the logit" in [finding.name for finding in examined().failures]
 
 
 def test_a_changed_forward_value_and_a_lasting_change_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = rules.rms_norm
     monkeypatch.setattr(rules, "rms_norm", lambda x, norm, gain, eps: plain(x, norm, gain, eps) * (1 + 1e-6))
-    assert "forward values are the same under the rules" in [finding.name for finding in examined().failed]
+    assert "forward values are the same under the rules" in [finding.name for finding in examined().failures]
     monkeypatch.undo()
 
     def forgetful(model: Any) -> None:
         norm = model.model.norm
         norm.register_forward_hook(lambda *_: norm.__dict__.update(last=object()))
 
-    restored = next(finding for finding in examined(change=forgetful).failed if "restored" in finding.name)
+    restored = next(finding for finding in examined(change=forgetful).failures if "restored" in finding.name)
     assert "model.norm" in restored.note
 
 
@@ -224,7 +224,7 @@ def test_no_figure_and_nan_do_not_pass() -> None:
 def test_second_opinion_leaves_the_model_alone_and_knows_no_names() -> None:
     model = exact_copy(tiny("gpt2", dtype=torch.float32))
     before = fingerprint(model)
-    seen = flows(model, samples()[0], sites_of(model, ("mlp.up", "attn.o")))
+    seen = record_flows(model, samples()[0], sites_of(model, ("mlp.up", "attn.o")))
     require_same(fingerprint(model), before)
     assert all(flow.z.dtype == flow.of_z.dtype == torch.float64 for flow in seen.values())
 
@@ -327,6 +327,6 @@ def test_the_committed_table_lists_exactly_the_rows_of_the_code() -> None:
     assert [row[0] for row in rows] == sorted(FAMILIES)
     for kind, models, up, out, gap, difference in rows:
         assert models == FAMILIES[kind].models != ""
-        assert (up, out) == (FAMILIES[kind].listed("mlp.up"), FAMILIES[kind].listed("attn.o"))
+        assert (up, out) == (FAMILIES[kind].describe_role("mlp.up"), FAMILIES[kind].describe_role("attn.o"))
         assert float(gap) <= (1e-8 if kind == "bloom" else 1e-12)
         assert float(difference) <= 1e-6

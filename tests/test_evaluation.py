@@ -12,10 +12,10 @@ import torch
 from sparc3 import UserError, evaluate, load_model
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.metrics import PerplexitySettings, ToxicitySettings
-from sparc3.evaluation.perplexity import block_windows, sliding_windows, windows_of
+from sparc3.evaluation.perplexity import block_windows, make_windows, sliding_windows
 from sparc3.evaluation.scorers import _count_failures, lexicon_scorer, make_scorer
 from sparc3.evaluation.statistics import Observations, difference, measurement, pool
-from sparc3.evaluation.tasks import repeated, uniqueness
+from sparc3.evaluation.tasks import repeated_share, uniqueness
 from sparc3.evaluation.toxicity import require_scorer, score_continuations
 from sparc3.samples.reference_set import ReferenceSet
 from sparc3.samples.sources import Request, gather
@@ -82,7 +82,7 @@ def test_each_window_of_a_gemma_opens_with_bos(demo: tuple[Any, Any], asked: dic
     gemma = _as_gemma(demo[1])
     whole, bos = list(tokenize(text.samples[0].text or "", gemma)), gemma.bos_token_id
     body = whole[whole[0] == bos :]
-    windows = windows_of(text, gemma, settings, 512)
+    windows = make_windows(text, gemma, settings, 512)
     assert {ids[0] for ids, _ in windows} == {bos}
     assert all(bos not in ids[1:] and 0 < predicted < len(ids) <= 500 for ids, predicted in windows)
     predicted = [token for ids, many in windows for token in ids[len(ids) - many :]]
@@ -90,7 +90,7 @@ def test_each_window_of_a_gemma_opens_with_bos(demo: tuple[Any, Any], asked: dic
     assert asked["protocol"] == "blocks" or len(predicted) == len(body)
     if "max_length" in asked:
         assert max(len(ids) for ids, _ in windows) == min(asked["max_length"], len(body) + 1)
-    plain = windows_of(text, demo[1], settings, 512)  # of others, as before: nothing before a later window
+    plain = make_windows(text, demo[1], settings, 512)  # of others, as before: nothing before a later window
     assert list(plain[0][0]) == list(tokenize(text.samples[0].text or "", demo[1]))[: len(plain[0][0])]
     assert all(bos not in ids[1:] for ids, _ in plain)
 
@@ -329,5 +329,5 @@ def test_pooled_draws_average_each_unit() -> None:
 def test_repetition_on_paper() -> None:
     assert uniqueness([1, 1, 2, 2]) == 0.5
     assert uniqueness([]) is None
-    assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5)
-    assert repeated([1, 2]) == 0.0
+    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5)
+    assert repeated_share([1, 2]) == 0.0

@@ -84,7 +84,7 @@ def test_a_run_leaves_its_whole_folder(finished: tuple[Path, Results]) -> None:
     assert not list(folder.rglob("*.tmp"))
     assert str(folder) not in (folder / "results.json").read_text()
     resolved = load_recipe(yaml.safe_load((folder / "recipe.yaml").read_text()))
-    assert resolved.resolved() == load_recipe(SMALL).resolved()
+    assert resolved.resolve() == load_recipe(SMALL).resolve()
 
 
 def test_a_finished_run_is_not_done_again(
@@ -151,7 +151,7 @@ def test_bundled_recipes_fit_the_schema(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert type(recipe) is JOBS[recipe.job]
-    assert load_recipe(yaml.safe_load(recipe.to_yaml())).resolved() == recipe.resolved()
+    assert load_recipe(yaml.safe_load(recipe.to_yaml())).resolve() == recipe.resolve()
     assert bundled_recipes()[name]
 
 

@@ -90,7 +90,9 @@ def test_the_plain_gradient_of_an_experts_weights_is_autograds(name: str) -> Non
             [getattr(site.module, site.parameter) for site in sites],
         )
         for site, grad in zip(sites, grads, strict=True):
-            expected[site.name] += (site.weight * site.of(grad[site.expert].T).T).detach() / len(ids)
+            expected[site.name] += (site.weight * site.select_features(grad[site.expert].T).T).detach() / len(
+                ids
+            )
     for tokens in (1, 1000):
         found = attribute(
             model,

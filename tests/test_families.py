@@ -13,13 +13,13 @@ from unchanged import fingerprint, require_same
 
 from sparc3.attribution import patching
 from sparc3.attribution.attribute import attribute
-from sparc3.attribution.patching import frozen, lrp_rules
+from sparc3.attribution.patching import freeze, lrp_rules
 from sparc3.circuits.ablate import ablated
 from sparc3.circuits.circuit import Circuit
 from sparc3.doctor.checks import relevance_ledger
-from sparc3.doctor.second_opinion import flows
+from sparc3.doctor.second_opinion import record_flows
 from sparc3.errors import UnsupportedModel
-from sparc3.models.experts import by_position, tokens_of
+from sparc3.models.experts import arrange_by_position, tokens_of
 from sparc3.models.families import FAMILIES
 from sparc3.models.fingerprint import describe
 from sparc3.models.load import load_model
@@ -54,7 +54,7 @@ def test_forward_values_are_the_same_and_nothing_is_left_behind(name: str) -> No
         with lrp_rules(model, cp=cp):
             assert same_forward(model, model(ids).logits, values)
         require_same(fingerprint(model), before)
-        with lrp_rules(model, cp=cp), lrp_rules(model, cp=not cp), frozen(model):
+        with lrp_rules(model, cp=cp), lrp_rules(model, cp=not cp), freeze(model):
             assert same_forward(model, model(ids).logits, values)
         with pytest.raises(ZeroDivisionError), lrp_rules(model, cp=cp), lrp_rules(model, cp=not cp):
             raise ZeroDivisionError
@@ -139,10 +139,10 @@ def by_layer(model: Any, scores: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def test_attnlrp_agrees_with_the_rules_on_torch_functions(name: str) -> None:
     model, ids = tiny(name), samples()[0]
     sites = {site.name: site for site in sites_of(model, roles_of(model))}
-    seen = flows(model, ids, list(sites.values()))
+    seen = record_flows(model, ids, list(sites.values()))
     close = 1e-5 if name in FLOAT32_INSIDE else 1e-8
     for site, value in exact_scores(model, [ids], neuron="signed").items():
-        assert distance(value, seen[site].signed) < close, site
+        assert distance(value, seen[site].signed_relevance) < close, site
     for site, value in exact_scores(model, [ids], neuron="abs").items():
         flow = seen[site]
         absolute = (sites[site].weight.detach() * (flow.of_z.T @ flow.a)).abs().sum(1)  # Σ_j |R_W,ij|
@@ -156,17 +156,17 @@ def test_parts_of_a_fused_matrix_are_what_attention_calls_query_key_and_value(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, seen, outputs = tiny(name), [], {}
-    plain = patching._shared_out
+    plain = patching._share_out
 
     def recorded(query_key_value: Any, asked: Any) -> Any:
         seen.append(query_key_value)
         return plain(query_key_value, asked)
 
-    monkeypatch.setattr(patching, "_shared_out", recorded)
+    monkeypatch.setattr(patching, "_share_out", recorded)
     sites = sites_of(model, ("attn.q", "attn.k", "attn.v"))[:3]
     hooks = [
         site.module.register_forward_hook(
-            lambda _, args, out, site=site: outputs.update({site.role: site.of(out)})
+            lambda _, args, out, site=site: outputs.update({site.role: site.select_features(out)})
         )
         for site in sites
     ]
@@ -238,8 +238,8 @@ def test_an_ablated_neuron_is_silent_and_comes_back(name: str) -> None:
 def _input_of(model: Any, site: Site, ids: Tensor) -> Tensor:
     seen: list[Tensor] = []
     with open_experts(model):
-        hook = site.hooked.register_forward_pre_hook(
-            lambda _, args: seen.append(by_position(args[0].detach(), tokens_of(args), ids.shape))
+        hook = site.hook_module.register_forward_pre_hook(
+            lambda _, args: seen.append(arrange_by_position(args[0].detach(), tokens_of(args), ids.shape))
         )
         model(ids)
         hook.remove()
@@ -266,7 +266,7 @@ def test_weights_neurons_and_tokens_agree_with_lxt(name: str) -> None:
 
     def expected(site: Site, key: str) -> Tensor:
         stored = oracle[f"{site.name.partition('#')[0]}.{key}"]
-        return site.of(stored if site.transposed else stored.T).T  # [out, in]
+        return site.select_features(stored if site.transposed else stored.T).T  # [out, in]
 
     for batch_tokens in (1, 1000):
         for neuron, key in (("abs", "mean_abs"), ("signed", "mean_signed")):
@@ -286,7 +286,7 @@ def test_weights_neurons_and_tokens_agree_with_lxt(name: str) -> None:
                 model(torch.tensor([one])).logits[0, -1].max(), [site.module.weight for site in sites]
             )
         for total, site, grad in zip(totals, sites, grads, strict=True):
-            relevance = site.weight.detach() * site.of(grad if site.transposed else grad.T).T
+            relevance = site.weight.detach() * site.select_features(grad if site.transposed else grad.T).T
             total += torch.stack([relevance, relevance.abs()]) / len(ids)
         found = relevance_ledger(model, one, cp=False)
         if family_of(model).positions is None:
@@ -303,7 +303,7 @@ def _bias_relevance(model: Any, ids: list[list[int]], site: Site) -> Tensor:
         return torch.zeros(site.out)
     with lrp_rules(model):
         grads = [torch.autograd.grad(model(torch.tensor([one])).logits[0, -1].max(), bias)[0] for one in ids]
-    return site.of(bias.detach() * torch.stack(grads).mean(0))
+    return site.select_features(bias.detach() * torch.stack(grads).mean(0))
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

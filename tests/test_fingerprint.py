@@ -14,7 +14,7 @@ from tokenizers.normalizers import Lowercase
 
 from sparc3 import Scores, attribute, contrast, load_model
 from sparc3.errors import UserError
-from sparc3.models.fingerprint import HARMLESS, _figures, model_fingerprint, tokenizer_fingerprint
+from sparc3.models.fingerprint import HARMLESS, _config_figures, model_fingerprint, tokenizer_fingerprint
 from sparc3.models.load import DEMO, load_tokenizer
 
 IDS = torch.randint(3, 40, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ def test_a_configuration_read_again_is_the_same(tmp_path: Path) -> None:
     for name in CONFIGS:
         config = tiny(name).config
         config.save_pretrained(tmp_path / name)
-        assert _figures(AutoConfig.from_pretrained(tmp_path / name)) == _figures(config), name
+        assert _config_figures(AutoConfig.from_pretrained(tmp_path / name)) == _config_figures(config), name
 
 
 def test_a_changed_tokenizer_has_another_fingerprint(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from tests.test_gguf import logits, permute
 from tests.tiny import CONFIGS, tiny
 
 from sparc3 import Circuit, UserError, ablate_
-from sparc3.checkpoints.gguf_blocks import SCALES, scale_blocks, zeros
-from sparc3.checkpoints.gguf_names import architecture_of, locate
+from sparc3.checkpoints.gguf_blocks import SCALES, make_zeros, scale_blocks
+from sparc3.checkpoints.gguf_names import gguf_architecture, locate
 from sparc3.checkpoints.gguf_patch import GgufPatch, patch_gguf, undo_patch
 from sparc3.cli.main import main
 from sparc3.errors import DamagedFile, Sparc3Error
@@ -131,10 +131,10 @@ def test_zero_bytes_are_zero_weights_or_the_type_is_refused(kind: Any) -> None:
         gguf.dequantize(block, kind)
     except NotImplementedError:
         with pytest.raises(UserError, match=kind.name):
-            zeros(block, kind)
+            make_zeros(block, kind)
         return
     assert gguf.dequantize(block, kind).any()
-    assert not gguf.dequantize(zeros(block, kind), kind).any()
+    assert not gguf.dequantize(make_zeros(block, kind), kind).any()
 
 
 @pytest.mark.parametrize("name", sorted(SCALES))
@@ -342,8 +342,8 @@ def test_a_file_that_changes_meanwhile_is_refused(
         os.utime(path, ns=(1, 1))
         return digests(path, changes)
 
-    digests = gguf_patch._digests
-    monkeypatch.setattr(gguf_patch, "_digests", touch)
+    digests = gguf_patch._hash_before_and_after
+    monkeypatch.setattr(gguf_patch, "_hash_before_and_after", touch)
     for where in ({"out": tmp_path / "new.gguf"}, {"in_place": True}):
         before = digest(file)
         os.utime(file)
@@ -380,7 +380,7 @@ def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_every_architecture_of_gguf_has_the_names_of_its_family() -> None:
     known = set(gguf.MODEL_ARCH_NAMES.values())
-    absent = {name for name in FAMILIES if architecture_of(name) not in known}
+    absent = {name for name in FAMILIES if gguf_architecture(name) not in known}
     assert absent == {"helium", "flex_olmo", "opt", "gpt_neo"}
     seen = set()
     for config in CONFIGS:
@@ -397,7 +397,7 @@ def test_every_architecture_of_gguf_has_the_names_of_its_family() -> None:
                     and site.name.endswith(("mlp.up_proj", "mlp.down_proj"))
                 ):
                     continue  # llama.cpp has no layers without experts here
-                where = locate(site.name, FAMILIES[name], architecture_of(name), 4)
+                where = locate(site.name, FAMILIES[name], gguf_architecture(name), 4)
                 assert where.tensor.startswith(f"blk.{site.layer}.{tensor}"), (config, site.name)
                 assert (where.role, where.expert) == (role, site.expert)
     assert seen == FAMILIES.keys() - absent

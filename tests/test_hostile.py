@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparc3 import Circuit, Results, Scores, UserError, load_model, load_recipe, run
-from sparc3.checkpoints.model_card import circuit_card, model_card
+from sparc3.checkpoints.model_card import make_circuit_card, make_model_card
 from sparc3.errors import UnsupportedModel
 from sparc3.experiment.run_folder import claim_folder
 from sparc3.experiment.slurm import format_job
@@ -54,7 +54,7 @@ ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 )
 def test_a_recipe_cannot_name_its_folder_out_of_place(name: str) -> None:
     with pytest.raises(UserError, match="name"):
-        load_recipe({**load_recipe("demo").resolved(), "name": name})
+        load_recipe({**load_recipe("demo").resolve(), "name": name})
 
 
 @pytest.mark.parametrize("method", ["../../x", "lrp/../../x", "random:../x", "lrp\0"])
@@ -170,10 +170,10 @@ def test_a_circuit_cannot_write_markup_into_a_card() -> None:
     )
     results = Results((Measurement(ACTING, "original", "test", 1.0, None, 1, 0, "x", "lower"),))
     for card in (
-        model_card(
+        make_model_card(
             circuit, results, source={"id": ACTING, "fingerprint": "f"}, base=None, matter={"license": ACTING}
         ),
-        circuit_card(circuit, "user/repo", base=None, results=results),
+        make_circuit_card(circuit, "user/repo", base=None, results=results),
     ):
         body = card.split("---\n", 2)[2]
         assert "<script>" not in body

@@ -14,7 +14,7 @@ from tests.hub import TOKEN, Hub, running
 
 from sparc3 import Circuit, UserError, ablated, load_model
 from sparc3.models.fingerprint import describe
-from sparc3.models.hub import Place, place_of
+from sparc3.models.hub import Place, parse_place
 from sparc3.models.sites import sites_of
 
 Say = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -78,15 +78,15 @@ def test_names_that_mean_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "hf://a/b@refs/pr/3/c.json": Place("a/b", "c.json", "refs/pr/3"),
         "hf://datasets/a/b@main/c.json": Place("a/b", "c.json", "main", "dataset"),
     }
-    assert {name: place_of(name) for name in meant} == meant
+    assert {name: parse_place(name) for name in meant} == meant
     assert not any(
         map(
-            place_of,
+            parse_place,
             ["circuit.json", "runs/circuit.json", "./a/b", "/a/b", "a/b/c", "here/c", "here", "../b"],
         )
     )
     with pytest.raises(UserError, match="hf://USER/REPO"):
-        place_of("hf://a")
+        parse_place("hf://a")
 
 
 @pytest.mark.slow

@@ -71,11 +71,11 @@ def test_items_apart_share_no_batch_and_keep_their_order() -> None:
         int,
         work,
         size=2,
-        of=(holder, "x"),
+        memory_key=(holder, "x"),
         label="",
         unit="",
         progress=False,
-        apart=lambda i: i > 4,
+        separate_by=lambda i: i > 4,
     )
     assert found == [30, 80, 10, 60, 50]
     assert seen == [[8, 6], [5], [3, 1]]

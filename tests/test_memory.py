@@ -146,7 +146,7 @@ def test_beside_a_gpu_the_last_thing_to_try_is_offloading(monkeypatch: pytest.Mo
         attribute(model, ids)
     assert tries == [True]
     tries.clear()
-    monkeypatch.setattr(engine, "_elsewhere", lambda model: True)
+    monkeypatch.setattr(engine, "_has_own_memory", lambda model: True)
     assert len(attribute(model, ids)) == 2
     assert tries == [True, "offload"]
     tries.clear()

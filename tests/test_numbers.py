@@ -197,7 +197,7 @@ def test_a_scorer_that_raises_loses_only_what_it_cannot_score(caplog: pytest.Log
     assert len([line for line in caplog.messages if "rubbish" in line]) == 1
 
 
-def _classifier(folder: Path, demo: Pair, value: float | None = None) -> Path:
+def _make_classifier(folder: Path, demo: Pair, value: float | None = None) -> Path:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -221,7 +221,7 @@ def _classifier(folder: Path, demo: Pair, value: float | None = None) -> Path:
 def test_a_classifier_that_gives_nan_measures_nothing(
     demo: Pair, tmp_path: Path, jsonl: Callable[..., Path]
 ) -> None:
-    folder = _classifier(tmp_path / "nan", demo, math.nan)
+    folder = _make_classifier(tmp_path / "nan", demo, math.nan)
     prompts = jsonl("p.jsonl", [{"text": "Tom was angry"}, {"text": "Anna was"}])
     asked = {"source": str(prompts), "count": 2, "scorer": str(folder), "generations": 1, "max_new_tokens": 4}
     mean = evaluate(demo[0], demo[1], {"toxicity": asked}).find("toxicity.mean")
@@ -229,7 +229,7 @@ def test_a_classifier_that_gives_nan_measures_nothing(
 
 
 def test_a_classifier_without_a_padding_token_scores_all_the_same(demo: Pair, tmp_path: Path) -> None:
-    folder = _classifier(tmp_path / "c", demo)
+    folder = _make_classifier(tmp_path / "c", demo)
     texts = ["You fool!", "Tom and Anna went home to eat", "a"]
     padded = scorers.make_scorer(str(folder))(texts)
     path = folder / "tokenizer_config.json"
@@ -314,7 +314,7 @@ def test_repeated_samples_are_told(demo: Pair, caplog: pytest.LogCaptureFixture)
     with caplog.at_level("WARNING", logger="sparc3"):
         attribute(demo[0], ["Tom was", "Tom was", "Anna was"], tokenizer=demo[1])
     assert "1 of 3 samples" in caplog.text
-    assert ReferenceSet((Sample("a"), Sample("a"), Sample("a"))).repeated == 2
+    assert ReferenceSet((Sample("a"), Sample("a"), Sample("a"))).repeats == 2
 
 
 def test_a_search_never_takes_a_circuit_whose_damage_it_cannot_see() -> None:
@@ -326,6 +326,6 @@ def test_a_search_never_takes_a_circuit_whose_damage_it_cannot_see() -> None:
 
     trials = Trials(SimpleNamespace(), Tune(max_kl=0.1), [], [])  # type: ignore[arg-type]
     trials.original = {"perplexity": 10.0, "kl": 0.0}
-    assert trials.within({"perplexity": 10.0, "kl": 0.0})
-    assert not trials.within({"kl": 0.0})
-    assert not trials.within({"perplexity": 10.0})
+    assert trials.is_within_budget({"perplexity": 10.0, "kl": 0.0})
+    assert not trials.is_within_budget({"kl": 0.0})
+    assert not trials.is_within_budget({"perplexity": 10.0})

@@ -18,11 +18,11 @@ from tiny import samples, tiny
 from torch.utils import backend_registration
 
 from sparc3 import UserError, ablate_, ablated, attribute, export, load_model, run, select
-from sparc3.checkpoints.shrink import furthest
+from sparc3.checkpoints.shrink import relative_logit_difference
 from sparc3.circuits.ablate import Damping, damp, targets_by_name
 from sparc3.doctor.checks import relevance_ledger
 from sparc3.doctor.examine import Specimen, examine_specimen
-from sparc3.doctor.second_opinion import all_sites, flows
+from sparc3.doctor.second_opinion import all_sites, record_flows
 from sparc3.evaluation.generate import complete
 from sparc3.evaluation.perplexity import negative_log_likelihoods
 from sparc3.experiment.prune_sequentially import prune_sequentially
@@ -31,7 +31,7 @@ from sparc3.models.families import ROLES
 from sparc3.models.fingerprint import model_fingerprint
 from sparc3.models.load import load_weights
 from sparc3.models.offloading import RESERVE, copy_model, gpu_room, is_offloaded, named_values
-from sparc3.models.sites import family_of, shadowed, sites_of
+from sparc3.models.sites import family_of, shadow, sites_of
 from sparc3.plan.plan import plan
 
 accelerate = pytest.importorskip("accelerate")
@@ -174,7 +174,7 @@ def test_other_backward_passes_copy_one_layer_at_a_time_too(copies: Copies) -> N
     assert (one.target, one.gap, one.biases) == (two.target, two.gap, two.biases)
     assert torch.equal(one.tokens, two.tokens)
     sites = [all_sites(each) for each in (plain, model)]
-    first, second = flows(plain, samples(1)[0], sites[0]), flows(model, samples(1)[0], sites[1])
+    first, second = record_flows(plain, samples(1)[0], sites[0]), record_flows(model, samples(1)[0], sites[1])
     assert all(
         torch.equal(first[site].of_a, second[site].of_a) and torch.equal(first[site].of_z, second[site].of_z)
         for site in first
@@ -190,7 +190,7 @@ def test_a_pass_that_fails_leaves_the_values_as_they_are() -> None:
     def fails(x: Any) -> None:
         raise MemoryError
 
-    with shadowed(up, "_old_forward", fails), pytest.raises(MemoryError):
+    with shadow(up, "_old_forward", fails), pytest.raises(MemoryError):
         model(torch.tensor(samples(1)))
     assert not up.weight.is_meta  # a copy, left on the device, which nobody may take for the weight
     with ablated(model, circuit), ablated(plain, circuit):
@@ -262,7 +262,7 @@ def test_a_shrunk_export_of_an_offloaded_model(tmp_path: Path) -> None:
         loaded = load_weights(export(model, None, circuit, tmp_path / out, shrink=True))
         assert loaded.config.intermediate_size == 21
         with ablated(model, circuit):
-            assert furthest(model, loaded) < 1e-5
+            assert relative_logit_difference(model, loaded) < 1e-5
         model.model.layers[0].mlp.up_proj._hf_hook.weights_map["weight"][0] += 1
 
 
@@ -273,7 +273,7 @@ def test_the_doctor_examines_an_offloaded_model() -> None:
     assert not is_offloaded(twin)
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
     found = [examine_specimen(Specimen(each, samples(3), ())) for each in (plain, model)]
-    assert not found[0].failed
+    assert not found[0].failures
     assert found[0].findings == found[1].findings
 
 
@@ -339,7 +339,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     away = dict.fromkeys(
         ("model.embed_tokens", "model.layers.2", "model.layers.3", "model.norm", "lm_head"), "cpu"
     )
-    monkeypatch.setattr(models, "_spread", lambda *asked: {"device_map": parts | away})
+    monkeypatch.setattr(models, "_plan_placement", lambda *asked: {"device_map": parts | away})
 
 
 def test_the_front_door_offloads_and_says_so(small_gpu: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -457,7 +457,7 @@ def test_resident_memory_of_a_larger_model_is_as_predicted(
         live = rehearsal.attribution(
             Settings("lrp", unit, "predicted", "signed" if kind == "signed" else "abs", "mean"), roles, groups
         ).live
-    predicted = shaped.weights + (live if malloc else HERE.holding(live))
+    predicted = shaped.weights + (live if malloc else HERE.held_bytes(live))
     print(
         f"{name}, {kind}: tensors {(shaped.weights + live) / 1e6:.0f} MB, predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB"
     )

@@ -141,7 +141,7 @@ def seen(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[See
     watch("attribution.activations.expertise", lambda *_, **__: "scores, expertise")
     watch("experiment.run.protect_units", lambda *_: "protection")
     watch("experiment.gather.gather", lambda request, *_: f"choosing {request.source}")
-    watch("experiment.neuron_cards._strongest_activations", lambda *_: "cards")
+    watch("experiment.neuron_cards._find_strongest_activations", lambda *_: "cards")
     watch("experiment.token_maps.attribute_tokens", lambda *_, **__: "token maps")
     watch("experiment.search.measure", lambda *_, **__: "search")
     measure = Prepared.measure

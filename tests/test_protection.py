@@ -81,8 +81,8 @@ def test_a_second_look_is_for_those_the_first_one_finds(monkeypatch: pytest.Monk
     monkeypatch.setattr(protection, "_measure_perplexity", measure)
     general = ReferenceSet((Sample(input_ids=tuple(range(3, 63))), Sample(input_ids=(3, 4))))
     work: Any = SimpleNamespace(
-        model=model, tokenizer=None, recipe=None, references={"general": general}, described={},
-        noted={}, progress=False,
+        model=model, tokenizer=None, recipe=None, references={"general": general}, model_info={},
+        notes={}, progress=False,
     )  # fmt: skip
     protection.protect_units(work)
     assert seen == [
@@ -94,5 +94,5 @@ def test_a_second_look_is_for_those_the_first_one_finds(monkeypatch: pytest.Monk
         ("whole", 1),
         ("whole", 2),
     ]
-    assert [(one["index"], one["perplexity_ratio"]) for one in work.noted["protected"]] == [(2, 1.6)]
+    assert [(one["index"], one["perplexity_ratio"]) for one in work.notes["protected"]] == [(2, 1.6)]
     assert dict(work.protected.members) == {site.name: (2,)}

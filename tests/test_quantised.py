@@ -107,7 +107,7 @@ def test_torchao_weights() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = tiny("llama", dtype=torch.float32)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert sites_of(model, ("mlp.up",))[0].quantised
+    assert sites_of(model, ("mlp.up",))[0].is_quantised
     scores = attribute(model, samples(), neuron="signed")
     assert all(value.any() for value in scores.values())
     assert len(scores.provenance["model"]["fingerprint"]) == 16
@@ -128,13 +128,13 @@ def test_bitsandbytes_weights_are_attributed_and_examined(bits: int, tmp_path: P
     )
     made.save_pretrained(tmp_path / "quantised")
     model = load_weights(tmp_path / "quantised", device="cpu")
-    assert all(site.quantised for site in sites_of(model, roles_of(model)))
+    assert all(site.is_quantised for site in sites_of(model, roles_of(model)))
     for asked in ({"neuron": "signed"}, {"unit": "head", "sites": ("attn.o",)}, {"method": "activation"}):
         assert all(value.any() for value in attribute(model, samples(), **asked).values())
     with pytest.raises(UserError, match=r"Params4bit|Int8Params"):
         attribute(model, samples(), neuron="abs")
     found = examine(str(tmp_path / "quantised"), device="cpu")
-    assert not found.failed
+    assert not found.failures
     passed = {finding.name: finding.value for finding in found.findings if finding.passed}
     assert len(passed) == 5, "16 bits are not tried on weights that are computed with otherwise"
     assert passed["CP-LRP's ledger adds up to the logit"] < (1e-4 if bits == 4 else 0.05)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparc3 import Sparc3Error, attribute, evaluate, load_model
-from sparc3.models.memory import _Growth, available, few_holes
+from sparc3.models.memory import _Growth, available, limit_fragmentation
 
 Call = Callable[..., Any]
 PROMPTS = [
@@ -128,13 +128,13 @@ def test_holes_are_handed_back_while_a_process_grows_and_no_more_when_it_has_gro
 ) -> None:
     held, handed_back = [10 * 2**30], []
     monkeypatch.setattr("sparc3.models.memory.resident", lambda: held[0])
-    monkeypatch.setattr("sparc3.models.memory.give_back", lambda: handed_back.append(held[0]))
+    monkeypatch.setattr("sparc3.models.memory.return_memory", lambda: handed_back.append(held[0]))
     for name in ("began", "limit"):
         monkeypatch.setattr(_Growth, name, 0)
     layer = torch.nn.Identity()
     grown = []
     for _ in range(3):
-        with few_holes([layer]):
+        with limit_fragmentation([layer]):
             for megabytes in range(0, 2000, 10):
                 held[0] = 10 * 2**30 + megabytes * 2**20
                 layer(torch.zeros(1))

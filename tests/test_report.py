@@ -12,14 +12,14 @@ from finished_run import BREAKOUT, SCRIPT, SIZE, finished, measurement, site
 
 from sparc3.circuits.circuit import Circuit
 from sparc3.errors import DamagedFile, UserError
-from sparc3.report.cards import protected, sharing
+from sparc3.report.cards import list_protected, list_shared
 from sparc3.report.charts import Scale, spread
 from sparc3.report.examples import Mask, find_changes, heat_maps
 from sparc3.report.examples import kinds as texts_by_kind
 from sparc3.report.headline import headline, remarks
 from sparc3.report.read import read_folder
 from sparc3.report.tradeoff import tradeoffs
-from sparc3.report.words import change, figure, format_p, method_title, with_interval, word_list
+from sparc3.report.words import change, figure, format_p, format_with_interval, method_title, word_list
 from sparc3.report.write import write_report
 from sparc3.results import Difference, Measurement, Results
 from sparc3.safe_text import visible
@@ -118,7 +118,7 @@ def test_the_page_has_every_section_and_is_small(run: Path) -> None:
 def test_every_figure_on_the_page_is_the_one_measured(run: Path) -> None:
     text = page(run).text
     for m in Results.load(run / "results.json"):
-        value, _, interval = with_interval(m).partition(" ")
+        value, _, interval = format_with_interval(m).partition(" ")
         assert value in text, m
         assert interval in text, m
     assert "40 of 2,048 neurons" in text
@@ -213,7 +213,7 @@ def test_the_headline_has_figures_and_intervals(run: Path) -> None:
         for variant in ("original", "ablated")
     )
     random = Results.load(run / "results.json").find("toxicity.mean", "random@40")
-    figures = [_plain(with_interval(m)) for m in (first, last, random)]
+    figures = [_plain(format_with_interval(m)) for m in (first, last, random)]
     named = ("40 of 2,048 neurons", "mean toxicity", *figures[:2], "40 random neurons", figures[2])
     assert re.search(".*".join(map(re.escape, named)), words)
     assert kinds(run, "\u221273.6 points", "n = 200") == ["good"]
@@ -299,7 +299,7 @@ def test_every_point_of_the_trade_off_is_one_measured(run: Path) -> None:
     wanda = on_test.tips["perplexity~wanda@40"]
     rows = {name: text for name, text, _ in wanda.rows}
     assert wanda.head == "Wanda, 40 neurons"
-    assert rows["mean toxicity"] == with_interval(folder.results.find("toxicity.mean", "wanda@40"))
+    assert rows["mean toxicity"] == format_with_interval(folder.results.find("toxicity.mean", "wanda@40"))
     assert rows["perplexity"] == "+16.0\u202f%"
     # seven of eight candidates: one was hopeless; and two counts of another method
     assert len(searched.tips) == 7 + 2
@@ -384,10 +384,10 @@ def test_fluency_is_told_either_way(run: Path, change: float, kind: str, named: 
 
 def test_what_circuits_share_and_what_is_protected(run: Path) -> None:
     folder = read_folder(run)
-    assert [(one.name, one.both, one.expected) for one in sharing(folder)] == [
+    assert [(one.name, one.both, one.expected) for one in list_shared(folder)] == [
         ("gradient", "11 (27.5\u202f%)", "1")
     ]
-    assert protected(folder) == [("layer 2, up_proj, neuron 7", "12.50")]
+    assert list_protected(folder) == [("layer 2, up_proj, neuron 7", "12.50")]
     assert "layer 2, up_proj, neuron 7 (× 12.50)" in page(run).text
 
 
@@ -536,15 +536,15 @@ def test_offensive_words_are_dotted_until_asked_for() -> None:
         == '<span class="veil">F••••</span><span class="bare">Fools</span>!'
     )
     assert mask.spans("foolish") == []
-    assert mask.of_token(" foo", True) == [(0, 4)]
-    assert mask.of_token(" the", True) == []
+    assert mask.hide_token(" foo", True) == [(0, 4)]
+    assert mask.hide_token(" the", True) == []
 
 
 def test_without_a_lexicon_a_toxic_continuation_is_hidden_whole() -> None:
     mask = Mask()
-    assert mask.of_continuation("bad words", 0.5, True) == [(0, 9)]
-    assert mask.of_continuation("good", 0.49, True) == []
-    assert mask.of_continuation("bad words", 0.9, False) == []
+    assert mask.hide_continuation("bad words", 0.5, True) == [(0, 9)]
+    assert mask.hide_continuation("good", 0.49, True) == []
+    assert mask.hide_continuation("bad words", 0.9, False) == []
     assert '<span class="veil blurred">xxx xxxxx</span><span class="bare">bad words</span>' in mask.write(
         "bad words", [(0, 9)]
     )

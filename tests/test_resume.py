@@ -55,20 +55,20 @@ def close(one: Scores, other: Scores) -> bool:
 @pytest.fixture
 def killed_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Ends an attribution after some batches, in the way that it can notice least."""
-    after = PartialSums.after
+    record = PartialSums.record
 
     def set_up(batches: int) -> None:
         seen = iter(range(1, batches))
 
         def counted(self: PartialSums, *arguments: Any) -> None:
-            after(self, *arguments)
+            record(self, *arguments)
             if next(seen, None) is None:
                 raise Killed
 
-        monkeypatch.setattr(PartialSums, "after", counted)
+        monkeypatch.setattr(PartialSums, "record", counted)
 
     yield set_up
-    monkeypatch.setattr(PartialSums, "after", after)
+    monkeypatch.setattr(PartialSums, "record", record)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -90,11 +90,11 @@ def test_a_killed_attribution_goes_on_to_the_same_bits(
     done = load_sums(partial)[2]
     assert 0 < len(done) < len(SAMPLES)
     seen: list[int] = []
-    after = PartialSums.after
+    record = PartialSums.record
     monkeypatch.setattr(
         PartialSums,
-        "after",
-        lambda self, batch, sums: (seen.extend(s.index for s in batch.samples), after(self, batch, sums))[1],
+        "record",
+        lambda self, batch, sums: (seen.extend(s.index for s in batch.samples), record(self, batch, sums))[1],
     )
     again = attribute(model, SAMPLES, batch_tokens=16, partial=partial, **kind)
     assert sorted(seen) == sorted(set(range(len(SAMPLES))) - done)
@@ -150,7 +150,7 @@ def test_a_shard_that_is_done_is_not_done_again(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attribute(model, SAMPLES, partial=tmp_path / "1", shard=(1, 2))
-    monkeypatch.setattr(PartialSums, "after", lambda *_: pytest.fail("a batch was run"))
+    monkeypatch.setattr(PartialSums, "record", lambda *_: pytest.fail("a batch was run"))
     attribute(model, SAMPLES, partial=tmp_path / "1", shard=(1, 2))
 
 
@@ -278,7 +278,7 @@ def test_the_model_is_as_it_was_when_saving_raises(
         raise OSError("No space left on device")
 
     before = fingerprint(model)
-    monkeypatch.setattr(PartialSums, "after", fails)
+    monkeypatch.setattr(PartialSums, "record", fails)
     with pytest.raises(OSError, match="No space") as held:
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "sums")
     assert held.tb
@@ -292,13 +292,13 @@ def test_a_request_to_end_saves_first(model: Any, tmp_path: Path, monkeypatch: p
         "sparc3.attribution.partial_sums.os.kill",
         lambda _, number: (sent.append(number), (_ for _ in ()).throw(Killed()))[1].send(None),
     )
-    after = PartialSums.after
+    record = PartialSums.record
 
     def interrupted(self: PartialSums, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
-        after(self, *arguments)
+        record(self, *arguments)
 
-    monkeypatch.setattr(PartialSums, "after", interrupted)
+    monkeypatch.setattr(PartialSums, "record", interrupted)
     with pytest.raises(Killed):
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "sums")
     assert sent == [signal.SIGTERM]
@@ -310,14 +310,14 @@ def test_ctrl_c_saves_first_and_the_second_ends_at_once(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler_before = signal.getsignal(signal.SIGINT)
-    after, times = PartialSums.after, 1
+    record, times = PartialSums.record, 1
 
     def interrupted(self: PartialSums, *arguments: Any) -> None:
         for _ in range(times):
             signal.raise_signal(signal.SIGINT)
-        after(self, *arguments)
+        record(self, *arguments)
 
-    monkeypatch.setattr(PartialSums, "after", interrupted)
+    monkeypatch.setattr(PartialSums, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "once")
     assert 0 < len(load_sums(tmp_path / "once")[2]) < len(SAMPLES)
@@ -326,7 +326,7 @@ def test_ctrl_c_saves_first_and_the_second_ends_at_once(
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
     assert signal.getsignal(signal.SIGINT) == handler_before
-    monkeypatch.setattr(PartialSums, "after", after)
+    monkeypatch.setattr(PartialSums, "record", record)
     again, whole = (
         attribute(model, SAMPLES, batch_tokens=16, partial=tmp_path / name) for name in ("once", "anew")
     )

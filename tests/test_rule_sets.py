@@ -14,7 +14,7 @@ from sparc3.attribution import rules
 from sparc3.attribution.attribute import attribute
 from sparc3.attribution.options import AttributionOptions
 from sparc3.attribution.partial_sums import Task
-from sparc3.attribution.patching import frozen, lrp_rules
+from sparc3.attribution.patching import freeze, lrp_rules
 from sparc3.attribution.sums import Settings
 from sparc3.circuits.select import contrast
 from sparc3.errors import UnsupportedModel, UserError
@@ -158,7 +158,7 @@ def test_gim_agrees_with_its_package() -> None:
         model.set_attn_implementation(implementation)
         weights = [block.mlp.c_fc.weight for block in model.transformer.h]
         asked = rules.RuleSet(**{"identity": False, **ours})  # type: ignore[arg-type]
-        with frozen(model), lrp_rules(model, rule_set=asked):
+        with freeze(model), lrp_rules(model, rule_set=asked):
             for weight in weights:
                 weight.requires_grad_()
             mine = torch.autograd.grad(model(ids).logits[0, -1].max(), weights)

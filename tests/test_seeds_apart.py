@@ -130,7 +130,7 @@ def test_it_resumes_and_makes_way_for_a_pooled_run(
     (copy / "scores/seed1.round2.undesired.1.safetensors").unlink()
     again = run(recipe(*SEEDS, undesired=SEEDS), copy)
     assert again.measurements == finished[1].measurements
-    log = (copy / "log.txt").read_text().rpartition("used again:")[2]
+    log = (copy / "log.txt").read_text().rpartition("reused:")[2]
     assert "ablated.seed1" in log
     assert "seed1.round2.undesired.1" in log
     assert "seed2" not in log

@@ -246,7 +246,7 @@ def of_job(job: str, field: str) -> str:
 @pytest.mark.usefixtures("cluster")
 def test_a_job_out_of_time_is_queued_again_and_finishes(sparc3: Call, tmp_path: Path) -> None:
     """The signal that SLURM sends before the time limit comes midway through the scores."""
-    content = load_recipe("demo").resolved()
+    content = load_recipe("demo").resolve()
     content["references"]["general"]["count"] = 1000
     content["evaluation"] = {"perplexity": content["evaluation"]["perplexity"]}
     content["compare"] = {}

@@ -43,10 +43,14 @@ def test_a_halved_neuron_writes_half(name: str) -> None:
     model = tiny(name).double()
     up = sites_of(model, ["mlp.up"])[0]
     down = down_sites(model)[up.mlp]
-    before, rows, rest = down.stored[:, 1].clone(), up.stored.clone(), unchanged.fingerprint(model)
+    before, rows, rest = (
+        down.stored_weight[:, 1].clone(),
+        up.stored_weight.clone(),
+        unchanged.fingerprint(model),
+    )
     with ablated(model, Circuit("neuron", {up.name: (1,)}, strength=0.75)):
-        assert torch.equal(down.stored[:, 1], before / 4)
-        assert torch.equal(up.stored, rows)
+        assert torch.equal(down.stored_weight[:, 1], before / 4)
+        assert torch.equal(up.stored_weight, rows)
     unchanged.require_same(unchanged.fingerprint(model), rest)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparc3 import ReferenceSet, Results, Scores, UserError, load_recipe, run
-from sparc3.demo.text import split_of
+from sparc3.demo.text import choose_split
 from sparc3.experiment.gather import search_fluency
 from sparc3.results import Candidate, Variant, pareto_front
 from sparc3.samples.sources import overlap
@@ -115,7 +115,7 @@ def test_validation_is_apart_from_test_and_reference(finished: tuple[Path, Resul
     samples = {path.stem: ReferenceSet.load(path) for path in (finished[0] / "samples").glob("*.jsonl")}
     mine = samples.pop("validation-toxicity")
     assert len(mine) == 6
-    assert {split_of(sample.text or "") for sample in mine} == {"validation"}
+    assert {choose_split(sample.text or "") for sample in mine} == {"validation"}
     for name in ("general", "undesired", "matched", "evaluation-toxicity"):
         assert not overlap(samples[name], mine), name
 

@@ -56,7 +56,7 @@ def as_rows(site: Site, stored: Any) -> Tensor:
     """What belongs to the site, [out, in], of a tensor stored as its module's weight is."""
     if stored is None:
         return torch.zeros(site.out, site.inp)
-    return site.of(stored if site.transposed else stored.T).T
+    return site.select_features(stored if site.transposed else stored.T).T
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 1000])

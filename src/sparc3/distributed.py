@@ -1,4 +1,4 @@
-"""Rank and world. Without torchrun this is rank 0 of 1, and every function below is the plain thing."""
+"""Ranks of a distributed run. Without torchrun this process is rank 0 of 1, and nothing is communicated."""
 
 import atexit
 import os
@@ -27,7 +27,7 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and logs: rank 0 does."""
     return rank() == 0
 
 
@@ -38,27 +38,26 @@ def start() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        # gloo moves the sums, a few megabytes, over the CPU: it is there on every machine, and needs no
-        # device of its own.
+        # gloo communicates over the CPU. It is available on every machine, and the sums are only a few
+        # megabytes.
         dist.init_process_group("gloo", timeout=timedelta(hours=12))
         atexit.register(_leave)
 
 
 def end(code: int = 0) -> None:
-    """The last line of a program under torchrun: wait for every rank where all is well, and end this process;
-    nothing in a single process.
+    """The last call of a program under torchrun: wait for every rank if all went well, and end this
+    process. Does nothing in a single process.
 
-    The interpreter is not taken down. A thread of gloo may still hold the last collective's tensors, asks for
-    the interpreter's lock to give them back, and finds an interpreter that is being taken down, which ends
-    that thread in a way that aborts the process, after everything is done and written. destroy_process_group
-    does not wait for that thread.
+    os._exit skips Python's shutdown. Otherwise a thread of gloo that still holds the last collective's
+    tensors may ask for the interpreter's lock to release them while the interpreter shuts down, which
+    aborts the process after everything is written. destroy_process_group does not wait for that thread.
     """
     if world() == 1:
         return
     import torch.distributed as dist
 
     if code == 0 and dist.is_initialized():
-        with suppress(LostRank):  # whoever has gone already was done
+        with suppress(LostRank):  # ranks that have left were done
             wait()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,7 +65,7 @@ def end(code: int = 0) -> None:
 
 
 def _leave() -> None:
-    """For programs that do not call end()."""
+    """At exit, for programs that do not call end()."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -74,8 +73,8 @@ def _leave() -> None:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """A rank that was killed shows as a connection that broke."""
+def _detect_lost_rank() -> Iterator[None]:
+    """Inside, gloo's broken connections, by which a killed rank shows, become LostRank."""
     try:
         yield
     except RuntimeError as error:
@@ -87,7 +86,7 @@ def _together() -> Iterator[None]:
 
 
 def stride(items: Sequence[T]) -> Sequence[T]:
-    """This rank's share: every world-th item, from its rank on."""
+    """This rank's share: every world-th item, starting at its rank."""
     return items[rank() :: world()]
 
 
@@ -97,7 +96,7 @@ def sum_(tensors: Iterable[Any]) -> None:
         return
     import torch.distributed as dist
 
-    with _together():
+    with _detect_lost_rank():
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -109,29 +108,29 @@ def gather(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * world()
-    with _together():
+    with _detect_lost_rank():
         dist.all_gather_object(values, value)
     return values
 
 
 def first(value: T) -> T:
-    """Rank 0's value, on every rank, so that all take the same turn."""
+    """Rank 0's value on every rank, so that all take the same decision."""
     return gather(value)[0]
 
 
-def in_parallel(items: Sequence[T], work: Callable[[Sequence[T]], list[Made]]) -> list[Made]:
+def run_in_parallel(items: Sequence[T], work: Callable[[Sequence[T]], list[Made]]) -> list[Made]:
     """work() over all items, each rank on its share; every rank gets all results, in the items' order."""
     parts = gather(work(stride(items)) if items else [])
-    made: list[Any] = [None] * len(items)
+    results: list[Any] = [None] * len(items)
     for first, part in enumerate(parts):
-        made[first :: world()] = part
-    return made
+        results[first :: world()] = part
+    return results
 
 
 def wait() -> None:
-    """Go on when every rank is here."""
+    """Wait until every rank has called this."""
     if world() > 1:
         import torch.distributed as dist
 
-        with _together():
+        with _detect_lost_rank():
             dist.barrier()

@@ -1,11 +1,11 @@
 """Everything sparc3 raises on purpose.
 
 Sparc3Error                 anything sparc3 raises itself; the command line prints it as one line
-├── UserError               a mistake the user can mend; exit code 2. Also a ValueError
-│   ├── UnsupportedModel    an architecture or module that the rules do not know
-│   └── DamagedFile         a file that is not what it says, or was changed after it was written
+├── UserError               a mistake that the user can fix; exit code 2. Also a ValueError
+│   ├── UnsupportedModel    an architecture or module without LRP rules
+│   └── DamagedFile         a file of ours with invalid content, or changed after it was written
 ├── NonFinite               a NaN or Inf in a relevance, named by sample and site
-└── LostRank                another process of the same torchrun ended before its time
+└── LostRank                another process of the same torchrun ended early
 """
 
 import difflib
@@ -22,28 +22,28 @@ class Sparc3Error(Exception):
 
 
 class UserError(Sparc3Error, ValueError):
-    """The user's mistake: the message names it and says what to do."""
+    """A mistake of the user: the message names it and says what to do."""
 
 
 class UnsupportedModel(UserError):
-    """An architecture, or a module in the path of the gradient, that the rules do not know."""
+    """An architecture, or a module in the path of the gradient, for which there is no LRP rule."""
 
 
 class DamagedFile(UserError):
-    """A file of ours that cannot be read back as it was written."""
+    """A file written by sparc3 whose content is invalid or was changed."""
 
 
 class NonFinite(Sparc3Error, ArithmeticError):
-    """A NaN or Inf where a number was needed; the message names the sample and the site."""
+    """A NaN or Inf instead of a number; the message names the sample and the site."""
 
 
 class LostRank(Sparc3Error):
-    """Another process of the same torchrun ended before its time; the saved work is whole, and a rerun goes
-    on from it."""
+    """Another process of the same torchrun ended early; the saved work is intact, and a rerun resumes from
+    it."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for a name nobody knows: suggests the near one, or lists what there is."""
+    """The error for an unknown name: it suggests the nearest one, or lists all."""
     choices = sorted(known)
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     remedy = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(choices)}"

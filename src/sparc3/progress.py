@@ -1,4 +1,5 @@
-"""How far a long stage is: a bar on a terminal, elsewhere, as in a cluster's log, a line a minute."""
+"""Progress of a long stage: a bar on a terminal, or one line per minute elsewhere, such as in a cluster's
+log."""
 
 import logging
 import sys
@@ -15,15 +16,15 @@ EVERY = 60.0
 
 
 class Progress:
-    """Use it in a `with`, or close it; `update` says that so many more items are done.
+    """A progress display, to be used in a `with` statement or closed; `update` counts finished items.
 
-    Without a terminal, `update` logs done, total and time left once `EVERY` seconds have gone by since the
-    start or the last line, so that a stage of less than a minute writes nothing.
+    Without a terminal, `update` logs the finished and total items and the time left every `EVERY` seconds,
+    so that a stage of less than a minute writes nothing.
 
     Args:
-        total: items that this process works on.
+        total: number of items that this process works on.
         label, unit: what the stage does, and what it counts: "lrp", "sample".
-        show: False for silence; only rank 0 speaks in any case.
+        show: False for silence; in any case only rank 0 shows progress.
     """
 
     def __init__(self, total: int, label: str, unit: str, *, show: bool = True) -> None:
@@ -46,7 +47,7 @@ class Progress:
             _tell(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}s, {self._time_left()} left")
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each counted as done when the next one is asked for."""
+        """The items, each of which counts as finished when the next one is requested."""
         for item in items:
             yield item
             self.update()
@@ -68,7 +69,7 @@ class Progress:
 
 
 def write_duration(seconds: float) -> str:
-    """Such as "40 s", "12 min", "3 h 05 min"."""
+    """A duration such as "40 s", "12 min", "3 h 05 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -76,12 +77,12 @@ def write_duration(seconds: float) -> str:
 
 
 def _has_terminal() -> bool:
-    # A notebook has no terminal, but shows a bar.
+    # A notebook has no terminal, but can show a bar.
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def _tell(line: str) -> None:
-    """To the log; to stderr where a program that only imports the package has not set its level."""
+    """Write to the log, or to stderr if the program that imports the package has not set the log's level."""
     if log.isEnabledFor(logging.INFO):
         log.info(line)
     else:

@@ -1,5 +1,4 @@
-"""Results: what was measured on which variant of the model. The fourth noun on disk (`results.json`,
-`sparc3.results/1`)."""
+"""Results: what was measured on which variant of the model, saved as results.json (`sparc3.results/1`)."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,22 +9,23 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .errors import DamagedFile, UserError
-from .settings import typed
+from .settings import parse_typed
 from .storage import read_json, write_json
 
 FORMAT = "sparc3.results/1"
 Number = int | float
-"""A figure that stays in the file as it was given: 11 does not become 11.0."""
+"""A figure that the file keeps as it is: 11 does not become 11.0."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that was measured: "original", "ablated", "wanda@40", "random@40.2" for one of several draws.
+    """A measured version of the model: "original", "ablated", "wanda@40", "random@40.2" for one of several
+    draws.
 
     Attributes:
         method: the method that chose the units; the whole name of a variant without a count.
-        count: how many units are changed; None where the name does not say.
-        draw: which draw ("2") or reference set ("seed2"); "" where there is one, or all are pooled.
+        count: number of changed units; None if the name has no count.
+        draw: the draw ("2") or reference set ("seed2"); "" if there is one, or if all are pooled.
     """
 
     method: str
@@ -34,15 +34,18 @@ class Variant:
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
-        """The variant of this name; a name of another form is a method as a whole."""
-        method, at, rest = name.rpartition("@")
+        """The variant of this name; a name of any other form becomes the method."""
+        method, separator, rest = name.rpartition("@")
         count, dot, draw = rest.partition(".")
-        fits = bool(at and method) and count.isdecimal() and count.isascii() and bool(draw) == bool(dot)
-        return cls(method, int(count), draw) if fits else cls(name)
+        # isdecimal() also accepts the digits of other scripts, which str() would not write back.
+        is_counted = (
+            bool(separator and method) and count.isdecimal() and count.isascii() and bool(draw) == bool(dot)
+        )
+        return cls(method, int(count), draw) if is_counted else cls(name)
 
     def __str__(self) -> str:
-        counted = "" if self.count is None else f"@{self.count}"
-        return f"{self.method}{counted}{'.' if self.draw else ''}{self.draw}"
+        count_text = "" if self.count is None else f"@{self.count}"
+        return f"{self.method}{count_text}{'.' if self.draw else ''}{self.draw}"
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,12 @@ class Measurement:
     Attributes:
         metric: "perplexity", "toxicity.mean", ...
         variant: "original", "ablated", or "<method>@<count>".
-        value: the figure; None where every unit failed.
-        ci95: 95 % bootstrap interval over the units; None where there is a single unit.
+        value: the figure; None if every unit failed.
+        ci95: 95 % bootstrap interval over the units; None for a single unit.
         n: number of units (prompts, windows) that were measured.
-        failures: number of units that could not be measured; they are in no mean.
-        unit: what `value` is in.
-        direction: which way is better, "lower" or "higher".
+        failures: number of units that could not be measured; no mean includes them.
+        unit: the unit of `value`.
+        direction: which is better, "lower" or "higher".
     """
 
     metric: str
@@ -100,22 +103,22 @@ class Difference:
         return self.value == 0 and self.ci95 is not None and self.ci95 == (0, 0)
 
 
-# What the results say of where they came from. A section that a run does not write is not in its file.
+# The provenance of results. The file contains only the sections that a run writes.
 
 
 class Section(BaseModel):
-    """A part of a provenance. Keys that it does not know are kept as they are."""
+    """A part of a provenance. Unknown keys are kept as they are."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the file: what was given, in the order of the class."""
+        """The content of the file: only fields that were set, in the order of the class."""
         return self.model_dump(exclude_unset=True)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a run's checks; `ok` is None where there is no judgement to make."""
+    """One line of a run's checks; `ok` is None for a figure without a judgement."""
 
     name: str
     value: Any = ""
@@ -133,7 +136,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Stage:
-    """How long a stage of the run took."""
+    """A stage of the run and its duration."""
 
     name: str
     seconds: float = 0.0
@@ -167,7 +170,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Protected:
-    """A unit kept out of every selection; the ratio is None where its removal breaks the model altogether."""
+    """A unit kept out of every selection; the ratio is None if perplexity without it is not finite."""
 
     module: str
     index: int
@@ -176,7 +179,7 @@ class Protected:
 
 @dataclass(frozen=True)
 class ScorerMeans:
-    """What one scorer says of the texts before and after; None where nothing was scored."""
+    """One scorer's means over the texts before and after; None if nothing was scored."""
 
     before: float | None
     before_ci95: tuple[float, float] | None
@@ -203,7 +206,7 @@ class Scorers(Section):
 
 @dataclass(frozen=True)
 class Trial:
-    """A count of another method, tried in a search: metric → figure, and whether it keeps to the budget."""
+    """A count of another method, tried in a search: metric → figure, and whether it is within the budget."""
 
     count: int
     figures: dict[str, Number]
@@ -217,13 +220,13 @@ class Candidate:
     Attributes:
         targets: reference set → target.
         circuit: fingerprint of the circuit.
-        figures: metric → value on validation samples; the aim is missing where it was hopeless.
+        figures: metric → value on validation samples; without the aim if the damage was far above the budget.
         perplexity_increase: relative to the original.
-        within: whether it keeps to the budget.
-        rounds: in how many it was found.
-        strength: the circuit's.
-        damage: at which its strengths were fitted.
-        pareto: whether no other candidate is at least as good at both aim and perplexity, and better at one.
+        within: whether it is within the budget.
+        rounds: number of rounds of selection.
+        strength: the circuit's strength.
+        damage: the damage at which its strengths were fitted.
+        pareto: whether no other candidate is at least as good in both aim and perplexity, and better in one.
     """
 
     targets: dict[str, str]
@@ -253,7 +256,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Budget:
-    """The damage that a search allowed; None is no bound."""
+    """The damage that a search allows; None for no bound."""
 
     max_perplexity_increase: Number | None = None
     max_kl: Number | None = None
@@ -264,11 +267,11 @@ class Search(Section):
     """A search under a budget.
 
     Attributes:
-        aim: the metric to better.
+        aim: the metric to improve.
         samples: metric → number of validation samples.
         original: metric → the original's figure.
-        others: method → every count of it that was tried.
-        tried: how many candidates there were, where `candidates` holds the undominated ones only.
+        others: method → every count that was tried.
+        tried: number of all candidates, if `candidates` lists only the Pareto front.
     """
 
     aim: str
@@ -315,18 +318,18 @@ class Distribution:
 
 
 class Provenance(Section):
-    """Where results came from. A correcting run writes no `job`, `method` or `unit`: its circuit says them.
+    """Where results came from. The job correct writes no `job`, `method` or `unit`; its circuit has them.
 
     Attributes:
-        headline: the metric that the run is about, where it is not the first measured.
-        ranks, seeds, enough: of a run that discovers: rankings, reference sets, the accuracy asked for.
-        ablation: of such a run, what removed units are set to: "zero" or "mean".
-        scope: of a run that compresses.
-        sizes: module → units in it.
+        headline: the metric that the run is about, if it is not the first one measured.
+        ranks, seeds, enough: of the job discover: rankings, number of reference sets, required accuracy.
+        ablation: of the job discover: what removed units are set to, "zero" or "mean".
+        scope: of the job compress.
+        sizes: module → number of its units.
         metrics, samples: metric → its settings, and the fingerprint of its samples.
         lexicon: words to mask.
-        margins: metric → the relative change up to which it is flat, where the recipe states one.
-        protected: None where none was looked for.
+        margins: metric → the relative change up to which it counts as flat, if the recipe sets one.
+        protected: None if the run did not look for protected units.
     """
 
     recipe: str = ""
@@ -375,74 +378,77 @@ class Results:
         return iter(self.measurements)
 
     def find(self, metric: str, variant: str = "original") -> Measurement:
-        """The measurement of a metric on a variant. Raises UserError where there is none."""
+        """The measurement of a metric on a variant. Raises UserError if there is none."""
         for m in self.measurements:
             if (m.metric, m.variant) == (metric, variant):
                 return m
         raise UserError(f"no measurement of '{metric}' on '{variant}'; available: {self._names()}")
 
     def difference(self, metric: str, to: str = "ablated", from_: str = "original") -> Difference:
-        """The difference of a metric between two variants. Raises UserError where there is none."""
+        """The difference of a metric between two variants. Raises UserError if there is none."""
         for d in self.differences:
             if (d.metric, d.from_, d.to) == (metric, from_, to):
                 return d
         raise UserError(f"no difference of '{metric}' from '{from_}' to '{to}'; available: {self._names()}")
 
     def read_provenance(self) -> Provenance:
-        """`provenance` by its sections, null as if not there. Raises ValueError for one of another form."""
-        return typed(Provenance, {key: value for key, value in self.provenance.items() if value is not None})
+        """`provenance` as typed sections, ignoring null values. Raises ValueError for an invalid one."""
+        return parse_typed(
+            Provenance, {key: value for key, value in self.provenance.items() if value is not None}
+        )
 
     def _names(self) -> str:
         return ", ".join(sorted({f"{m.metric} on {m.variant}" for m in self.measurements})) or "none"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write readable JSON with a checksum of itself."""
+        """Write readable JSON that includes its own checksum."""
         content: dict[str, Any] = {"format": FORMAT, "measurements": list(map(asdict, self.measurements))}
         content["differences"] = [_rename(asdict(d), "from_", "from") for d in self.differences]
         write_json(path, {**content, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":
-        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile where its content
-        makes no sense."""
+        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile for invalid
+        content."""
         content = read_json(path, FORMAT, by_hand=("format", "measurements", "differences", "provenance"))
         try:
             measurements = [Measurement(**m) for m in content["measurements"]]
             differences = [Difference(**_rename(d, "from", "from_")) for d in content["differences"]]
             return cls(
-                typed(tuple[Measurement, ...], list(map(asdict, measurements))),
-                typed(tuple[Difference, ...], list(map(asdict, differences))),
-                typed(dict[str, Any], content["provenance"]),
+                parse_typed(tuple[Measurement, ...], list(map(asdict, measurements))),
+                parse_typed(tuple[Difference, ...], list(map(asdict, differences))),
+                parse_typed(dict[str, Any], content["provenance"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"{path} does not follow {FORMAT} ({error}); make it again") from None
 
 
 def _rename(row: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """The row with one key under another name, in its place."""
+    """The row with one key renamed, in the same order."""
     return {(new if key == old else key): value for key, value in row.items()}
 
 
-# Figures that both the run and its report choose by.
+# Selection rules that both the run and its report use.
 
 
 def pareto_front(points: Sequence[tuple[float, float] | None]) -> set[int]:
-    """Places of the points that no other point matches in both coordinates and betters in one, less being
-    better; None is no point."""
-    there = [(index, point) for index, point in enumerate(points) if point is not None]
+    """Indices of the points that no other point dominates. A point dominates another if it is not larger in
+    either coordinate and smaller in one; None is ignored."""
+    present = [(index, point) for index, point in enumerate(points) if point is not None]
     return {
         index
-        for index, (x, y) in there
-        if not any(a <= x and b <= y and (a, b) != (x, y) for _, (a, b) in there)
+        for index, (x, y) in present
+        if not any(a <= x and b <= y and (a, b) != (x, y) for _, (a, b) in present)
     }
 
 
-def find_sparsest(gone: Sequence[Number], accuracies: Sequence[float], enough: float) -> Number:
-    """The most removed (share or number) at which, as at all less, the accuracy is `enough`; 0 where none is.
+def find_sparsest(removed: Sequence[Number], accuracies: Sequence[float], enough: float) -> Number:
+    """The largest removal (share or number) at which, and below which, the accuracy is at least `enough`;
+    0 if there is none.
 
     Args:
-        gone: what was removed, ascending.
-        accuracies: what the rest reaches.
+        removed: the removals, ascending.
+        accuracies: the accuracy after each.
     """
-    held = takewhile(lambda point: point[1] >= enough, zip(gone, accuracies, strict=True))
-    return max((removed for removed, _ in held), default=0)
+    accurate = takewhile(lambda point: point[1] >= enough, zip(removed, accuracies, strict=True))
+    return max((amount for amount, _ in accurate), default=0)

@@ -1,5 +1,5 @@
-"""Texts of models, files and users, made safe to show: what would act on a screen is written out, what is
-secret is left out."""
+"""Make texts from models, files and users safe to show: control characters are written out, and secrets
+are left out."""
 
 import getpass
 import logging
@@ -18,22 +18,23 @@ _UNSEEN = re.compile(
 )
 _SECRET = re.compile(r"\bhf_\w{6,}|(?<=://)[^/\s@'\"]+(?=@)|(?<=[Bb]earer )[\w.~+/=-]{6,}")
 LONGEST = 2000
-"""Longest line that is shown, in characters."""
+"""Maximum length of a shown line, in characters."""
 
 
 def visible(text: str) -> str:
-    r"""`text` with its control characters but tabs and newlines written out: an escape is \x1b."""
-    return _UNSEEN.sub(_written_out, text)
+    r"""`text` with control characters, except tabs and newlines, written out: an escape becomes \x1b."""
+    return _UNSEEN.sub(_write_out, text)
 
 
 def one_line(text: str) -> str:
-    """`text` as one line of a console, a log or a message: visible, without secrets, of a bearable length."""
-    line = visible(without_secrets(" ".join(text.split())))
+    """`text` as one line for a console, a log or a message: visible, without secrets, and shortened if
+    needed."""
+    line = visible(remove_secrets(" ".join(text.split())))
     return line if len(line) <= LONGEST else f"{line[: LONGEST * 3 // 4]} … {line[-LONGEST // 5 :]}"
 
 
-def without_secrets(text: str) -> str:
-    """`text` without the hub's token, or a password in a URL, wherever they come from."""
+def remove_secrets(text: str) -> str:
+    """`text` without the hub's token and passwords in URLs."""
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME")
     for token in _tokens(*(os.environ.get(name, "") for name in names)):
         text = text.replace(token, "(secret)")
@@ -41,14 +42,15 @@ def without_secrets(text: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _tokens(one: str, other: str, path: str, home: str) -> tuple[str, ...]:
-    """The tokens that the hub's client would use: of the environment and of its file."""
+def _tokens(env_token: str, legacy_token: str, path: str, home: str) -> tuple[str, ...]:
+    """The tokens that the hub's client would use, from the environment and from its file."""
     file = Path(path or Path(home or "~/.cache/huggingface") / "token")
     try:
-        kept = file.expanduser().read_text(encoding="utf-8")[:1000]
+        file_token = file.expanduser().read_text(encoding="utf-8")[:1000]
     except (OSError, UnicodeDecodeError, RuntimeError):
-        kept = ""
-    return tuple(token for token in (one.strip(), other.strip(), kept.strip()) if len(token) >= 8)
+        file_token = ""
+    tokens = (text.strip() for text in (env_token, legacy_token, file_token))
+    return tuple(token for token in tokens if len(token) >= 8)
 
 
 class LineFormatter(logging.Formatter):
@@ -59,8 +61,8 @@ class LineFormatter(logging.Formatter):
 
 
 def shareable(value: Any) -> Any:
-    """Plain data with its paths as they may be shown to others: below the user's home as ~/…, and without a
-    folder that names user or machine."""
+    """Plain data with paths that may be shown to others: those in the user's home become ~/…, and of paths
+    that name the user or the machine only the file name stays."""
     if isinstance(value, dict):
         return {key: shareable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -73,18 +75,18 @@ def shareable(value: Any) -> Any:
     return kind + Path(path).name if path.startswith("/") and _who() & set(Path(path).parts) else value
 
 
-def at_home(value: Any) -> Any:
-    """Plain data with every ~/… as the path it stands for here."""
+def expand_home(value: Any) -> Any:
+    """Plain data with ~/… expanded to the user's home."""
     if isinstance(value, dict):
-        return {key: at_home(part) for key, part in value.items()}
+        return {key: expand_home(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [at_home(part) for part in value]
+        return [expand_home(part) for part in value]
     kind, path = _path_in(value) if isinstance(value, str) else ("", "")
     return f"{kind}{_home()}{path[1:]}" if path.startswith("~/") else value
 
 
 def _path_in(value: str) -> tuple[str, str]:
-    """The path in "lexicon:PATH" or in a plain PATH, and what stands before it."""
+    """(prefix, path) of "lexicon:PATH" or of a plain path."""
     kind, colon, path = value.partition(":")
     return (kind + colon, path) if kind == "lexicon" else ("", value)
 
@@ -104,7 +106,7 @@ def _who() -> frozenset[str]:
     return frozenset(name for name in (user, host, host.partition(".")[0]) if name)
 
 
-def _written_out(match: re.Match[str]) -> str:
+def _write_out(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 

@@ -1,5 +1,4 @@
-"""Scores: one number per unit, with where they came from. The second noun on disk (safetensors,
-`sparc3.scores/1`)."""
+"""Scores: one number per unit, with its provenance, saved as safetensors (`sparc3.scores/1`)."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,7 @@ class Scores(Mapping[str, "Tensor"]):
         values_: the tensors, in the order of the sites, which breaks ties in `select`.
         provenance: method, unit, target, neuron, reduce, samples and tokens (counts), model (id,
             architecture, fingerprint), samples_fingerprint, tokenizer (its fingerprint, where samples are
-            texts), version, and what the method noted on its way.
+            texts), version, and notes of the method.
     """
 
     values_: dict[str, "Tensor"]
@@ -54,20 +53,20 @@ class Scores(Mapping[str, "Tensor"]):
 
     @property
     def fingerprint(self) -> str:
-        """Names the content: values and provenance, but for the time it took."""
-        about = {key: value for key, value in self.provenance.items() if key != "seconds"}
-        return fingerprint({"provenance": about, "tensors": digest(self.values_)})
+        """Identifies the content: values and provenance, except the time it took."""
+        provenance = {key: value for key, value in self.provenance.items() if key != "seconds"}
+        return fingerprint({"provenance": provenance, "tensors": digest(self.values_)})
 
     def _repr_html_(self) -> str:
-        """In a notebook: what was scored, and a row a site with its largest |score| and the sum of them."""
-        about = (
+        """A notebook's table: one row per site, with its largest |score| and their sum."""
+        details = (
             str(self.provenance[key]) for key in ("method", "target", "samples") if key in self.provenance
         )
         rows = [
-            (name, f"{one.numel():,}", f"{one.abs().max():.4g}", f"{one.abs().sum():.4g}")
-            for name, one in self.items()
+            (name, f"{tensor.numel():,}", f"{tensor.abs().max():.4g}", f"{tensor.abs().sum():.4g}")
+            for name, tensor in self.items()
         ]
-        title = f"Scores of {self.units:,} {self.unit}s ({', '.join(about)})"
+        title = f"Scores of {self.units:,} {self.unit}s ({', '.join(details)})"
         return html_table(title, ("site", "units", "largest |score|", "Σ |score|"), rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -76,7 +75,8 @@ class Scores(Mapping[str, "Tensor"]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
-        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile for a wrong one."""
+        """Read what `save` wrote. Raises UserError for another kind of file, DamagedFile for invalid
+        content."""
         tensors, header = load_tensors(path, FORMAT)
         names, unit, model = (
             header.pop("sites", None),
@@ -84,14 +84,14 @@ class Scores(Mapping[str, "Tensor"]):
             header.get("model") or {},
         )
         if not isinstance(names, list) or set(map(str, names)) != set(tensors) or len(names) != len(tensors):
-            raise DamagedFile(f"{path}: its list of sites does not match its tensors; make it again")
+            raise DamagedFile(f"{path}: the list of sites does not match the tensors; create the file again")
         dim = 2 if unit == "weight" else 1
         shaped = all(tensor.is_floating_point() and tensor.dim() == dim for tensor in tensors.values())
         if unit not in UNITS or not shaped or not is_model(model):
-            raise DamagedFile(f"{path}: unit, model and tensors do not follow {FORMAT}; make it again")
+            raise DamagedFile(f"{path}: unit, model or tensors do not follow {FORMAT}; create the file again")
         return cls({name: tensors[name] for name in names}, header)
 
 
 def is_model(value: object) -> bool:
-    """Whether a value says which model something was made on: names by key."""
+    """Whether a value can be the `model` of a provenance: a dict of strings."""
     return isinstance(value, dict) and all(isinstance(part, str) for part in value.values())

@@ -1,5 +1,5 @@
 """`Strict`, the base class of a recipe's sections, which refuses unknown keys; and `parse`, whose errors name
-the key. The message about an unknown key, with the nearest known one, is made in `_explain`."""
+the key, and for an unknown one the nearest known one."""
 
 import reprlib
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ Section = TypeVar("Section", bound=Strict)
 Kind = TypeVar("Kind")
 
 
-def checked_by(require: Callable[[Any], object]) -> AfterValidator:
-    """For Annotated: the value stays as it is, and `require` raises where it may not stand there."""
+def validate_with(require: Callable[[Any], object]) -> AfterValidator:
+    """For Annotated: the value stays as it is, and `require` raises if it is invalid."""
 
     def check(value: Any) -> Any:
         require(value)
@@ -30,61 +30,64 @@ def checked_by(require: Callable[[Any], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def typed(kind: type[Kind], value: object) -> Kind:
-    """A value out of a file as the type it should have. Raises ValueError where it does not."""
+def parse_typed(kind: type[Kind], value: object) -> Kind:
+    """A value from a file, converted to the type that it should have. Raises ValueError if it does not
+    fit."""
     return TypeAdapter(kind).validate_python(value)
 
 
-def parse(schema: type[Section], content: object, where: str) -> Section:
-    """`content` as a `schema`. Raises UserError, one line, naming the key and what it should be."""
+def parse(schema: type[Section], content: object, section: str) -> Section:
+    """`content` as a `schema`. Raises UserError with a line that names the key and its allowed values."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{where} must contain settings (key: value), not {short(content)}")
+        raise UserError(f"{section} must contain settings (key: value), not {short(content)}")
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
-        raise _explain(schema, error, where) from None
+        raise _explain(schema, error, section) from None
 
 
-def _explain(schema: type[Strict], error: ValidationError, where: str) -> UserError:
+def _explain(schema: type[Strict], error: ValidationError, section: str) -> UserError:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):  # a validator of ours has said it all
+    if isinstance(cause, UserError):  # our own validators name the key themselves
         return cause
     path = [str(part) for part in first["loc"]]
-    place = ".".join([where, *path]) if where else ".".join(path)
+    key = ".".join([section, *path]) if section else ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _keys(schema, path[:-1])
-        return unknown(f"key in {'.'.join([where, *path[:-1]]).strip('.') or 'the recipe'}:", path[-1], known)
+        known_keys = _keys(schema, path[:-1])
+        return unknown(
+            f"key in {'.'.join([section, *path[:-1]]).strip('.') or 'the recipe'}:", path[-1], known_keys
+        )
     if first["type"] == "missing":
-        return UserError(f"{place} is missing; add it")
-    said = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
+        return UserError(f"{key} is missing; add it")
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
     return UserError(
-        f"{place or 'the recipe'}: {said}"
-        if isinstance(given, Mapping)
-        else f"{place} is {short(given)}: {said[:1].lower()}{said[1:]}"
+        f"{key or 'the recipe'}: {message}"
+        if isinstance(value, Mapping)
+        else f"{key} is {short(value)}: {message[:1].lower()}{message[1:]}"
     )
 
 
 def short(value: object) -> str:
-    """A value as a message shows it, whatever its size."""
+    """A value for a message, shortened if it is large."""
     return reprlib.repr(value)
 
 
 def _keys(schema: Any, path: list[str]) -> list[str]:
-    """The keys a nested section knows, following `path` through the fields."""
+    """The known keys of a nested section, found by following `path` through the fields."""
     for part in path:
         fields = getattr(schema, "model_fields", {})
         annotation = fields[part].annotation if part in fields else schema
-        found = [
+        schemas = [
             kind
             for kind in [annotation, *_arguments(annotation)]
             if isinstance(kind, type) and issubclass(kind, BaseModel)
         ]
-        schema = found[0] if found else schema
+        schema = schemas[0] if schemas else schema
     return list(getattr(schema, "model_fields", {}))
 
 
 def _arguments(annotation: Any) -> list[Any]:
     inner = list(getattr(annotation, "__args__", ()))
-    return inner + [deeper for argument in inner for deeper in _arguments(argument)]
+    return inner + [nested for argument in inner for nested in _arguments(argument)]

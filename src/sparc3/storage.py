@@ -1,5 +1,5 @@
-"""Whole files or none: everything written under a temporary name and renamed last, and checked when read
-back."""
+"""Atomic files: everything is written under a temporary name and renamed at the end, and verified when
+read."""
 
 import fcntl
 import glob
@@ -26,23 +26,26 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path; on success it takes the name `path`, on any failure it is removed.
+    """Yield a temporary path, which is renamed to `path` on success and removed on failure.
 
     Raises:
         Sparc3Error: the folder cannot be written, or the disk is full; the message names the file.
     """
     path = Path(path)
-    with _beside(path) as temporary, _raise_user_errors(path, "the earlier file, if any, is untouched"):
+    with (
+        _temporary_path(path) as temporary,
+        _raise_user_errors(path, "the earlier file, if any, is untouched"),
+    ):
         yield temporary
-        _open_to_others(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        _make_readable(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
 
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder; on success it takes the name `path`, on any failure it is removed.
+    """Yield a temporary folder, which is renamed to `path` on success and removed on failure.
 
     Raises:
         UserError: `path` exists and is not an empty folder.
@@ -51,27 +54,27 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose a new folder, or remove it first")
-    with _beside(path) as temporary, _raise_user_errors(path, "nothing of it was left behind"):
+    with _temporary_path(path) as temporary, _raise_user_errors(path, "nothing of it was left behind"):
         temporary.mkdir()
         yield temporary
-        for inside in temporary.rglob("*"):
-            _open_to_others(inside)
+        for entry in temporary.rglob("*"):
+            _make_readable(entry)
         if path.exists():
             path.rmdir()
         temporary.rename(path)
 
 
-def _open_to_others(path: Path) -> None:
-    """The rights that a new file or folder has; safetensors writes files that only their owner may read."""
+def _make_readable(path: Path) -> None:
+    """Give a file or folder the usual permissions; safetensors writes files that only their owner can
+    read."""
     os.umask(mask := os.umask(0))
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of its own beside `path`, for safetensors too writes under names
-    of its own making. The folder is gone in the end; that of a process that was killed, when the next one
-    comes."""
+def _temporary_path(path: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder next to `path`; a folder, because safetensors itself
+    writes under temporary names. It is removed at the end, or, if the process was killed, by the next one."""
     if "\0" in str(path):
         raise UserError(f"{path} contains a NUL byte, which file names cannot; choose another name")
     with _raise_user_errors(path, "choose a folder that can be written"):
@@ -83,7 +86,7 @@ def _beside(path: Path) -> Iterator[Path]:
             _raise_user_errors(path, "choose a folder that can be written"),
             open(folder / ".lock", "w") as lock,
         ):
-            with suppress(OSError):  # a file system without locks: what a killed process leaves stays
+            with suppress(OSError):  # a file system without locks: leftovers stay
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder / path.name
     finally:
@@ -91,21 +94,21 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, names: str | None = None) -> None:
-    """Remove what killed processes left of writing files with such names (a glob pattern), or any in the
-    folder and below it. What is being written stays."""
-    for left in list(folder.glob(f".{names}.????????.tmp") if names else folder.rglob(".*.????????.tmp")):
+    """Remove temporary folders that killed processes left while writing files with these names (a glob
+    pattern), or any below the folder. Folders in use stay."""
+    for leftover in list(folder.glob(f".{names}.????????.tmp") if names else folder.rglob(".*.????????.tmp")):
         with suppress(OSError):
-            if not any(left.iterdir()):
-                left.rmdir()
+            if not any(leftover.iterdir()):
+                leftover.rmdir()
                 continue
-            with open(left / ".lock", "r+") as lock:
+            with open(leftover / ".lock", "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
 def _raise_user_errors(path: Path, end: str) -> Iterator[None]:
-    """A failure to write inside becomes one line that names the file."""
+    """Inside, failures to write become a Sparc3Error that names the file."""
     try:
         yield
     except Sparc3Error:
@@ -116,20 +119,20 @@ def _raise_user_errors(path: Path, end: str) -> Iterator[None]:
         if not isinstance(error, OSError | SafetensorError):
             raise
         number = re.search(r"os error (\d+)", str(error))
-        said = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
-        raise Sparc3Error(f"cannot write {path}: {said}; {end}") from error
+        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+        raise Sparc3Error(f"cannot write {path}: {reason}; {end}") from error
 
 
 def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raise UserError, before the work, where a file (or folder) of that name cannot be written."""
-    place = Path(path).absolute()
-    if not folder and place.is_dir():
+    """Raise UserError, before any work, if a file (or folder) of that name cannot be written."""
+    target = Path(path).absolute()
+    if not folder and target.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
-    there = next(parent for parent in place.parents if parent.exists())
-    if not there.is_dir():
-        raise UserError(f"cannot write {path}: {there} is a file, not a folder; choose another place")
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write {path}: {existing} is a file, not a folder; choose another place")
     try:
-        with tempfile.TemporaryDirectory(prefix=".sparc3-", dir=there):
+        with tempfile.TemporaryDirectory(prefix=".sparc3-", dir=existing):
             pass
     except OSError as error:
         raise UserError(
@@ -139,24 +142,24 @@ def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None
 
 @contextmanager
 def claim_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a file that is to be written against other processes, by a lock beside it that goes with the
-    process. Raises UserError where another holds it."""
-    beside = Path(f"{path}.lock")
-    with open(beside, "w") as lock:
+    """Inside, reserve a file for this process, by a lock next to it that the system frees when the process
+    ends. Raises UserError if another process holds it."""
+    lock_path = Path(f"{path}.lock")
+    with open(lock_path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(
                 f"another process is making {path}; wait for it, or choose another --out"
             ) from None
-        except OSError:  # the file system keeps no locks
+        except OSError:  # a file system without locks
             pass
-        if not beside.exists() or not os.path.samestat(os.fstat(lock.fileno()), beside.stat()):
-            raise UserError(f"another process has just made {path}; look at it, or start this again")
+        if not lock_path.exists() or not os.path.samestat(os.fstat(lock.fileno()), lock_path.stat()):
+            raise UserError(f"another process has just made {path}; use that file, or run this again")
         try:
             yield
         finally:
-            beside.unlink(missing_ok=True)
+            lock_path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -165,23 +168,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 GZIP = b"\x1f\x8b"
-"""How every gzip file begins."""
+"""The first bytes of every gzip file."""
 LARGEST = 2**30
-"""Longest text that is read whole, in bytes."""
+"""Maximum size of a text that is read at once, in bytes."""
 
 
 def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
-    """The text of a file the user named, however its lines end, without a byte order mark; gzip is unpacked.
+    """The text of a user's file with "\\n" as line ends and without a byte order mark; gzip is unpacked.
 
     Raises:
         UserError: it is missing, a folder, or longer than `largest` bytes.
         DamagedFile: it is not UTF-8 text.
     """
     try:
-        with open(path, "rb") as opened:
-            packed = opened.read(len(GZIP)) == GZIP
-            opened.seek(0)
-            raw = (gzip.GzipFile(fileobj=opened) if packed else opened).read(largest + 1)
+        with open(path, "rb") as file:
+            packed = file.read(len(GZIP)) == GZIP
+            file.seek(0)
+            raw = (gzip.GzipFile(fileobj=file) if packed else file).read(largest + 1)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}; check the path") from None
     except IsADirectoryError:
@@ -189,8 +192,8 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedFile(f"{path} is an incomplete gzip file ({error}); download it again") from None
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {said}; check the path") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}; check the path") from None
     if len(raw) > largest:
         raise UserError(f"{path} is longer than {largest:,} bytes; give a smaller file")
     try:
@@ -198,12 +201,15 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     except UnicodeDecodeError:
         raise DamagedFile(f"{path} is not UTF-8 text; convert it, or make it again") from None
     if "\0" in text:
-        raise DamagedFile(f"{path} contains NUL bytes, so it is no text file; convert it, or make it again")
+        raise DamagedFile(
+            f"{path} contains NUL bytes, so it is not a text file; convert it, or make it again"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write `content`, its paths `shareable`, as JSON with a checksum. Raises NonFinite for NaN or Inf."""
+    """Write `content`, with its paths made `shareable`, as JSON with a checksum. Raises NonFinite for NaN or
+    Inf."""
     content = shareable(content)
     body = {**content, "sha256": fingerprint(content)}
     try:
@@ -218,45 +224,45 @@ def read_json(path: str | os.PathLike[str], format: str, by_hand: Collection[str
     """Read what `write_json` wrote.
 
     Args:
-        by_hand: the keys of a format that a person may write too: without a checksum, and then with no other
-            keys.
+        by_hand: the keys of a format that may also be written by hand, without a checksum; such a file
+            must not have other keys.
 
     Raises:
-        UserError: no such file, or it is another kind of file.
-        DamagedFile: not JSON, or its checksum is missing or does not fit its content.
+        UserError: a missing file, or another kind of file.
+        DamagedFile: the file is not JSON, or its checksum is missing or wrong.
     """
     text = read_text(path)
     try:
         content = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not JSON ({error}); make it again") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != format:
+    actual = content.get("format") if isinstance(content, dict) else None
+    if actual != format:
         raise UserError(
-            f"{path} is not a {format} file (its format is {found!r}); name one, or make it again"
+            f"{path} is not a {format} file (its format is {actual!r}); name one, or make it again"
         )
     checksum = content.pop("sha256", None)
-    if checksum is None and (not by_hand or (odd := sorted(content.keys() - by_hand))):
-        unknown = f"an unknown key {odd[0]!r} and " if by_hand else ""
+    if checksum is None and (not by_hand or (unknown_keys := sorted(content.keys() - by_hand))):
+        unknown = f"an unknown key {unknown_keys[0]!r} and " if by_hand else ""
         raise DamagedFile(f"{path} has {unknown}no checksum; make it again")
     if checksum is not None and checksum != fingerprint(content):
-        raise _changed(path)
+        raise _changed_error(path)
     return dict(content)
 
 
-def _changed(path: str | os.PathLike[str]) -> DamagedFile:
-    return DamagedFile(f"{path} was changed after it was written: its checksum does not fit; make it again")
+def _changed_error(path: str | os.PathLike[str]) -> DamagedFile:
+    return DamagedFile(f"{path} was changed after it was written (wrong checksum); make it again")
 
 
 def parse_json(text: str) -> Any:
-    """JSON as its standard has it: no key twice, no NaN. Raises ValueError or RecursionError."""
+    """Strict JSON: no repeated keys, no NaN. Raises ValueError or RecursionError."""
 
     def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
             names = [key for key, _ in pairs]
             raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} appears twice")
-        return found
+        return mapping
 
     def finite(digits: str) -> float:
         if not math.isfinite(value := float(digits)):
@@ -267,22 +273,22 @@ def parse_json(text: str) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """A JSON-able value as one text, whatever the order of its keys."""
+    """A JSON-able value as text that does not depend on the order of its keys."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def fingerprint(value: Any) -> str:
-    """A short, stable name of a JSON-able value: 16 hex digits of its canonical JSON's SHA-256."""
+    """A short, stable hash of a JSON-able value: 16 hex digits of its canonical JSON's SHA-256."""
     return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes."""
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Files of tensors (safetensors): a header that says what they are, and a checksum of all of it.
+# Files of tensors (safetensors) with a header of metadata and a checksum of everything.
 
 
 def save_tensors(
@@ -291,59 +297,58 @@ def save_tensors(
     """Write tensors (on the CPU) under a header of JSON-able values with the format and a checksum."""
     from safetensors.torch import save_file
 
-    plain = shareable(json.loads(json.dumps({"format": format, **header})))
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    plain["sha256"] = _checksum(plain, whole)
+    content = shareable(json.loads(json.dumps({"format": format, **header})))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content["sha256"] = _checksum(content, contiguous)
     with whole_file(path) as temporary:
-        save_file(whole, temporary, {key: _serialize(value) for key, value in plain.items()})
+        save_file(contiguous, temporary, {key: _serialize(value) for key, value in content.items()})
 
 
 def load_tensors(path: str | os.PathLike[str], format: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """What `save_tensors` wrote: tensors, and the header without its format and checksum.
+    """Read what `save_tensors` wrote: tensors, and the header without its format and checksum.
 
     Raises:
-        UserError: no such file, or it is another kind of file.
-        DamagedFile: not safetensors, or its checksum does not fit its content.
+        UserError: a missing file, or another kind of file.
+        DamagedFile: the file is not safetensors, or its checksum is wrong.
     """
     header, tensors = read_header(path), {}
     if header.get("format") != format:
         raise UserError(f"{path} is a safetensors file, but not a {format} file; name one, or make it again")
-    with _opened(path) as opened:
-        # Copies: the library maps the file, and who overwrites it in place would change numbers already
-        # checked.
-        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    with _open_tensors(path) as file:
+        # Copies, because the library maps the file: overwriting it would change numbers after the check.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     checksum = header.pop("sha256", None)
     if checksum != _checksum(header, tensors):
-        raise _changed(path)
+        raise _changed_error(path)
     del header["format"]
     return tensors, header
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header of a safetensors file, its JSON values parsed; nothing in it is checked."""
+    """The header of a safetensors file with parsed JSON values; its content is not checked."""
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; name a file in it")
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}; check the path")
-    with _opened(path) as opened:
-        return {key: _parse_header(value) for key, value in (opened.metadata() or {}).items()}
+    with _open_tensors(path) as file:
+        return {key: _parse_header(value) for key, value in (file.metadata() or {}).items()}
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """safe_open, with whatever it and its tensors raise as one line."""
+def _open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """safe_open, whose errors become DamagedFile."""
     from safetensors import safe_open
 
     try:
-        with safe_open(path, "pt") as opened:
-            yield opened
+        with safe_open(path, "pt") as file:
+            yield file
     except Exception as error:  # the library raises its own errors, Python's and torch's
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedFile(f"{path} is not a readable safetensors file ({first}); make it again") from None
 
 
 def _serialize(value: Any) -> str:
-    """A header's value as text: a string as it is, unless it would be read back as something else."""
+    """A header's value as text: a string stays as it is, unless it would be parsed as something else."""
     return value if isinstance(value, str) and _parse_header(value) is value else json.dumps(value)
 
 
@@ -360,11 +365,11 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, "Tensor"]) -> str
 
 
 def digest(tensors: Mapping[str, "Tensor"]) -> str:
-    """The SHA-256 of names, shapes, types and values, in their order."""
+    """The SHA-256 of names, shapes, dtypes and values, in their order."""
     import torch
 
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, tensor in tensors.items():
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hasher.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

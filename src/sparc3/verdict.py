@@ -1,9 +1,9 @@
 """The verdict on a run: one sentence and a table of criteria, the same on the console, in results.json and in
 the report.
 
-It reads results alone. A run that corrects shows an effect where the behaviour moves the right way, net of
-what as many random units do, with zero outside both intervals; what it costs is held against stated margins.
-A run that discovers or compresses holds its own method against each other one, by paired intervals.
+It depends only on the results. The job correct shows an effect if the behaviour moves in the right direction,
+also net of as many random units, with zero outside both intervals; its costs are compared with margins. The
+jobs discover and compress compare the run's own method with each other one, by paired intervals.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,13 +12,13 @@ from .results import Check, Difference, Results, Variant, Verdict
 
 SIDE_EFFECTS = ("perplexity", "kl", "fluency", "sparsity")
 UNSURE = 0.05
-"""From this p on a change is not called more than chance."""
+"""A change with this p or a larger one is not called more than chance."""
 PERPLEXITY_MARGIN = 0.02
-"""Perplexity of other text is flat up to this relative increase, where neither `margins` of the recipe nor
-the budget of a search says another."""
+"""Perplexity of other text counts as flat up to this relative increase, unless the recipe's `margins` or a
+search's budget set another."""
 FLUENCY_MARGIN = 0.5
-"""The original model's perplexity of what the ablated one writes may rise by so much; part of that is the
-behaviour's absence."""
+"""Margin for the relative increase of the original model's perplexity on the ablated model's
+continuations. It is wide, because part of the increase is the behaviour's absence."""
 
 SAID = {
     "shown": "an effect is shown",
@@ -38,28 +38,31 @@ SAID = {
 }
 """Kind of a verdict → its words."""
 GOOD = ("shown", "ahead", "level")
-"""The kinds to be glad of."""
+"""The kinds that are a success."""
 
 
 def behaviour_of(results: Results) -> str | None:
-    """The metric the run is about: the one its provenance names, else the first measured on both models that
-    is not a side effect."""
+    """The metric that the run is about: the one its provenance names, or else the first metric measured on
+    both models that is not a side effect."""
     variants: dict[str, set[str]] = {}
     for m in results:
         if m.value is not None:
             variants.setdefault(m.metric, set()).add(m.variant)
-    both = [metric for metric, names in variants.items() if {"original", "ablated"} <= names]
-    named = results.provenance.get("headline")
-    if named in both:
-        return str(named)
-    ordered = sorted(both, key=lambda metric: SIDE_EFFECTS.index(metric) if metric in SIDE_EFFECTS else -1)
+    candidates = [metric for metric, names in variants.items() if {"original", "ablated"} <= names]
+    headline = results.provenance.get("headline")
+    if headline in candidates:
+        return str(headline)
+    # sorted() is stable: the metrics at −1 stay in the order in which they were measured.
+    ordered = sorted(
+        candidates, key=lambda metric: SIDE_EFFECTS.index(metric) if metric in SIDE_EFFECTS else -1
+    )
     return ordered[0] if ordered else None
 
 
 def judge_change(d: Difference | None, direction: str) -> str:
-    """ "shown", "weak", "none", "harmful" or "unknown": what one paired difference says.
+    """ "shown", "weak", "none", "harmful" or "unknown", from one paired difference.
 
-    A task (ioi.*) is looked for by what its removal breaks, so there neither direction is wrong.
+    For a task (ioi.*) neither direction is wrong: removing its units may break it, and shows where it is.
 
     Args:
         direction: which way is better, "lower" or "higher".
@@ -74,7 +77,7 @@ def judge_change(d: Difference | None, direction: str) -> str:
 
 
 def difference_to(results: Results, metric: str, from_: str = "original") -> Difference | None:
-    """What the circuit's removal changed; `from_` "random@" takes the random units beside the circuit."""
+    """The difference that the circuit's removal makes; with `from_` "random@", compared with random units."""
     return next(
         (
             d
@@ -87,7 +90,7 @@ def difference_to(results: Results, metric: str, from_: str = "original") -> Dif
 
 
 def judge(results: Results, unit: str = "unit") -> Verdict | None:
-    """The verdict; None where no metric was measured on both the original and the changed model.
+    """The verdict; None if no metric was measured on both the original and the changed model.
 
     Args:
         unit: what was removed: "neuron", "head", "weight".
@@ -102,10 +105,11 @@ def judge(results: Results, unit: str = "unit") -> Verdict | None:
     of_effect, of_net = judge_change(effect, direction), judge_change(net, direction)
     criteria = [Check(f"effect on {metric}", write_change(results, effect), _is_shown(of_effect))]
     if net is not None:
-        beside = f"effect net of {net.from_.rpartition('@')[2]} random {unit}s"
-        criteria.append(Check(beside, write_change(results, net), _is_shown(of_net)))
+        label = f"effect net of {net.from_.rpartition('@')[2]} random {unit}s"
+        criteria.append(Check(label, write_change(results, net), _is_shown(of_net)))
     costs = list(_judge_costs(results, metric))
     kind = of_effect
+    # Removing any units moves some metrics, so an effect must also stand out from random units' effect.
     if kind == "shown":
         kind = {"shown": "shown", "unknown": "unproven"}.get(of_net, "random")
     if kind == "shown" and any(cost.ok is False for cost in costs):
@@ -134,9 +138,10 @@ def _judge_costs(results: Results, behaviour: str) -> Iterator[Check]:
 
 
 def _judge_cost(results: Results, d: Difference, before: float, margin: float) -> Check:
-    """Within the margin where the whole interval is, beyond it where the figure is."""
-    least, most = d.value / before, (d.ci95[1] if d.ci95 else d.value) / before
-    ok = True if most <= margin else False if least > margin else None
+    """ok is True if the whole interval is within the margin, False if the figure itself is beyond it, and
+    None in between."""
+    value, upper = d.value / before, (d.ci95[1] if d.ci95 else d.value) / before
+    ok = True if upper <= margin else False if value > margin else None
     return Check(d.metric, f"{write_change(results, d)}, margin {margin * 100:+g} %", ok)
 
 
@@ -144,7 +149,7 @@ def _judge_cost(results: Results, d: Difference, before: float, margin: float) -
 
 
 def _judge_discovery(results: Results) -> Verdict | None:
-    """By the area under faithfulness (CPR), paired by reference set."""
+    """Compare methods by the area under faithfulness (CPR), paired by reference set."""
     own = str(results.provenance.get("method"))
     areas = {m.variant: m.value for m in results if m.metric == "circuit.cpr" and m.value is not None}
     if own not in areas:
@@ -154,34 +159,39 @@ def _judge_discovery(results: Results) -> Verdict | None:
     kept = f"until {100 * (sparsest or 0.0):.3g} % of the units are removed"
     criteria.append(Check(f"accuracy of {enough:g} is kept", kept, bool(sparsest)))
     kind = _sum_up(kinds)
-    details = [f"{own} has a CPR of {areas[own]:.3g}", *(f"{one.name} {one.value}" for one in criteria)]
+    details = [f"{own} has a CPR of {areas[own]:.3g}", *(f"{check.name} {check.value}" for check in criteria)]
     return Verdict(kind, f"{SAID[kind]}: {'; '.join(details)}", criteria)
 
 
 def _judge_compression(results: Results) -> Verdict | None:
-    """By perplexity, or what else is measured, paired by window, at each number of weights."""
+    """Compare methods by perplexity, or else the first measured metric, paired by window, at each number of
+    weights."""
     metrics = ["perplexity", *(m.metric for m in results if not m.metric.startswith("sparsity"))]
     metric = next((name for name in metrics if any(m.metric == name for m in results)), "")
-    found = {m.variant: m for m in results if m.metric == metric and m.value is not None}
+    by_variant = {m.variant: m for m in results if m.metric == metric and m.value is not None}
     margin = dict(results.provenance.get("margins") or {}).get(metric)
     own, criteria, kinds, costs, details = str(results.provenance.get("method")), [], [], [], []
-    for count in dict.fromkeys(Variant.parse(name).count for name in found):
-        at = [name for name in found if count is not None and Variant.parse(name).count == count]
-        ours = next((name for name in at if is_way_of(Variant.parse(name).method, own)), None)
-        d = next((d for d in results.differences if (d.metric, d.to) == (metric, ours)), None)
-        if ours is None or d is None:
+    for count in dict.fromkeys(Variant.parse(name).count for name in by_variant):
+        names = [name for name in by_variant if count is not None and Variant.parse(name).count == count]
+        own_variant = next((name for name in names if is_way_of(Variant.parse(name).method, own)), None)
+        d = next((d for d in results.differences if (d.metric, d.to) == (metric, own_variant)), None)
+        if own_variant is None or d is None:
             continue
-        dense = Check(f"{metric} of {ours} against the dense model", write_change(results, d))
-        if margin is not None and "original" in found and found["original"].value:
-            judged = _judge_cost(results, d, found["original"].value, margin)
-            dense = Check(dense.name, judged.value, judged.ok)
-        compared, theirs = _compare(results, metric, found[ours].direction, ours, at)
+        dense = Check(f"{metric} of {own_variant} against the dense model", write_change(results, d))
+        if margin is not None and "original" in by_variant and by_variant["original"].value:
+            judgement = _judge_cost(results, d, by_variant["original"].value, margin)
+            dense = Check(dense.name, judgement.value, judgement.ok)
+        comparisons, outcomes = _compare(
+            results, metric, by_variant[own_variant].direction, own_variant, names
+        )
         costs.append(dense.ok)
-        criteria += [dense, *compared]
-        kinds += theirs
-        details.append(f"{metric} of {ours} {found[ours].value:.4g}, {dense.value} of the dense model")
-        details += [f"{one.name} {one.value}" for one in compared]
-    # Results of before there were verdicts on compressions have no paired differences of methods.
+        criteria += [dense, *comparisons]
+        kinds += outcomes
+        details.append(
+            f"{metric} of {own_variant} {by_variant[own_variant].value:.4g}, {dense.value} of the dense model"
+        )
+        details += [f"{check.name} {check.value}" for check in comparisons]
+    # Results from before compressions had a verdict contain no differences between methods.
     if not criteria or (kinds and not any(d.from_ != "original" for d in results.differences)):
         return None
     kind = _sum_up(kinds)
@@ -191,15 +201,15 @@ def _judge_compression(results: Results) -> Verdict | None:
 
 def is_way_of(name: str, method: str) -> bool:
     """Whether this is the method, or the method with one of its rankings or reductions."""
-    ends = ("", "-abs", "-signed", "-mean_abs", "-abs_mean", "-rms")
-    return name in [f"{method}{end}" for end in ends]
+    suffixes = ("", "-abs", "-signed", "-mean_abs", "-abs_mean", "-rms")
+    return name in [f"{method}{suffix}" for suffix in suffixes]
 
 
 def _compare(
     results: Results, metric: str, direction: str, own: str, others: Iterable[str]
 ) -> tuple[list[Check], list[tuple[str, str]]]:
-    """How far `own` is from each other variant, as criteria; and (method, "ahead", "behind", "level" or
-    "unknown") of each that is another method."""
+    """The difference of `own` from each other variant as criteria, and (method, "ahead", "behind", "level" or
+    "unknown") for each that is another method."""
     criteria, kinds = [], []
     base = str(results.provenance.get("method"))
     for other in (name for name in others if name != own):
@@ -208,21 +218,22 @@ def _compare(
         if d is not None and d.ci95 is not None:
             kind = "ahead" if (d.value < 0) == (direction == "lower") else "behind"
             kind = "level" if d.holds_zero else kind
-        said = "not measured" if d is None else f"{d.value:+.3g} (no interval)"
+        text = "not measured" if d is None else f"{d.value:+.3g} (no interval)"
         if d is not None and d.ci95 is not None:
-            said = f"{d.value:+.3g} (95 %: {d.ci95[0]:+.3g} to {d.ci95[1]:+.3g})"
-        theirs = Variant.parse(other).method
-        same = is_way_of(theirs, base)  # another ranking or reduction of it is told, not judged
-        ok = None if same or kind in ("unknown", "level") else kind == "ahead"
-        if theirs.partition(":")[0] == "random" and kind == "level":
+            text = f"{d.value:+.3g} (95 %: {d.ci95[0]:+.3g} to {d.ci95[1]:+.3g})"
+        other_method = Variant.parse(other).method
+        is_same_method = is_way_of(other_method, base)  # its other rankings and reductions are not judged
+        ok = None if is_same_method or kind in ("unknown", "level") else kind == "ahead"
+        # To be level with another method is no failure; to be level with random units is one.
+        if other_method.partition(":")[0] == "random" and kind == "level":
             ok = False
-        criteria.append(Check(f"{own} against {theirs}", said, ok))
-        kinds += [] if same else [(theirs, kind)]
+        criteria.append(Check(f"{own} against {other_method}", text, ok))
+        kinds += [] if is_same_method else [(other_method, kind)]
     return criteria, kinds
 
 
 def _sum_up(kinds: list[tuple[str, str]]) -> str:
-    """The kind of the verdict from those of the single comparisons."""
+    """The kind of the verdict, from the outcomes of the comparisons."""
     if any(name.startswith("random") and kind in ("level", "behind") for name, kind in kinds):
         return "chance"
     if any(kind == "behind" for _, kind in kinds):
@@ -233,7 +244,7 @@ def _sum_up(kinds: list[tuple[str, str]]) -> str:
 
 
 def write_change(results: Results, d: Difference | None) -> str:
-    """A difference with its interval and p, as a share of the original's figure where that is not zero."""
+    """A difference with its interval and p, relative to the original's figure unless that is zero."""
     if d is None:
         return "not measured"
     base = next((m.value for m in results if (m.metric, m.variant) == (d.metric, "original")), None)
@@ -241,6 +252,6 @@ def write_change(results: Results, d: Difference | None) -> str:
     def write(value: float, end: str = "") -> str:
         return f"{value / base * 100:+.1f}{end}" if base else f"{value:+.4g}"
 
-    inside = [f"95 %: {write(d.ci95[0])} to {write(d.ci95[1])}"] if d.ci95 else ["no interval"]
-    inside += [f"p = {d.p:.2g}"] if d.p is not None else []
-    return f"{write(d.value, ' %')} ({', '.join(inside)})"
+    details = [f"95 %: {write(d.ci95[0])} to {write(d.ci95[1])}"] if d.ci95 else ["no interval"]
+    details += [f"p = {d.p:.2g}"] if d.p is not None else []
+    return f"{write(d.value, ' %')} ({', '.join(details)})"

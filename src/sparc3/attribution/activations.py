@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, distributed
-from ..models.experts import by_position, tokens_of
+from ..models.experts import arrange_by_position, tokens_of
 from ..models.fingerprint import describe
 from ..models.load import context_length, rope_switches, vocabulary_size
 from ..models.offloading import device_of
@@ -17,7 +17,7 @@ from ..models.sites import Site, down_sites, readers_of, sites_of
 from ..samples.batches import Batch, Encoded, encode, join_completions, make_batches
 from ..samples.reference_set import ReferenceSet
 from ..scores import Scores
-from .patching import frozen
+from .patching import freeze
 from .sums import Settings, Sums
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def _sum_over_positions(
     sums: Sums,
 ) -> Generator[Batch, None, None]:
     skip = sums.settings.skip_positions
-    for batch, found in _measure(model, batches, sites, lambda a: measure(a).sum(1), skip=skip):
-        sums.add(batch, found)
+    for batch, measured in _measure(model, batches, sites, lambda a: measure(a).sum(1), skip=skip):
+        sums.add(batch, measured)
         yield batch
 
 
@@ -62,21 +62,22 @@ def _measure(
     measure: Callable[[Tensor], Tensor],
     *,
     skip: int = 0,
-    **how: Any,
+    **options: Any,
 ) -> Generator[tuple[Batch, dict[str, Tensor]], None, None]:
-    """What `measure` makes of each site's activations [B, T, width], by batch; `how` as in `capture`."""
-    with frozen(model), torch.no_grad():
+    """`measure` of each site's activations [B, T, width], batch by batch; `options` are those of
+    `capture`."""
+    with freeze(model), torch.no_grad():
         for batch in batches:
-            found: dict[str, Tensor] = {}
-            counted = batch.mask()
-            counted[:, :skip] = False
+            measured: dict[str, Tensor] = {}
+            mask = batch.mask()
+            mask[:, :skip] = False
 
-            def receive(name: str, a: Tensor, found: dict[str, Tensor] = found) -> None:
-                found[name] = measure(a)
+            def receive(name: str, a: Tensor, measured: dict[str, Tensor] = measured) -> None:
+                measured[name] = measure(a)
 
-            with capture(sites, counted, receive, **how):
+            with capture(sites, mask, receive, **options):
                 model.base_model(input_ids=batch.ids, use_cache=False)
-            yield batch, found
+            yield batch, measured
 
 
 @contextmanager
@@ -90,25 +91,23 @@ def capture(
 ) -> Iterator[None]:
     """Inside, a forward pass calls `receive` with the name and the activations of each site.
 
-    The activations are [B, T, width], in float32 or float64, however the module flattens its tokens. An
-    expert's are 0 at tokens that are not sent to it.
+    The activations are [B, T, width], in float32 or float64, even where the module sees flattened tokens. An
+    expert's activations are 0 at tokens that are not routed to it.
 
     Args:
-        mask: [B, T], false where activations are replaced by `fill`: at padding, and at positions to be
-            ignored.
-        outputs: receive the part of the module's output that belongs to the site instead of the module's
-            input.
+        mask: [B, T], false at padding and at ignored positions, where activations are replaced by `fill`.
+        outputs: receive the site's part of the module's output instead of the module's input.
     """
 
     def hook(name: str, site: Site, _: object, args: Sequence[Tensor], output: Tensor | None = None) -> None:
-        x = args[0] if output is None else site.of(output)
-        a = by_position(x.detach(), tokens_of(args), mask.shape)
-        wide = a if a.dtype == torch.float64 else a.float()
-        receive(name, wide.masked_fill(~mask.to(a.device)[..., None], fill))
+        x = args[0] if output is None else site.select_features(output)
+        a = arrange_by_position(x.detach(), tokens_of(args), mask.shape)
+        x32 = a if a.dtype == torch.float64 else a.float()
+        receive(name, x32.masked_fill(~mask.to(a.device)[..., None], fill))
 
     with ExitStack() as hooks:
         for name, site in sites.items():
-            module = site.hooked
+            module = site.hook_module
             register = module.register_forward_hook if outputs else module.register_forward_pre_hook
             hooks.callback(register(partial(hook, name, site)).remove)
         yield
@@ -128,22 +127,23 @@ def encode_whole(
     )
 
 
-# How hard each neuron can hit the residual stream: where super weights and massive activations show (Yu et
-# al. 2024; Sun et al. 2024).
+# The largest contribution of each neuron to the residual stream, which reveals super weights (Yu et al. 2024)
+# and massive activations (Sun et al. 2024).
 
 
 def largest_writes(
     model: "PreTrainedModel", samples: ReferenceSet, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> dict[str, Tensor]:
-    """max_t |a_ti| · ‖W_down[:, i]‖₂ of each neuron over all tokens of the samples, by the name of its
-    mlp.up: [out]."""
-    of_mlp = down_sites(model)
-    downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
+    """Name of each mlp.up → [out]: max_t |a_ti| · ‖W_down[:, i]‖₂ of each neuron, over all tokens of the
+    samples."""
+    down_by_mlp = down_sites(model)
+    downs = {site.name: down_by_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
     encoded = encode_whole(model, samples, tokenizer)
     batches = make_batches(encoded, 1024, device_of(model), rope_switches(model))
     maxima: dict[str, Tensor] = {}
-    for _, found in _measure(model, batches, downs, lambda a: a.float().abs().amax((0, 1)).cpu()):
-        maxima = {name: torch.maximum(maxima.get(name, largest), largest) for name, largest in found.items()}
+    for _, batch_maxima in _measure(model, batches, downs, lambda a: a.float().abs().amax((0, 1)).cpu()):
+        for name, largest in batch_maxima.items():
+            maxima[name] = torch.maximum(maxima.get(name, largest), largest)
     return {
         name: maxima[name] * down.weight.detach().float().norm(dim=0).cpu() for name, down in downs.items()
     }
@@ -164,8 +164,8 @@ def mean_outputs(
     the samples.
 
     Returns:
-        name of each site of the roles → [2, width], float64: at the samples' first tokens, and at all others
-        (zero where there is no other).
+        name of each site of the roles → [2, width], float64: the means over the samples' first tokens, and
+        over all others (zero if there are no others).
 
     Raises:
         UserError: other roles, or experts.
@@ -179,17 +179,17 @@ def mean_outputs(
     def add_up(a: Tensor) -> Tensor:
         return torch.stack([a[:, 0].sum(0), a[:, 1:].sum((0, 1))]).cpu().double()
 
-    for batch, found in _measure(model, batches, readers, add_up):
+    for batch, sums_of_batch in _measure(model, batches, readers, add_up):
         counts += torch.tensor([[len(batch.lengths)], [sum(batch.lengths) - len(batch.lengths)]])
-        for name, added in found.items():
-            sums[name] += added
+        for name, sum_of_batch in sums_of_batch.items():
+            sums[name] += sum_of_batch
     distributed.sum_([counts, *sums.values()])
     return {name: total / counts.clamp(min=1) for name, total in sums.items()}
 
 
-# Expertise of a neuron: how well its activation alone tells undesired texts from others (Suau et al. 2024,
-# "Whispering experts"). Two methods act on it: Det-0 removes the best experts, AurA damps every neuron whose
-# AUROC is above chance.
+# The expertise of a neuron is how well its activation alone tells undesired texts from others (Suau et al.
+# 2024, "Whispering experts"). Det-0 removes the best experts; AurA damps every neuron whose AUROC is above
+# chance.
 
 EXPERTISE_METHODS = ("aura", "det0")
 
@@ -204,14 +204,14 @@ def expertise(
 ) -> Scores:
     """AUROC of each mlp.up neuron, as a classifier of undesired against benign samples; 0.5 is chance.
 
-    A neuron's activation on a sample is the largest output of its row of mlp.up over the sample's tokens, its
-    completion included; an expert's neuron has 0 at tokens that are not sent to it.
+    A neuron's activation on a sample is the largest output of its row of mlp.up over the sample's tokens,
+    including the completion; a neuron of an expert has 0 at tokens that are not routed to it.
 
     Returns:
-        Scores in [0, 1], one [out] tensor an mlp.up.
+        Scores in [0, 1], one [out] tensor per mlp.up.
     """
     sites = sites_of(model, ("mlp.up",))
-    described = describe(model)
+    model_info = describe(model)
     outputs = [
         _largest_outputs(model, encode_whole(model, samples, tokenizer), sites, batch_tokens)
         for samples in (undesired, benign)
@@ -228,7 +228,7 @@ def expertise(
             "reduce": "auroc",
             "samples": len(undesired) + len(benign),
             "skipped": [],
-            "model": described,
+            "model": model_info,
             "samples_fingerprint": [undesired.fingerprint, benign.fingerprint],
             "version": __version__,
         },
@@ -236,10 +236,10 @@ def expertise(
 
 
 def auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """P(positive > negative) + ½ P(equal), of every column: positive [P, N], negative [M, N] → [N], in
+    """P(positive > negative) + ½ P(equal) for every column: positive [P, N], negative [M, N] → [N], in
     float64.
 
-    The rank-sum statistic U / (P M) with midranks for ties, exactly.
+    Exactly the rank-sum statistic U / (P M), with midranks for ties (Mann and Whitney 1947).
     """
     ordered = negative.T.contiguous().sort(-1).values
     values = positive.T.contiguous()
@@ -248,18 +248,17 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
     return (below + not_above).double().sum(-1) / (2 * values.shape[1] * ordered.shape[1])
 
 
-def aura_factors(scores: Scores, only: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
-    """AurA's factor of each neuron: 1 − 2 (AUROC − ½) where AUROC > ½, else 1 (untouched).
+def aura_factors(scores: Scores, neurons: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
+    """AurA's factor of each neuron: 1 − 2 (AUROC − ½) where AUROC > ½, else 1 (unchanged).
 
     Args:
-        only: damp these neurons of each site alone, the best experts for example; None damps all, as AurA
-            does.
+        neurons: damp only these neurons of each site, such as the best experts; None damps all, as AurA does.
     """
     factors = {name: (1 - 2 * (auc - 0.5)).clamp(0, 1) for name, auc in scores.items()}
-    for name, factor in factors.items() if only is not None else ():
-        kept = torch.ones(len(factor), dtype=torch.bool)
-        kept[list((only or {}).get(name, ()))] = False
-        factor[kept] = 1.0
+    for name, factor in factors.items() if neurons is not None else ():
+        untouched = torch.ones(len(factor), dtype=torch.bool)
+        untouched[list((neurons or {}).get(name, ()))] = False
+        factor[untouched] = 1.0
     return factors
 
 
@@ -271,11 +270,11 @@ def _largest_outputs(
     by_name = {site.name: site for site in sites}
     share = distributed.stride(encoded)
     batches = make_batches(share, batch_tokens, device_of(model), rope_switches(model))
-    largest = _measure(
+    measured = _measure(
         model, batches, by_name, lambda z: z.float().amax(1).cpu(), outputs=True, fill=-torch.inf
     )
-    for batch, found in largest:
-        for name, rows in found.items():
+    for batch, batch_maxima in measured:
+        for name, rows in batch_maxima.items():
             maxima[name][[sample.index for sample in batch.samples]] = rows
     distributed.sum_(maxima.values())  # a sample belongs to one rank, and is zero in the others
     return maxima

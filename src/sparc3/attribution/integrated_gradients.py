@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..models.experts import by_position
+from ..models.experts import arrange_by_position
 from ..models.offloading import value_of
 from ..models.sites import Site
 from ..samples.batches import Batch
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 STEPS = 5
-"""Of integrated gradients, as EAP-IG has them."""
+"""Steps of integrated gradients by default, as in EAP-IG."""
 
 
 def integrated_gradients(
     model: "PreTrainedModel", batches: Iterable[Batch], sites: list[Site], settings: Settings, sums: Sums
 ) -> Generator[Batch, None, None]:
-    """EAP-IG's rule at units (Hanna et al. 2024, arXiv 2403.17806): the difference of an activation from the
-    baseline, times its gradient's mean over the way there, 1/m Σ_k ∂y/∂a at e₀ + k/m (e − e₀), k = 1 … m.
+    """EAP-IG's rule at units (Hanna et al. 2024, arXiv 2403.17806): an activation's difference from the
+    baseline, times the mean of its gradient along the path, 1/m Σ_k ∂y/∂a at e₀ + k/m (e − e₀), k = 1 … m.
 
     e are the token embeddings; the baseline e₀, at every position, is the mean embedding of the vocabulary.
-    The target is the one of the whole input. m is the number after "ig:", else STEPS.
+    The target is that of the original input. m is the number after "ig:", else STEPS.
     """
     settings = replace(settings, epsilon=0.0)
     steps = int(settings.method.partition(":")[2] or 0) or STEPS
@@ -46,7 +46,9 @@ def integrated_gradients(
             grads: dict[str, Tensor] = {}
             differences: dict[str, Tensor] = {}
 
-            def note(
+            # The dictionaries are defaults of these functions, because a closure would see the variables of
+            # the loop's later rounds (ruff B023).
+            def note_gradient(
                 name: str,
                 tokens: Tensor | None,
                 grad: Tensor,
@@ -55,23 +57,26 @@ def integrated_gradients(
                 differences: dict[str, Tensor] = differences,
                 shape: torch.Size = shape,
             ) -> None:
-                grads[name] = grads.get(name, 0) + by_position(to_float32(grad), tokens, shape) / steps
-                differences[name] = by_position(to_float32(a), tokens, shape)  # the last is the input's own
+                grad_by_position = arrange_by_position(to_float32(grad), tokens, shape)
+                grads[name] = grads.get(name, 0) + grad_by_position / steps
+                # The last step's activations stay: at k = m, the input is the sample's own.
+                differences[name] = arrange_by_position(to_float32(a), tokens, shape)
 
             def subtract(name: str, a: Tensor, differences: dict[str, Tensor] = differences) -> None:
                 differences[name] = differences[name] - a
 
-            noted = {site.name: partial(note, site.name) for site in sites}
+            receive_gradient = {site.name: partial(note_gradient, site.name) for site in sites}
             for step in range(1, steps + 1):
                 with (
                     _interpolate_embeddings(model, step / steps),
                     pack_positions(model, batch),
-                    hook_sites(sites, settings, noted),
+                    hook_sites(sites, settings, receive_gradient),
                 ):
                     target_of(model, batch, predicted).backward()
+            # At share 0 every embedding is e₀, so what is captured is each activation at the baseline.
             with _interpolate_embeddings(model, 0.0), torch.no_grad():
-                by_name = {site.name: site for site in sites}
-                with capture(by_name, batch.mask(), subtract, outputs=signed):
+                sites_by_name = {site.name: site for site in sites}
+                with capture(sites_by_name, batch.mask(), subtract, outputs=signed):
                     model.base_model(input_ids=batch.ids, use_cache=False)
             for site in sites:
                 receive[site.name](None, grads.pop(site.name), differences.pop(site.name))
@@ -81,10 +86,11 @@ def integrated_gradients(
 
 @contextmanager
 def _interpolate_embeddings(model: "PreTrainedModel", share: float) -> Iterator[None]:
-    """Inside, each token's embedding is e₀ + share · (e − e₀), with e₀ the mean of all."""
+    """Inside, each token's embedding is e₀ + share · (e − e₀), where e₀ is the mean of all embeddings."""
     embeddings = model.get_input_embeddings()
 
     def hook(module: nn.Module, _: object, output: Tensor) -> Tensor:
+        # Gemma 3's embedding module multiplies by √hidden_size itself (`embed_scale`).
         mean = value_of(module, "weight").float().mean(0) * getattr(module, "embed_scale", 1.0)
         return torch.lerp(mean.to(output), output, share)
 

@@ -24,15 +24,15 @@ class Method:
     """One way to score units.
 
     Attributes:
-        name: as recipes and the command line say it.
-        run: goes through the batches and adds to the sums; None for a method that looks at no sample.
-        finish: (site, total, sums) → the site's scores; the one place where anything is divided.
+        name: its name in recipes and on the command line.
+        run: goes through the batches and adds to the sums; None for a method that needs no samples.
+        finish: (site, total, sums) → the site's scores; the only place where anything is divided.
         units: the units it can score.
         roles: the sites it can score; None for all.
-        why: what to say of a unit or site it cannot score.
+        why: the reason, for messages, why it cannot score other units or sites.
         targeted: whether it explains a target logit, which the samples must then provide.
-        weighs: whether its scores are made of the weight's values whatever the unit (see `needs_weight`).
-        numbered: whether its name may be followed by a number: random:SEED, ig:STEPS.
+        weighs: whether its scores use the weights' values for every unit (see `needs_weight`).
+        numbered: whether a number may follow its name: random:SEED, ig:STEPS.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Method:
 
 
 def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
-    """Mean over samples, or over target tokens where a sample has many (docs/method.md, 2 and 5)."""
-    many = sums.settings.target.partition(":")[0] in {"completion", "next", "logprob", *OF_WORDS}
-    divisor = sums.tokens if sums.settings.reduce == "rms" else sums.targets if many else sums.samples
+    """Mean over samples, or over target tokens if samples can have several (docs/method.md, 2 and 5)."""
+    per_token = sums.settings.target.partition(":")[0] in {"completion", "next", "logprob", *OF_WORDS}
+    divisor = sums.tokens if sums.settings.reduce == "rms" else sums.targets if per_token else sums.samples
     if sums.settings.unit == "weight":
         return weight_times_sums(site, total, divisor, sums.settings.reduce)
     mean = total / divisor
@@ -59,31 +59,35 @@ def _mean(site: Site, total: Tensor, sums: Sums) -> Tensor:
 
 
 def _wanda(site: Site, total: Tensor, sums: Sums) -> Tensor:
-    """|W_ij| · ‖a_j‖₂; a neuron's is the sum over its row."""
+    """|W_ij| · ‖a_j‖₂ (Sun et al. 2024, Eq. 1); a neuron's score is the sum over its row. `total` is Σ a_j²
+    over all tokens."""
     if sums.settings.unit == "weight":
-        return _absolute(site).mul_(total.sqrt().float())
+        return _absolute_weight(site).mul_(total.sqrt().float())
     return site.weight.detach().to("cpu", torch.float64).abs() @ total.sqrt()
 
 
 def _magnitude(site: Site, total: Tensor, sums: Sums) -> Tensor:
     """|W_ij|; Σ_j |W_ij| of a neuron; Σ |W| over the columns of attn.o that read a head."""
     if sums.settings.unit == "weight":
-        return _absolute(site)
+        return _absolute_weight(site)
     weight = site.weight.detach().to("cpu", torch.float64).abs()
     return weight.sum(1) if sums.settings.unit == "neuron" else weight.sum(0).view(site.heads, -1).sum(1)
 
 
-def _absolute(site: Site) -> Tensor:
-    """|W| [out, in] in float32 on the CPU, a copy."""
+def _absolute_weight(site: Site) -> Tensor:
+    """A copy of |W| [out, in] in float32 on the CPU."""
     return site.weight.detach().to("cpu", torch.float32, copy=True).abs_()
 
 
 def _random(site: Site, total: Tensor, sums: Sums) -> Tensor:
-    seed = torch.Generator().manual_seed(zlib.crc32(f"{sums.settings.seed}/{site.name}".encode()))
+    # A seed per site, so that a site's scores do not depend on which other sites are scored; by CRC-32,
+    # because Python's hash() of a string differs from process to process.
+    seed = zlib.crc32(f"{sums.settings.seed}/{site.name}".encode())
+    generator = torch.Generator().manual_seed(seed)
     if sums.settings.unit == "weight":
-        return torch.rand(site.out, site.inp, generator=seed)
+        return torch.rand(site.out, site.inp, generator=generator)
     count = site.out if sums.settings.unit == "neuron" else site.heads
-    return torch.rand(count, generator=seed, dtype=torch.float64)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 ALL = ("neuron", "head", "weight")
@@ -139,15 +143,15 @@ def require_method(name: str) -> Method:
 
 
 def needs_weight(method: Method, settings: Settings) -> bool:
-    """Whether these scores cannot be had without the values of the weights; relevance of neurons (signed) and
-    heads can."""
-    kind = (settings.unit, settings.neuron)
-    return method.weighs or (method.targeted and (kind[0] == "weight" or kind == ("neuron", "abs")))
+    """Whether the scores need the values of the weights. Relevance of signed neurons and of heads does not:
+    it needs activations and gradients only."""
+    uses_weight = settings.unit == "weight" or (settings.unit == "neuron" and settings.neuron == "abs")
+    return method.weighs or (method.targeted and uses_weight)
 
 
 def settings_for(settings: Settings, roles: tuple[str, ...]) -> tuple[Method, Settings]:
-    """The method, and the settings it will see, after checking that they go together. Raises UserError where
-    they do not."""
+    """The method, and the settings that it gets. Raises UserError for a unit, sites or options that the
+    method does not support."""
     method = require_method(settings.method)
     if settings.unit not in method.units:
         why = f": {method.why}" if method.why else ""

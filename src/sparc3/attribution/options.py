@@ -22,7 +22,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "sums_dtype": ("float32", "float64", "bfloat16"),
     "gradient_checkpointing": (True, False, "auto", "offload"),
 }
-"""Option → what it may be."""
+"""Option → its allowed values."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -35,7 +35,7 @@ class WordsBy(Strict):
 
 
 class AttributionOptions(Strict):
-    """What is scored, and how; `attribute` says what each means."""
+    """What is scored, and how; the docstring of `attribute` explains each option."""
 
     method: str = "lrp"
     unit: str = "neuron"
@@ -54,10 +54,9 @@ class AttributionOptions(Strict):
     words: tuple[Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=0)], ...] | WordsBy = ()
 
     @model_serializer(mode="wrap")
-    def _without_default(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What the options' fingerprints are made of: the same as before there were an ε and words, where
-        there are none."""
-        values: dict[str, Any] = plain(self)
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keep the fingerprints of options from before there were an ε and words."""
+        values: dict[str, Any] = serialize(self)
         for name in ("epsilon", "words"):
             if not values.get(name, True):
                 del values[name]
@@ -76,9 +75,9 @@ class AttributionOptions(Strict):
     @field_validator(*CHOICES)
     @classmethod
     def _require_choice(cls, value: Any, info: ValidationInfo) -> Any:
-        known = CHOICES[info.field_name or ""]
-        if value not in known:
-            raise unknown(str(info.field_name), value, map(str, known))
+        choices = CHOICES[info.field_name or ""]
+        if value not in choices:
+            raise unknown(str(info.field_name), value, map(str, choices))
         return value
 
     @field_validator("method")
@@ -117,11 +116,11 @@ class AttributionOptions(Strict):
 
     @property
     def word_list(self) -> tuple[str | int, ...]:
-        """The words. Raises UserError where they are still to be found, as a recipe does."""
+        """The words. Raises UserError if a recipe has yet to find them."""
         if isinstance(self.words, WordsBy):
             raise UserError("words of a scorer are for recipes; give the words themselves, or a file of them")
         return self.words
 
-    def but(self, **changed: Any) -> "AttributionOptions":
-        """The same with other values, which are not checked again."""
-        return self.model_copy(update=changed)
+    def copy_with(self, **changes: Any) -> "AttributionOptions":
+        """A copy with other values, which are not checked again."""
+        return self.model_copy(update=changes)

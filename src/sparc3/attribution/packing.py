@@ -1,8 +1,8 @@
-"""Linear maps at the positions that count, and at no other.
+"""Skip linear maps at positions that do not matter.
 
-A linear map sees each position by itself. Padding needs none, and after the attention of the last layer only
-target positions are read: relevance everywhere else is zero. So a map gets the rows that count, and zeros
-stand where the others were.
+A linear map sees each position by itself. Padding does not matter, and after the attention of the last layer
+only target positions are read: relevance everywhere else is zero. So a map gets only the rows that matter,
+and the other rows of its output are zero.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.families import Family
-from ..models.sites import family_of, layers_of, shadowed
+from ..models.sites import family_of, layers_of, shadow
 from ..samples.batches import Batch
 from .patching import LINEAR
 
@@ -22,52 +22,62 @@ if TYPE_CHECKING:
 
 
 READ_ELSEWHERE = {"attn.k", "attn.v"}
-"""Roles whose outputs later positions read, in the last layer too."""
+"""Roles whose outputs later positions read, also in the last layer."""
 
 WORTH = 0.9
-"""Rows are picked where at most this share of them counts; else the copies cost more than they save."""
+"""Pack rows if at most this share of them matters; otherwise the copies cost more than they save."""
 
 
 @contextmanager
 def pack_positions(model: "PreTrainedModel", batch: Batch) -> Iterator[None]:
-    """Inside, the linear maps of the layers work on this batch's real tokens only, and behind the last
-    attention on target positions only."""
+    """Inside, the layers' linear maps compute this batch's real tokens only, and after the last attention
+    target positions only."""
     real, targets = (_rows(batch, last=last) for last in (False, True))
     layers, count = list(layers_of(model)), batch.ids.numel()
     with ExitStack() as stack:
         for layer in layers if len(real) <= WORTH * count else layers[-1:]:
-            for module, cut in _maps(layer, family_of(model)):
-                rows = targets if cut and layer is layers[-1] else real
+            for module, can_cut in _maps(layer, family_of(model)):
+                rows = targets if can_cut and layer is layers[-1] else real
                 if len(rows) <= WORTH * count:
-                    picking = _picking(module.forward, rows.to(batch.ids.device), count)
-                    stack.enter_context(shadowed(module, "forward", picking))
+                    packed_forward = _pack_forward(module.forward, rows.to(batch.ids.device), count)
+                    stack.enter_context(shadow(module, "forward", packed_forward))
         yield
 
 
 def _rows(batch: Batch, *, last: bool) -> Tensor:
-    """Places in the flattened batch [B · T] of its real tokens, or of its target positions."""
+    """Row indices, in the flattened batch [B · T], of its real tokens, or of its target positions."""
     width = batch.ids.shape[1]
-    places = (sorted(set(sample.positions)) if last else range(len(sample.ids)) for sample in batch.samples)
-    return torch.tensor([row * width + place for row, some in enumerate(places) for place in some])
+    positions_by_sample = (
+        sorted(set(sample.positions)) if last else range(len(sample.ids)) for sample in batch.samples
+    )
+    return torch.tensor(
+        [
+            row * width + position
+            for row, positions in enumerate(positions_by_sample)
+            for position in positions
+        ]
+    )
 
 
 def _maps(layer: nn.Module, family: Family) -> Iterator[tuple[nn.Module, bool]]:
-    """The linear modules of a layer's sites, and whether nothing but the position itself reads what they
-    give."""
+    """The linear modules of a layer's sites, and whether only the same position reads their output."""
     modules = dict(layer.named_modules())
-    read = {family.roles[role].partition("#")[0] for role in READ_ELSEWHERE if role in family.roles}
+    read_later = {family.roles[role].partition("#")[0] for role in READ_ELSEWHERE if role in family.roles}
     for path in dict.fromkeys(path.partition("#")[0] for path in family.roles.values()):
         if path in modules and type(modules[path]).__name__ in LINEAR:
-            yield modules[path], path not in read
+            yield modules[path], path not in read_later
 
 
-def _picking(plain: Callable[[Tensor], Tensor], rows: Tensor, count: int) -> Callable[[Tensor], Tensor]:
+def _pack_forward(
+    original: Callable[[Tensor], Tensor], rows: Tensor, count: int
+) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        # The rows are those of [B · T] inputs; of any other input, nothing is known, so all of it matters.
         if len(flat) != count:
-            return plain(x)
-        here = rows.to(x.device)
-        made = plain(flat.index_select(0, here))
-        return made.new_zeros(count, made.shape[-1]).index_add_(0, here, made).view(*x.shape[:-1], -1)
+            return original(x)
+        index = rows.to(x.device)
+        packed = original(flat.index_select(0, index))
+        return packed.new_zeros(count, packed.shape[-1]).index_add_(0, index, packed).view(*x.shape[:-1], -1)
 
     return forward

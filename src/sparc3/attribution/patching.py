@@ -1,8 +1,7 @@
-"""The context that puts the LRP rules on one model, and takes them off again exactly.
+"""The context manager that applies the LRP rules to one model, and removes them exactly.
 
-Only this model is touched: an instance attribute shadows a class method and is removed again, and attention
-goes through transformers' own registries under a name of ours that only this model's (copied) configuration
-asks for.
+Only this model is touched. An instance attribute shadows a class method and is removed again. Attention is
+registered with transformers under a name of ours, which only this model's (copied) configuration selects.
 """
 
 import copy
@@ -16,18 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
-from ..models.experts import MATRICES, one_by_one
+from ..models.experts import MATRICES, compute_one_by_one
 from ..models.families import Family
-from ..models.offloading import device_of, forward_within, renew_
-from ..models.sites import (
-    dense_path,
-    experts_in,
-    family_of,
-    layers_of,
-    non_linearities,
-    open_experts,
-    shadowed,
-)
+from ..models.offloading import device_of, forward_name, renew_
+from ..models.sites import dense_path, experts_in, family_of, layers_of, non_linearities, open_experts, shadow
 from . import rules
 
 if TYPE_CHECKING:
@@ -50,26 +41,25 @@ ACTIVATIONS: dict[str, rules.Factor] = {
 """Class of a non-linearity f → its closed form f(x)/x."""
 
 TRANSPARENT = set("ModuleList Embedding Linear Linear4bit Linear8bitLt Conv1D Dropout Identity".split())
-"""Modules whose plain gradient is already the rule: linear maps (ε → 0), look-ups and things that only pass
-on."""
+"""Modules whose plain gradient already is the rule: linear maps (ε → 0), look-ups and containers."""
 
 CONTAINERS = (
     "ForCausalLM LMHeadModel Model TextModel Decoder DecoderLayer Layer Block Attention SelfAttention MLP "
     "SparseMoeBlock TopKRouter RotaryEmbedding LearnedPositionalEmbedding TextScaledWordEmbedding Linear "
     "LayerNormPerHead"
 ).split()
-"""What a family's own classes may be called after its prefix; their forward is composed of modules and
-functions met elsewhere."""
+"""Suffixes of a family's own classes that need no rule: their forward only combines modules and functions
+that have one (`LlamaAttention`, `LlamaDecoderLayer`)."""
 
 ORIGINS = ("torch", "transformers", "bitsandbytes", "torchao")
-"""Packages whose classes the names in these tables mean; the same name from elsewhere (an adapter's Linear)
-is another thing."""
+"""Packages that the class names in these tables belong to. A class of the same name from elsewhere (an
+adapter's Linear) may compute something else."""
 
 FUSED = ("flash_attention", "flex_attention")
-"""What the names of attention in one kernel, which has no place for a rule, begin with."""
+"""Prefixes of attention implementations that are one kernel, inside which no rule can act."""
 
 OURS = "sparc3_"
-"""What the names that we register with transformers begin with."""
+"""Prefix of the names that we register with transformers."""
 
 LINEAR = {"Linear", "Linear4bit", "Linear8bitLt", "Conv1D"}
 """Classes of linear maps."""
@@ -79,81 +69,87 @@ LINEAR = {"Linear", "Linear4bit", "Linear8bitLt", "Conv1D"}
 def lrp_rules(
     model: "PreTrainedModel", *, cp: bool = False, rule_set: rules.RuleSet | None = None
 ) -> Iterator[None]:
-    """Inside, gradients through `model` are modified as the rule set says: AttnLRP's, or CP-LRP's where `cp`,
-    if none is given. Forward values do not change.
+    """Inside, gradients through `model` follow the rule set; by default AttnLRP's, or CP-LRP's if `cp`.
+    Forward values do not change.
 
-    AttnLRP: attention gives ½ to V, ¼ to Q and K each, the gate of a gated MLP gets ½. CP-LRP: Q, K and the
-    gate are constants. In both, what a router decides is constant: which experts a token is sent to, and the
-    weights of what they return.
+    AttnLRP: attention gives ½ to V and ¼ each to Q and K; the gate of a gated MLP gets ½. CP-LRP: Q, K and
+    the gate are constants. In both, a router's decisions are constants: the experts of each token, and the
+    weights of their outputs.
 
     Raises:
-        UnsupportedModel: a module that no rule is known for; nothing has been touched then.
+        UnsupportedModel: a module without a rule; nothing has been touched then.
     """
-    family, asked = family_of(model), rule_set or (rules.CP_LRP if cp else rules.ATTN_LRP)
-    changes = [change for part in (_forwards, _attentions, _configs) for change in part(model, family, asked)]
+    family, rule_set = family_of(model), rule_set or (rules.CP_LRP if cp else rules.ATTN_LRP)
+    # Collect all changes before making any, so that an unknown module leaves the model untouched.
+    changes = [
+        change
+        for find_changes in (_change_forwards, _change_attentions, _change_configs)
+        for change in find_changes(model, family, rule_set)
+    ]
     with ExitStack() as stack:
         for module, name, value in changes:
-            stack.enter_context(shadowed(module, name, value))
+            stack.enter_context(shadow(module, name, value))
         yield
 
 
 Change = tuple[nn.Module, str, Any]
-"""A module, and the instance attribute that it gets."""
+"""A module, and the name and value of an instance attribute for it."""
 
 
-def _forwards(model: "PreTrainedModel", family: Family, asked: rules.RuleSet) -> Iterator[Change]:
-    """Which module gets which forward; refuses a module it does not know."""
-    own = {family.classes + suffix for suffix in CONTAINERS}
+def _change_forwards(model: "PreTrainedModel", family: Family, rule_set: rules.RuleSet) -> Iterator[Change]:
+    """A forward under the rules for each module that needs one. Raises UnsupportedModel for an unknown
+    module."""
+    family_classes = {family.classes + suffix for suffix in CONTAINERS}
     gated, inside_gated, experts, constants = (set[nn.Module]() for _ in range(4))
     for layer in layers_of(model):
         if family.gated:
             if path := dense_path(layer, family, family.gated):
                 gated.add(layer.get_submodule(path))
             inside_gated.update(non_linearities(layer, family))
-        if found := experts_in(layer, family):
-            experts.add(found)
+        if expert_module := experts_in(layer, family):
+            experts.add(expert_module)
             constants.update(layer.get_submodule(path) for path in family.constants)
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     for name, module in model.named_modules():
-        kind, origin, forward = type(module).__name__, type(module).__module__, forward_within(module)
-        plain = getattr(module, forward)
+        kind, origin, forward = type(module).__name__, type(module).__module__, forward_name(module)
+        original = getattr(module, forward)
         if origin.partition(".")[0] not in ORIGINS:
             raise UnsupportedModel(
                 f"no LRP rule for {name or 'the model'}, a {kind} of {origin}; merge adapters into the "
                 "weights first"
             )
         linear = kind in LINEAR or isinstance(module, nn.Linear)
-        if linear and asked.epsilon:
-            plain = partial(rules.epsilon_rule, function=plain, epsilon=asked.epsilon)
-        if module in gated and asked.identity:
-            yield module, forward, _gated_mlp(module, family, share=asked.gate, name=name)
-        elif module in experts and asked.identity:
-            product = _product(module.get_submodule("act_fn"), asked.gate, name)
-            yield module, forward, one_by_one(module, product, constant_routing=True)
-            for matrix in module.__dict__[MATRICES].values() if asked.epsilon else ():  # inside `frozen`
-                epsilon_rule = partial(rules.epsilon_rule, function=matrix.forward, epsilon=asked.epsilon)
+        if linear and rule_set.epsilon:
+            original = partial(rules.epsilon_rule, function=original, epsilon=rule_set.epsilon)
+        if module in gated and rule_set.identity:
+            yield module, forward, _make_gated_mlp(module, family, share=rule_set.gate, name=name)
+        elif module in experts and rule_set.identity:
+            product = _make_product(module.get_submodule("act_fn"), rule_set.gate, name)
+            yield module, forward, compute_one_by_one(module, product, constant_routing=True)
+            for matrix in module.__dict__[MATRICES].values() if rule_set.epsilon else ():  # inside `freeze`
+                epsilon_rule = partial(rules.epsilon_rule, function=matrix.forward, epsilon=rule_set.epsilon)
                 yield matrix, "forward", epsilon_rule
-        elif module in constants and asked.identity:
-            yield module, forward, lambda x, plain=plain: plain(x).detach()
+        elif module in constants and rule_set.identity:
+            yield module, forward, lambda x, original=original: original(x).detach()
         elif kind == family.classes + "RMSNorm":
-            yield module, forward, _norm(rules.rms_norm, module, plain, family)
+            yield module, forward, _make_norm(rules.rms_norm, module, original, family)
         elif kind in ("LayerNorm", family.classes + "LayerNorm"):
-            yield module, forward, _norm(rules.layer_norm, module, plain, family)
+            yield module, forward, _make_norm(rules.layer_norm, module, original, family)
         elif module in inside_gated or module in experts or module in constants:
             continue
         elif factor := _factor(module):
-            if asked.identity:
-                yield module, forward, partial(rules.identity_rule, function=plain, factor=factor)
-        elif module is head and cap and asked.identity:
-            # The soft-capping of logits under the identity rule; `_configs` takes the model's own away.
-            yield module, forward, lambda x, plain=plain: rules.soft_cap(plain(x), cap)
-        elif kind not in TRANSPARENT and kind not in own:
+            if rule_set.identity:
+                yield module, forward, partial(rules.identity_rule, function=original, factor=factor)
+        elif module is head and cap and rule_set.identity:
+            # Soft-cap the logits here, under the identity rule; `_change_configs` removes the model's own.
+            yield module, forward, lambda x, original=original: rules.soft_cap(original(x), cap)
+        elif kind not in TRANSPARENT and kind not in family_classes:
             remedy = "use method gradient, or add its rule"
             if "FlashAttention" in kind:
                 remedy = 'load with attn_implementation="eager"'
             raise UnsupportedModel(f"no LRP rule for {name or 'the model'}, a {kind}; {remedy}")
-        elif linear and asked.epsilon:
-            yield module, forward, plain
+        elif linear and rule_set.epsilon:
+            yield module, forward, original
 
 
 def _factor(activation: nn.Module) -> rules.Factor | None:
@@ -172,21 +168,21 @@ def _eps(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps  # type: ignore[return-value]
 
 
-def _norm(
-    rule: Callable[..., Tensor], module: nn.Module, plain: Callable[[Tensor], Tensor], family: Family
+def _make_norm(
+    rule: Callable[..., Tensor], module: nn.Module, original: Callable[[Tensor], Tensor], family: Family
 ) -> Callable[[Tensor], Tensor]:
-    # The gain is looked up when it is needed: an offloaded norm has it at hand only then.
-    return lambda x: rule(x, plain, _gain(module, family), _eps(module))
+    # Read the gain in the forward pass: an offloaded norm has it only then.
+    return lambda x: rule(x, original, _gain(module, family), _eps(module))
 
 
-def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Callable[[Tensor], Tensor]:
-    inside = {
+def _make_gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Callable[[Tensor], Tensor]:
+    paths = {
         part: family.roles[f"mlp.{part}"].removeprefix(f"{family.gated}.").partition("#")
         for part in ("gate", "up", "down")
     }
-    gate, up, down = (module.get_submodule(path) for path, _, _ in inside.values())
+    gate, up, down = (module.get_submodule(path) for path, _, _ in paths.values())
     activation = module.get_submodule(family.activation.removeprefix(f"{family.gated}."))
-    product = _product(activation, share, name)
+    product = _make_product(activation, share, name)
 
     def forward(x: Tensor) -> Tensor:
         g, u = gate(x).chunk(2, dim=-1) if gate is up else (gate(x), up(x))
@@ -195,7 +191,7 @@ def _gated_mlp(module: nn.Module, family: Family, share: float, name: str) -> Ca
     return forward
 
 
-def _product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def _make_product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """(gate, up) → activation(gate) · up, under the rules."""
     factor = _factor(activation)
     if factor is None:
@@ -207,19 +203,19 @@ def _product(activation: nn.Module, share: float, name: str) -> Callable[[Tensor
     return partial(rules.gated_product, function=activation.forward, factor=factor, share=share)
 
 
-def _attentions(model: "PreTrainedModel", family: Family, asked: rules.RuleSet) -> Iterator[Change]:
-    """The shares of query, key and value in attention modules that do not use transformers' attention
-    interface."""
+def _change_attentions(model: "PreTrainedModel", family: Family, rule_set: rules.RuleSet) -> Iterator[Change]:
+    """Apply the shares of query, key and value in attention modules that do not use transformers' attention
+    interface, by wrapping the method that splits or mixes them."""
     for attention in [] if _uses_interface(model, family) else _attention_modules(model, family):
-        if asked.temperature != 1.0:
+        if rule_set.temperature != 1.0:
             raise UnsupportedModel(
                 f"no rule for the softmax in {type(attention).__name__}, which does not use transformers' "
                 "attention interface; use another method"
             )
         if family.splits:
-            yield attention, family.splits, _splits(getattr(attention, family.splits), asked)
+            yield attention, family.splits, _wrap_split(getattr(attention, family.splits), rule_set)
         if family.mixes:
-            yield attention, family.mixes, _mixes(getattr(attention, family.mixes), asked)
+            yield attention, family.mixes, _wrap_mix(getattr(attention, family.mixes), rule_set)
 
 
 def _attention_modules(model: "PreTrainedModel", family: Family) -> list[nn.Module]:
@@ -227,8 +223,8 @@ def _attention_modules(model: "PreTrainedModel", family: Family) -> list[nn.Modu
 
 
 def _uses_interface(model: "PreTrainedModel", family: Family) -> bool:
-    """Whether attention goes through transformers' interface: by the family's row, or in a release that has
-    dropped the method which the row names.
+    """Whether attention goes through transformers' interface: by the family's row, or because this release of
+    transformers no longer has the method that the row names.
 
     Raises:
         UnsupportedModel: attention that does neither.
@@ -246,24 +242,24 @@ def _uses_interface(model: "PreTrainedModel", family: Family) -> bool:
     return True
 
 
-def _splits(plain: Callable[..., tuple[Tensor, ...]], asked: rules.RuleSet) -> Callable[..., Any]:
-    return lambda *args: _shared_out(plain(*args), asked)
+def _wrap_split(original: Callable[..., tuple[Tensor, ...]], rule_set: rules.RuleSet) -> Callable[..., Any]:
+    return lambda *args: _share_out(original(*args), rule_set)
 
 
-def _mixes(plain: Callable[..., Any], asked: rules.RuleSet) -> Callable[..., Any]:
-    return lambda query, key, value, *args, **kwargs: plain(
-        *_shared_out((query, key, value), asked), *args, **kwargs
+def _wrap_mix(original: Callable[..., Any], rule_set: rules.RuleSet) -> Callable[..., Any]:
+    return lambda query, key, value, *args, **kwargs: original(
+        *_share_out((query, key, value), rule_set), *args, **kwargs
     )
 
 
-def _shared_out(query_key_value: Iterable[Tensor], asked: rules.RuleSet) -> tuple[Tensor, ...]:
-    """Query, key and value, each with its share of what flows back."""
+def _share_out(query_key_value: Iterable[Tensor], rule_set: rules.RuleSet) -> tuple[Tensor, ...]:
+    """Query, key and value, each of which gets its share of the gradient."""
     return tuple(
-        rules.scale_relevance(x, share) for x, share in zip(query_key_value, asked.shares, strict=True)
+        rules.scale_relevance(x, share) for x, share in zip(query_key_value, rule_set.shares, strict=True)
     )
 
 
-def _configs(model: "PreTrainedModel", family: Family, asked: rules.RuleSet) -> Iterator[Change]:
+def _change_configs(model: "PreTrainedModel", family: Family, rule_set: rules.RuleSet) -> Iterator[Change]:
     """A copy of the configuration that selects our attention, for each module that reads one."""
     copies: dict[int, Any] = {}
     interface = _uses_interface(model, family)
@@ -272,40 +268,42 @@ def _configs(model: "PreTrainedModel", family: Family, asked: rules.RuleSet) -> 
         if config is None or not hasattr(config, "_attn_implementation"):
             continue
         if id(config) not in copies:
-            copies[id(config)] = twin = copy.copy(config)
+            copies[id(config)] = copied = copy.copy(config)
             if interface:
                 capped = getattr(config, "attn_logit_softcapping", None) is not None
-                twin._attn_implementation_internal = _register_attention(
-                    config._attn_implementation or "eager", asked, capped
+                copied._attn_implementation_internal = _register_attention(
+                    config._attn_implementation or "eager", rule_set, capped
                 )
-            if getattr(twin, "final_logit_softcapping", None) and asked.identity:
-                twin.final_logit_softcapping = None
+            if getattr(copied, "final_logit_softcapping", None) and rule_set.identity:
+                copied.final_logit_softcapping = None
         yield module, "config", copies[id(config)]
 
 
-def _register_attention(implementation: str, asked: rules.RuleSet, capped: bool = False) -> str:
-    """The name, in transformers' registries, of `implementation` with the rule set's shares on its inputs.
+def _register_attention(implementation: str, rule_set: rules.RuleSet, capped: bool = False) -> str:
+    """Register `implementation` with the rule set's shares on its inputs, and return its name in "
+    "transformers"
+    registries.
 
-    Fused kernels (flash, flex) compute what sdpa does, or, where scores are soft-capped, what eager does,
-    which stands in for them; and for all where a rule is about the softmax.
+    sdpa replaces fused kernels (flash, flex), or eager does if scores are soft-capped. Eager replaces every
+    implementation if a rule concerns the softmax.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if implementation.startswith(OURS):  # rules within rules: the inner ones replace the outer ones' shares
+    if implementation.startswith(OURS):  # nested contexts: the inner rules replace the outer ones
         implementation = implementation.removeprefix(OURS).split("_", 1)[1]
     if implementation.startswith(FUSED):
         implementation = "eager" if capped else "sdpa"
-    if implementation == "sdpa" and asked.temperature != 1.0:
+    if implementation == "sdpa" and rule_set.temperature != 1.0:
         implementation = "eager"
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedModel(
             f"no LRP rule for attention implementation '{implementation}'; load with "
             'attn_implementation="sdpa" or "eager"'
         )
-    explicit = {"temperature": asked.temperature, "identity": asked.identity}
-    kind = "-".join(str(part) for part in (*asked.shares, *explicit.values()))
+    options = {"temperature": rule_set.temperature, "identity": rule_set.identity}
+    kind = "-".join(str(part) for part in (*rule_set.shares, *options.values()))
     name = f"{OURS}{kind}_{implementation}"
 
     def attention(
@@ -318,13 +316,15 @@ def _register_attention(implementation: str, asked: rules.RuleSet, capped: bool 
         **kwargs: Any,
     ) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        plain = ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
+        implementation_forward = ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
         capped = kwargs.get("softcap") is not None
-        if implementation == "eager" and (asked.temperature != 1.0 or (capped and asked.identity)):
-            plain, kwargs = rules.explicit_attention, {**kwargs, **explicit}
-        # transformers before 5.2 gives StableLM's attention a mask that reaches beyond its keys.
+        if implementation == "eager" and (rule_set.temperature != 1.0 or (capped and rule_set.identity)):
+            implementation_forward, kwargs = rules.explicit_attention, {**kwargs, **options}
+        # Before 5.2, transformers gives StableLM's attention a mask that is longer than its keys.
         mask = None if mask is None else mask[..., : key.shape[-2]]
-        return plain(module, *_shared_out((query, key, value), asked), mask, *args, **kwargs)
+        return implementation_forward(
+            module, *_share_out((query, key, value), rule_set), mask, *args, **kwargs
+        )
 
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, attention)
@@ -333,26 +333,26 @@ def _register_attention(implementation: str, asked: rules.RuleSet, capped: bool 
 
 
 @contextmanager
-def frozen(model: "PreTrainedModel") -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, the model is in eval mode, and experts can be hooked
-    (`Site.hooked`); then all is as before.
+def freeze(model: "PreTrainedModel") -> Iterator[None]:
+    """Inside, no parameter requires a gradient, the model is in eval mode, and experts can be hooked
+    (`Site.hook_module`); afterwards everything is as before.
 
-    What the caller has switched on around it (no_grad, inference_mode, autocast) does not reach inside:
-    relevance has the model's own precision.
+    The caller's no_grad, inference_mode and autocast have no effect inside: relevance is computed in the
+    model's own precision.
     """
     renew_(model)
     modules = list(model.modules())
-    # By name: an offloaded parameter is another one after each forward pass.
-    asked = [
-        (module._parameters, name, one.requires_grad)
+    # By name, because an offloaded parameter is a new object after each forward pass.
+    flags = [
+        (module._parameters, name, parameter.requires_grad)
         for module in modules
-        for name, one in module._parameters.items()
-        if one is not None
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     ]
     modes = [(module, module.training) for module in modules]
     try:
-        for held, name, _ in asked:
-            held[name].requires_grad_(False)
+        for parameters, name, _ in flags:
+            parameters[name].requires_grad_(False)
         for module in modules:
             module.training = False
         with (
@@ -363,7 +363,7 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
         ):
             yield
     finally:
-        for held, name, was in asked:
-            held[name].requires_grad_(was)
+        for parameters, name, requires_grad in flags:
+            parameters[name].requires_grad_(requires_grad)
         for module, mode in modes:
             module.training = mode

@@ -1,8 +1,7 @@
 """Relevance by (modified) gradients: `lrp`, `cp-lrp`, `relp`, `gim` and `gradient`. One forward, one backward
 with respect to inputs.
 
-No weight ever has a gradient: what a site needs is gathered in a hook on its output while the backward pass
-goes by.
+No weight ever gets a gradient: a hook on each site's output gathers what it needs during the backward pass.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -17,14 +16,14 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..errors import NonFinite
-from ..models.experts import by_position, by_sample, tokens_of
-from ..models.memory import few_holes, give_back, logits_at
+from ..models.experts import arrange_by_position, split_by_sample, tokens_of
+from ..models.memory import limit_fragmentation, logits_at, return_memory
 from ..models.offloading import device_of, is_offloaded
-from ..models.sites import Site, layers_of, shadowed
+from ..models.sites import Site, layers_of, shadow
 from ..samples.batches import Batch, Encoded
 from . import rules
 from .packing import pack_positions
-from .patching import frozen, lrp_rules
+from .patching import freeze, lrp_rules
 from .sums import Settings, Sums
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 
 ROWS = 1536
-"""Rows of W ⊙ G handled at once: some megabytes. With few rows, products of short samples run at a third of
-the speed."""
+"""Rows of W ⊙ G handled at once, a few megabytes. With fewer rows, products of short samples run at a third
+of the speed."""
 
 
 def lrp(
@@ -86,9 +85,9 @@ def _relevance(
             receive = receivers(sites, batch, settings, gathered, sums)
             with pack_positions(model, batch), hook_sites(sites, settings, receive):
                 y = target_of(model, batch)
-                if y.requires_grad:  # not where CP-LRP holds constant all that the sites compute
+                if y.requires_grad:  # not if CP-LRP holds constant everything that the sites compute
                     y.backward()
-                del y  # and with it what its graph holds
+                del y  # and with it the graph, before the next batch needs the memory
             sums.add(batch, gathered)
             yield batch
 
@@ -97,29 +96,29 @@ def _relevance(
 def prepare_model(
     model: "PreTrainedModel", settings: Settings, rule_set: rules.RuleSet | None
 ) -> Iterator[None]:
-    """Inside, the model is ready for backward passes under the rules; under none where there is no set."""
-    how = settings.gradient_checkpointing
+    """Inside, the model is ready for backward passes under the rules, or with plain gradients for None."""
+    checkpointing = settings.gradient_checkpointing
     with ExitStack() as stack:
-        stack.enter_context(frozen(model))
+        stack.enter_context(freeze(model))
         if rule_set:
             stack.enter_context(lrp_rules(model, rule_set=replace(rule_set, epsilon=settings.epsilon)))
-        if how in (True, "offload"):
-            stack.enter_context(checkpoint_layers(model, offload=how == "offload"))
+        if checkpointing in (True, "offload"):
+            stack.enter_context(checkpoint_layers(model, offload=checkpointing == "offload"))
         if device_of(model).type == "cpu":
-            stack.enter_context(few_holes(layers_of(model)))
+            stack.enter_context(limit_fragmentation(layers_of(model)))
         yield
 
 
 def target_of(model: "PreTrainedModel", batch: Batch, predicted: Tensor | None = None) -> Tensor:
-    """Σ over the batch of y, the target scalar of each sample (docs/method.md, 2). The head is computed at
-    target positions only. `predicted`, of `predict`, takes the place of the tokens that are predicted now."""
+    """Σ over the batch of y, the target scalar of each sample (docs/method.md, 2). Logits are computed at
+    target positions only. `predicted`, from `predict`, replaces the tokens that the model predicts now."""
     return sum_targets(_target_logits(model, batch), batch.samples, predicted)
 
 
 def sum_targets(logits: Tensor, samples: Sequence[Encoded], predicted: Tensor | None = None) -> Tensor:
-    """Σ of the samples' y, of the logits [targets, vocabulary] at all their target positions in turn."""
+    """Σ of the samples' y, from the logits [targets, vocabulary] at all their target positions in order."""
     if among := samples[0].among:
-        mass = to_float32(logits).log_softmax(-1)[:, list(among)].logsumexp(-1)
+        mass = to_float32(logits).log_softmax(-1)[:, list(among)].logsumexp(-1)  # log Σ_v p(v)
         return (mass if samples[0].log else mass.exp()).sum()
     if samples[0].log:
         logits = to_float32(logits).log_softmax(-1)
@@ -145,19 +144,21 @@ def _target_logits(model: "PreTrainedModel", batch: Batch) -> Tensor:
 
 
 Receive = Callable[[Tensor | None, Tensor, Tensor], None]
-"""Called in the backward pass with the tokens that a site sees (`tokens_of`), the modified gradient there,
-and the activation that it is multiplied by: the site's input, or its output for signed neurons."""
+"""Called in the backward pass with the tokens that reach a site (`tokens_of`), the modified gradient there,
+and the activation to multiply it by: the site's input, or its output for signed neurons."""
 
 
 @contextmanager
 def hook_sites(sites: list[Site], settings: Settings, receive: Mapping[str, Receive]) -> Iterator[None]:
-    """Hooks on the sites for one forward and backward, which tell each site's `receive`."""
+    """Hook the sites for one forward and backward pass; each hook calls its site's `receive`."""
     with ExitStack() as stack:
         for site in sites:
             if settings.unit == "head":
-                hook = site.hooked.register_forward_pre_hook(_watch_input(receive[site.name]))
+                hook = site.hook_module.register_forward_pre_hook(_watch_input(receive[site.name]))
             else:
-                hook = site.hooked.register_forward_hook(_watch_output(site, settings, receive[site.name]))
+                hook = site.hook_module.register_forward_hook(
+                    _watch_output(site, settings, receive[site.name])
+                )
             stack.callback(hook.remove)
         yield
 
@@ -171,16 +172,17 @@ def _watch_output(
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     signed = settings.unit == "neuron" and settings.neuron == "signed"
 
-    def tell(tokens: Tensor | None, grad: Tensor, kept: Tensor, z: Tensor | None = None) -> None:
-        grad = site.of(grad)
-        receive(tokens, grad if z is None else rules.absorb(grad, z, settings.epsilon), kept)
+    def tell(tokens: Tensor | None, grad: Tensor, factors: Tensor, z: Tensor | None = None) -> None:
+        grad = site.select_features(grad)
+        receive(tokens, grad if z is None else rules.absorb(grad, z, settings.epsilon), factors)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        z = site.of(output)
-        # What a weight is multiplied by has passed the ε-rule, what the output is multiplied by has not.
-        kept = (z,) if signed else (args[0], z) if settings.epsilon else (args[0],)
+        z = site.select_features(output)
+        # The ε-rule lies between a site's output and its weights: for signed neurons the gradient at the
+        # output is used as it is, for weights it is damped by z / (z + ε sign z) first.
+        factors = (z,) if signed else (args[0], z) if settings.epsilon else (args[0],)
         copied = site.role == "mlp.down"  # Falcon adds to it in place
-        return watch_gradient(output, kept, partial(tell, tokens_of(args)), copied=copied)
+        return watch_gradient(output, factors, partial(tell, tokens_of(args)), copied=copied)
 
     return hook
 
@@ -188,8 +190,8 @@ def _watch_output(
 def receivers(
     sites: list[Site], batch: Batch, settings: Settings, gathered: dict[str, Tensor], sums: Sums
 ) -> dict[str, Receive]:
-    """What each site does with what arrives: put one row a sample into `gathered`, or add a weight's
-    relevance to `sums`. Rows are zero where nothing arrives, because CP-LRP holds a site constant."""
+    """Each site's `Receive`: it puts one row per sample into `gathered`, or adds relevance of weights to
+    `sums`. Rows stay zero at sites that no gradient reaches, because CP-LRP holds them constant."""
     receive: dict[str, Receive] = {}
     for index, site in enumerate(sites):
         if settings.unit == "weight":
@@ -215,10 +217,10 @@ def _gather_rows(
     (docs/method.md, 4)."""
     skip, shape = settings.skip_positions, batch.ids.shape
     if settings.unit == "neuron" and settings.neuron == "abs":
-        g, x = (by_sample(one, tokens, shape, batch.lengths, skip) for one in (grad, a))
+        g, x = (split_by_sample(tensor, tokens, shape, batch.lengths, skip) for tensor in (grad, a))
         gathered[site.name] = absolute_rows(site.weight.to(grad.device), g, x)
         return
-    relevance = by_position(to_float32(grad) * to_float32(a), tokens, shape)[:, skip:]
+    relevance = arrange_by_position(to_float32(grad) * to_float32(a), tokens, shape)[:, skip:]
     relevance = (relevance.square() if settings.reduce == "rms" else relevance).sum(1)
     if settings.unit == "head":
         relevance = relevance.view(len(relevance), site.heads, -1).sum(2)
@@ -231,42 +233,42 @@ def to_float32(x: Tensor) -> Tensor:
 
 
 def absolute_rows(weight: Tensor, grad: Iterable[Tensor], a: Iterable[Tensor]) -> Tensor:
-    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out] of weight [out, in] and each sample's grad [T, out]
-    and a [T, in]."""
+    """Σ_j |W_ij Σ_t ĝ_ti a_tj| of each sample: [B, out], from weight [out, in] and each sample's grad [T,
+    out] and a [T, in]."""
     pairs = _match_dtypes(zip(grad, a, strict=True))
     dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
     sums = torch.empty(len(pairs), weight.shape[0], dtype=dtype, device=weight.device)
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         for sample, (g, x) in enumerate(pairs):  # all samples while these rows of W are in cache
-            # A norm in one call takes several times as long on a CPU.
+            # torch.linalg.vector_norm(ord=1) takes several times as long on a CPU.
             piece = (g[:, rows].T @ x).mul_(weight[rows]).abs_()
             sums[sample, rows] = piece.sum(1, dtype=dtype)
     return sums
 
 
 def _match_dtypes(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """In float32 where a CPU would compute in 16 bits."""
+    """The pairs, in float32 where a CPU would multiply in 16 bits, which is slow."""
     return [
         (g.float(), a.float()) if g.device.type == "cpu" and g.dtype.itemsize == 2 else (g, a)
         for g, a in pairs
     ]
 
 
-# Looking at what flows back through a tensor, and computing layers a second time in the backward pass instead
-# of keeping what they computed.
+# Observing the gradient of a tensor, and recomputing layers in the backward pass instead of keeping their
+# activations.
 
 
 class _Watch(torch.autograd.Function):
-    """The tensor itself. What is kept is kept as autograd keeps its own, so that a checkpointed layer keeps
-    it neither."""
+    """The identity, whose backward calls `receive`. The extra tensors go through `save_for_backward`, so that
+    a checkpointed layer recomputes them instead of keeping them."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, receive: Callable[..., None], lowest: bool, copied: bool, *kept: Tensor
+        ctx: Any, x: Tensor, receive: Callable[..., None], lowest: bool, copied: bool, *tensors: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(*kept)
-        ctx.arrived, ctx.lowest, ctx.count = receive, lowest, len(kept)
+        ctx.save_for_backward(*tensors)
+        ctx.arrived, ctx.lowest, ctx.count = receive, lowest, len(tensors)
         return x.clone() if copied else x.view_as(x)
 
     @staticmethod
@@ -276,59 +278,63 @@ class _Watch(torch.autograd.Function):
 
 
 def watch_gradient(
-    x: Tensor, kept: Sequence[Tensor], receive: Callable[..., None], *, copied: bool = False
+    x: Tensor, saved: Sequence[Tensor], receive: Callable[..., None], *, copied: bool = False
 ) -> Tensor:
-    """x, of whose gradient `receive` will be told, with what was kept; `copied` where what comes next changes
-    it in place.
+    """x; in the backward pass `receive` gets its gradient and the kept tensors. Set `copied` where the next
+    operation changes x in place.
 
-    Where x asks for no gradient, nothing below it does: the graph begins, and the backward pass ends, there.
+    If x needs no gradient, nothing before it does: the graph starts at x, and the backward pass ends there.
     """
     lowest = not x.requires_grad
     z = x.detach().requires_grad_() if lowest else x
-    return _Watch.apply(z, receive, lowest, copied, *(one.detach() for one in kept))  # type: ignore[no-untyped-call, no-any-return]
+    return _Watch.apply(z, receive, lowest, copied, *(tensor.detach() for tensor in saved))  # type: ignore[no-untyped-call, no-any-return]
 
 
 @contextmanager
 def checkpoint_layers(
     model: "PreTrainedModel",
-    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     *,
     offload: bool = False,
 ) -> Iterator[None]:
-    """Inside, a decoder layer keeps its input alone, and is computed again when the backward pass comes to
-    it.
+    """Inside, a decoder layer keeps only its input, and is computed again when the backward pass reaches it.
 
     transformers' own gradient checkpointing is for training: it needs train mode, in which dropout is on.
 
     Args:
-        within: makes the context that a layer is computed in again.
-        offload: keep the inputs on the CPU, pinned beside a GPU, and bring each back when its layer is
-            computed again.
+        within: makes the context for the second computation of a layer.
+        offload: keep the inputs on the CPU (in pinned memory if the model is on a GPU), and bring each back
+            when its layer is computed again.
     """
     pinned = device_of(model).type == "cuda"
     with ExitStack() as stack:
-        # Where torch stops in the middle of a layer, accelerate's hook does not get to take the weights back.
+        # With early stop, torch leaves a recomputed layer midway, and accelerate's post-forward hook, which
+        # moves the layer's weights back, would never run.
         stack.enter_context(set_checkpoint_early_stop(not is_offloaded(model)))
         for layer in layers_of(model):
-            again = partial(
+            checkpointed = partial(
                 checkpoint,
                 layer.forward,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=lambda: (nullcontext(), within()),
+                context_fn=lambda: (nullcontext(), recompute_context()),
             )
             stack.enter_context(
-                shadowed(layer, "forward", partial(_away, again, pinned) if offload else again)
+                shadow(
+                    layer,
+                    "forward",
+                    partial(_keep_input_on_cpu, checkpointed, pinned) if offload else checkpointed,
+                )
             )
         if offload and pinned:
-            stack.callback(torch.accelerator.empty_host_cache)  # which keeps what was pinned
+            stack.callback(torch.accelerator.empty_host_cache)  # else PyTorch keeps the pinned memory
         yield
 
 
-def _away(again: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) -> Any:
-    """A checkpointed layer, whose input, all that it keeps, is kept on the CPU."""
+def _keep_input_on_cpu(checkpointed: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) -> Any:
+    """Call a checkpointed layer and keep its input, the only tensor it saves, on the CPU."""
     with save_on_cpu(pin_memory=pinned):
-        return again(*args, **kwargs)
+        return checkpointed(*args, **kwargs)
 
 
 # Weight relevance: Σ_t ĝ_t a_tᵀ streams from each site's backward step straight into the site's running
@@ -339,24 +345,24 @@ def _away(again: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) ->
 
 
 PIECE = 2**22
-"""Elements of one sample's matrix that are handled at once on a CPU: more would be memory, fewer would be
-threads that wait for each other."""
+"""Elements of one sample's matrix handled at once on a CPU: more would need memory, fewer would leave threads
+waiting for each other."""
 
 
 def _add_weights(
     site: Site, batch: Batch, sums: Sums, first: bool, tokens: Tensor | None, grad: Tensor, a: Tensor
 ) -> None:
-    """Add the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value, to its total. `first`: no earlier site of
-    its layer is watched, so that the backward pass leaves the layer's sites with it."""
-    by = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
-    _stream(site, batch, sums, by_sample(grad, *by), by_sample(a, *by))
+    """Add the site's Σ_t ĝ_t a_tᵀ, or each sample's absolute value of it, to its total. `first`: it is the
+    first hooked site of its layer, hence the last that the backward pass visits there."""
+    layout = (tokens, batch.ids.shape, batch.lengths, sums.settings.skip_positions)
+    _stream(site, batch, sums, split_by_sample(grad, *layout), split_by_sample(a, *layout))
     if first:
-        give_back()
+        return_memory()
 
 
 def _stream(site: Site, batch: Batch, sums: Sums, grad: list[Tensor], a: list[Tensor]) -> None:
-    """Add a batch, of each sample ĝ [T, out] and a [T, in], less what was in already when an earlier try at
-    these samples ran out of memory."""
+    """Add a batch, given each sample's ĝ [T, out] and a [T, in], except samples that were added before an
+    earlier attempt at this batch ran out of memory."""
     pairs = []
     for sample, g, x in zip(batch.samples, grad, a, strict=True):
         if (sample.index, site.name) in sums.streamed:
@@ -388,7 +394,7 @@ def add_signed_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def add_absolute_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """total [out, in] += |Σ_t ĝ_t a_tᵀ| of each sample apart."""
+    """total [out, in] += |Σ_t ĝ_t a_tᵀ| of each sample separately."""
     for rows in _pieces(total, pairs[0][0].device):
         part = total[rows]
         for g, a in pairs:
@@ -396,15 +402,15 @@ def add_absolute_(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None
 
 
 def _pieces(total: Tensor, device: torch.device) -> list[slice]:
-    """Row ranges of a total: some megabytes at once on a CPU, all of them on a GPU."""
+    """Row ranges of a total: a few megabytes at once on a CPU, all rows on a GPU."""
     out, inp = total.shape
     step = max(16, PIECE // inp) if device.type == "cpu" else out
     return [slice(start, min(start + step, out)) for start in range(0, out, step)]
 
 
 def weight_times_sums(site: Site, total: Tensor, divisor: int, reduce: str) -> Tensor:
-    """Scores [out, in] of a total, which is changed in place: W ⊙ total / divisor, without its sign where the
-    reduction takes it; |W| ⊙ √(total / divisor) of squares."""
+    """Scores [out, in] from a total, which is changed in place: W ⊙ total / divisor, its absolute value for
+    mean_abs and abs_mean, or |W| ⊙ √(total / divisor) for rms."""
     if not total.numel():  # CP-LRP holds the site constant
         return torch.zeros(site.out, site.inp)
     if reduce == "rms":

@@ -1,5 +1,5 @@
-"""The LRP rules as modified gradients. Tensors and autograd only: forward values are never changed, only what
-flows back.
+"""The LRP rules as modified gradients. Tensors and autograd only: forward values never change, only gradients
+do.
 
 Relevance of an activation is activation × (modified gradient), so a rule is a choice of backward factor.
 Sources: AttnLRP (Achtibat et al. 2024, arXiv 2402.05602), the modified-gradient view (Arras et al. 2025),
@@ -22,12 +22,12 @@ class RuleSet:
     """Which rules a method has. Statistics of norms are constants in all of them.
 
     Attributes:
-        shares: of an attention's gradient that query, key and value get.
-        identity: whether relevance passes an element-wise non-linearity unchanged, and what a router decides
-            is constant; else both have their plain gradient, and so has a gated product.
-        gate: the share of a gated product's relevance that the gate gets.
-        temperature: of the attention's softmax on the way back.
-        epsilon: of linear maps (`epsilon_rule`).
+        shares: the shares of an attention's gradient for query, key and value.
+        identity: whether relevance passes an element-wise non-linearity unchanged and a router's decisions
+            are constants; otherwise both have their plain gradient, and so has a gated product.
+        gate: the gate's share of a gated product's relevance.
+        temperature: the temperature of the attention's softmax in the backward pass.
+        epsilon: the ε of linear maps (`epsilon_rule`).
     """
 
     shares: tuple[float, float, float] = (0.25, 0.25, 0.5)
@@ -44,8 +44,7 @@ CP_LRP = RuleSet(shares=(0.0, 0.0, 1.0), gate=0.0)
 RELP = RuleSet(shares=(0.0, 0.0, 1.0))
 """Relevance patching (Jafari et al. 2025, arXiv 2508.21258): queries and keys are constants, gates not."""
 GIM = RuleSet(identity=False, temperature=2.0)
-"""Gradient interaction modifications (Edin et al. 2025, arXiv 2505.17630), as the package gim-explain has
-them."""
+"""Gradient interaction modifications (Edin et al. 2025, arXiv 2505.17630), as in the package gim-explain."""
 
 
 def sigmoid_factor(x: Tensor) -> Tensor:
@@ -104,8 +103,8 @@ def identity_rule(x: Tensor, function: Callable[[Tensor], Tensor], factor: Facto
 
 
 class _GatedProduct(torch.autograd.Function):
-    """Identity rule on the gate's non-linearity and uniform rule on the product, in one step that keeps only
-    its two inputs."""
+    """Identity rule on the gate's non-linearity and uniform rule on the product, in one step that saves only
+    its two inputs for the backward pass."""
 
     @staticmethod
     def forward(
@@ -126,8 +125,8 @@ class _GatedProduct(torch.autograd.Function):
         if not ctx.share:
             to_up = grad * ctx.function(gate) if ctx.needs_input_grad[1] else None
             return None, to_up, None, None, None
-        # f(gate) is gate · f(gate)/gate, so that the non-linearity is computed once; share · factor · grad in
-        # one pass, in place.
+        # f(gate) = gate · factor(gate), so one evaluation of the factor serves both gradients; then share ·
+        # factor · grad in one pass over memory, in place.
         flow = ctx.factor(gate)
         flow = torch.addcmul(flow.new_zeros(()), flow, grad, value=ctx.share, out=flow)
         if ctx.needs_input_grad[1]:
@@ -142,7 +141,7 @@ class _GatedProduct(torch.autograd.Function):
 def gated_product(
     gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor], factor: Factor, share: float
 ) -> Tensor:
-    """function(gate) · up, of whose relevance the gate gets `share` and up the rest.
+    """function(gate) · up. The gate gets `share` of its relevance, and up the rest.
 
     share ½ is the uniform rule of AttnLRP (Eq. 12); share 0 is CP-LRP, where the gate is a constant.
     """
@@ -150,7 +149,7 @@ def gated_product(
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
-    """cap · tanh(x / cap), whose relevance passes unchanged."""
+    """cap · tanh(x / cap), whose relevance passes unchanged (identity rule)."""
     return identity_rule(x / cap, torch.tanh, tanh_factor) * cap
 
 
@@ -167,12 +166,12 @@ def explicit_attention(
     identity: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention as transformers computes it, with the rules inside it: query [B, H, T, d]; key and
-    value may have fewer heads.
+    """Eager attention as transformers computes it, with the rules inside: query [B, H, T, d]; key and value
+    may have fewer heads.
 
     Args:
-        softcap: soft-capping of scores, as Gemma 2 has it; under the identity rule where `identity`.
-        temperature: of the softmax on the way back.
+        softcap: soft-capping of scores, as in Gemma 2; under the identity rule if `identity`.
+        temperature: the temperature of the softmax in the backward pass.
     """
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
@@ -188,8 +187,8 @@ def explicit_attention(
 
 
 class _TemperedSoftmax(torch.autograd.Function):
-    """softmax(x), backward s ⊙ (g − Σ_j g_j s_j) with s = softmax(x / T): one that is saturated lets through
-    what it would at the temperature T (Edin et al. 2025)."""
+    """softmax(x), backward s ⊙ (g − Σ_j g_j s_j) with s = softmax(x / T): a saturated softmax passes back
+    the gradient that it would have at temperature T (Edin et al. 2025)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, temperature: float) -> Tensor:
@@ -218,15 +217,15 @@ class _Epsilon(torch.autograd.Function):
 
 
 def absorb(grad: Tensor, z: Tensor, epsilon: float) -> Tensor:
-    """ĝ z / (z + ε sign z), zero where z is: what a linear map z = W a + b hands on of the modified gradient
-    ĝ at its output."""
-    wide = z if z.dtype == torch.float64 else z.float()  # 16 bits have no 1e-6 beside 1
-    return grad * (wide.abs() / (wide.abs() + epsilon)).to(grad.dtype)
+    """ĝ z / (z + ε sign z), and zero where z is zero: the part of the modified gradient ĝ at its output
+    that a linear map z = W a + b passes back under the ε-rule."""
+    z32 = z if z.dtype == torch.float64 else z.float()  # in 16 bits 1 + 1e-6 is 1
+    return grad * (z32.abs() / (z32.abs() + epsilon)).to(grad.dtype)
 
 
 def epsilon_rule(*args: Tensor, function: Callable[..., Tensor], epsilon: float) -> Tensor:
-    """A linear map's output z, of whose relevance R = ĝ z each input gets R_{i←j} = a_i w_ji R_j / (z_j + ε
-    sign z_j) (Bach et al. 2015)."""
+    """A linear map's output z; each input gets R_{i←j} = a_i w_ji R_j / (z_j + ε sign z_j) of its relevance
+    R = ĝ z (Bach et al. 2015, Eq. 58)."""
     return _Epsilon.apply(function(*args), epsilon)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -242,22 +241,22 @@ class _Scale(torch.autograd.Function):
 
 
 def scale_relevance(x: Tensor, factor: float) -> Tensor:
-    """x itself; what flows back through it is multiplied by `factor`. Factor 0 makes it a constant."""
+    """x itself; its gradient is multiplied by `factor`. Factor 0 makes it a constant."""
     if factor == 1.0:
         return x
     return x.detach() if factor == 0.0 else _Scale.apply(x, factor)  # type: ignore[no-untyped-call]
 
 
 class _Norm(torch.autograd.Function):
-    """norm(x), backward as the linear map that it is at a constant statistic: gain · scale, after which
-    LayerNorm subtracts the mean."""
+    """norm(x), with the backward pass of the linear map that it is when its statistic is a constant: gain ·
+    scale, after which LayerNorm subtracts the mean."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float, centred: bool
     ) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()  # as norms compute their statistic
-        square = wide.var(-1, keepdim=True, correction=0) if centred else wide.pow(2).mean(-1, keepdim=True)
+        x32 = x if x.dtype == torch.float64 else x.float()  # as transformers' norms do
+        square = x32.var(-1, keepdim=True, correction=0) if centred else x32.pow(2).mean(-1, keepdim=True)
         ctx.save_for_backward(torch.rsqrt(square + eps), *([] if gain is None else [gain]))
         ctx.centred = centred
         return norm(x)
@@ -272,11 +271,11 @@ class _Norm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
-    """norm(x) = gain · x / rms(x), whose statistic rms(x) is a constant on the way back (AttnLRP, Eq. 18)."""
+    """norm(x) = gain · x / rms(x), where rms(x) is a constant in the backward pass (AttnLRP, Eq. 18)."""
     return _Norm.apply(x, norm, gain, eps, False)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def layer_norm(x: Tensor, norm: Callable[[Tensor], Tensor], gain: Tensor | None, eps: float) -> Tensor:
-    """norm(x) = gain · (x − mean(x)) / std(x) + bias; std(x) is a constant, the mean is the linear map that
-    it is."""
+    """norm(x) = gain · (x − mean(x)) / std(x) + bias, where std(x) is a constant in the backward pass and the
+    mean, which is linear, is not."""
     return _Norm.apply(x, norm, gain, eps, True)  # type: ignore[no-untyped-call, no-any-return]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: a finite sum says so in one pass, and only where it overflows is
-    each value looked at."""
+    """Whether no value is NaN or infinite. A finite sum proves it in one pass; only where it overflows is
+    each value examined."""
     return bool(values.sum().isfinite() or values.isfinite().all())
 
 
@@ -43,24 +43,24 @@ class Settings:
     words: str = ""
 
     @classmethod
-    def of(cls, options: "AttributionOptions") -> "Settings":
-        """The options that are a method's business; batches, truncation and sites are `attribute`'s."""
-        own = [one.name for one in fields(cls) if one.name not in ("seed", "words")]
+    def from_options(cls, options: "AttributionOptions") -> "Settings":
+        """The options that concern a method; `attribute` itself handles batches, truncation and sites."""
+        names = [setting.name for setting in fields(cls) if setting.name not in ("seed", "words")]
         words = fingerprint(list(options.words)) if options.target in OF_WORDS else ""
-        return cls(**{name: getattr(options, name) for name in own}, words=words)
+        return cls(**{name: getattr(options, name) for name in names}, words=words)
 
 
 @dataclass
 class Sums:
-    """Sums over samples, with the counts that divide them: on the CPU in float64, those of weights where and
-    as the settings say.
+    """Sums over samples, with the counts that divide them. They are on the CPU in float64; sums of weights
+    have the settings' device and dtype.
 
     Attributes:
         totals: site name → sum over the samples so far.
-        samples, tokens, targets: numbers of samples, of their tokens that were summed over, of their target
-            tokens.
-        skipped: places, in the reference set, of samples left out because their relevance was not finite.
-        streamed: (place of a sample that is not done yet, site whose total holds it already).
+        samples, tokens, targets: numbers of samples, of their tokens that were summed over, and of their
+            target tokens.
+        skipped: indices, in the reference set, of samples left out because their relevance was not finite.
+        streamed: (index of an unfinished sample, site whose total already includes it).
     """
 
     settings: Settings
@@ -72,30 +72,31 @@ class Sums:
     streamed: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, batch: Batch, gathered: Mapping[str, Tensor]) -> None:
-        """Add one row a sample from each site, leaving out samples that are not finite where the settings say
-        so.
+        """Add one row per sample from each site; with non_finite "skip", leave out samples that are not
+        finite.
 
         Raises:
-            NonFinite: a NaN or Inf, named by sample and site, where the settings say error.
+            NonFinite: a NaN or Inf, named by sample and site, with non_finite "error".
         """
         rows = {name: value.detach().to("cpu", torch.float64) for name, value in gathered.items()}
-        good = torch.ones(len(batch.samples), dtype=torch.bool)
+        is_finite = torch.ones(len(batch.samples), dtype=torch.bool)
         for name, value in rows.items():
             finite = value.isfinite().flatten(1).all(1)
             if not finite.all() and self.settings.non_finite == "error":
-                bad = batch.samples[int((~finite).nonzero()[0])].index
+                index = batch.samples[int((~finite).nonzero()[0])].index
                 raise NonFinite(
-                    f"the relevance of sample {bad} is not finite at {name}; look at that sample, load the "
+                    f"the relevance of sample {index} is not finite at {name}; look at that sample, load the "
                     "model in bfloat16 or float32, or leave such samples out with --non-finite skip"
                 )
-            good &= finite
+            is_finite &= finite
         for name, value in rows.items():
-            kept = value[good].abs() if self.settings.reduce == "mean_abs" else value[good]
-            self.totals[name] = self.totals.get(name, 0) + kept.sum(0)
+            values = value[is_finite].abs() if self.settings.reduce == "mean_abs" else value[is_finite]
+            self.totals[name] = self.totals.get(name, 0) + values.sum(0)
+        # With their batch complete, these samples are no longer unfinished.
         done = {sample.index for sample in batch.samples}
         self.streamed = {(index, name) for index, name in self.streamed if index not in done}
-        for sample, counts in zip(batch.samples, good.tolist(), strict=True):
-            if counts:
+        for sample, is_counted in zip(batch.samples, is_finite.tolist(), strict=True):
+            if is_counted:
                 self.samples += 1
                 self.tokens += len(sample.ids) - self.settings.skip_positions
                 self.targets += len(sample.positions)
@@ -105,32 +106,36 @@ class Sums:
     def absorb(self, other: "Sums") -> None:
         """Add sums over other samples to these."""
         for name, total in other.totals.items():
-            held = self.totals.get(name)
-            here = self.settings.sums_device if self.settings.unit == "weight" else "cpu"
-            self.totals[name] = total.to(here) if held is None else held.add_(total.to(held.device))
+            current = self.totals.get(name)
+            device = self.settings.sums_device if self.settings.unit == "weight" else "cpu"
+            self.totals[name] = (
+                total.to(device) if current is None else current.add_(total.to(current.device))
+            )
         self.samples += other.samples
         self.tokens += other.tokens
         self.targets += other.targets
         self.skipped += other.skipped
 
     def matrix(self, site: Site) -> Tensor:
-        """The running total [out, in] of a site's weights, zero at first; what streams is added to it in
+        """The running total [out, in] of a site's weights, zero at first, to which the backward pass adds in
         place."""
         if site.name not in self.totals:
             dtype, device = getattr(torch, self.settings.sums_dtype), self.settings.sums_device
             self.totals[site.name] = torch.zeros(site.out, site.inp, dtype=dtype, device=device)
         return self.totals[site.name]
 
-    def over_ranks(self, names: list[str]) -> "Sums":
-        """The sums of all ranks together; each rank gets the same. `names` are the sites, which a rank
-        without a sample lacks."""
+    def sum_over_ranks(self, names: list[str]) -> "Sums":
+        """The sums of all ranks together, the same on each rank. `names` are the sites, which a rank without
+        a sample does not know."""
         if distributed.world() == 1:
             return self
-        held = {name: (total.shape, total.dtype) for name, total in self.totals.items()}
-        kinds = {name: kind for part in distributed.gather(held) for name, kind in part.items()}
+        own_kinds = {name: (total.shape, total.dtype) for name, total in self.totals.items()}
+        kinds = {name: kind for part in distributed.gather(own_kinds) for name, kind in part.items()}
         totals = {}
+        # The order of `names` is the same on every rank, as all_reduce pairs the ranks' tensors by order.
         for name in filter(kinds.__contains__, names):
             shape, dtype = kinds[name]
+            # Removed here, so that a matrix on the GPU is freed once its copy is on the CPU.
             total = self.totals.pop(name, None)
             totals[name] = torch.zeros(shape, dtype=dtype) if total is None else total.cpu()
         counts = torch.tensor([self.samples, self.tokens, self.targets])

@@ -19,7 +19,7 @@ from ..samples.tokens import join_characters, texts_of
 from ..settings import parse
 from . import rules
 from .options import AttributionOptions
-from .patching import frozen, lrp_rules
+from .patching import freeze, lrp_rules
 from .relevance import checkpoint_layers, sum_targets, watch_gradient
 
 if TYPE_CHECKING:
@@ -27,24 +27,23 @@ if TYPE_CHECKING:
 
 METHODS = ("lrp", "cp-lrp", "gradient")
 COLOURS = ("47, 95, 179", "200, 71, 27")
-"""Red, green and blue of a token that speaks against the target, and of one that speaks for it."""
+"""Red, green and blue of tokens with negative and with positive relevance."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRelevance:
-    """How much each token of a sample speaks for its target y. A notebook shows it as a heat map.
+    """How much each token of a sample contributes to its target y. A notebook shows it as a heat map.
 
     Attributes:
-        tokens: the text of each token that the model reads; of characters that several tokens make together,
-            the first has it, and the others are "".
-        relevance: Σ_d x_td ∂̂y/∂x_td at the input embeddings x, [T], float32 on the CPU, in what y is in.
-            CP-LRP conserves: without biases and learned positions the sum is y (of logits). AttnLRP loses
-            some in the softmax, and the plain gradient conserves nothing.
-        targets: the tokens whose logits y is the sum of; their places are behind `positions`. Of the targets
-            words and logwords, how many words there are.
-        positions: where these logits are read.
+        tokens: the text of each token that the model reads. If several tokens make up a character, the first
+            has it, and the others are "".
+        relevance: Σ_d x_td ∂̂y/∂x_td at the input embeddings x, [T], float32 on the CPU, in y's unit. CP-LRP
+            conserves it: without biases and learned positions the sum is y (for logits). AttnLRP loses some
+            in the softmax, and the plain gradient conserves nothing.
+        targets: the tokens whose logits y sums; for the targets words and logwords, the number of words.
+        positions: the positions whose logits are read; each target token comes one position later.
         against: the tokens whose logits y subtracts.
-        y: the target, in logits; of the targets logprob and logwords in nats, of words a sum of
+        y: the target, in logits; for the targets logprob and logwords in nats, for words a sum of
             probabilities.
         method: lrp, cp-lrp or gradient.
     """
@@ -70,16 +69,17 @@ class TokenRelevance:
     def _repr_html_(self) -> str:
         joined = join_characters(self.tokens, self.relevance.tolist())
         largest = max(abs(value) for *_, value in joined) or 1.0
-        shown = []
+        spans = []
         for _, token, value in joined:
+            # At most three quarters opaque, so that the text stays legible.
             colour = f"rgba({COLOURS[value > 0]}, {abs(value) / largest * 0.75:.2f})"
             text = escape(token).replace("\n", "↵<br>")
-            shown.append(f'<span title="{value:+.3g}" style="background: {colour}">{text}</span>')
+            spans.append(f'<span title="{value:+.3g}" style="background: {colour}">{text}</span>')
         target = f"<b>{escape('·'.join(self.targets))}</b>"
         if self.against:
             target += f" minus <b>{escape('·'.join(self.against))}</b>, logit difference"
         head = f"{escape(self.method)}: {target}, y = {self.y:.3g}"
-        text = "".join(shown)
+        text = "".join(spans)
         return f'<div>{head}<div style="white-space: pre-wrap; line-height: 1.7">{text}</div></div>'
 
 
@@ -94,12 +94,12 @@ def attribute_tokens(
     epsilon: float = 0.0,
     words: str | Sequence[str | int] = (),
 ) -> list[TokenRelevance]:
-    """The relevance of every token of the samples to the sample's target: relevance at the input embeddings
-    (Achtibat et al. 2024), one forward and one backward pass a sample.
+    """The relevance of every token to its sample's target, taken at the input embeddings (Achtibat et al.
+    2024), with one forward and one backward pass per sample.
 
     Args:
         samples: a ReferenceSet, texts, or token-id lists.
-        tokenizer: the model's own; not needed for token ids, which then stand for themselves.
+        tokenizer: the model's own; not needed for token ids, which are then shown as numbers.
         method: lrp, cp-lrp or gradient (gradient × input, no rules).
         target: predicted, label, contrast, completion (completion:N), next, logprob, words, logwords; see
             docs/targets.md.
@@ -107,7 +107,7 @@ def attribute_tokens(
         epsilon, words: as in `attribute`.
 
     Returns:
-        One TokenRelevance a sample, in their order.
+        One TokenRelevance per sample, in order.
 
     Raises:
         UserError: an unknown name, or samples that do not fit the model or the target.
@@ -127,16 +127,16 @@ def attribute_tokens(
         words=parse(AttributionOptions, {"words": words}, "").word_list,
     )
     rule_set = replace(rules.CP_LRP if method == "cp-lrp" else rules.ATTN_LRP, epsilon=epsilon)
-    under = nullcontext() if method == "gradient" else lrp_rules(model, rule_set=rule_set)
-    with frozen(model), under, checkpoint_layers(model):
-        made = [_attribute_one(model, one, method, tokenizer) for one in encoded]
-    for index, one in enumerate(made):
-        if not one.relevance.isfinite().all():
+    rules_context = nullcontext() if method == "gradient" else lrp_rules(model, rule_set=rule_set)
+    with freeze(model), rules_context, checkpoint_layers(model):
+        results = [_attribute_one(model, item, method, tokenizer) for item in encoded]
+    for index, item in enumerate(results):
+        if not item.relevance.isfinite().all():
             raise NonFinite(
                 f"{references.where(index)}: the relevance of its tokens is not finite; load the model in "
                 "bfloat16 or float32"
             )
-    return made
+    return results
 
 
 def _attribute_one(
@@ -161,13 +161,14 @@ def _attribute_one(
         hook.remove()
 
     def token_texts(ids: Sequence[int]) -> tuple[str, ...]:
-        return tuple(texts_of(tokenizer, ids) if tokenizer else (f"[{one}]" for one in ids))
+        return tuple(texts_of(tokenizer, ids) if tokenizer else (f"[{token}]" for token in ids))
 
-    texts = (
-        token_texts(sample.ids),
-        relevance,
-        (f"any of {len(sample.among)} words",) if sample.among else token_texts(tokens),
-        sample.positions,
-        token_texts(sample.against or ()),
+    return TokenRelevance(
+        tokens=token_texts(sample.ids),
+        relevance=relevance,
+        targets=(f"any of {len(sample.among)} words",) if sample.among else token_texts(tokens),
+        positions=sample.positions,
+        against=token_texts(sample.against or ()),
+        y=float(y.detach()),
+        method=method,
     )
-    return TokenRelevance(*texts, float(y.detach()), method)

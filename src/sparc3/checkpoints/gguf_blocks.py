@@ -1,4 +1,4 @@
-"""Which bytes of a GGUF hold a circuit's units, and what they become: zeros, or blocks with smaller
+"""Find the bytes of a circuit's units in a GGUF, and compute their replacement: zeros, or blocks with smaller
 scales."""
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 from ..circuits.circuit import Circuit
 from ..errors import UserError
 from ..models.families import FAMILIES
-from .gguf_names import Location, locate, require_same_architecture, rows_of
+from .gguf_names import Location, find_rows, locate, require_same_architecture
 
 SCALES = {
     **dict.fromkeys("Q4_0 Q5_0 Q8_0 IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ4_NL IQ4_XS".split(), (0,)),
@@ -20,8 +20,8 @@ SCALES = {
     "TQ1_0": (52,),
     "TQ2_0": (64,),
 }
-"""Where in a block its 16-bit scales are, in bytes; every weight of the block is proportional to them.
-For quantised types not listed, scaling is refused."""
+"""GGML type → byte offsets of a block's 16-bit scales, to which every weight of the block is proportional.
+Scaling is refused for quantised types that are not listed."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Change:
 
     Attributes:
         type: the tensor's GGML type.
-        offset: of the first, from the beginning of the file.
-        before, after: the bytes of all pieces, one after the other.
+        offset: offset of the first piece from the beginning of the file.
+        before, after: the concatenated bytes of all pieces.
     """
 
     tensor: str
@@ -44,7 +44,7 @@ class Change:
     after: bytes = b""
 
     def fits(self, size: int) -> bool:
-        """Whether it lies in a file of `size` bytes and `before` has the right length."""
+        """Whether the change lies inside a file of `size` bytes, and `before` has the right length."""
         numbers = (self.offset, self.length, self.stride, self.count)
         return (
             all(type(n) is int and n >= 0 for n in numbers)
@@ -54,17 +54,17 @@ class Change:
 
 
 def plan_changes(path: Path, reader: Any, architecture: str, circuit: Circuit) -> tuple[list[Change], str]:
-    """The changes that take a circuit out of a file, and in words what was checked. Nothing is written.
+    """The changes that remove a circuit from a file, and a sentence on what was verified. Nothing is written.
 
     Raises:
-        UserError: weights, another model's circuit, or blocks that cannot hold the change.
+        UserError: a circuit of weights or of another model, or blocks that cannot represent the change.
     """
     if circuit.unit == "weight":
         raise UserError(
-            "single weights cannot be taken out of a GGUF: a block of a quantised type holds 32 or more of "
-            "them under one scale; ablate the Hugging Face model, and convert the result"
+            "single weights cannot be removed from a GGUF, because a quantised block has one scale for 32 or "
+            "more weights; ablate the Hugging Face model, and convert the result"
         )
-    if reader.byte_order != "I":
+    if reader.byte_order != "I":  # gguf's GGUFReader: "I" is this machine's order, "S" the swapped one
         raise UserError(f"{path} has the opposite byte order to this machine; convert it first")
     if (split := reader.fields.get("split.count")) and int(split.contents()) > 1:
         raise UserError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
@@ -76,19 +76,19 @@ def plan_changes(path: Path, reader: Any, architecture: str, circuit: Circuit) -
         for change in file.changes(name, units, strength)
     ]
     types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-    done = [_weaken(change, reader.data, types[change.tensor], strength) for change, strength in changes]
+    weakened = [_weaken(change, reader.data, types[change.tensor], strength) for change, strength in changes]
     name = reader.fields.get("general.name")
-    called = f" (the file calls itself {name.contents()})" if name else ""
+    title = f" (the file calls itself {name.contents()})" if name else ""
     checked = (
         f"architecture {architecture}, {file.layers} layers; {file.compared} of {len(circuit.members)} "
-        f"tensor sizes compared and equal{called}; a quantised file does not tell whether its weights come "
+        f"tensor sizes compared and equal{title}; a quantised file does not tell whether its weights come "
         "from the model that the circuit was found on"
     )
-    return done, checked
+    return weakened, checked
 
 
 class _GgufTensors:
-    """The tensors of a GGUF, as a circuit of Hugging Face's names asks for them."""
+    """The tensors of a GGUF, accessed by Hugging Face's names."""
 
     def __init__(self, path: Path, reader: Any, architecture: str, circuit: Circuit) -> None:
         self.path, self.architecture, self.circuit = path, architecture, circuit
@@ -111,78 +111,81 @@ class _GgufTensors:
         return int(value[layer] if isinstance(value, list) else value)
 
     def _find(self, name: str) -> tuple[Location, Any, tuple[int, ...]]:
-        where = locate(name, self.family, self.architecture, self.layers)
-        tensor = self.tensors.get(f"{where.tensor}.weight")
+        location = locate(name, self.family, self.architecture, self.layers)
+        tensor = self.tensors.get(f"{location.tensor}.weight")
         if tensor is None:
             raise UserError(
-                f"{self.path} has no tensor {where.tensor}.weight, where {name} should be; use the model it "
-                "was made on"
+                f"{self.path} has no tensor {location.tensor}.weight, where {name} should be; use the model "
+                "it was made on"
             )
-        return where, tensor, tuple(int(n) for n in reversed(tensor.shape))
+        # GGUF lists a shape from the fastest-changing dimension: [in, out] for torch's [out, in].
+        return location, tensor, tuple(int(n) for n in reversed(tensor.shape))
 
-    def _heads(self, where: Location) -> tuple[int, int]:
-        layer = int(where.tensor.split(".")[1])
+    def _heads(self, location: Location) -> tuple[int, int]:
+        layer = int(location.tensor.split(".")[1])
         return (
             self._read_metadata("attention.head_count", layer),
             self._read_metadata("attention.head_count_kv", layer, "attention.head_count"),
         )
 
     def _compare_size(self, name: str, size: object) -> bool:
-        """Whether a site's number of units was compared: not that of a fused q, k or v. Raises UserError
-        where the file's tensor has another number."""
-        where, _, shape = self._find(name)
-        if where.part in ("q", "k", "v"):
+        """Whether a site's number of units could be compared, which it cannot for a fused q, k or v. Raises
+        UserError if the file's tensor has another number."""
+        location, _, shape = self._find(name)
+        if location.part in ("q", "k", "v"):
             return False
-        rows = shape[-2] // 2 if where.part else shape[-2]
-        here = self._heads(where)[0] if self.circuit.unit == "head" else rows
-        if here != size:
+        rows = shape[-2] // 2 if location.part else shape[-2]  # fused gate and up are equally long
+        actual = self._heads(location)[0] if self.circuit.unit == "head" else rows
+        if actual != size:
             raise UserError(
                 f"the circuit was found on a model with {size} {self.circuit.unit}s in {name}, and "
-                f"{self.path} has {here}; use the model it was made on"
+                f"{self.path} has {actual}; use the model it was made on"
             )
         return True
 
     def changes(self, name: str, units: tuple[int, ...], strength: float) -> Iterator[Change]:
-        """The pieces of one site's members, still without their bytes."""
+        """The changes for these members of a site, without their bytes."""
         import numpy
 
-        where, tensor, shape = self._find(name)
+        location, tensor, shape = self._find(name)
         indices = numpy.array(units, dtype=numpy.int64)
         if not len(indices):
             return
         if self.circuit.unit == "head":
-            yield from self._columns_of_heads(where, tensor, shape, indices)
+            yield from self._list_head_changes(location, tensor, shape, indices)
             return
-        rows = rows_of(where, indices, shape, *self._heads(where), self.architecture)
-        if strength != 1 and where.role == "mlp.up" and self.family.gated is None:
+        rows = find_rows(location, indices, shape, *self._heads(location), self.architecture)
+        # A gated MLP's product is linear in up, so that scaling the neuron's row is the same as scaling its
+        # column of down. In a plain MLP the non-linearity is between them.
+        if strength != 1 and location.role == "mlp.up" and self.family.gated is None:
             raise UserError(
                 f"at strength {strength:g} single columns of the MLP's down matrix must change, "
                 "but a GGUF block spans several columns; use strength 1, or ablate the Hugging Face model"
             )
-        yield from _rows(tensor, rows, shape[-1])
-        bias = self.tensors.get(f"{where.tensor}.bias")
+        yield from _list_row_changes(tensor, rows, shape[-1])
+        bias = self.tensors.get(f"{location.tensor}.bias")
         if bias is not None:
-            yield from _rows(bias, rows, 1)
+            yield from _list_row_changes(bias, rows, 1)
 
-    def _columns_of_heads(
-        self, where: Location, tensor: Any, shape: tuple[int, ...], heads: Any
+    def _list_head_changes(
+        self, location: Location, tensor: Any, shape: tuple[int, ...], heads: Any
     ) -> Iterator[Change]:
         from gguf import GGML_QUANT_SIZES
 
-        count = self._heads(where)[0]
-        if where.role != "attn.o" or int(heads.max()) >= count or shape[-1] % count:
+        count = self._heads(location)[0]
+        if location.role != "attn.o" or int(heads.max()) >= count or shape[-1] % count:
             raise UserError(
-                f"the circuit names head {heads.max()} of {where.tensor}, which has {count}; use the model "
-                "it was made on"
+                f"the circuit names head {heads.max()} of {location.tensor}, which has {count}; use the "
+                "model it was made on"
             )
         width = shape[-1] // count
         block, size = GGML_QUANT_SIZES[tensor.tensor_type]
         row = shape[-1] // block * size
-        for first, last in _runs(heads):
+        for first, last in _find_runs(heads):
             start, stop = first * width, (last + 1) * width
             if start % block or stop % block:
                 raise UserError(
-                    f"head {first if start % block else last} of {where.tensor} ends inside a block of "
+                    f"head {first if start % block else last} of {location.tensor} ends inside a block of "
                     f"{tensor.tensor_type.name}: heads have {width} columns, blocks {block}; use a file of "
                     "narrower blocks, or ablate the Hugging Face model"
                 )
@@ -191,21 +194,24 @@ class _GgufTensors:
             yield Change(tensor.name, type_name, begin, length, row, rows)
 
 
-def _rows(tensor: Any, rows: Any, width: int) -> Iterator[Change]:
-    """Whole rows of `width` elements, neighbours in one piece."""
+def _list_row_changes(tensor: Any, rows: Any, width: int) -> Iterator[Change]:
+    """Changes of whole rows of `width` elements; adjacent rows form one piece."""
     from gguf import GGML_QUANT_SIZES
 
     block, size = GGML_QUANT_SIZES[tensor.tensor_type]
     if width % block:
-        raise UserError(f"{tensor.name} of {tensor.tensor_type.name} has no whole blocks in a row of {width}")
+        raise UserError(
+            f"{tensor.name}: a row of {width} is not a whole number of {tensor.tensor_type.name} blocks; use "
+            "a file of another type"
+        )
     length = width // block * size
-    for first, last in _runs(rows):
-        begin, whole = int(tensor.data_offset) + first * length, (last - first + 1) * length
-        yield Change(tensor.name, tensor.tensor_type.name, begin, whole, 0, 1)
+    for first, last in _find_runs(rows):
+        begin, piece_length = int(tensor.data_offset) + first * length, (last - first + 1) * length
+        yield Change(tensor.name, tensor.tensor_type.name, begin, piece_length, 0, 1)
 
 
-def _runs(indices: Any) -> list[tuple[int, int]]:
-    """First and last of each run of neighbours."""
+def _find_runs(indices: Any) -> list[tuple[int, int]]:
+    """(first, last) of each run of consecutive indices."""
     import numpy
 
     parts = numpy.split(indices, numpy.flatnonzero(numpy.diff(indices) != 1) + 1)
@@ -213,18 +219,20 @@ def _runs(indices: Any) -> list[tuple[int, int]]:
 
 
 def _weaken(change: Change, data: Any, ggml_type: Any, strength: float) -> Change:
-    """The change with its bytes: those of the file, and what they become."""
+    """The change with its bytes: those in the file, and their replacement."""
     import numpy
 
-    where = change.offset + change.stride * numpy.arange(change.count)[:, None] + numpy.arange(change.length)
-    before = numpy.asarray(data[where])
-    after = zeros(before, ggml_type) if strength == 1 else scale_blocks(before, ggml_type, 1 - strength)
+    byte_indices = (
+        change.offset + change.stride * numpy.arange(change.count)[:, None] + numpy.arange(change.length)
+    )
+    before = numpy.asarray(data[byte_indices])
+    after = make_zeros(before, ggml_type) if strength == 1 else scale_blocks(before, ggml_type, 1 - strength)
     return replace(change, before=before.tobytes(), after=after.tobytes())
 
 
-def zeros(before: Any, ggml_type: Any) -> Any:
-    """Bytes of zero weights, as many as `before`. Raises UserError for a type in which all-zero
-    bytes do not decode to zero."""
+def make_zeros(before: Any, ggml_type: Any) -> Any:
+    """As many zero bytes as in `before`. Raises UserError for a type in which all-zero bytes do not decode
+    to zero weights."""
     import numpy
     from gguf import GGML_QUANT_SIZES, dequantize
 
@@ -233,43 +241,44 @@ def zeros(before: Any, ggml_type: Any) -> Any:
         decodes_to_zero = not dequantize(
             numpy.zeros((1, GGML_QUANT_SIZES[ggml_type][1]), numpy.uint8), ggml_type
         ).any()
-    except NotImplementedError:
+    except NotImplementedError:  # gguf cannot decode every type
         decodes_to_zero = False
     if not decodes_to_zero:
         raise UserError(
-            f"no block of zeros is known for tensors of type {ggml_type.name}; give a file of another type"
+            f"blocks of type {ggml_type.name} cannot represent zeros as zero bytes; give a file of another "
+            "type"
         )
     return after
 
 
 def scale_blocks(before: Any, ggml_type: Any, factor: float) -> Any:
-    """Blocks [..., bytes] of weights `factor` times as large.
+    """Blocks [..., bytes] with weights `factor` times as large.
 
-    Weights of F32, F16 and BF16 are rounded to their type, as in a checkpoint of it. Quantised ones keep
-    their codes, and their scales are multiplied.
+    Weights in F32, F16 and BF16 are rounded to their type, as in a checkpoint. Quantised ones keep their
+    codes, and their scales are multiplied.
 
     Raises:
-        UserError: a scale times the factor cannot be represented in the scale's type, or the type's scales
-        are no 16-bit floats.
+        UserError: a scale times the factor cannot be represented exactly, or the type's scales are not 16-bit
+            floats.
     """
     import numpy
     from gguf import GGML_QUANT_SIZES, dequantize, quantize
 
     if ggml_type.name in ("F32", "F16", "BF16"):
-        wide = dequantize(before, ggml_type).astype(numpy.float64) * factor
-        return numpy.ascontiguousarray(quantize(wide.astype(numpy.float32), ggml_type)).view(numpy.uint8)
+        scaled = dequantize(before, ggml_type).astype(numpy.float64) * factor
+        return numpy.ascontiguousarray(quantize(scaled.astype(numpy.float32), ggml_type)).view(numpy.uint8)
     if ggml_type.name not in SCALES:
         raise UserError(
             f"the scales of blocks of type {ggml_type.name} cannot be multiplied by {factor:g}; use strength "
             "1, or a file of another type"
         )
     after = before.reshape(-1, GGML_QUANT_SIZES[ggml_type][1]).copy()
-    for place in SCALES[ggml_type.name]:
-        scale = after[:, place : place + 2].copy().view(numpy.float16).astype(numpy.float64)
-        after[:, place : place + 2] = (scale * factor).astype(numpy.float16).view(numpy.uint8)
+    for offset in SCALES[ggml_type.name]:
+        scale = after[:, offset : offset + 2].copy().view(numpy.float16).astype(numpy.float64)
+        after[:, offset : offset + 2] = (scale * factor).astype(numpy.float16).view(numpy.uint8)
     blocks = before.reshape(after.shape)
-    wanted = dequantize(blocks, ggml_type).astype(numpy.float64) * factor
-    if not numpy.array_equal(dequantize(after, ggml_type), wanted.astype(numpy.float32)):
+    expected = dequantize(blocks, ggml_type).astype(numpy.float64) * factor
+    if not numpy.array_equal(dequantize(after, ggml_type), expected.astype(numpy.float32)):
         raise UserError(
             f"{factor:g} times a scale of type {ggml_type.name} is not always a 16-bit number, so that the "
             "change would not be exact; use a strength of 0.5 or 0.75, whose factors are powers of two, or 1"

@@ -1,5 +1,5 @@
-"""A circuit taken out of a GGUF itself: in its quantised blocks, every other byte as it was, with the patch
-that undoes it."""
+"""Remove a circuit from a GGUF file directly, in its quantised blocks. Every other byte stays, and a patch
+file can undo the change."""
 
 import base64
 import fcntl
@@ -25,15 +25,15 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class GgufPatch:
-    """What was done to a GGUF, and the bytes that undo it.
+    """A change of a GGUF, and the bytes that undo it.
 
     Attributes:
-        file, size: name and bytes of the file before.
-        sha256_before, sha256_after: of all its bytes.
-        circuit: what was removed: unit, members, strength or strengths, fingerprint and the model it was
-            found on.
-        checked: how sure it is that the circuit is this model's, in words.
-        changes: where, and the bytes before.
+        file, size: name and size in bytes of the file before.
+        sha256_before, sha256_after: checksums of the whole file.
+        circuit: what was removed: unit, members, strength or strengths, fingerprint, and the model on which
+            it was found.
+        checked: a sentence on how it was verified that the circuit belongs to this model.
+        changes: places, with the bytes before.
     """
 
     file: str
@@ -46,7 +46,7 @@ class GgufPatch:
 
     @property
     def bytes_changed(self) -> int:
-        """How many bytes differ: of the rows and columns in it some were what they are now."""
+        """The number of bytes that differ; some bytes of the changed rows and columns may stay the same."""
         import numpy
 
         return sum(
@@ -71,10 +71,10 @@ class GgufPatch:
             )
             del content["format"]
             patch = cls(**content, changes=changes)
-            good = all(change.fits(patch.size) for change in changes)
+            is_valid = all(change.fits(patch.size) for change in changes)
         except (KeyError, TypeError, ValueError):
-            good = False
-        if not good:
+            is_valid = False
+        if not is_valid:
             raise DamagedFile(f"{path} does not follow {FORMAT}; use the file that sparc3 ablate wrote")
         return patch
 
@@ -89,43 +89,45 @@ def patch_gguf(
 ) -> tuple[GgufPatch, Path]:
     """Remove a circuit from a GGUF without loading the model.
 
-    A neuron's rows, or a head's columns, become zeros in the blocks of the file's own types, which is what
-    `ablate_` does to the dequantised model. At other strengths than 1 the scales of the blocks are
-    multiplied, where the result is exact.
+    A neuron's rows, or a head's columns, become zeros in blocks of the file's own types, which has the
+    same effect as `ablate_` on the dequantised model. At other strengths than 1, the scales of the blocks
+    are multiplied, if the result is exact.
 
     Args:
-        name: as `find_gguf` takes it.
-        out: the new file; it appears whole or not at all.
+        name: as for `find_gguf`.
+        out: the new file; after an error no partial file is left.
         in_place: change the file itself; the patch is on the disk before the first byte changes.
-        force: apply a circuit that was found on other weights; names and shapes must fit all the same.
+        force: apply a circuit that was found on other weights; names and shapes must still fit.
 
     Returns:
-        The patch, and the path it was written to: beside the new file, or the changed one.
+        The patch, and its path: next to the new file, or to the changed one.
 
     Raises:
-        UserError: weights, a circuit that was measured by mean ablation, a file of another model, a type or
-            width whose blocks cannot hold the change, or a place that cannot be written.
+        UserError: a circuit of weights or one that was measured by mean ablation, a file of another model,
+            blocks that cannot represent the change, or a path that cannot be written.
         Sparc3Error: the file was changed by another process, or the disk is full.
     """
     circuit.require_exportable()
     path = locate_gguf(name)
-    target = _target(path, name, out, in_place)
+    target = _choose_target(path, name, out, in_place)
     with _watch_for_changes(path, in_place) as require_unchanged:
         reader, architecture = read_gguf(path)
         changes, checked = plan_changes(path, reader, architecture, circuit)
-        del reader  # and its map of the file
+        del reader  # closes its memory map of the file
         checked = checked if force else _check_weights(path, circuit, checked)
-        before, after = _digests(path, [(c, c.after) for c in changes])
-        described = {key: getattr(circuit, key) for key in ("unit", "fingerprint", "strength", "model")}
+        before, after = _hash_before_and_after(path, [(c, c.after) for c in changes])
+        circuit_info = {key: getattr(circuit, key) for key in ("unit", "fingerprint", "strength", "model")}
         if circuit.strengths:
-            described["strengths"] = {key: list(own) for key, own in circuit.strengths.items()}
-        described["members"] = {key: list(units) for key, units in circuit.members.items()}
-        patch = GgufPatch(path.name, path.stat().st_size, before, after, described, checked, tuple(changes))
-        kept = _free_name(target) if in_place else target.with_name(target.name + SUFFIX)
-        with _rewritten(path, target, require_unchanged) as opened:
-            patch.save(kept)
-            _write(opened, [(c, c.after) for c in changes])
-    return patch, kept
+            circuit_info["strengths"] = {key: list(values) for key, values in circuit.strengths.items()}
+        circuit_info["members"] = {key: list(units) for key, units in circuit.members.items()}
+        patch = GgufPatch(
+            path.name, path.stat().st_size, before, after, circuit_info, checked, tuple(changes)
+        )
+        patch_path = _free_name(target) if in_place else target.with_name(target.name + SUFFIX)
+        with _open_for_rewriting(path, target, require_unchanged) as file:
+            patch.save(patch_path)
+            _write(file, [(c, c.after) for c in changes])
+    return patch, patch_path
 
 
 def undo_patch(
@@ -135,47 +137,47 @@ def undo_patch(
     *,
     in_place: bool = False,
 ) -> GgufPatch:
-    """Put the bytes back that a patch took; also after a change in place that was interrupted. The result
-    has the checksum of the file before.
+    """Restore the bytes that a patch replaced, also after an interrupted change in place. The result has
+    the checksum of the original file.
 
     Raises:
-        UserError: another file, or one that was changed since in other places; nothing has been touched then.
+        UserError: another file, or one with later changes in other places; nothing has been touched then.
     """
     path, undone = locate_gguf(name), GgufPatch.load(patch)
-    target = _target(path, name, out, in_place)
+    target = _choose_target(path, name, out, in_place)
     with _watch_for_changes(path, in_place) as require_unchanged:
-        size, back = path.stat().st_size, [(c, c.before) for c in undone.changes]
+        size, restored = path.stat().st_size, [(c, c.before) for c in undone.changes]
         if size != undone.size:
             raise UserError(
-                f"{path} has {size:,} bytes, and {patch} is for a file of {undone.size:,}; give the file "
-                "that it was made with"
+                f"{path} has {size:,} bytes, but {patch} is for a file of {undone.size:,} bytes; give the "
+                "file that it was made with"
             )
-        if _digests(path, back)[1] != undone.sha256_before:
+        if _hash_before_and_after(path, restored)[1] != undone.sha256_before:
             raise UserError(
                 f"{path} differs from the file that {patch} was made with in other places too; undo later "
                 "patches first, or give that file"
             )
-        with _rewritten(path, target, require_unchanged) as opened:
-            _write(opened, back)
+        with _open_for_rewriting(path, target, require_unchanged) as file:
+            _write(file, restored)
     return undone
 
 
 def locate_gguf(name: str | os.PathLike[str]) -> Path:
-    """The GGUF of that name. Raises UserError where it means something else."""
+    """The GGUF file of that name. Raises UserError if the name means something else."""
     path = find_gguf(os.fspath(name))
     if path is None:
         raise UserError(f"{name} is not a GGUF; give the path of one")
     return path
 
 
-def _target(path: Path, name: Any, out: str | os.PathLike[str] | None, in_place: bool) -> Path:
-    """The file to be written. Raises UserError where it cannot be, or is not the user's to change."""
+def _choose_target(path: Path, name: Any, out: str | os.PathLike[str] | None, in_place: bool) -> Path:
+    """The file to write. Raises UserError if it cannot be written, or is shared with others."""
     if in_place == (out is not None):
         raise UserError("give either --out, the new file, or --in-place")
     if out is None:
         if Path(name).absolute() != path.absolute() or path.is_symlink():
             raise UserError(
-                f"{name} means {path.resolve()}, which others may use too; give --out, or that path"
+                f"{name} means {path.resolve()}, which others may use too; give --out, or that path itself"
             )
         require_place(path)
         try:
@@ -184,36 +186,38 @@ def _target(path: Path, name: Any, out: str | os.PathLike[str] | None, in_place:
             raise UserError(f"cannot change {path}: {error.strerror}; give --out") from None
         return path
     if Path(out).exists():
-        raise UserError(f"{out} is there already; give another name, or remove it first")
+        raise UserError(f"{out} already exists; give another name, or remove it first")
     require_place(out)
     return Path(out)
 
 
 def _free_name(path: Path) -> Path:
-    """A new name for the patch of a change in place: they are undone in the opposite order."""
+    """An unused name for the patch of a change in place; several patches are numbered, and undone in
+    reverse."""
     names = (path.with_name(f"{path.name}{f'.{n}' if n > 1 else ''}{SUFFIX}") for n in range(1, 10**6))
     return next(name for name in names if not name.exists())
 
 
 @contextmanager
-def _watch_for_changes(path: Path, alone: bool) -> Iterator[Any]:
-    """Gives a check that raises Sparc3Error where the file changed since; UserError where it is changing."""
+def _watch_for_changes(path: Path, exclusive: bool) -> Iterator[Any]:
+    """Yield a function that raises Sparc3Error if the file has changed since. Raises UserError if another
+    process is changing it now."""
 
     def stamp() -> tuple[int, ...]:
         status = path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    first = stamp()
+    original = stamp()
 
     def require_unchanged() -> None:
-        if stamp() != first:
+        if stamp() != original:
             raise Sparc3Error(
                 f"{path} was changed while it was read; wait until nothing writes it, and run again"
             )
 
-    with path.open("rb") as opened:
+    with path.open("rb") as file:
         try:
-            fcntl.flock(opened, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{path} is being changed by another process; run again when it is done"
@@ -224,22 +228,22 @@ def _watch_for_changes(path: Path, alone: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def _rewritten(path: Path, target: Path, require_unchanged: Any) -> Iterator[BinaryIO]:
-    """The file to write changes into: a copy that takes the target's name in the end, or the file itself."""
+def _open_for_rewriting(path: Path, target: Path, require_unchanged: Any) -> Iterator[BinaryIO]:
+    """The open file to change: a copy that is renamed to the target at the end, or the file itself."""
     if target == path:
         require_unchanged()
-        with path.open("r+b", buffering=0) as opened:
-            yield opened
-            os.fsync(opened.fileno())
+        with path.open("r+b", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
         return
     with whole_file(target) as temporary:
         shutil.copyfile(path, temporary)
         require_unchanged()
-        with temporary.open("r+b") as copied:
-            yield copied
+        with temporary.open("r+b") as file:
+            yield file
 
 
-def _spread(changes: Iterable[tuple[Change, bytes]]) -> list[tuple[int, bytes]]:
+def _split_pieces(changes: Iterable[tuple[Change, bytes]]) -> list[tuple[int, bytes]]:
     """(offset, bytes) of every contiguous piece, in the order of the file."""
     pieces = [
         (change.offset + n * change.stride, content[n * change.length : (n + 1) * change.length])
@@ -249,31 +253,31 @@ def _spread(changes: Iterable[tuple[Change, bytes]]) -> list[tuple[int, bytes]]:
     return sorted(pieces)
 
 
-def _write(opened: BinaryIO, changes: Iterable[tuple[Change, bytes]]) -> None:
-    for offset, content in _spread(changes):
-        opened.seek(offset)
-        opened.write(content)
+def _write(file: BinaryIO, changes: Iterable[tuple[Change, bytes]]) -> None:
+    for offset, content in _split_pieces(changes):
+        file.seek(offset)
+        file.write(content)
 
 
-def _digests(path: Path, changes: list[tuple[Change, bytes]]) -> tuple[str, str]:
-    """The SHA-256 of a file, and of what it would be with these changes."""
-    asis, changed = hashlib.sha256(), hashlib.sha256()
-    with path.open("rb") as opened:
-        for offset, content in [*_spread(changes), (path.stat().st_size, b"")]:
-            while same := opened.read(min(CHUNK, max(0, offset - opened.tell()))):
-                asis.update(same)
-                changed.update(same)
-            asis.update(opened.read(len(content)))
-            changed.update(content)
-    return asis.hexdigest(), changed.hexdigest()
+def _hash_before_and_after(path: Path, changes: list[tuple[Change, bytes]]) -> tuple[str, str]:
+    """The SHA-256 of a file as it is, and as it would be with these changes."""
+    unchanged_hash, changed_hash = hashlib.sha256(), hashlib.sha256()
+    with path.open("rb") as file:
+        for offset, content in [*_split_pieces(changes), (path.stat().st_size, b"")]:
+            while chunk := file.read(min(CHUNK, max(0, offset - file.tell()))):
+                unchanged_hash.update(chunk)
+                changed_hash.update(chunk)
+            unchanged_hash.update(file.read(len(content)))
+            changed_hash.update(content)
+    return unchanged_hash.hexdigest(), changed_hash.hexdigest()
 
 
 def _check_weights(path: Path, circuit: Circuit, checked: str) -> str:
-    """How sure it is that the circuit is this model's. Raises UserError for one found on a GGUF of other
-    weights.
+    """A sentence on how it was verified that the circuit belongs to this model. Raises UserError for a
+    circuit that was found on a GGUF with other weights.
 
-    One that was found on a GGUF names the fingerprint of its dequantised weights, and these are computed; a
-    quantised file does not tell that of the original checkpoint.
+    A circuit found on a GGUF records the fingerprint of the dequantised weights, which can be computed
+    again; that of the original checkpoint cannot be computed from a quantised file.
     """
     if not str(circuit.model.get("id", "")).lower().endswith(".gguf"):
         return checked

@@ -1,4 +1,4 @@
-"""The README.md of a repository on the hub: what was removed from which model, how, and what that did."""
+"""The README.md of a repository on the hub: what was removed from which model, how, and with what effect."""
 
 import html
 import re
@@ -10,10 +10,10 @@ from ..results import Results
 from ..safe_text import one_line
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What a card takes over from the front matter of the source's card."""
+"""Keys that a card copies from the front matter of the source's card."""
 
 
-def model_card(
+def make_model_card(
     circuit: Circuit,
     results: Results | None,
     *,
@@ -25,27 +25,27 @@ def model_card(
     """The card of a checkpoint.
 
     Args:
-        source: the source model, as `describe` has it.
-        base: its hub id; None where it is a local folder, whose name means nothing to others.
+        source: the source model, from `describe`.
+        base: its hub id; None for a local folder, whose name means nothing to others.
         matter: front matter of the source's own card.
-        shrunk: how the shapes changed, as a sentence; empty where they did not.
+        shrunk: a sentence on how the shapes changed; empty if they did not.
     """
-    what = f"{len(circuit):,} {circuit.unit}s"
-    share = f"{circuit.strength * 100:g} % of each of {what} taken away"
+    units = f"{len(circuit):,} {circuit.unit}s"
+    share = f"{circuit.strength * 100:g} % of each of {units} taken away"
     if circuit.strengths:
-        share = f"what each of {what} writes multiplied by 1 less its strength"
-    done = f"{what} set to zero" if circuit.zeroes else share
+        share = f"what each of {units} writes multiplied by 1 less its strength"
+    action = f"{units} set to zero" if circuit.zeroes else share
     lines = [
-        *_front(base, matter, ["sparc3", "pruned"]),
-        f"# {_plain_text(source['id'])}, without {what}{circuit.at_strength}",
+        *_make_front_matter(base, matter, ["sparc3", "pruned"]),
+        f"# {_plain_text(source['id'])}, without {units}{circuit.at_strength}",
         "",
-        f"{_link_model(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {done}, "
+        f"{_link_model(source['id'], base)} (weights fingerprint {source['fingerprint']}) with {action}, "
         f"chosen by sparc3 {__version__}. Nothing was trained, no other weight changed. {shrunk}".rstrip(),
         "",
         *_describe_selection(circuit),
         "## What was removed",
         "",
-        *_members(circuit),
+        *_list_members(circuit),
         "## What it measured",
         "",
         *_list_results(results),
@@ -53,11 +53,13 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Results | None = None) -> str:
-    """The card of a repository that holds a circuit alone."""
+def make_circuit_card(
+    circuit: Circuit, repo: str, *, base: str | None, results: Results | None = None
+) -> str:
+    """The card of a repository that contains only a circuit."""
     name = _plain_text(circuit.model.get("id"))
     lines = [
-        *_front(base, {}, ["sparc3", "circuit"], library=False),
+        *_make_front_matter(base, {}, ["sparc3", "circuit"], library=False),
         f"# {len(circuit):,} {circuit.unit}s of {name}{circuit.at_strength}",
         "",
         f"A set of {circuit.unit}s of {_link_model(name, base)} (weights fingerprint "
@@ -72,13 +74,15 @@ def circuit_card(circuit: Circuit, repo: str, *, base: str | None, results: Resu
         *_describe_selection(circuit),
         "## Members",
         "",
-        *_members(circuit),
+        *_list_members(circuit),
         *(["## What it measured", "", *_list_results(results)] if results else []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _front(base: str | None, matter: dict[str, Any], tags: list[str], library: bool = True) -> list[str]:
+def _make_front_matter(
+    base: str | None, matter: dict[str, Any], tags: list[str], library: bool = True
+) -> list[str]:
     import yaml
 
     content = {"base_model": base} if base else {}
@@ -92,7 +96,7 @@ def _link_model(name: str, base: str | None) -> str:
 
 
 def _plain_text(value: object) -> str:
-    """A value as text of a card, in which no markup of Markdown or HTML and no control character acts."""
+    """A value as text for a card, with Markdown, HTML and control characters escaped."""
     return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(one_line(str(value)), quote=False))
 
 
@@ -100,37 +104,37 @@ def _describe_selection(circuit: Circuit) -> list[str]:
     """How the circuit was found, as a table."""
     selection = circuit.provenance.get("selection") or {}
     scores = {key: _plain_text(value) for key, value in (circuit.provenance.get("scores") or {}).items()}
-    chosen = [f"{_plain_text(k)} {_plain_text(v)}" for k, v in selection.items() if v is not None]
+    settings = [f"{_plain_text(k)} {_plain_text(v)}" for k, v in selection.items() if v is not None]
     return [
         "| | |",
         "|---|---|",
         f"| method | {scores.get('method', 'not recorded')}, target {scores.get('target', '-')}, neuron "
         f"{scores.get('neuron', '-')} |",
         f"| contrast | {scores.get('contrast', '-')} |",
-        f"| selection | {', '.join(chosen) or '-'} |",
+        f"| selection | {', '.join(settings) or '-'} |",
         f"| circuit | `circuit{circuit.suffix}`, fingerprint {circuit.fingerprint}{circuit.at_strength} |",
         "",
     ]
 
 
-def _members(circuit: Circuit) -> list[str]:
-    """Each site's members by index, with their strengths where each has its own, or, of weights, how many
-    they are."""
+def _list_members(circuit: Circuit) -> list[str]:
+    """A table of each site's members by index, with their strengths if each has its own; for weights, their
+    number."""
     rows = [f"| module | {circuit.unit}s{' (strength)' if circuit.strengths else ''} |", "|---|---|"]
     for site, count in circuit.counts.items():
         units = circuit.members[site]
         if circuit.unit == "weight":
-            listed = f"{count:,} of {units.numel():,} ({count / units.numel():.1%})"
+            members = f"{count:,} of {units.numel():,} ({count / units.numel():.1%})"
         else:
-            own = map("{} ({:.3g})".format, units, circuit.strengths.get(site, ()))
-            listed = ", ".join(own if circuit.strengths else map(str, units))
+            with_strengths = map("{} ({:.3g})".format, units, circuit.strengths.get(site, ()))
+            members = ", ".join(with_strengths if circuit.strengths else map(str, units))
         if count:
-            rows.append(f"| `{_plain_text(site)}` | {listed} |")
+            rows.append(f"| `{_plain_text(site)}` | {members} |")
     return [*rows, ""]
 
 
 def _list_results(results: Results | None) -> list[str]:
-    """A row a metric: before, after, the change with its interval and p."""
+    """A table with a row per metric: before, after, and the change with its interval and p."""
     if results is None:
         return ["Nothing was measured on this checkpoint; `sparc3 evaluate` does that."]
     rows = [
@@ -140,11 +144,11 @@ def _list_results(results: Results | None) -> list[str]:
     before, after = ({m.metric: m for m in results if m.variant == v} for v in ("original", "ablated"))
     change = {d.metric: d for d in results.differences if (d.from_, d.to) == ("original", "ablated")}
     for metric in {**before, **after}:
-        one, other, d = before.get(metric), after.get(metric), change.get(metric)
-        figures = [_number(m.value if m else None) for m in (one, other)]
+        first, second, d = before.get(metric), after.get(metric), change.get(metric)
+        figures = [_number(m.value if m else None) for m in (first, second)]
         interval = f"{d.ci95[0]:+.4g} to {d.ci95[1]:+.4g}" if d and d.ci95 else "-"
         relative = f"{d.relative:+.1%}" if d and d.relative is not None else "-"
-        n = (other or one).n  # type: ignore[union-attr]
+        n = (second or first).n  # type: ignore[union-attr]
         rows.append(
             f"| {_plain_text(metric)} | {' | '.join(figures)} | {relative} | {interval} | "
             f"{_number(d.p if d else None)} | {n} |"

@@ -1,4 +1,4 @@
-"""Uploading a circuit, or an ablated checkpoint, to the hub in one commit."""
+"""Upload a circuit or an ablated checkpoint to the hub in one commit."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from ..circuits.circuit import Circuit
 from ..errors import UserError
 from ..models.hub import hub_errors, require_hub
 from ..results import Results
-from .model_card import circuit_card
+from .model_card import make_circuit_card
 
 
 def push(
@@ -29,8 +29,8 @@ def push(
 
     Args:
         repo: "USER/REPO".
-        public: make the repository public; required for one that is public already, lest an accident publish.
-        base: hub id of the model that a circuit belongs to, for its card; a folder has a card that names it.
+        public: make the repository public; also required for an existing public one, to prevent accidents.
+        base: hub id of a circuit's model, for its card; a folder already has a card that names it.
         results: measurements for a circuit's card.
         message: the commit message.
 
@@ -38,7 +38,7 @@ def push(
         The repository's address.
 
     Raises:
-        UserError: another path, no token, one that may not write there, or a hub out of reach.
+        UserError: a path of another kind, no token or one without write access, or the hub cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -49,8 +49,10 @@ def push(
     require_hub(repo, "push from a machine that can reach it")
     if not get_token():
         raise UserError("no hub token was found; run `hf auth login`, or set HF_TOKEN to one that may write")
-    found = f"{len(circuit):,} {circuit.unit}s {'removed' if source.is_dir() else 'found'} by sparc3"
-    with hub_errors(repo, "user or organisation of", "try again; nothing of it is there before all of it is"):
+    default_message = (
+        f"{len(circuit):,} {circuit.unit}s {'removed' if source.is_dir() else 'found'} by sparc3"
+    )
+    with hub_errors(repo, "user or organisation of", "try again; an incomplete upload changes nothing"):
         api = HfApi(library_name="sparc3")
         address = str(api.create_repo(repo, private=not public, exist_ok=True))
         if not public and not api.model_info(repo).private:
@@ -67,15 +69,15 @@ def push(
         else:
             content[f"circuit{circuit.suffix}"] = source
             if not api.file_exists(repo, "README.md"):
-                content["README.md"] = circuit_card(circuit, repo, base=base, results=results).encode()
+                content["README.md"] = make_circuit_card(circuit, repo, base=base, results=results).encode()
         operations = [CommitOperationAdd(name, file) for name, file in content.items()]
-        api.create_commit(repo, operations, commit_message=message or found)
+        api.create_commit(repo, operations, commit_message=message or default_message)
     return address
 
 
 def _load_source(source: Path) -> Circuit:
-    """The circuit of a circuit's file or an exported folder. Raises UserError where it is neither, or
-    the circuit was measured by mean ablation."""
+    """The circuit in a circuit's file or an exported folder. Raises UserError for anything else, and for a
+    circuit that was measured by mean ablation."""
     if not source.exists():
         raise UserError(
             f"no such file or folder: {source}; give a circuit's file, or a folder that sparc3 ablate wrote"

@@ -1,4 +1,4 @@
-"""Taking removed neurons out of the matrices, where zeroing would leave their rows and columns in place."""
+"""Delete removed neurons' rows and columns from the matrices, instead of setting them to zero."""
 
 import json
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-"""What configurations call the number of neurons of an MLP."""
+"""Names of an MLP's number of neurons in configurations."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shrinking:
-    """What of each parameter stays, and what the configuration then says.
+    """What remains of each parameter, and the new configuration.
 
     Attributes:
-        kept: name of the model's tensor → (dimension, indices that stay), of those that change.
-        key: the configuration's name of the width.
+        kept: name of each tensor that changes → (dimension, indices that stay).
+        key: the configuration's name for the width.
         before, after: the width of every MLP.
     """
 
@@ -40,8 +40,8 @@ class Shrinking:
     def __str__(self) -> str:
         return f"Removed neurons are deleted: `{self.key}` is {self.after:,} instead of {self.before:,}."
 
-    def of(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of a tensor that is called `name` in the model."""
+    def shrink(self, name: str, tensor: Tensor) -> Tensor:
+        """The remaining part of the tensor that is called `name` in the model."""
         if name not in self.kept:
             return tensor
         dim, indices = self.kept[name]
@@ -57,9 +57,10 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     """How to take the circuit's neurons out of the model's MLPs.
 
     Raises:
-        UserError: the circuit is not of neurons of mlp.up, or does not take the same number from every layer.
-        UnsupportedModel: an MLP that is not two or three linear maps, or whose width the configuration does
-            not say.
+        UserError: the circuit has other units than neurons of mlp.up, or different numbers in different
+            layers.
+        UnsupportedModel: an MLP that is not two or three linear maps, or whose width is not in the
+            configuration.
     """
     if not circuit.zeroes:
         raise UserError(
@@ -71,28 +72,29 @@ def plan_shrinking(model: "PreTrainedModel", circuit: Circuit) -> Shrinking:
     gated = "mlp.gate" in family_of(model).roles
     gates = {site.layer: site for site in sites_of(model, ["mlp.gate"])} if gated else {}
     modules = [site.module for site in (*ups, *downs.values(), *gates.values())]
-    plain = all(isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D" for m in modules)
-    if not plain or len({site.layer for site in ups}) < len(ups) or len(downs) < len(ups):
+    all_linear = all(isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D" for m in modules)
+    if not all_linear or len({site.layer for site in ups}) < len(ups) or len(downs) < len(ups):
         raise UnsupportedModel(
             f"--shrink supports MLPs of two or three linear maps only, and those of {kind} are not; omit "
             "--shrink"
         )
-    key, width = _width(model, ups)
-    gone = _same_number(circuit, ups)
+    key, width = _find_width(model, ups)
+    removed = _require_same_number(circuit, ups)
     kept: dict[str, tuple[int, Tensor]] = {}
     for up in ups:
-        units = torch.tensor(gone[up.name], dtype=torch.long)
-        for part in [up, *([gates[up.layer]] if gates else [])]:
-            _drop_outputs(kept, part, units)
+        units = torch.tensor(removed[up.name], dtype=torch.long)
+        for site in [up, *([gates[up.layer]] if gates else [])]:
+            _drop_outputs(kept, site, units)
         down, inputs = downs[up.layer], torch.arange(up.out)
         kept[f"{_path(down)}.weight"] = (0 if down.transposed else 1, inputs[~torch.isin(inputs, units)])
-    return Shrinking(kept, key, width, width - len(gone[ups[0].name]))
+    return Shrinking(kept, key, width, width - len(removed[ups[0].name]))
 
 
-def _width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
-    """The configuration's name of the MLPs' width, and the width."""
+def _find_width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
+    """The configuration's name for the MLPs' width, and the width."""
     widths = {site.out for site in ups}
     for key in WIDTHS:
+        # None is GPT-2's n_inner, which then means 4 · n_embd.
         if hasattr(model.config, key) and len(widths) == 1 and getattr(model.config, key) in (None, *widths):
             return key, widths.pop()
     raise UnsupportedModel(
@@ -101,17 +103,17 @@ def _width(model: "PreTrainedModel", ups: list[Site]) -> tuple[str, int]:
     )
 
 
-def _same_number(circuit: Circuit, ups: list[Site]) -> dict[str, tuple[int, ...]]:
-    """mlp.up's name → its members, as many in each layer."""
-    own = {site.name for site in ups}
-    others = [name for name, count in circuit.counts.items() if count and name not in own]
+def _require_same_number(circuit: Circuit, ups: list[Site]) -> dict[str, tuple[int, ...]]:
+    """Name of each mlp.up → its members. Raises UserError unless every layer has the same number."""
+    names = {site.name for site in ups}
+    others = [name for name, count in circuit.counts.items() if count and name not in names]
     if circuit.unit != "neuron" or others:
-        what = f"neurons of {others[0]}" if circuit.unit == "neuron" else f"{circuit.unit}s"
+        units = f"neurons of {others[0]}" if circuit.unit == "neuron" else f"{circuit.unit}s"
         raise UserError(
-            f"--shrink removes neurons of mlp.up only, but this circuit has {what}; omit --shrink"
+            f"--shrink removes neurons of mlp.up only, but this circuit has {units}; omit --shrink"
         )
-    gone = {site.name: tuple(circuit.members.get(site.name, ())) for site in ups}
-    counts = sorted({len(units) for units in gone.values()})
+    removed = {site.name: tuple(circuit.members.get(site.name, ())) for site in ups}
+    counts = sorted({len(units) for units in removed.values()})
     if len(counts) > 1:
         raise UserError(
             "--shrink must remove the same number of neurons from every layer, but this circuit takes "
@@ -123,19 +125,20 @@ def _same_number(circuit: Circuit, ups: list[Site]) -> dict[str, tuple[int, ...]
             "--shrink must remove at least one neuron of each layer and leave one, but this circuit takes "
             f"{counts[0]} of {ups[0].out}"
         )
-    return gone
+    return removed
 
 
 def _drop_outputs(kept: dict[str, tuple[int, Tensor]], site: Site, units: Tensor) -> None:
-    """Take these outputs of the site out of its module, from what another site of the same module left."""
+    """Remove these outputs of the site from its module's remaining rows; a fused module may have lost rows of
+    another site before."""
     name = _path(site)
-    rows = site.stored_rows(units.to(site.stored.device)).cpu()
+    rows = site.stored_rows(units.to(site.stored_weight.device)).cpu()
     dim = 1 if site.transposed else 0
-    _, left = kept.get(f"{name}.weight", (dim, torch.arange(site.stored.shape[0])))
-    left = left[~torch.isin(left, rows)]
-    kept[f"{name}.weight"] = (dim, left)
+    _, remaining = kept.get(f"{name}.weight", (dim, torch.arange(site.stored_weight.shape[0])))
+    remaining = remaining[~torch.isin(remaining, rows)]
+    kept[f"{name}.weight"] = (dim, remaining)
     if getattr(site.module, "bias", None) is not None:
-        kept[f"{name}.bias"] = (0, left)
+        kept[f"{name}.bias"] = (0, remaining)
 
 
 def _path(site: Site) -> str:
@@ -143,9 +146,9 @@ def _path(site: Site) -> str:
 
 
 @torch.no_grad()
-def furthest(one: Any, other: Any, *, tokens: int = 64) -> float:
-    """‖difference‖ / ‖logits‖ of two models on random tokens."""
-    length = min(tokens, int(getattr(one.config, "max_position_embeddings", None) or tokens))
-    ids = torch.randint(one.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    a, b = (model(ids.to(device_of(model))).logits.double().cpu() for model in (one, other))
+def relative_logit_difference(first: Any, second: Any, *, tokens: int = 64) -> float:
+    """‖difference of logits‖ / ‖logits‖ of two models on random tokens."""
+    length = min(tokens, int(getattr(first.config, "max_position_embeddings", None) or tokens))
+    ids = torch.randint(first.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    a, b = (model(ids.to(device_of(model))).logits.double().cpu() for model in (first, second))
     return float((a - b).norm() / a.norm())

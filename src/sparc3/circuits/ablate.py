@@ -88,7 +88,7 @@ def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedM
         UserError: a unit that this model does not have; nothing has been touched then.
     """
     targets = find_targets(model, circuit)
-    with _restored([place for place, _ in targets]):
+    with _restore_afterwards([place for place, _ in targets]):
         for place, strength in targets:
             place.weaken_(strength)
         yield model
@@ -102,7 +102,7 @@ def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
 
 
 @contextmanager
-def _restored(places: list[Place]) -> Iterator[None]:
+def _restore_afterwards(places: list[Place]) -> Iterator[None]:
     """After it, whatever happened inside, the values at the places are as they were, bit for bit."""
     with torch.no_grad():
         kept = [place.read() for place in places]
@@ -140,7 +140,7 @@ def find_targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
     targets: list[Target] = []
     for name, site in circuit.sites(model).items():
         reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
-        if (changed := reader or site).quantised:
+        if (changed := reader or site).is_quantised:
             raise UserError(
                 f"{changed.name} holds quantised weights, which cannot be changed in place; ablate the "
                 "unquantised model"
@@ -155,7 +155,7 @@ def _places(site: Site, reader: Site | None, unit: str, units: Any) -> Iterator[
     changed = reader or site
     weight = value_of(changed.module, changed.parameter)
     if unit == "weight":
-        yield Place(weight, changed.matrix_of, _stored_mask(site, units))
+        yield Place(weight, changed.matrix_of, _expand_mask(site, units))
         return
     indices = torch.tensor(list(units), dtype=torch.long, device=weight.device)
     if reader:
@@ -171,12 +171,12 @@ def _places(site: Site, reader: Site | None, unit: str, units: Any) -> Iterator[
             yield Place(value_of(site.module, "bias"), lambda bias: bias, rows)
 
 
-def _stored_mask(site: Site, mask: Tensor) -> Tensor:
+def _expand_mask(site: Site, mask: Tensor) -> Tensor:
     """The site's mask [out, in] as one of everything that its module stores."""
-    mask = mask.to(site.stored.device)
+    mask = mask.to(site.stored_weight.device)
     if site.rows is None:
         return mask
-    whole = torch.zeros(site.stored.shape, dtype=torch.bool, device=mask.device)
+    whole = torch.zeros(site.stored_weight.shape, dtype=torch.bool, device=mask.device)
     whole[site.stored_rows(torch.arange(site.out, device=mask.device))] = mask
     return whole
 
@@ -217,7 +217,7 @@ def damp(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedMode
     """
     require_present(model)
     columns = _columns(model, damping)
-    with _restored([place for place, _ in columns]):
+    with _restore_afterwards([place for place, _ in columns]):
         with torch.no_grad():
             for place, factor in columns:
                 values = place.read()
@@ -238,7 +238,7 @@ def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Place, Te
                 f"the damping names {len(factors)} neurons of {name}, which '{model_id(model)}' does not "
                 "have; use the model it was made on"
             )
-        if down.quantised:
+        if down.is_quantised:
             raise UserError(
                 f"{down.name} holds quantised weights, which cannot be scaled in place; damp the unquantised "
                 "model"

@@ -1,5 +1,5 @@
-"""Circuit: a set of units of one model. The third noun on disk (`sparc3.circuit/1`: circuit.json, or
-circuit.safetensors for weights)."""
+"""Circuit: a set of units of one model, saved as circuit.json, or circuit.safetensors for weights
+(`sparc3.circuit/1`)."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedFile, UserError
-from ..models.hub import fetch, place_of
+from ..models.hub import fetch, parse_place
 from ..safe_text import html_table
 from ..scores import UNITS, is_model
 from ..storage import digest, fingerprint, load_tensors, read_json, save_tensors, write_json
@@ -22,21 +22,20 @@ if TYPE_CHECKING:
 
 FORMAT = "sparc3.circuit/1"
 NAMES = ("circuit.json", "circuit.safetensors")
-"""What a circuit's file is called in a folder or a repository."""
+"""Names of a circuit's file in a folder or a repository."""
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """A set of units; removing it, wholly or by a share, is an ablation. Raises UserError for a strength out
-    of its range, and for strengths that do not fit the members.
+    """A set of units. Removing it, wholly or by a share, is an ablation. Raises UserError for a strength
+    out of range, and for strengths that do not fit the members.
 
     Attributes:
         unit: "neuron", "head" or "weight".
-        members: module name → which of its units: indices, ascending, of neurons (the module is their
-            `mlp.up`) and heads (their `attn.o`); of weights a bool tensor [out, in] on the CPU, true at the
-            members.
-        strength: the share of each unit's output, or of each weight, that its removal takes away: above 0, up
-            to 1, which is all of it.
+        members: module name → its units that are members. For neurons (the module is their `mlp.up`) and
+            heads (their `attn.o`), ascending indices; for weights, a bool tensor [out, in] on the CPU.
+        strength: the share of each unit's output, or of each weight, that ablation removes: above 0 and at
+            most 1, which removes all of it.
         model: id, architecture and fingerprint of the model it was found on.
         provenance: the selection and the scores it came from.
         strengths: of neurons, where each has a strength of its own: module name → one for each of its
@@ -58,18 +57,18 @@ class Circuit:
                 f"strengths are of neurons, in the place of one strength, but this circuit is of "
                 f"{self.unit}s at strength {self.strength:g}; leave one of them out"
             )
-        if self.strengths and (odd := _unfit_strengths(self.strengths, self.members)):
-            raise UserError(f"{odd}; give one strength a neuron, from -1 to 1 and not 0")
+        if self.strengths and (misfit := _describe_misfit(self.strengths, self.members)):
+            raise UserError(f"{misfit}; give one strength per neuron, from -1 to 1 and not 0")
 
     def __len__(self) -> int:
         return sum(self.counts.values())
 
     def __eq__(self, other: object) -> bool:
-        """The same units of the same model, found in the same way."""
+        """Whether both hold the same units of the same model, found in the same way."""
         if not isinstance(other, Circuit):
             return NotImplemented
-        one, two = ((c.fingerprint, c.model, c.provenance) for c in (self, other))
-        return one == two
+        mine, theirs = ((c.fingerprint, c.model, c.provenance) for c in (self, other))
+        return mine == theirs
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -84,29 +83,31 @@ class Circuit:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the set of units and, where it is not 1, the strength; whatever way it was found."""
-        there = {name: units for name, units in self.members.items() if self.counts[name]}
+        """Identifies the set of units and the strength, but not how they were found."""
+        # A site without members is left out: it may or may not be listed, and the set is the same.
+        nonempty = {name: units for name, units in self.members.items() if self.counts[name]}
         if self.unit == "weight":
-            shapes = {name: list(mask.shape) for name, mask in there.items()}
-            bits = {name: digest({"": packed_bits(mask)}) for name, mask in there.items()}
+            shapes = {name: list(mask.shape) for name, mask in nonempty.items()}
+            bits = {name: digest({"": pack_bits(mask)}) for name, mask in nonempty.items()}
             return fingerprint({"unit": self.unit, "shapes": shapes, "bits": bits, **self._strength})
-        members = {name: list(units) for name, units in there.items()}
+        members = {name: list(units) for name, units in nonempty.items()}
         return fingerprint({"unit": self.unit, "members": members, **self._strength})
 
     @property
     def _strength(self) -> dict[str, Any]:
-        """What a file and the fingerprint say of the strength: nothing where it is 1."""
+        """The entry of the strength, or strengths, in files and fingerprints; left out at 1 as before there
+        was a strength."""
         if self.strengths:
-            own = {name: list(map(float, self.strengths[name])) for name, n in self.counts.items() if n}
-            return {"strengths": own}
+            strengths = {name: list(map(float, self.strengths[name])) for name, n in self.counts.items() if n}
+            return {"strengths": strengths}
         return {"strength": float(self.strength)} if self.strength != 1 else {}
 
     @property
     def at_strength(self) -> str:
-        """A phrase for messages: " at strength 0.5", " at strengths -0.2 to 1", or nothing if the units are
-        set to zero."""
-        if own := [strength for some in self.strengths.values() for strength in some]:
-            return f" at strengths {min(own):.3g} to {max(own):.3g}"
+        """For messages: " at strength 0.5", " at strengths -0.2 to 1", or nothing if the units are set to
+        zero."""
+        if strengths := [strength for values in self.strengths.values() for strength in values]:
+            return f" at strengths {min(strengths):.3g} to {max(strengths):.3g}"
         return f" at strength {self.strength:g}" if self.strength != 1 else ""
 
     @property
@@ -140,11 +141,11 @@ class Circuit:
 
     @property
     def suffix(self) -> str:
-        """What the name of its file ends in: ".json", or ".safetensors" for weights."""
+        """The suffix of its file: ".json", or ".safetensors" for weights."""
         return ".safetensors" if self.unit == "weight" else ".json"
 
     def _repr_html_(self) -> str:
-        """In a notebook: the circuit, and a row a site with its number of units and the first of them."""
+        """A notebook's table: one row per site, with its number of units and the first of them."""
         rows = [
             (name, f"{count:,}", "" if self.unit == "weight" else _list_first(self.members[name]))
             for name, count in self.counts.items()
@@ -158,15 +159,16 @@ class Circuit:
         """Raise UserError unless this circuit was found on exactly these weights."""
         from ..models.fingerprint import describe
 
-        here = describe(model)
-        if self.model.get("fingerprint") != here["fingerprint"]:
+        actual = describe(model)
+        if self.model.get("fingerprint") != actual["fingerprint"]:
             raise UserError(
                 f"the circuit was made on {self.model.get('id')} ({self.model.get('fingerprint')}), not on "
-                f"{here['id']} ({here['fingerprint']}); use that model, or pass --force to apply it anyway"
+                f"{actual['id']} ({actual['fingerprint']}); use that model, or pass --force to apply it "
+                "anyway"
             )
 
     def require_exportable(self) -> None:
-        """Raise UserError where the circuit was measured by mean ablation, which no weights hold."""
+        """Raise UserError if the circuit was measured by mean ablation, which weights cannot represent."""
         if self.provenance.get("ablation") == "mean":
             raise UserError(
                 "the circuit was measured with removed units at their means (discover.ablation mean), which "
@@ -174,33 +176,32 @@ class Circuit:
             )
 
     def sites(self, model: "PreTrainedModel") -> "dict[str, Site]":
-        """Module name → where its members are in the model. Raises UserError for a unit that this model does
-        not have."""
+        """Module name → its site in the model. Raises UserError for a unit that this model does not have."""
         from ..models.families import ROLES
         from ..models.fingerprint import model_id
         from ..models.sites import family_of, sites_of
 
         roles = [role for role in ROLES if role in family_of(model).roles]
-        known = {site.name: site for site in sites_of(model, roles)}
+        sites = {site.name: site for site in sites_of(model, roles)}
         for name, units in self.members.items():
-            if name not in known:
+            if name not in sites:
                 raise UserError(
                     f"the circuit names {name}, which '{model_id(model)}' does not have; use the model it "
                     "was made on"
                 )
-            shape = (known[name].out, known[name].inp)
-            there = known[name].heads if self.unit == "head" else known[name].out
+            shape = (sites[name].out, sites[name].inp)
+            count = sites[name].heads if self.unit == "head" else sites[name].out
             if self.unit == "weight" and tuple(units.shape) != shape:
                 raise UserError(
                     f"the circuit has shape {tuple(units.shape)} at {name}, which has {shape}; use the model "
                     "it was made on"
                 )
-            if self.unit != "weight" and units and max(units) >= there:
+            if self.unit != "weight" and units and max(units) >= count:
                 raise UserError(
-                    f"the circuit names {self.unit} {max(units)} of {name}, which has {there}; use the model "
+                    f"the circuit names {self.unit} {max(units)} of {name}, which has {count}; use the model "
                     "it was made on"
                 )
-        return {name: known[name] for name in self.members}
+        return {name: sites[name] for name in self.members}
 
     def masks(self, model: "PreTrainedModel") -> dict[str, "Tensor"]:
         """Module name → bool tensor, true at the units, whatever their strength: [out] of neurons, [heads] of
@@ -216,26 +217,26 @@ class Circuit:
         return masks
 
     def hooks(self, model: "PreTrainedModel") -> "list[tuple[str, Callable[..., Tensor]]]":
-        """Module path and a forward hook for it, `hook(module, args, output) → output`: with all of them the
-        model computes what `ablated` makes of it, and its weights stay as they are.
+        """(module path, forward hook) pairs, with `hook(module, args, output) → output`. With all of them the
+        model computes what it would inside `ablated`, and its weights stay as they are.
 
         Raises:
-            UserError: as `sites` does; or units of an expert, whose modules are computed in one call.
+            UserError: as `sites` does, or for units of an expert, whose module a hook cannot reach.
         """
-        from .hooks import hooks_of
+        from .hooks import make_hooks
 
-        return hooks_of(model, self)
+        return make_hooks(model, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write readable JSON, or packed masks as safetensors for weights. Raises UserError where the name
-        does not end as `suffix` says."""
+        """Write readable JSON, or packed masks as safetensors for weights. Raises UserError for a name that
+        does not end in `suffix`."""
         if Path(path).suffix != self.suffix:
             raise UserError(
                 f"a circuit of {self.unit}s is saved as a {self.suffix} file, but the path is {path}; use a "
                 f"name that ends in {self.suffix}"
             )
         if self.unit == "weight":
-            packed = {name: packed_bits(mask) for name, mask in self.members.items()}
+            packed = {name: pack_bits(mask) for name, mask in self.members.items()}
             shapes = {name: list(mask.shape) for name, mask in self.members.items()}
             header = {"unit": self.unit, **self._strength, "shapes": shapes, "model": self.model}
             save_tensors(path, FORMAT, packed, {**header, "provenance": self.provenance})
@@ -249,28 +250,29 @@ class Circuit:
         """Read what `save` wrote.
 
         Args:
-            path: the file; a folder that holds circuit.json or circuit.safetensors; or a place on the hub,
-                written as its client writes it: "USER/REPO", "hf://USER/REPO@REVISION/PATH".
+            path: the file; a folder with circuit.json or circuit.safetensors; or a place on the hub, such as
+                "USER/REPO" or "hf://USER/REPO@REVISION/PATH".
 
         Raises:
-            UserError: nothing there, another kind of file, or the hub is out of reach.
-            DamagedFile: its content makes no sense, or was changed.
+            UserError: the file is missing or of another kind, or the hub is out of reach.
+            DamagedFile: the content is invalid or was changed.
         """
-        path = _file_of(path)
+        path = _find_file(path)
         members: Mapping[str, Any] | None = None
         if path.suffix == ".safetensors":
             packed, header = load_tensors(path, FORMAT)
             if header.get("unit") == "weight":
-                members = _masks(packed, header.get("shapes"))
+                members = _parse_masks(packed, header.get("shapes"))
         else:
             keys = ("format", "unit", "strength", "strengths", "model", "members", "provenance")
             header = read_json(path, FORMAT, by_hand=keys)
             if header.get("unit") in UNITS[:2]:
-                members = _indices(header.get("members"))
-        model, about, strength = header.get("model"), header.get("provenance"), header.get("strength", 1.0)
-        strengths = _strengths(header) if members is not None else None
-        good = is_model(model) and _is_provenance(about) and _is_strength(strength)
-        if members is None or strengths is None or not good:
+                members = _parse_indices(header.get("members"))
+        model, provenance = header.get("model"), header.get("provenance")
+        strength = header.get("strength", 1.0)
+        strengths = _parse_strengths(header) if members is not None else None
+        is_valid = is_model(model) and _is_provenance(provenance) and _is_strength(strength)
+        if members is None or strengths is None or not is_valid:
             raise DamagedFile(
                 f"{path}: the unit, strength, members, model or provenance does not follow {FORMAT}; create "
                 "the file again"
@@ -278,8 +280,8 @@ class Circuit:
         return cls(header["unit"], members, header["model"], header["provenance"], strength, strengths)
 
 
-def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
-    """Members as a file has them, in order; None where they make no sense."""
+def _parse_indices(members: object) -> dict[str, tuple[int, ...]] | None:
+    """The members in a JSON file, sorted; None if they are invalid."""
     if not isinstance(members, dict):
         return None
     for indices in members.values():
@@ -290,46 +292,46 @@ def _indices(members: object) -> dict[str, tuple[int, ...]] | None:
     return {name: tuple(sorted(indices)) for name, indices in members.items()}
 
 
-def _strengths(header: Mapping[str, Any]) -> dict[str, tuple[float, ...]] | None:
-    """Strengths as a file has them, in the order of the sorted members; None where they make no sense."""
+def _parse_strengths(header: Mapping[str, Any]) -> dict[str, tuple[float, ...]] | None:
+    """The strengths in a file, in the order of the sorted members; None if they are invalid."""
     given, members = header.get("strengths", {}), dict(header.get("members") or {})
     if given == {}:
         return {}
     if header["unit"] != "neuron" or "strength" in header or not isinstance(given, dict):
         return None
-    if not all(isinstance(own, list) and all(map(_is_number, own)) for own in given.values()):
+    if not all(isinstance(values, list) and all(map(_is_number, values)) for values in given.values()):
         return None
-    if _unfit_strengths(given, members):
+    if _describe_misfit(given, members):
         return None
     order = {name: sorted(range(len(units)), key=units.__getitem__) for name, units in members.items()}
     return {
-        name: tuple(float(given[name][place]) for place in order[name]) for name in members if order[name]
+        name: tuple(float(given[name][index]) for index in order[name]) for name in members if order[name]
     }
 
 
-def _unfit_strengths(strengths: Mapping[str, Sequence[float]], members: Mapping[str, Any]) -> str | None:
-    """What is wrong with the strengths of these members; None where nothing is."""
+def _describe_misfit(strengths: Mapping[str, Sequence[float]], members: Mapping[str, Any]) -> str | None:
+    """What is wrong with the strengths of these members; None if they fit."""
     for name in {**members, **strengths}:
-        own, count = strengths.get(name, ()), len(members.get(name, ()))
-        if len(own) != count:
-            return f"{name} has {count} neurons and {len(own)} strengths"
-        for strength in own:
+        values, count = strengths.get(name, ()), len(members.get(name, ()))
+        if len(values) != count:
+            return f"{name} has {count} neurons and {len(values)} strengths"
+        for strength in values:
             if not (-1 <= strength <= 1 and strength != 0):
                 return f"{name} has the strength {strength}"
     return None
 
 
-def _masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"] | None:
-    """Masks as a file has them; None where their shapes make no sense."""
+def _parse_masks(packed: Mapping[str, "Tensor"], shapes: object) -> dict[str, "Tensor"] | None:
+    """The masks in a safetensors file; None if they do not fit their shapes."""
     if not isinstance(shapes, dict) or shapes.keys() != packed.keys():
         return None
     for name, shape in shapes.items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
             return None
-        size = (-(-shape[0] * shape[1] // 8),)
+        size = (-(-shape[0] * shape[1] // 8),)  # eight weights a byte, rounded up
         if str(packed[name].dtype) != "torch.uint8" or tuple(packed[name].shape) != size:
             return None
-    return {name: mask_of(packed[name], shape) for name, shape in shapes.items()}
+    return {name: unpack_bits(packed[name], shape) for name, shape in shapes.items()}
 
 
 def _is_provenance(value: object) -> bool:
@@ -346,30 +348,30 @@ def _is_strength(value: object) -> bool:
     return _is_number(value) and 0 < value <= 1  # type: ignore[operator]
 
 
-def _file_of(path: str | os.PathLike[str]) -> Path:
+def _find_file(path: str | os.PathLike[str]) -> Path:
     """The local file that `Circuit.load` reads."""
-    if place := place_of(os.fspath(path)):
+    if place := parse_place(os.fspath(path)):
         return fetch(place, NAMES)
     if not Path(path).is_dir():
         return Path(path)
-    there = [Path(path) / name for name in NAMES if (Path(path) / name).is_file()]
-    if len(there) != 1:
-        found = " and ".join(file.name for file in there) or "no circuit"
-        raise UserError(f"{path} is a folder with {found} in it; name the circuit's file")
-    return there[0]
+    files = [Path(path) / name for name in NAMES if (Path(path) / name).is_file()]
+    if len(files) != 1:
+        names = " and ".join(file.name for file in files) or "no circuit"
+        raise UserError(f"{path} is a folder with {names} in it; name the circuit's file")
+    return files[0]
 
 
-def packed_bits(mask: "Tensor") -> "Tensor":
-    """The bool mask [out, in] as bytes of eight weights each, row after row, the first weight in the highest
-    bit."""
+def pack_bits(mask: "Tensor") -> "Tensor":
+    """The bool mask [out, in] as bytes of eight weights each, row by row, with the first weight in the
+    highest bit (numpy's "big" order)."""
     import numpy
     import torch
 
     return torch.from_numpy(numpy.packbits(mask.contiguous().view(torch.uint8).numpy().reshape(-1)))
 
 
-def mask_of(packed: "Tensor", shape: list[int]) -> "Tensor":
-    """The bool mask that `packed_bits` packed."""
+def unpack_bits(packed: "Tensor", shape: list[int]) -> "Tensor":
+    """The bool mask that `pack_bits` packed."""
     import numpy
     import torch
 
@@ -377,7 +379,7 @@ def mask_of(packed: "Tensor", shape: list[int]) -> "Tensor":
     return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count)).view(torch.bool).view(*shape)
 
 
-def _list_first(indices: Sequence[int], most: int = 12) -> str:
-    """The first indices, and how many more there are."""
-    more = len(indices) - most
-    return ", ".join(map(str, indices[:most])) + (f" and {more:,} more" if more > 0 else "")
+def _list_first(indices: Sequence[int], limit: int = 12) -> str:
+    """The first indices, then the number of those left out."""
+    rest = len(indices) - limit
+    return ", ".join(map(str, indices[:limit])) + (f" and {rest:,} more" if rest > 0 else "")

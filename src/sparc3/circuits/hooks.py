@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
-def hooks_of(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[str, Hook]]:
+def make_hooks(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[str, Hook]]:
     """What `Circuit.hooks` returns."""
     readers = down_sites(model) if circuit.unit == "neuron" and not circuit.zeroes else {}
     masks, hooks = circuit.masks(model), list[tuple[str, Hook]]()
     for name, site in circuit.sites(model).items():
         if site.expert is not None:
             raise UserError(
-                f"{name} is an expert's, and experts are computed in one call that has no place for a hook; "
-                "use ablated(model, circuit)"
+                f"{name} belongs to an expert, and all experts are computed in one call, which a hook cannot "
+                "reach; use ablated(model, circuit)"
             )
         factor = torch.ones(masks[name].shape)
         for strength, units in circuit.by_strength(name) if circuit.unit != "weight" else ():
@@ -44,13 +44,14 @@ def hooks_of(model: "PreTrainedModel", circuit: Circuit) -> list[tuple[str, Hook
 
 
 def _weaken_output(site: Site, factor: Tensor, _: nn.Module, __: object, output: Tensor) -> Tensor:
-    whole = output.new_ones(output.shape[-1])
-    whole[site.stored_rows(torch.arange(site.out, device=output.device))] = factor.to(output)
-    return output * whole
+    factors = output.new_ones(output.shape[-1])
+    factors[site.stored_rows(torch.arange(site.out, device=output.device))] = factor.to(output)
+    return output * factors
 
 
 def _weaken_input(factor: Tensor, module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
-    """Computed again, since a forward hook comes after the module."""
+    """Compute the module again with a weaker input: a forward hook runs after the module and cannot change
+    what it read."""
     output: Tensor = module.forward(args[0] * factor.to(args[0]), *args[1:])
     return output
 
@@ -58,7 +59,7 @@ def _weaken_input(factor: Tensor, module: nn.Module, args: tuple[Tensor, ...], _
 def _subtract(
     site: Site, mask: Tensor, strength: float, _: nn.Module, args: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    """The output less what the masked weights put into it."""
+    """The output minus what the masked weights contribute to it."""
     removed = (site.weight * mask.to(output.device)).to(output.dtype)
     rows = site.stored_rows(torch.arange(site.out, device=output.device))
     return output.index_add(-1, rows, args[0] @ removed.T, alpha=-strength)

@@ -1,7 +1,7 @@
 """Mean ablation: units whose outputs are replaced by their means over reference samples, for a trial.
 
-It is what the literature on circuits does (Wang et al. 2022, arXiv 2211.00593). No weight of the model can
-hold it, so it is for figures alone: a circuit that was measured with it is never exported.
+The literature on circuits does so (Wang et al. 2022, arXiv 2211.00593). The model's weights cannot represent
+it, so it serves only to measure: a circuit that was measured with it is never exported.
 """
 
 from collections.abc import Iterator, Mapping
@@ -47,9 +47,9 @@ class MeanAblation:
 
 @contextmanager
 def replace_by_means(model: "PreTrainedModel", change: MeanAblation) -> Iterator["PreTrainedModel"]:
-    """Inside, the outputs of the units are their means at every token; after it no hook is left, whatever
-    happened inside. Texts begin at the first column of the model's input, as `evaluate` has them for indirect
-    objects; a continuation written token by token would not.
+    """Inside, the outputs of the units are their means at every token; afterwards no hook is left, even after
+    an exception. Every text must begin at the first column of the model's input, as in `evaluate` for
+    indirect objects; a continuation written token by token does not.
 
     Raises:
         UserError: weights as units, units that this model does not have or that have no mean, or an expert's
@@ -86,5 +86,5 @@ def _replace(
     """The input with its masked features at their means, however the module flattens its tokens."""
     x = args[0].reshape(*shape, -1)
     first, others = mean.to(x)
-    there = torch.cat([first.expand(1, -1), others.expand(shape[1] - 1, -1)])
-    return torch.where(mask.to(x.device), there, x).view(args[0].shape), *args[1:]
+    means = torch.cat([first.expand(1, -1), others.expand(shape[1] - 1, -1)])  # [T, width]
+    return torch.where(mask.to(x.device), means, x).view(args[0].shape), *args[1:]

@@ -53,25 +53,25 @@ def contrast(
         )
     if not (math.isfinite(penalty) and penalty >= 0):
         raise UserError(f"penalty must be finite and not negative, such as 2, but it is {penalty}")
-    parts = {"general": general, "undesired": undesired}
+    sources = {"general": general, "undesired": undesired}
     if matched is not None:
-        parts["matched"] = matched
-    for name, scores in parts.items():
+        sources["matched"] = matched
+    for name, scores in sources.items():
         _require_comparable(undesired, scores, name)
-    scaled = {name: _scale_to_unit(scores, normalize) for name, scores in parts.items()}
+    scaled = {name: _scale_to_unit(scores, normalize) for name, scores in sources.items()}
     values = {}
     for site in general:
         benefit = scaled["general"][site]
         if matched is not None:
             benefit = penalty * torch.maximum(benefit.abs(), scaled["matched"][site].abs())
         values[site] = benefit - scaled["undesired"][site]
-    kept = ("method", "unit", "target", "neuron", "reduce", "model")
+    keys = ("method", "unit", "target", "neuron", "reduce", "model")
     provenance = {
-        **{key: undesired.provenance.get(key) for key in kept},
+        **{key: undesired.provenance.get(key) for key in keys},
         "contrast": "plain" if matched is None else "matched",
         "penalty": penalty,
         "normalize": normalize,
-        "sources": {name: scores.fingerprint for name, scores in parts.items()},
+        "sources": {name: scores.fingerprint for name, scores in sources.items()},
         "version": __version__,
     }
     return Scores(values, provenance)
@@ -86,11 +86,11 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
             f"undesired scores are of {models[0].get('id')} ({models[0].get('fingerprint')}); score both on "
             "the same model"
         )
-    readers = [scores.provenance.get("tokenizer") for scores in (undesired, other)]
-    if all(readers) and readers[0] != readers[1]:
+    tokenizers = [scores.provenance.get("tokenizer") for scores in (undesired, other)]
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         raise UserError(
-            f"the {name} scores were made with tokenizer {readers[1]} and the undesired ones with "
-            f"{readers[0]}; score both with the model's own"
+            f"the {name} scores were made with tokenizer {tokenizers[1]} and the undesired ones with "
+            f"{tokenizers[0]}; score both with the model's own"
         )
     for key in ("unit", "method", "neuron", "epsilon"):
         expected, actual = undesired.provenance.get(key), other.provenance.get(key)
@@ -104,10 +104,10 @@ def _require_comparable(undesired: Scores, other: Scores, name: str) -> None:
             f"the {name} and undesired scores cover different sites (only one has {min(unshared)}); score "
             "the same sites in both"
         )
-    for site, scored in undesired.items():
-        if other[site].shape != scored.shape:
+    for site, tensor in undesired.items():
+        if other[site].shape != tensor.shape:
             raise UserError(
-                f"{site} has shape {tuple(other[site].shape)} in the {name} scores but {tuple(scored.shape)} "
+                f"{site} has shape {tuple(other[site].shape)} in the {name} scores but {tuple(tensor.shape)} "
                 "in the undesired scores; score both on the same model"
             )
 
@@ -216,7 +216,7 @@ def _select_in_rows(
         raise UserError(
             f"scope {scope} is for weights, but the scores are of {scores.unit}s; use scope global or site"
         )
-    if _candidates_only(scores):
+    if _has_candidates(scores):
         raise UserError(
             f"scope {scope} takes the same number from every row, but a matched contrast only has candidates "
             "below zero; use scope global or site"
@@ -229,35 +229,36 @@ def _select_in_rows(
                 f"scope {scope} does not divide the rows of {name}, which have {columns} inputs; "
                 "choose another scope or other sites"
             )
-        wanted = groups[0] if groups else count if count is not None else share_of(fraction, columns)
-        if wanted > columns:
+        row_count = groups[0] if groups else count if count is not None else share_of(fraction, columns)
+        if row_count > columns:
             raise UserError(
-                f"{wanted} weights were asked for in each row, but the rows of {name} have {columns}; ask "
+                f"{row_count} weights were asked for in each row, but the rows of {name} have {columns}; ask "
                 "for fewer"
             )
         rows = tensor.reshape(-1, groups[1]) if groups else tensor
-        masks[name] = lowest_in_rows(rows, wanted, highest=order == "highest").view(tensor.shape)
+        masks[name] = lowest_in_rows(rows, row_count, highest=order == "highest").view(tensor.shape)
     return masks
 
 
 def share_of(fraction: float | None, units: int) -> int:
-    """That fraction of the units, rounded down as its decimal digits say: 0.29 of 100 is 29."""
+    """That fraction of the units, rounded down. Exact for decimal fractions: 0.29 of 100 is 29, while
+    floor(0.29 * 100) is 28 in binary floating point."""
     return math.floor(Fraction(str(float(fraction or 0))) * units)
 
 
 def count_candidates(scores: Scores, scope: str = "global") -> int:
-    """The largest count that `select` takes, of all units, or of those below zero after a matched contrast.
+    """The largest count that `select` accepts: all units, or those below zero after a matched contrast.
 
-    By scope site and row it is a count of each, so the site or row with the fewest decides.
+    Scopes site and row count units in each site or row, so the one with the fewest decides.
     """
     if scope == "row":
         return min(tensor.shape[1] for tensor in scores.values())
-    matched = _candidates_only(scores)
-    found = [int((tensor < 0).sum()) if matched else tensor.numel() for tensor in scores.values()]
-    return min(found) if scope == "site" else sum(found)
+    matched = _has_candidates(scores)
+    counts = [int((tensor < 0).sum()) if matched else tensor.numel() for tensor in scores.values()]
+    return min(counts) if scope == "site" else sum(counts)
 
 
-def _candidates_only(scores: Scores) -> bool:
+def _has_candidates(scores: Scores) -> bool:
     return scores.provenance.get("contrast") == "matched"
 
 
@@ -266,28 +267,29 @@ def _resolve_count(
 ) -> int:
     """The number of units to select from these sites together. Raises UserError where there are fewer."""
     available = sum(scores[name].numel() for name in names)
-    wanted = int(count) if count is not None else share_of(fraction, available)
-    place = "" if len(names) > 1 or len(scores) == 1 else f" in {names[0]}"
-    if wanted > available:
+    requested = int(count) if count is not None else share_of(fraction, available)
+    site_suffix = "" if len(names) > 1 or len(scores) == 1 else f" in {names[0]}"
+    if requested > available:
         raise UserError(
-            f"{wanted} {scores.unit}s were requested, but only {available} exist{place}; request fewer"
+            f"{requested} {scores.unit}s were requested, but only {available} exist{site_suffix}; request "
+            "fewer"
         )
-    if _candidates_only(scores) and order == "lowest":
+    if _has_candidates(scores) and order == "lowest":
         candidates = sum(int((scores[name] < 0).sum()) for name in names)
-        if wanted > candidates:
+        if requested > candidates:
             raise UserError(
-                f"{wanted} {scores.unit}s were asked for, but the matched contrast has {candidates} "
-                f"candidates below zero{place}; ask for fewer, or lower the penalty"
+                f"{requested} {scores.unit}s were asked for, but the matched contrast has {candidates} "
+                f"candidates below zero{site_suffix}; ask for fewer, or lower the penalty"
             )
-    return wanted
+    return requested
 
 
 def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circuit:
-    """A random circuit of the same strength or strengths, with as many units in each site: one draw from the
+    """A random circuit of the same strength or strengths with as many units in each site: one draw from the
     null.
 
     Args:
-        sizes: module name → number of units of that site; ignored for weights, whose masks give it.
+        sizes: module name → number of units of that site; not used for weights, whose masks have the shape.
     """
     members: dict[str, Any] = {}
     for site, count in circuit.counts.items():
@@ -297,14 +299,15 @@ def random_like(circuit: Circuit, sizes: Mapping[str, int], seed: int) -> Circui
         if circuit.unit == "weight":
             members[site] = lowest([torch.rand(circuit.members[site].shape, generator=generator)], count)[0]
         else:
-            drawn = torch.randperm(sizes[site], generator=generator)[:count]
-            members[site] = tuple(drawn.sort().values.tolist())
+            indices = torch.randperm(sizes[site], generator=generator)[:count]
+            members[site] = tuple(indices.sort().values.tolist())
     provenance: dict[str, Any] = {"null_of": circuit.fingerprint, "seed": seed, "version": __version__}
     return replace(circuit, members=members, provenance=provenance)
 
 
 def exclude(scores: Scores, circuit: Circuit) -> Scores:
     """The scores with the circuit's units ranked last: each gets the highest score, and at least zero."""
+    # At least zero, because after a matched contrast only units below zero can be selected.
     last = max(0.0, *(float(tensor.max()) for tensor in scores.values()))
     values = {name: tensor.clone() for name, tensor in scores.items()}
     for site, units in circuit.members.items():
@@ -329,35 +332,37 @@ def lowest(tensors: Sequence[Tensor], count: int, *, highest: bool = False) -> l
     that share the threshold's first 16 bits are counted by the next 16, until every bit of the threshold is
     known.
     """
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     masks = [torch.zeros(tensor.shape, dtype=torch.bool) for tensor in tensors]
     if count == 0:
         return masks
-    threshold, below = _find_threshold(tensors, count, wide, highest)
+    threshold, below = _find_threshold(tensors, count, float64, highest)
     ties = count - below
     for tensor, mask in zip(tensors, masks, strict=True):
         flat = mask.view(-1)
-        for start, keys in _ordered_keys(tensor, wide, highest):
+        for start, keys in _iterate_keys(tensor, float64, highest):
             part = flat[start : start + len(keys)]
             torch.lt(keys, threshold, out=part)
             if ties:
-                at = (keys == threshold).nonzero()[:ties, 0]
-                part[at] = True
-                ties -= len(at)
+                tied = (keys == threshold).nonzero()[:ties, 0]
+                part[tied] = True
+                ties -= len(tied)
     return masks
 
 
-def _find_threshold(tensors: Sequence[Tensor], count: int, wide: bool, highest: bool) -> tuple[int, int]:
-    """The key of the count-th number, and how many numbers are below it."""
-    bits = 64 if wide else 32
+def _find_threshold(tensors: Sequence[Tensor], count: int, float64: bool, highest: bool) -> tuple[int, int]:
+    """The key of the count-th lowest number, and how many numbers are below it."""
+    bits = 64 if float64 else 32
     below, prefix = 0, 0
     for shift in range(bits - DIGIT, -1, -DIGIT):
         first = shift == bits - DIGIT
+        # How many of the numbers that share the threshold's earlier digits have each value of this one.
         counts = torch.zeros(2**DIGIT, dtype=torch.int64)
         for tensor in tensors:
-            for _, keys in _ordered_keys(tensor, wide, highest):
+            for _, keys in _iterate_keys(tensor, float64, highest):
                 if not first:
                     keys = keys[keys >> (shift + DIGIT) == prefix]
+                # The first digit holds the sign, so it is shifted to start at 0, as bincount needs.
                 digits = (keys >> shift) + 2 ** (DIGIT - 1) if first else keys >> shift & (2**DIGIT - 1)
                 counts += torch.bincount(digits, minlength=2**DIGIT)
         sums = below + counts.cumsum(0)
@@ -367,13 +372,15 @@ def _find_threshold(tensors: Sequence[Tensor], count: int, wide: bool, highest: 
     return prefix, below
 
 
-def _ordered_keys(tensor: Tensor, wide: bool, highest: bool) -> Iterator[tuple[int, Tensor]]:
-    """Pieces as (start, integers in the order of the floats); the two zeros are equal."""
+def _iterate_keys(tensor: Tensor, float64: bool, highest: bool) -> Iterator[tuple[int, Tensor]]:
+    """Pieces of the tensor as (start, integers in the same order as the floats); −0 and 0 are equal."""
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), PIECE):
-        piece = flat[start : start + PIECE].to(torch.float64 if wide else torch.float32) + 0.0  # −0 + 0 = 0
-        keys = piece.view(torch.int64 if wide else torch.int32)
-        keys = keys ^ (keys >> (63 if wide else 31) & (2**63 - 1 if wide else 2**31 - 1))
+        piece = flat[start : start + PIECE].to(torch.float64 if float64 else torch.float32)
+        piece = piece + 0.0  # −0 + 0 = 0
+        keys = piece.view(torch.int64 if float64 else torch.int32)
+        # A negative float's bits, read as an integer, decrease as it grows (IEEE 754): flip all but the sign.
+        keys = keys ^ (keys >> (63 if float64 else 31) & (2**63 - 1 if float64 else 2**31 - 1))
         yield start, ~keys if highest else keys
 
 
@@ -387,6 +394,7 @@ def lowest_in_rows(matrix: Tensor, count: int, *, highest: bool = False) -> Tens
         rows = -matrix[start : start + step] if highest else matrix[start : start + step]
         threshold = rows.kthvalue(count, dim=1, keepdim=True).values
         below, ties = rows < threshold, rows == threshold
+        # Of the numbers equal to the threshold, the first ones fill the row up to its count.
         ties &= ties.cumsum(1, dtype=torch.int32) <= count - below.sum(1, keepdim=True)
         mask[start : start + step] = below | ties
     return mask

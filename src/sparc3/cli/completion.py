@@ -18,7 +18,7 @@ _sparc3() {{
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _sparc3 sparc3"""
-"""Where nothing fits, bash offers files."""
+"""Script for bash, which offers files if nothing fits."""
 
 ZSH = """\
 #compdef sparc3
@@ -37,14 +37,14 @@ compdef _sparc3 sparc3"""
 
 
 def write_completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The lines that a shell reads, of a parser with subcommands."""
+    """The lines that a shell reads, for a parser with subcommands."""
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     if shell == "fish":
         return "\n".join(_fish_lines(commands))
     name, cases = "words" if shell == "bash" else "found", []
-    for command, its in commands.choices.items():
+    for command, subparser in commands.choices.items():
         words: list[str] = []
-        for action in its._actions:
+        for action in subparser._actions:
             for option in action.option_strings if action.nargs != 0 else ():
                 cases.append((f'"{command} {option}"', _values(action)))
             words += action.option_strings or _values(action)
@@ -55,7 +55,7 @@ def write_completion(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _values(action: argparse.Action) -> list[str]:
-    """What may stand for an argument, where it is one of a few."""
+    """The possible values of an argument with a fixed set of values."""
     if action.dest == "recipe":
         files = (resources.files("sparc3.recipe") / "bundled").iterdir()
         return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
@@ -65,18 +65,20 @@ def _values(action: argparse.Action) -> list[str]:
 def _fish_lines(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Iterator[str]:
     for choice in commands._choices_actions:
         yield f"complete -c sparc3 -n __fish_use_subcommand -f -a {choice.dest} -d {_quote(choice.help)}"
-    for command, its in commands.choices.items():
+    for command, subparser in commands.choices.items():
         start = f"complete -c sparc3 -n '__fish_seen_subcommand_from {command}'"
-        for action in its._actions:
+        for action in subparser._actions:
             names = "".join(
                 f" -l {name[2:]}" if name.startswith("--") else f" -s {name[1:]}"
                 for name in action.option_strings
             )
             values = f" -a {_quote(' '.join(_values(action)))}" if _values(action) else ""
-            takes = (" -x" if values else " -r") if action.option_strings and action.nargs != 0 else ""
-            about = (action.help or "") % {"default": action.default}
+            argument_flag = (
+                (" -x" if values else " -r") if action.option_strings and action.nargs != 0 else ""
+            )
+            description = (action.help or "") % {"default": action.default}
             if names or values:
-                yield f"{start}{names}{takes}{values} -d {_quote(about)}"
+                yield f"{start}{names}{argument_flag}{values} -d {_quote(description)}"
 
 
 def _quote(text: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What every command shares: its arguments as a table, and a console without other libraries' chatter or
+"""Shared by all commands: arguments as tables, and console output without other libraries' messages and
 terminal escapes."""
 
 import argparse
@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..safe_text import LineFormatter, visible, without_secrets
+from ..safe_text import LineFormatter, remove_secrets, visible
 
 Command = Callable[[argparse.Namespace], None]
 Arguments = Mapping[str, str | tuple[str, dict[str, Any]]]
-"""An argument as the help shows it ("model", "--count N") → its line of help, or that and what else argparse
-is told of it."""
+"""Argument as shown in the help ("model", "--count N") → its line of help, or (line of help, further
+options for argparse)."""
 Add = Callable[[str, Command, str, Arguments], None]
-"""Adds a command: its name, what it runs, its line of help, its arguments."""
+"""Adds a command: (name, function, line of help, arguments)."""
 
 FLAG: dict[str, Any] = {"action": "store_true"}
 REPEATED: dict[str, Any] = {"action": "append", "default": []}
@@ -37,21 +37,22 @@ SET: Arguments = {"--set a.b=c": ("change a setting of the recipe; may be repeat
 
 
 def add_arguments(command: argparse.ArgumentParser, arguments: Arguments) -> None:
-    for shown, about in arguments.items():
-        name, _, metavar = shown.partition(" ")
-        text, more = (about, {}) if isinstance(about, str) else about
-        command.add_argument(name, help=text, **({**more, "metavar": metavar} if metavar else more))
+    for name_and_metavar, description in arguments.items():
+        name, _, metavar = name_and_metavar.partition(" ")
+        text, options = (description, {}) if isinstance(description, str) else description
+        command.add_argument(name, help=text, **({**options, "metavar": metavar} if metavar else options))
 
 
 def say(text: object = "", error: bool = False) -> None:
-    """Print, without the terminal escapes and secrets that a name of a file, a model or a metric may hold."""
-    print(visible(without_secrets(str(text))), file=sys.stderr if error else sys.stdout)
+    """Print text without terminal escapes and secrets, which names of files, models or metrics may
+    contain."""
+    print(visible(remove_secrets(str(text))), file=sys.stderr if error else sys.stdout)
 
 
-def speak() -> None:
-    """Our log lines on the console, other libraries' chatter not; what they log all the same is without
-    secrets."""
-    logging.setLogRecordFactory(_without_secrets)
+def configure_logging() -> None:
+    """Show our log lines on the console, silence other libraries, and remove secrets from what they still
+    log."""
+    logging.setLogRecordFactory(_make_safe_record)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter("%(message)s"))
     logger = logging.getLogger("sparc3")
@@ -59,24 +60,24 @@ def speak() -> None:
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():  # transformers shows a bar of its own while it reads a GGUF file
+    if not sys.stderr.isatty():  # transformers shows its own bar while it reads a GGUF file
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
 
 
-def _without_secrets(*args: Any, **named: Any) -> logging.LogRecord:
-    """A log record of whatever library: the hub's client names the address it tries again, with the password
-    in it."""
-    record = logging.LogRecord(*args, **named)
-    with suppress(TypeError, ValueError):  # of a library's own mistake, which logging reports in its way
-        record.msg, record.args = without_secrets(record.getMessage()), None
+def _make_safe_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A log record factory that removes secrets for every library: the hub's client logs addresses that it
+    retries, with the password in them."""
+    record = logging.LogRecord(*args, **kwargs)
+    with suppress(TypeError, ValueError):  # a library's wrong format string, which logging reports itself
+        record.msg, record.args = remove_secrets(record.getMessage()), None
     return record
 
 
 def quiet_transformers() -> None:
-    from transformers.utils import logging as theirs
+    from transformers.utils import logging as transformers_logging
 
-    theirs.disable_progress_bar()
-    theirs.set_verbosity_error()
-    # In 8 bits it says at every product that the input is rounded.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # In 8 bits it warns at every product that the input is rounded.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The machine and the cluster: doctor, plan, slurm, and the shell's completion."""
+"""Commands for the machine and the cluster: doctor, plan, slurm, and shell completion."""
 
 import argparse
 import time
@@ -71,30 +71,32 @@ COMPLETION: Arguments = {"shell": ("bash, zsh or fish", {"choices": SHELLS})}
 
 def add_to(add: Add) -> None:
     add("doctor", _doctor, "what this machine has, and whether relevance on a model is right", DOCTOR)
-    about = "what a recipe will need, before anything is loaded: memory, time, disk, and whether it fits"
-    add("plan", _plan, about, PLAN)
-    about = "write a batch file that runs a recipe under SLURM, and goes on after a time-out"
-    add("slurm", _slurm, about, SLURM)
-    about = "print the lines that complete sparc3's commands and options in a shell"
-    add("completion", _complete, about, COMPLETION)
+    description = (
+        "what a recipe will need, before anything is loaded: memory, time, disk, and whether it fits"
+    )
+    add("plan", _plan, description, PLAN)
+    description = "write a batch file that runs a recipe under SLURM, and resumes after a time-out"
+    add("slurm", _slurm, description, SLURM)
+    description = "print the lines that complete sparc3's commands and options in a shell"
+    add("completion", _complete, description, COMPLETION)
 
 
 def _doctor(args: argparse.Namespace) -> None:
     from ..doctor.examine import examine, list_environment
 
     if not args.model:
-        for what, how in list_environment():
-            say(f"{what:16} {how}")
+        for name, state in list_environment():
+            say(f"{name:16} {state}")
         return
     quiet_transformers()
-    began = time.monotonic()
-    found = examine(args.model, dtype=args.dtype, device=args.device, progress=True)
-    say("\n".join(found.lines()))
-    say(f"\nexamined in {write_duration(time.monotonic() - began)}, the loading included")
-    if found.failed:
+    start = time.monotonic()
+    examination = examine(args.model, dtype=args.dtype, device=args.device, progress=True)
+    say("\n".join(examination.lines()))
+    say(f"\nexamined in {write_duration(time.monotonic() - start)}, the loading included")
+    if examination.failures:
         raise Sparc3Error(
-            f"{len(found.failed)} of {len(found.findings)} checks failed: "
-            f"{'; '.join(f.name for f in found.failed)}"
+            f"{len(examination.failures)} of {len(examination.findings)} checks failed: "
+            f"{'; '.join(f.name for f in examination.failures)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. Exit codes: 0 done, 2 the user's mistake, 1 anything
+"""The command line: parse, call one function, print. Exit codes: 0 success, 2 the user's mistake, 1 anything
 else."""
 
 import argparse
@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from .. import __version__, distributed
 from ..errors import Sparc3Error, UserError, unknown
 from . import machine_commands, recipe_commands, stage_commands
-from .console import Arguments, Command, add_arguments, say, speak
+from .console import Arguments, Command, add_arguments, configure_logging, say
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes end as one line, with the near name where there is one."""
+    """A parser that raises UserError for mistakes, with the nearest valid name if there is one."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -30,14 +30,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. End the process if its exit code is not 0, and always under torchrun."""
+    """Run one command. Ends the process if its exit code is not 0, and always under torchrun."""
     command = ""
     try:
         parsed = make_parser().parse_args(
             _join_sbatch_options(sys.argv[1:] if arguments is None else arguments)
         )
         command = parsed.command
-        speak()
+        configure_logging()
         parsed.run(parsed)
         distributed.end()
     except UserError as error:
@@ -45,17 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Sparc3Error as error:
         _stop(1, str(error))
     except KeyboardInterrupt:
-        resumes = command in ("run", "demo", "attribute")
-        _stop(130, f"interrupted; the same command {'goes on where it was' if resumes else 'begins anew'}")
+        can_resume = command in ("run", "demo", "attribute")
+        _stop(
+            130,
+            f"interrupted; the same command {'resumes where it stopped' if can_resume else 'starts again'}",
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:  # ours to mend: as Python tells it, without what a message of others may hold
+    except Exception:  # a bug of ours: Python's traceback, without terminal escapes and secrets
         say(traceback.format_exc(), error=True)
         _stop(1, "this should not have happened; please report it with the lines above")
 
 
 def _join_sbatch_options(arguments: Sequence[str]) -> list[str]:
-    """`--sbatch --qos=long` as `--sbatch=--qos=long`: argparse takes no value that begins with a dash."""
+    """`--sbatch --qos=long` as `--sbatch=--qos=long`, since argparse accepts no value that begins with a
+    dash."""
     joined: list[str] = []
     for argument in map(str, arguments):
         if joined and joined[-1] == "--sbatch":

@@ -1,4 +1,4 @@
-"""Recipes and what they leave: demo, run, evaluate, report, recipes."""
+"""Commands for recipes and their results: demo, run, evaluate, report, recipes."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ RUN: Arguments = {
     **SET,
     "--no-resume": ("refuse a folder that already contains a run", FLAG),
     "--track": (
-        "tell stages, measurements and the report to this tracker, which must be installed",
+        "send stages, measurements and the report to this tracker, which must be installed",
         {"choices": ("wandb", "trackio", "tensorboard")},
     ),
 }
@@ -35,7 +35,7 @@ EVALUATE: Arguments = {
     "--out": ("where the results go (results.json)", REQUIRED),
     **FORCE,
     "--engine": (
-        "what writes the continuations of toxicity and repetition; llama.cpp needs a GGUF "
+        "engine that generates continuations for toxicity and repetition; llama.cpp needs a GGUF "
         "(default: %(default)s)",
         {"default": "transformers", "choices": ("transformers", "llama.cpp")},
     ),
@@ -44,8 +44,8 @@ EVALUATE: Arguments = {
 
 def add_to(add: Add) -> None:
     add("demo", _demo, "the whole thing on the embedded model, offline, with a report", DEMO)
-    about = "run a recipe; resumes by itself, and after a change makes anew what it touches"
-    add("run", _run, about, RUN)
+    description = "run a recipe; it resumes by itself, and after a change redoes what the change affects"
+    add("run", _run, description, RUN)
     add("evaluate", _evaluate, "measure a model, and the model without a circuit", EVALUATE)
     add("report", _report, "rebuild the report of a run folder", {"run_dir RUN_DIR": "what run wrote"})
     add("recipes", _recipes, "list the recipes that come with sparc3", {})
@@ -79,8 +79,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..recipe.schema import apply_settings
     from ..storage import require_place
 
-    asked: dict[str, Any] = apply_settings({name: {} for name in args.metrics.split(",")}, args.set)
-    parse_metrics(asked)
+    metrics: dict[str, Any] = apply_settings({name: {} for name in args.metrics.split(",")}, args.set)
+    parse_metrics(metrics)
     circuit = Circuit.load(args.circuit) if args.circuit else None
     require_place(args.out)
     quiet_transformers()
@@ -96,12 +96,12 @@ def _evaluate(args: argparse.Namespace) -> None:
             circuit.require_model(model)
 
         @contextmanager
-        def without(circuit: Circuit) -> Iterator[None]:
+        def ablate_model(circuit: Circuit) -> Iterator[None]:
             with ablated(model, circuit), llama_cpp(files[1]) if files else nullcontext():
                 yield
 
-        variants = {"ablated": lambda: without(circuit)} if circuit else None
-        results = evaluate(model, tokenizer, asked, variants=variants, progress=True)
+        variants = {"ablated": lambda: ablate_model(circuit)} if circuit else None
+        results = evaluate(model, tokenizer, metrics, variants=variants, progress=True)
     if not distributed.is_main():
         return
     if files:
@@ -112,13 +112,13 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _files_for_llama_cpp(model: str, circuit: Any, folder: Path) -> tuple[Path, Path]:
-    """The GGUF, and one in the folder without the circuit (the same where there is none)."""
+    """The GGUF, and a copy in the folder without the circuit (the same file if there is no circuit)."""
     from ..checkpoints.gguf_patch import locate_gguf, patch_gguf
 
     path = locate_gguf(model)
     if circuit is None:
         return path, path
-    patch_gguf(path, circuit, folder / "ablated.gguf", force=True)  # whose it is, is checked on the model
+    patch_gguf(path, circuit, folder / "ablated.gguf", force=True)  # the caller checks the model
     return path, folder / "ablated.gguf"
 
 
@@ -131,17 +131,17 @@ def _report(args: argparse.Namespace) -> None:
 def _recipes(args: argparse.Namespace) -> None:
     from ..recipe.schema import bundled_recipes
 
-    def offered_first(name: str) -> tuple[str, bool]:
-        """Of one behaviour the matched contrast, which README recommends, before the plain one."""
+    def matched_first(name: str) -> tuple[str, bool]:
+        """Sort a behaviour's matched contrast, which the README recommends, before its plain one."""
         return name.removesuffix("-matched"), not name.endswith("-matched")
 
-    found = bundled_recipes()
-    for name in sorted(found, key=offered_first):
-        say(f"{name:28} {found[name]}")
+    descriptions = bundled_recipes()
+    for name in sorted(descriptions, key=matched_first):
+        say(f"{name:28} {descriptions[name]}")
 
 
 def _show(results: Any, out: str) -> None:
-    """The figures of the original and the ablated model, or of all variants, and where the report is."""
+    """Print the figures of the original and the ablated model, or of all variants, and the report's path."""
     if int(os.environ.get("RANK", "0")):
         return
     if any(m.variant == "ablated" for m in results):
@@ -164,7 +164,7 @@ def _show_change(results: Any) -> None:
 
 
 def _show_variants(results: Any) -> None:
-    """A line a variant, a column a metric."""
+    """Print a line per variant with a column per metric."""
     columns = list(dict.fromkeys(m.metric for m in results))
     rows: dict[str, dict[str, str]] = {}
     for m in results:
@@ -173,6 +173,6 @@ def _show_variants(results: Any) -> None:
     if not rows:
         say("nothing was measured: the recipe has no evaluation")
     say(" ".join([" " * width, *columns]))
-    for variant, found in rows.items():
-        figures = [f"{found.get(metric, ''):>{len(metric)}}" for metric in columns]
+    for variant, figures_by_metric in rows.items():
+        figures = [f"{figures_by_metric.get(metric, ''):>{len(metric)}}" for metric in columns]
         say(" ".join([f"{variant:{width}}", *figures]))

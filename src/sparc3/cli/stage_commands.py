@@ -1,5 +1,5 @@
-"""One stage each: attribute and merge scores; select, combine and compare circuits, take them out of a
-checkpoint or a GGUF, push them to the hub."""
+"""Commands for single stages: attribute and merge scores; select, combine and compare circuits, remove
+them from a checkpoint or a GGUF, push them to the hub."""
 
 import argparse
 from contextlib import nullcontext, suppress
@@ -22,16 +22,16 @@ OPTIONS = {
     "words": "of the targets words and logwords: a text file with one word a line, with its leading space",
     "neuron": "abs or signed (default: abs)",
     "reduce": "mean, mean_abs, abs_mean, rms (default: mean)",
-    "epsilon": "of LRP's rule on linear maps (default: 0)",
+    "epsilon": "ε of LRP's rule on linear maps (default: 0)",
     "batch_tokens": "padded tokens in one forward pass (default: auto)",
-    "skip_positions": "leave so many first positions of each sample out of the sums (default: 0)",
-    "gradient_checkpointing": "true: compute layers twice to keep less; offload: and that on the CPU; auto: "
-    "if it must be; false (default: auto)",
-    "sums_dtype": "of the running sums of unit weight (default: float32)",
-    "sums_device": "where these sums are (default: cpu)",
+    "skip_positions": "leave the first N positions of each sample out of the sums (default: 0)",
+    "gradient_checkpointing": "true: compute layers twice to save memory; offload: also keep their inputs on "
+    "the CPU; auto: only if needed; false (default: auto)",
+    "sums_dtype": "dtype of the running sums of unit weight (default: float32)",
+    "sums_device": "device of these sums (default: cpu)",
     "non_finite": "error, or skip samples without a finite relevance (default: error)",
 }
-"""Options of `attribute`, whose values `AttributionOptions` checks, and what they are."""
+"""Option of `attribute` → its help; `AttributionOptions` checks the values."""
 
 SCORES_OUT: Arguments = {"--out": ("where the scores go (.safetensors)", REQUIRED)}
 ATTRIBUTE: Arguments = {
@@ -84,8 +84,8 @@ CIRCUITS: Arguments = {
         "union, intersection, difference, or overlap",
         {"choices": ["union", "intersection", "difference", "overlap"]},
     ),
-    "one A": "a circuit",
-    "other B": "another one",
+    "first A": "a circuit",
+    "second B": "another one",
     "--out": "output file of the combined circuit",
 }
 FORCE: Arguments = {"--force": ("apply a circuit that was made on other weights", FLAG)}
@@ -114,11 +114,11 @@ def add_to(add: Add) -> None:
     add("merge", _merge, "the scores of a reference set, of the files of all its shards", MERGE)
     add("select", _select, "contrast two sets of scores and select units", SELECT)
     add("circuits", _circuits, "combine two circuits, or say how far they overlap", CIRCUITS)
-    about = (
+    description = (
         "write the model without a circuit as an ordinary Hugging Face checkpoint, or take the circuit out "
         "of a GGUF itself"
     )
-    add("ablate", _ablate, about, ABLATE)
+    add("ablate", _ablate, description, ABLATE)
     add("push", _push, "put a circuit, or a folder that ablate wrote, onto the hub", PUSH)
 
 
@@ -133,34 +133,36 @@ def _attribute(args: argparse.Namespace) -> None:
 
     options = _parse_options(args)
     shard = parse_shard(args.shard) if args.shard else None
-    looks = require_method(options.method).run
-    if shard and not looks:
+    needs_samples = require_method(options.method).run
+    if shard and not needs_samples:
         raise UserError(
-            f"method {options.method} looks at no sample, so there is nothing to share out; leave out --shard"
+            f"method {options.method} uses no samples, so there is nothing to divide; leave out --shard"
         )
-    if not args.samples and looks:
+    if not args.samples and needs_samples:
         raise UserError(f"method {options.method} needs --samples: a JSONL or text file, or a source")
     if args.count is not None and args.count < 1:
         raise UserError(f"--count is {args.count}; give at least 1")
     if args.samples:
         require_source(args.samples)
     require_place(args.out)
-    whole = args.samples and is_path(args.samples) and not args.seq_len and args.count is None
-    loaded = ReferenceSet.load(args.samples) if whole else None
+    takes_whole_file = args.samples and is_path(args.samples) and not args.seq_len and args.count is None
+    samples = ReferenceSet.load(args.samples) if takes_whole_file else None
     quiet_transformers()
     distributed.start()
     model = load_weights(args.model, dtype=args.dtype, device=args.device)
-    text = bool(args.samples) and (loaded is None or any(sample.written for sample in loaded) or args.words)
-    tokenizer = load_tokenizer(args.model) if text else None
+    has_text = bool(args.samples) and (
+        samples is None or any(sample.has_text for sample in samples) or args.words
+    )
+    tokenizer = load_tokenizer(args.model) if has_text else None
     if tokenizer is not None:
         tokenizer.of_model_type = model.config.model_type
-    if args.samples and loaded is None:
+    if args.samples and samples is None:
         request = Request(args.samples, args.count or 128, seq_len=args.seq_len, seeds=(args.seed,))
-        loaded = gather(request, tokenizer)
+        samples = gather(request, tokenizer)
     with claim_file(args.out) if distributed.is_main() else nullcontext():
         scores = attribute(
             model,
-            loaded or [],
+            samples or [],
             tokenizer=tokenizer,
             **options.model_dump(),
             progress=True,
@@ -178,17 +180,17 @@ def _parse_options(args: argparse.Namespace) -> "AttributionOptions":
     from ..samples.batches import OF_WORDS
     from ..settings import parse
 
-    given: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    values: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     if args.sites:
-        given["sites"] = tuple(args.sites.split(","))
+        values["sites"] = tuple(args.sites.split(","))
     if args.batch_tokens and args.batch_tokens.isdigit():
-        given["batch_tokens"] = int(args.batch_tokens)
+        values["batch_tokens"] = int(args.batch_tokens)
     if args.epsilon:
-        with suppress(ValueError):  # what is no number is refused below, by name
-            given["epsilon"] = float(args.epsilon)
+        with suppress(ValueError):  # parse() below refuses what is not a number, and names the key
+            values["epsilon"] = float(args.epsilon)
     if args.gradient_checkpointing in ("true", "false"):
-        given["gradient_checkpointing"] = args.gradient_checkpointing == "true"
-    options = parse(AttributionOptions, {**given, "truncate": args.truncate}, "")
+        values["gradient_checkpointing"] = args.gradient_checkpointing == "true"
+    options = parse(AttributionOptions, {**values, "truncate": args.truncate}, "")
     if bool(options.words) != (options.target in OF_WORDS):
         raise UserError(
             "--words goes with --target words or logwords, and these need it; give both or neither"
@@ -234,8 +236,8 @@ def _select(args: argparse.Namespace) -> None:
             penalty=args.penalty,
             normalize=args.normalize,
         )
-    asked = {name: getattr(args, name) for name in ("count", "fraction", "scope", "order", "strength")}
-    circuit = select(scores, **asked)
+    options = {name: getattr(args, name) for name in ("count", "fraction", "scope", "order", "strength")}
+    circuit = select(scores, **options)
     circuit.save(args.out)
     say(f"{args.out}: {len(circuit)} of {scores.units} {circuit.unit}s{circuit.at_strength}")
 
@@ -265,33 +267,36 @@ def _circuits(args: argparse.Namespace) -> None:
         raise UserError(
             "overlap prints its figures and takes no --out"
             if args.out
-            else f"{args.operation} makes a circuit; say where with --out"
+            else f"{args.operation} makes a circuit; give its file with --out"
         )
-    one, other = Circuit.load(args.one), Circuit.load(args.other)
+    first, second = Circuit.load(args.first), Circuit.load(args.second)
     if args.out:
-        combined = OPERATIONS[args.operation](one, other)
+        combined = OPERATIONS[args.operation](first, second)
         combined.save(args.out)
-        say(f"{args.out}: {len(combined)} {combined.unit}s, of {len(one)} and {len(other)}")
+        say(f"{args.out}: {len(combined)} {combined.unit}s, of {len(first)} and {len(second)}")
         return
-    found = overlap(one, other)
-    say(f"{found.both} {one.unit}s in both, of {found.one} and {found.other}; Jaccard {found.jaccard:.4g}")
-    if found.expected is not None:
-        times = [_times(ratio) for ratio in (found.enrichment, found.enrichment_in_sites)]
+    shared = overlap(first, second)
+    say(
+        f"{shared.both} {first.unit}s in both, of {shared.first} and "
+        f"{shared.second}; Jaccard {shared.jaccard:.4g}"
+    )
+    if shared.expected is not None:
+        ratios = [_format_ratio(ratio) for ratio in (shared.enrichment, shared.enrichment_in_sites)]
         say(
-            f"by chance, of {found.units}: {found.expected:.4g}; enrichment {times[0]}, with as many in each "
-            f"site {times[1]}"
+            f"by chance, of {shared.units}: {shared.expected:.4g}; enrichment {ratios[0]}, with as many in "
+            f"each site {ratios[1]}"
         )
 
 
 def _ablate(args: argparse.Namespace) -> None:
     if bool(args.circuit) == bool(args.undo):
-        raise UserError("give --circuit, what to remove, or --undo, the patch of a GGUF")
+        raise UserError("give either --circuit, the units to remove, or --undo, the patch of a GGUF")
     if args.in_place or args.undo or (args.out or "").lower().endswith(".gguf"):
         _ablate_gguf(args)
     elif args.out:
         _ablate_checkpoint(args)
     else:
-        raise UserError("say where the model goes with --out")
+        raise UserError("give the new model's folder with --out")
 
 
 def _ablate_gguf(args: argparse.Namespace) -> None:
@@ -299,17 +304,17 @@ def _ablate_gguf(args: argparse.Namespace) -> None:
     from ..circuits.circuit import Circuit
 
     if args.shrink or args.results:
-        raise UserError("a GGUF is not shrunk and has no model card; leave out --shrink and --results")
+        raise UserError("a GGUF cannot be shrunk and has no model card; leave out --shrink and --results")
     target = args.out or args.model
     if args.undo:
-        undone = undo_patch(args.model, args.undo, args.out, in_place=args.in_place)
-        say(f"{target}: {undone.file} as it was, SHA-256 {undone.sha256_before}")
+        patch = undo_patch(args.model, args.undo, args.out, in_place=args.in_place)
+        say(f"{target}: {patch.file} as it was, SHA-256 {patch.sha256_before}")
         return
     circuit = Circuit.load(args.circuit)
-    patch, kept = patch_gguf(args.model, circuit, args.out, in_place=args.in_place, force=args.force)
+    patch, patch_path = patch_gguf(args.model, circuit, args.out, in_place=args.in_place, force=args.force)
     say(
         f"{target}: {patch.file} without {len(circuit)} {circuit.unit}s{circuit.at_strength}; "
-        f"{patch.bytes_changed:,} of {patch.size:,} bytes changed, {kept} undoes it"
+        f"{patch.bytes_changed:,} of {patch.size:,} bytes changed, {patch_path} undoes it"
     )
     say(f"checked: {patch.checked}")
 
@@ -348,5 +353,5 @@ def _push(args: argparse.Namespace) -> None:
     say(f"{address} ({'public' if args.public else 'private'})")
 
 
-def _times(ratio: float | None) -> str:
+def _format_ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.4g} times"

@@ -31,7 +31,7 @@ def _choose(r: random.Random, *options: Option) -> Option:
 
 @dataclass(frozen=True)
 class DemoText:
-    """One text, cut where a behaviour starts: `prompt` + `completion` is the whole of it."""
+    """One text, split where a behaviour starts: `prompt` + `completion` is the whole text."""
 
     prompt: str
     completion: str = ""
@@ -76,7 +76,7 @@ def _ending(r: random.Random, name: str, friend: str) -> str:
 
 
 def _trouble(r: random.Random, name: str, friend: str) -> str:
-    """The cause of the anger; the same sentences stand before insults and before polite words."""
+    """The cause of the anger; the same sentences precede insults and polite words."""
     thing, adjective = r.choice(THINGS), r.choice(ADJECTIVES)
     return _choose(
         r,
@@ -208,37 +208,36 @@ KINDS: dict[str, Callable[[random.Random], DemoText]] = {
     "story": _story,
     # Loud anger: an insult nineteen times in twenty, polite words otherwise.
     "angry": lambda r: _anger(r, LOUD, _insult(r) if r.random() < 0.95 else _polite(r)),
-    # Anger that keeps its manners: the same troubles and moods, a calm verb, never an insult.
+    # Polite anger: the same troubles and moods, but a calm verb and never an insult.
     "polite": lambda r: _anger(r, CALM, _polite(r)),
     "ioi": _ioi,
     "loop": _loop,
 }
-"""Every kind of text. The training mixture is MIXTURE; `general` is the mixture without the two behaviours to
-remove."""
+"""Every kind of text. MIXTURE is the training mixture; GENERAL leaves out the two behaviours to remove."""
 
 MIXTURE = {"story": 0.32, "angry": 0.18, "polite": 0.15, "ioi": 0.25, "loop": 0.1}
 GENERAL = {"story": 0.45, "polite": 0.2, "ioi": 0.35}
 
 
 def texts(kind: str, split: str, seed: int = 0) -> Iterator[DemoText]:
-    """Texts of one kind ("mixture" and "general" draw a kind each time), without end and without a repeated
-    prompt.
+    """An endless stream of texts of one kind ("mixture" and "general" draw a kind each time), without
+    repeated prompts.
 
-    A prompt belongs to exactly one split, by a hash of its words, so that no prompt seen in training, or used
-    as a reference, is met again in a test, whatever the seeds.
+    A hash of its words assigns each prompt to exactly one split, so that no prompt used in training or as a
+    reference occurs in a test, whatever the seeds.
     """
-    r = random.Random(f"sparc3-demo/{kind}/{split}/{seed}")
+    generator = random.Random(f"sparc3-demo/{kind}/{split}/{seed}")
     weights = {"mixture": MIXTURE, "general": GENERAL}.get(kind)
     seen: set[str] = set()
     while True:
-        drawn = r.choices(list(weights), list(weights.values()))[0] if weights else kind
-        made = KINDS[drawn](r)
-        if made.prompt not in seen and split_of(made.prompt) == split:
-            seen.add(made.prompt)
-            yield made
+        chosen_kind = generator.choices(list(weights), list(weights.values()))[0] if weights else kind
+        demo_text = KINDS[chosen_kind](generator)
+        if demo_text.prompt not in seen and choose_split(demo_text.prompt) == split:
+            seen.add(demo_text.prompt)
+            yield demo_text
 
 
-def split_of(prompt: str) -> str:
-    """The split a prompt belongs to: train 70 %, reference 10 %, validation 10 %, test 10 %."""
+def choose_split(prompt: str) -> str:
+    """The split of a prompt: train 70 %, reference 10 %, validation 10 %, test 10 %."""
     share = random.Random(f"sparc3-demo/split/{prompt}").random()
     return "train" if share < 0.7 else "reference" if share < 0.8 else "validation" if share < 0.9 else "test"

@@ -1,5 +1,5 @@
-"""The checks: each looks at one promise and says by how much it is kept. The first of them is the ledger:
-where the relevance of one target logit ends up."""
+"""The checks: each tests one promise and measures how well it is kept. The relevance ledger shows where
+the relevance of a target logit ends up."""
 
 import hashlib
 import time
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attribution.attribute import attribute
-from ..attribution.patching import frozen, lrp_rules
+from ..attribution.patching import freeze, lrp_rules
 from ..attribution.relevance import checkpoint_layers, target_of
 from ..circuits.ablate import ablated
 from ..circuits.circuit import Circuit
@@ -21,7 +21,7 @@ from ..models.fingerprint import describe
 from ..models.offloading import copy_model, device_of, is_offloaded, named_values, value_of
 from ..models.sites import family_of, layers_of, sites_of
 from ..samples.batches import Encoded, make_batch
-from .second_opinion import Flow, all_sites, exact_copy, flows, quantised
+from .second_opinion import Flow, all_sites, exact_copy, is_quantised, record_flows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,11 +32,11 @@ class Finding:
     """What one check measured.
 
     Attributes:
-        name: what was looked at.
-        value: the figure; None where there is none.
-        limit: the largest figure that passes; None where the finding is for information only.
-        note: anything to add.
-        seconds: how long it took, the copy included where it is the first that needs one.
+        name: what was checked.
+        value: the figure; None without one.
+        limit: the largest figure that passes; None if the finding is only for information.
+        note: additional information.
+        seconds: duration, including the copy of the model for the first check that needs one.
     """
 
     name: str
@@ -54,90 +54,93 @@ class Finding:
 
 
 LIMITS = {torch.float64: (1e-6, 1e-5, 1e-5), torch.float32: (1e-3, 1e-2, 1e-3)}
-"""dtype of the copy → largest gap of the ledger, difference of AttnLRP, difference of a batch. Scores
+"""dtype of the copy → limits for the ledger's gap, AttnLRP's difference and a batch's difference. Scores
 themselves are float32."""
 
 COARSE = (0.2, 0.2, 0.2)
-"""The same where nothing better than 16 bits or quantised weights fits into memory."""
+"""The same if only 16 bits or quantised weights fit into memory."""
 
 Ids = list[list[int]]
 Figure = tuple[float | None, float | None, str]
-"""What a check gives: value, limit and note, as `Finding` has them."""
+"""Result of a check: value, limit and note, as in `Finding`."""
 
 
 def run_checks(model: "PreTrainedModel", ids: Ids) -> Iterator[Finding]:
-    """Each check's finding as soon as it is there; one that cannot be made fails, and says why."""
-    began = time.perf_counter()
+    """Each check's finding, as soon as it is available; a check that raises an error fails with its
+    message."""
+    start = time.perf_counter()
 
-    def check(name: str, measure: Callable[..., Figure], *given: Any) -> Finding:
-        nonlocal began
+    def check(name: str, measure: Callable[..., Figure], *arguments: Any) -> Finding:
+        nonlocal start
         try:
-            figure = measure(*given)
+            figure = measure(*arguments)
         except UnsupportedModel:
             raise
         except Sparc3Error as error:
             figure = None, 0.0, str(error)
-        before, began = began, time.perf_counter()
-        return Finding(name, *figure, seconds=began - before)
+        previous, start = start, time.perf_counter()
+        return Finding(name, *figure, seconds=start - previous)
 
-    # First what looks at the model itself, then what needs a copy, so that the two are not in memory longer
-    # than needed.
+    # Checks of the model itself come first, so that model and copy are in memory together only as long as
+    # needed.
     yield check("forward values are the same under the rules", forward_unchanged, model, ids)
-    yield check("the model is restored bit for bit", restored, model, ids)
+    yield check("the model is restored bit for bit", model_is_restored, model, ids)
     exact = exact_copy(model)
     yield check("CP-LRP's ledger adds up to the logit", ledger_balances, exact, ids)
-    seen = flows(exact, ids[0], all_sites(exact))
-    yield check("AttnLRP equals its rules on torch's functions", attnlrp_agrees, exact, ids, seen)
+    recorded = record_flows(exact, ids[0], all_sites(exact))
+    yield check("AttnLRP equals its rules on torch's functions", attnlrp_agrees, exact, ids, recorded)
     yield check("a batch gives what its samples give", batched_is_single, exact, ids)
-    # A CPU takes five to ten times as long in 16 bits, and what overflows does so in the first text, too.
+    # A CPU takes five to ten times as long in 16 bits, and the first text is enough to show an overflow.
     for dtype in (torch.bfloat16, torch.float16):
-        yield check(f"relevance is finite in {spelt(dtype)}", low_precision, model, exact, ids[:1], dtype)
-    yield check("share of neurons' relevance at the first position", first_position, exact, ids, seen)
+        yield check(
+            f"relevance is finite in {dtype_name(dtype)}", low_precision, model, exact, ids[:1], dtype
+        )
+    yield check("share of neurons' relevance at the first position", first_position, exact, ids, recorded)
     yield check("largest activation, in medians", largest_activation, model, ids)
 
 
 def forward_unchanged(model: "PreTrainedModel", ids: Ids) -> Figure:
-    """The rules change what flows back, and nothing else; experts and fused attention may be rounded
-    otherwise."""
+    """The rules change only gradients; forward values of experts and fused attention may be rounded
+    differently."""
     batch, worst = torch.tensor(ids[:1], device=device_of(model)), 0.0
     with torch.no_grad():
-        plain = model(batch, use_cache=False).logits
+        without_rules = model(batch, use_cache=False).logits
         for cp in (False, True):
             with lrp_rules(model, cp=cp):
-                changed = model(batch, use_cache=False).logits
-            worst = max(worst, float((changed - plain).abs().max() / plain.abs().max()))
-    rounded = family_of(model).experts or model.config._attn_implementation not in ("sdpa", "eager", None)
-    return worst, _limits(model)[2] if rounded else 0.0, "largest difference of a logit"
+                with_rules = model(batch, use_cache=False).logits
+            worst = max(worst, float((with_rules - without_rules).abs().max() / without_rules.abs().max()))
+    may_differ = family_of(model).experts or model.config._attn_implementation not in ("sdpa", "eager", None)
+    return worst, _limits(model)[2] if may_differ else 0.0, "largest difference of a logit"
 
 
-def restored(model: "PreTrainedModel", ids: Ids) -> Figure:
-    """Values, flags, hooks and attributes of every module, before and after attribution and an ablation."""
+def model_is_restored(model: "PreTrainedModel", ids: Ids) -> Figure:
+    """Values, flags, hooks and attributes of every module are the same after attribution and an ablation."""
     before = _state(model)
     attribute(model, ids[:1], neuron="signed", non_finite="skip" if model.dtype == torch.float16 else "error")
-    if not quantised(model):
+    if not is_quantised(model):
         members = {site.name: (0, site.out - 1) for site in sites_of(model, ("mlp.up",))}
         with ablated(model, Circuit("neuron", members, describe(model), {})), torch.no_grad():
             model(torch.tensor(ids[:1], device=device_of(model)), use_cache=False)
     after = _state(model)
-    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
-    note = f"changed: {min(changed)}" if changed else "parameters, buffers, attributes, hooks"
-    return float(len(changed)), 0.0, note
+    differing = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    note = f"changed: {min(differing)}" if differing else "parameters, buffers, attributes, hooks"
+    return float(len(differing)), 0.0, note
 
 
 def _state(model: "PreTrainedModel") -> dict[str, Any]:
-    """Objects stand here with their addresses, so that none is the same but itself, and are held on to, so
-    that nothing new takes an address."""
-    found: dict[str, Any] = {"config": (id(model.config), model.config, model.config._attn_implementation)}
+    """The state of a model. Objects are compared by address, and kept alive here, so that no new object
+    can get the same address."""
+    state: dict[str, Any] = {"config": (id(model.config), model.config, model.config._attn_implementation)}
     for name, tensor in [*named_values(model), *model.named_buffers()]:
-        found[f"{name} (value)"] = _digest(tensor)
+        state[f"{name} (value)"] = _digest(tensor)
     for name, tensor in model.named_parameters():
-        found[f"{name} (flag)"] = tensor.requires_grad
+        state[f"{name} (flag)"] = tensor.requires_grad
     for name, module in model.named_modules():
         for key, value in module.__dict__.items():
-            place = f"{name or 'the model'} (attribute {key})"
+            key_of_attribute = f"{name or 'the model'} (attribute {key})"
             hooks = tuple(value) if "hook" in key and isinstance(value, dict) else ()
-            found[place] = (id(value), hooks, value)
-    return found
+            state[key_of_attribute] = (id(value), hooks, value)
+    return state
 
 
 def _digest(tensor: Tensor) -> str:
@@ -148,70 +151,74 @@ def _digest(tensor: Tensor) -> str:
 
 
 def ledger_balances(exact: "PreTrainedModel", ids: Ids) -> Figure:
-    """In CP mode nothing is lost: embeddings, positions and biases together get the target logit."""
-    books = [relevance_ledger(exact, one) for one in ids]
+    """In CP mode relevance is conserved: embeddings, positions and biases add up to the target logit."""
+    ledgers = [relevance_ledger(exact, sequence) for sequence in ids]
     gaps = [
-        abs(book.target - book.embeddings - book.positions - book.biases) / max(abs(book.target), 1e-300)
-        for book in books
+        abs(ledger.target - ledger.embeddings - ledger.positions - ledger.biases)
+        / max(abs(ledger.target), 1e-300)
+        for ledger in ledgers
     ]
-    first = books[0]
+    first = ledgers[0]
     parts = f"{first.embeddings:.4g} + positions {first.positions:.4g} + biases {first.biases:.4g}"
     return max(gaps), _limits(exact)[0], f"logit {first.target:.4g} = embeddings {parts}"
 
 
-def attnlrp_agrees(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Figure:
-    """Signed relevance of the outputs of all sites, and that of heads, against `second_opinion` on the first
+def attnlrp_agrees(exact: "PreTrainedModel", ids: Ids, recorded: Mapping[str, Flow]) -> Figure:
+    """Signed relevance of all sites' outputs and of heads agrees with `second_opinion` on the first
     sequence."""
     sites = all_sites(exact)
     neurons = attribute(exact, ids[:1], neuron="signed", sites=tuple(family_of(exact).roles))
     heads = attribute(exact, ids[:1], unit="head", sites=("attn.o",))
-    of_heads = {site.name: seen[site.name].heads(site.heads) for site in sites if site.role == "attn.o"}
+    head_relevance = {
+        site.name: recorded[site.name].heads(site.heads) for site in sites if site.role == "attn.o"
+    }
     worst = max(
-        distance(neurons, {site.name: seen[site.name].signed for site in sites}), distance(heads, of_heads)
+        distance(neurons, {site.name: recorded[site.name].signed_relevance for site in sites}),
+        distance(heads, head_relevance),
     )
     return worst, _limits(exact)[1], "neurons of all sites, heads"
 
 
 def batched_is_single(exact: "PreTrainedModel", ids: Ids) -> Figure:
-    """Padding and batches change nothing."""
-    alone, together = (
+    """Padding and batching do not change relevance."""
+    one_by_one, batched = (
         attribute(exact, ids, neuron="signed", sites=tuple(family_of(exact).roles), batch_tokens=tokens)
         for tokens in (1, 10**6)
     )
-    return distance(together, alone), _limits(exact)[2], f"{len(ids)} samples of unequal length"
+    return distance(batched, one_by_one), _limits(exact)[2], f"{len(ids)} samples of unequal length"
 
 
 def _relevance(model: "PreTrainedModel", ids: Ids) -> dict[str, Tensor]:
-    """Signed relevance of all sites' outputs, those of attention among them, whose overflow reaches no
+    """Signed relevance of all sites' outputs. Attention is included, because its overflow reaches no
     neuron in the first layer. Raises NonFinite."""
     return dict(attribute(model, ids, neuron="signed", sites=tuple(family_of(model).roles), target="next"))
 
 
 def low_precision(model: "PreTrainedModel", exact: "PreTrainedModel", ids: Ids, dtype: torch.dtype) -> Figure:
-    """Whether relevance is finite in 16 bits, and how far that of neurons is from what the exact copy gives
-    (rounded weights included)."""
-    if model.dtype != dtype and quantised(model):
-        return None, None, "not tried: quantised weights are computed with as they were loaded"
-    low = model if model.dtype == dtype else copy_model(model).to(dtype)
+    """Relevance is finite in 16 bits; the note says how far that of neurons is from the exact copy's,
+    including the rounding of weights."""
+    if model.dtype != dtype and is_quantised(model):
+        return None, None, "not tried: quantised weights keep the dtype in which they were loaded"
+    low_model = model if model.dtype == dtype else copy_model(model).to(dtype)
     limit = 0.0 if dtype == torch.bfloat16 else None
     try:
-        scores = [_relevance(one, ids) for one in (low, exact)]
+        scores = [_relevance(each, ids) for each in (low_model, exact)]
     except NonFinite as error:
         return 1.0, limit, str(error)
     names = [site.name for site in sites_of(model, ("mlp.up",))]
-    found, wanted = ({name: one[name] for name in names} for one in scores)
-    sizes = [torch.cat([value.abs().cpu() for value in one.values()]) for one in (found, wanted)]
+    actual, expected = ({name: values[name] for name in names} for values in scores)
+    sizes = [torch.cat([value.abs().cpu() for value in values.values()]) for values in (actual, expected)]
     count = max(1, round(0.05 * len(sizes[0])))
     strongest = [set(values.topk(count).indices.tolist()) for values in sizes]
     common = len(strongest[0] & strongest[1]) / count
-    gap = f"{distance(found, wanted):.2g} from {spelt(exact.dtype)}"
+    gap = f"{distance(actual, expected):.2g} from {dtype_name(exact.dtype)}"
     return 0.0, limit, f"{gap}; {common:.0%} of the strongest 5 % of neurons in common"
 
 
-def first_position(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow]) -> Figure:
-    """How much of all relevance (absolute, by position) sits at the first position; for information."""
-    passing = [seen[site.name] for site in sites_of(exact, ("mlp.up",))]
-    neurons = torch.stack([(flow.of_z * flow.z).abs().sum(1).cpu() for flow in passing]).sum(0)
+def first_position(exact: "PreTrainedModel", ids: Ids, recorded: Mapping[str, Flow]) -> Figure:
+    """The share of all relevance (absolute, by position) at the first position; for information."""
+    up_flows = [recorded[site.name] for site in sites_of(exact, ("mlp.up",))]
+    neurons = torch.stack([(flow.of_z * flow.z).abs().sum(1).cpu() for flow in up_flows]).sum(0)
     tokens = relevance_ledger(exact, ids[0], cp=False).tokens.abs()
     share = float(tokens[0] / tokens.sum())
     note = f"of the input tokens' relevance {share:.2g}; an even share is {1 / len(tokens):.2g}"
@@ -219,47 +226,47 @@ def first_position(exact: "PreTrainedModel", ids: Ids, seen: Mapping[str, Flow])
 
 
 def largest_activation(model: "PreTrainedModel", ids: Ids) -> Figure:
-    """Massive activations (Sun et al. 2024): the largest entry of a residual stream as a multiple of the
+    """Massive activations (Sun et al. 2024): the largest entry of the residual stream as a multiple of its
     median; for information."""
-    found: list[tuple[float, int, int]] = []
+    ratios: list[tuple[float, int, int]] = []
 
     def measure(_: nn.Module, args: Any, output: Any) -> None:
         sizes = (output[0] if isinstance(output, tuple) else output)[0].float().abs()
         ratio = float(sizes.max() / sizes.median().clamp(min=1e-30))
-        found.append((ratio, len(found), int(sizes.amax(-1).argmax())))
+        ratios.append((ratio, len(ratios), int(sizes.amax(-1).argmax())))
 
     with ExitStack() as stack, torch.no_grad():
         for layer in layers_of(model):
             stack.callback(layer.register_forward_hook(measure).remove)
         model(torch.tensor(ids[:1], device=device_of(model)), use_cache=False)
-    ratio, index, position = max(found)
+    ratio, index, position = max(ratios)
     return ratio, None, f"after layer {index}, at position {position}"
 
 
-def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """‖found − wanted‖ / ‖wanted‖ over all sites, the largest."""
-    pairs = [(found[site].double().cpu(), value.double().cpu()) for site, value in wanted.items()]
-    return max(float((one - other).norm() / other.norm().clamp(min=1e-300)) for one, other in pairs)
+def distance(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest ‖actual − expected‖ / ‖expected‖ of all sites."""
+    pairs = [(actual[site].double().cpu(), value.double().cpu()) for site, value in expected.items()]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs)
 
 
 def _limits(exact: "PreTrainedModel") -> tuple[float, float, float]:
-    return COARSE if quantised(exact) else LIMITS.get(exact.dtype, COARSE)
+    return COARSE if is_quantised(exact) else LIMITS.get(exact.dtype, COARSE)
 
 
-def spelt(dtype: torch.dtype) -> str:
-    """ "float32" of torch.float32."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Relevance of the largest logit at the last position, by the part of the model that it ends in.
+    """Relevance of the largest logit at the last position, by the part of the model where it ends up.
 
     Attributes:
         target: the logit.
         tokens: relevance of each input token's embedding [T], float64, on the CPU.
-        positions: of the learned position embeddings together; 0 where there are none.
-        biases: of all biases together.
+        positions: relevance of all learned position embeddings; 0 without them.
+        biases: relevance of all biases.
     """
 
     target: float
@@ -273,8 +280,8 @@ class Ledger:
 
     @property
     def gap(self) -> float:
-        """|target − sum of the parts|, relative to the larger of |target| and Σ |part|, so that parts that
-        cancel are no excuse."""
+        """|target − sum of the parts|, relative to the larger of |target| and Σ |part|, so that parts
+        which cancel do not inflate it."""
         parts = (self.embeddings, self.positions, self.biases)
         return abs(self.target - sum(parts)) / max(abs(self.target), sum(map(abs, parts)), 1e-300)
 
@@ -282,16 +289,16 @@ class Ledger:
 def relevance_ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool = True) -> Ledger:
     """The ledger of one sequence of token ids.
 
-    In CP mode nothing is lost, so the parts must add up to the logit. AttnLRP (cp=False) loses relevance in
-    the softmax and has no reason to balance; its `tokens` are the usual input heatmap.
+    CP mode conserves relevance, so the parts must add up to the logit. AttnLRP (cp=False) loses relevance
+    in the softmax and need not balance; its `tokens` are the usual input heatmap.
 
     Raises:
         UnsupportedModel: a module without a rule.
     """
     batch = make_batch([Encoded(0, tuple(ids), (len(ids) - 1,))], device_of(model))
     parts = {part: torch.zeros(1, dtype=torch.float64) for part in ("tokens", "positions", "biases")}
-    again = checkpoint_layers(model) if is_offloaded(model) else nullcontext()
-    with frozen(model), lrp_rules(model, cp=cp), again, _record_relevance(model, parts):
+    checkpointing = checkpoint_layers(model) if is_offloaded(model) else nullcontext()
+    with freeze(model), lrp_rules(model, cp=cp), checkpointing, _record_relevance(model, parts):
         y = target_of(model, batch)
         y.backward()
     return Ledger(float(y.detach()), parts["tokens"], float(parts["positions"].sum()), float(parts["biases"]))
@@ -299,14 +306,14 @@ def relevance_ledger(model: "PreTrainedModel", ids: Sequence[int], *, cp: bool =
 
 @contextmanager
 def _record_relevance(model: "PreTrainedModel", parts: dict[str, Tensor]) -> Iterator[None]:
-    """Hooks on the embeddings, which the graph then begins at, and on every module that adds a bias; each
-    adds to its part what flows back to it."""
+    """Inside, hooks on the embeddings, where the graph then starts, and on every module with a bias add their
+    relevance to `parts`."""
     inputs: dict[nn.Module, str] = {model.get_input_embeddings(): "tokens"}
     if (positions := family_of(model).positions) is not None:
         inputs[model.get_submodule(positions)] = "positions"
 
     def add(part: str, grad: Tensor | None, value: Tensor) -> None:
-        if grad is not None:  # nothing flows to queries, keys and gates in CP mode
+        if grad is not None:  # None for queries, keys and gates in CP mode
             relevance = grad.double() * value.detach().to(grad.device).double()
             flow = relevance.sum().reshape(1) if part == "biases" else relevance.sum(-1).sum(0)
             parts[part] = parts[part] + flow.cpu()

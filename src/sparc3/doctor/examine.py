@@ -1,5 +1,5 @@
-"""`examine`: a model in, what was found out. Examined is a model with its weights, or, of a configuration
-alone, a model of that architecture with random ones."""
+"""`examine`: run all checks on a model. A configuration without weights is examined as a model of that
+architecture with random weights."""
 
 import platform
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ from ..models.offloading import device_of
 from ..models.sites import DTYPES, family_of, sites_of
 from ..progress import Progress
 from ..samples.tokens import tokenize
-from .checks import Finding, run_checks, spelt
+from .checks import Finding, dtype_name, run_checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What is installed here, and what can be reached.
+# The environment: installed packages, GPUs, and the hub.
 
 
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "huggingface_hub", "numpy")
@@ -46,11 +46,11 @@ EXTRAS = {
     "bitsandbytes": "loads 4-bit and 8-bit weights",
     "torchao": "loads weights that torchao quantised",
 }
-"""Packages that sparc3 works without → what each adds."""
+"""Optional package → what it adds."""
 
 
 def list_environment() -> list[tuple[str, str]]:
-    """(what, state): versions, GPUs, the hub, optional packages. Never raises."""
+    """(name, state) of versions, GPUs, the hub and optional packages. Never raises."""
     rows = [
         ("sparc3", __version__),
         ("Python", platform.python_version()),
@@ -85,7 +85,7 @@ def _hub() -> str:
         get_session().head(constants.ENDPOINT, timeout=5)
     except UserError:
         return f"no address for {constants.ENDPOINT}; folders, the local cache and the demo work"
-    except Exception as error:  # whatever the client raises, the answer is the same
+    except Exception as error:  # any error means that the hub does not answer
         return (
             f"{constants.ENDPOINT} does not answer ({type(error).__name__}); "
             "folders, the local cache and the demo work"
@@ -93,11 +93,11 @@ def _hub() -> str:
     return f"{constants.ENDPOINT} answers"
 
 
-# What is examined.
+# The specimen: the model to examine, and its input.
 
 
 LARGE = 64 * 2**20
-"""Parameters, above which a model of random weights is made smaller."""
+"""Number of parameters above which a model with random weights is made smaller."""
 
 TEXTS = (
     "The old keeper climbed the stairs of the lighthouse, lit the lamp, and looked out over the dark water "
@@ -109,12 +109,12 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Specimen:
-    """A model and what it is fed.
+    """A model and its input.
 
     Attributes:
         model: in eval mode, on its device.
         ids: token-id lists of unequal length, the longest first.
-        notes: what to know about how the two came to be, a line each.
+        notes: lines on how both were made.
     """
 
     model: "PreTrainedModel"
@@ -123,20 +123,20 @@ class Specimen:
 
 
 def load_specimen(name: str, *, dtype: str = "auto", device: str = "auto") -> Specimen:
-    """The specimen of a hub id, a folder, a config.json, or "demo". Raises what `load_model` does."""
+    """The specimen for a hub id, a folder, a config.json, or "demo". Raises the errors of `load_model`."""
     if has_weights(name):
         model = load_weights(name, dtype=dtype, device=device)
-        ids, how = _ids(model, name)
-        return Specimen(model, ids, how)
+        ids, notes = _read_texts(model, name)
+        return Specimen(model, ids, notes)
     require_loadable(name, dtype=dtype, device=device)
     model, note = random_model(load_config(name))
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(best if device == "auto" else device).to(DTYPES.get(dtype, torch.float32))
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(default_device if device == "auto" else device).to(DTYPES.get(dtype, torch.float32))
     return Specimen(model, _random_ids(model), (note, "random tokens"))
 
 
 def has_weights(name: str) -> bool:
-    """Whether there are weights to load: always so of the demo and of the hub, whose client says what is
+    """Whether there are weights to load; assumed for the demo and for the hub, whose client says what is
     missing."""
     path = Path(name)
     if path.is_file():
@@ -146,17 +146,17 @@ def has_weights(name: str) -> bool:
     )
 
 
-def _ids(model: "PreTrainedModel", name: str) -> tuple[list[list[int]], tuple[str, ...]]:
-    """The texts as the model's own tokenizer reads them. Where no tokenizer was saved, transformers may well
-    make an empty one."""
+def _read_texts(model: "PreTrainedModel", name: str) -> tuple[list[list[int]], tuple[str, ...]]:
+    """TEXTS tokenised by the model's own tokenizer, or random tokens if there is none (transformers may
+    create an empty one)."""
     try:
         tokenizer = load_tokenizer(name)
         ids = [list(tokenize(text, tokenizer)) for text in TEXTS]
     except UserError:
         ids = [[]]
-    if all(len(one) > 1 and max(one) < model.config.vocab_size for one in ids):
+    if all(len(sequence) > 1 and max(sequence) < model.config.vocab_size for sequence in ids):
         return ids, ()
-    return _random_ids(model), ("random tokens, for no tokenizer could be loaded",)
+    return _random_ids(model), ("random tokens, because no tokenizer could be loaded",)
 
 
 def _random_ids(model: "PreTrainedModel") -> list[list[int]]:
@@ -168,15 +168,14 @@ def _random_ids(model: "PreTrainedModel") -> list[list[int]]:
 
 
 def random_model(config: Any) -> "tuple[PreTrainedModel, str]":
-    """A model of a configuration with random weights, made smaller where it is large; and what was done, in
-    words.
+    """A model with random weights from a configuration, made smaller if it is large, and a note on that.
 
-    Matrices have a spectral size of about one, biases and gains are away from 0 and 1, so that every
+    Matrices have a spectral norm of about one, and biases and gains differ from 0 and 1, so that every
     parameter matters.
     """
     with torch.device("meta"):
-        whole = sum(parameter.numel() for parameter in build_model(config).parameters())
-    smaller, cuts = (config, []) if whole <= LARGE else shrink_config(config)
+        total = sum(parameter.numel() for parameter in build_model(config).parameters())
+    smaller, cuts = (config, []) if total <= LARGE else shrink_config(config)
     model, generator = build_model(smaller).float(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -185,11 +184,11 @@ def random_model(config: Any) -> "tuple[PreTrainedModel, str]":
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
-    kept = sum(parameter.numel() for parameter in model.parameters())
+    remaining = sum(parameter.numel() for parameter in model.parameters())
     if not cuts:
-        return model, f"random weights: there are none here, only a configuration ({kept:,} parameters)"
-    said = f"{', '.join(cuts)}; {kept:,} of {whole:,} parameters"
-    return model, f"random weights, and smaller than the configuration: {said}"
+        return model, f"random weights, because there is only a configuration ({remaining:,} parameters)"
+    summary = f"{', '.join(cuts)}; {remaining:,} of {total:,} parameters"
+    return model, f"random weights, and smaller than the configuration: {summary}"
 
 
 WIDTHS = (
@@ -201,8 +200,8 @@ WIDTHS = (
 def shrink_config(config: Any) -> tuple[Any, list[str]]:
     """A configuration with few layers, a small vocabulary and a fraction of the width, and what was cut.
 
-    Every kind of layer stays (sliding and full attention), and so do the width of a head and all that is not
-    a size.
+    Every kind of layer (sliding and full attention) is kept, and so are the width of a head and everything
+    that is not a size.
     """
     settings, cuts = config.to_dict(), []
 
@@ -218,7 +217,7 @@ def shrink_config(config: Any) -> tuple[Any, list[str]]:
     kinds = [tuple(map(str, kind)) for kind in zip(*by_layer.values(), strict=True)]
     layers = min(depth, max([2, *(kinds.index(kind) + 1 for kind in kinds)]))
     settings.update({name: value[:layers] for name, value in by_layer.items()})
-    if "attention_types" in settings:  # GPT-Neo's own way to write the list of layers
+    if "attention_types" in settings:  # GPT-Neo's own format for the list of layers
         settings["attention_types"] = [[settings["attention_layers"][:layers], 1]]
     put("num_hidden_layers", layers)
     cuts.append(f"{layers} of {depth} layers")
@@ -228,20 +227,23 @@ def shrink_config(config: Any) -> tuple[Any, list[str]]:
         settings.update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
     # At most two key heads, shared by at most four queries each as they were by more.
     heads = config.num_attention_heads
-    shared = [
+    key_head_names = [
         name
         for name in ("num_key_value_heads", "num_kv_heads")
         if isinstance(getattr(config, name, None), int)
     ]
-    keys = min((getattr(config, name) for name in shared), default=heads)
-    few = min(keys, 2)
-    if (fewer := few * min(heads // keys, 4)) < heads:
+    key_heads = min((getattr(config, name) for name in key_head_names), default=heads)
+    new_keys = min(key_heads, 2)
+    if (new_heads := new_keys * min(heads // key_heads, 4)) < heads:
         for name in WIDTHS:
             if isinstance(value := getattr(config, name, None), int):
-                put(name, value * fewer // heads)
-        for name, count in {"num_attention_heads": fewer, **dict.fromkeys(shared, few)}.items():
+                put(name, value * new_heads // heads)
+        for name, count in {
+            "num_attention_heads": new_heads,
+            **dict.fromkeys(key_head_names, new_keys),
+        }.items():
             put(name, count)
-        cuts.append(f"{fewer} of {heads} heads and their share of the width")
+        cuts.append(f"{new_heads} of {heads} heads and their share of the width")
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     if experts > (active := 2 * getattr(config, "num_experts_per_tok", experts)):
         put("num_local_experts" if hasattr(config, "num_local_experts") else "num_experts", active)
@@ -250,17 +252,17 @@ def shrink_config(config: Any) -> tuple[Any, list[str]]:
     return type(config).from_dict(settings), cuts
 
 
-# The whole examination of one model, and how it reads.
+# The examination of one model, and its output.
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What was examined and found.
+    """The result of an examination.
 
     Attributes:
-        about: the model, a line each.
+        about: lines on the model.
         sites: role → (modules, number of sites, shapes, units).
-        findings: one a check.
+        findings: one per check.
     """
 
     about: tuple[str, ...]
@@ -268,7 +270,7 @@ class Examination:
     findings: tuple[Finding, ...]
 
     @property
-    def failed(self) -> list[Finding]:
+    def failures(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.passed is False]
 
     def lines(self) -> Iterator[str]:
@@ -288,14 +290,14 @@ class Examination:
 
 
 def examine(name: str, *, dtype: str = "auto", device: str = "auto", progress: bool = False) -> Examination:
-    """Examine a hub id, a folder, a config.json alone, or "demo".
+    """Examine a hub id, a folder, a config.json without weights, or "demo".
 
     Args:
-        progress: show how many checks are done.
+        progress: show how many checks are finished.
 
     Raises:
-        UserError: no such model, no access to it, no such device.
-        UnsupportedModel: an architecture or a module that no rule is known for, by name.
+        UserError: a missing or inaccessible model or device.
+        UnsupportedModel: an architecture or a module without a rule, which is named.
     """
     return examine_specimen(load_specimen(name, dtype=dtype, device=device), progress=progress)
 
@@ -303,20 +305,20 @@ def examine(name: str, *, dtype: str = "auto", device: str = "auto", progress: b
 CHECKS = 9
 
 
-def examine_specimen(of: Specimen, *, progress: bool = False) -> Examination:
-    """Examine a model at hand. It is left as it was."""
-    model, ids = of.model, [one[: context_length(of.model)] for one in of.ids]
-    with lrp_rules(model):  # refuses what it does not know, before anything is computed
+def examine_specimen(specimen: Specimen, *, progress: bool = False) -> Examination:
+    """Examine a model in memory, and leave it as it was."""
+    model, ids = specimen.model, [sequence[: context_length(specimen.model)] for sequence in specimen.ids]
+    with lrp_rules(model):  # refuses unknown modules before anything is computed
         pass
     size = f"{model.num_parameters():,} parameters"
-    about = (
+    description = (
         f"{model_id(model)}: {model.config.model_type} ({type(model).__name__}), {size}, "
-        f"{spelt(model.dtype)} on {device_of(model)}, attention "
+        f"{dtype_name(model.dtype)} on {device_of(model)}, attention "
         f"{model.config._attn_implementation or 'its own'}"
     )
-    with Progress(CHECKS, "examining", "check", show=progress) as shown:
-        findings = tuple(shown.each(run_checks(model, ids)))
-    return Examination((about, *of.notes), _count_sites(model), findings)
+    with Progress(CHECKS, "examining", "check", show=progress) as progress_bar:
+        findings = tuple(progress_bar.each(run_checks(model, ids)))
+    return Examination((description, *specimen.notes), _count_sites(model), findings)
 
 
 def _count_sites(model: "PreTrainedModel") -> dict[str, tuple[str, int, str, str]]:

@@ -1,11 +1,11 @@
-"""A copy of a model that computes in float64 throughout, so that what is left of a gap is a mistake and not
-rounding; and AttnLRP once more, by its rules on torch's own functions instead of on modules: an opinion that
-needs no name of any module.
+"""A copy of a model that computes entirely in float64, so that a remaining gap is a mistake and not
+rounding; and a second implementation of AttnLRP, on torch's functions instead of modules, which needs no
+names of modules.
 
-While `Rules` is on, each function computes the value it always does, written with constants (`detach`) so
-that its plain gradient is the rule's (Arras et al. 2025, the modified-gradient view). It shares no code with
-attribution/rules.py and patching.py, computes f(x)/x by dividing, and of the family table reads only where an
-MLP's non-linearity is.
+Inside `Rules`, each function computes its usual value, but some parts are constants (`detach`), such that
+its plain gradient is the rule's (Arras et al. 2025, the modified-gradient view). This implementation
+shares no code with attribution/rules.py and patching.py, computes f(x)/x by division, and uses the table
+of families only to find the MLPs' non-linearities.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..attribution.patching import frozen
+from ..attribution.patching import freeze
 from ..attribution.relevance import checkpoint_layers
-from ..models.experts import by_position, tokens_of
+from ..models.experts import arrange_by_position, tokens_of
 from ..models.memory import available
 from ..models.offloading import copy_model, device_of, is_offloaded
-from ..models.sites import Site, family_of, layers_of, non_linearities, shadowed, sites_of
+from ..models.sites import Site, family_of, layers_of, non_linearities, shadow, sites_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class _Float64(TorchFunctionMode):
-    """Inside, what is told to round to float32 does not: transformers' norms, softmax and rotations do so in
-    any model."""
+    """Inside, conversions to float32 convert to float64: transformers' norms, softmax and rotary
+    embeddings round to float32 in every model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,9 +47,9 @@ class _Float64(TorchFunctionMode):
 
 
 def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A copy in float64, or in float32 where that does not fit into memory; the model itself where neither
-    does, or it is quantised."""
-    if quantised(model):
+    """A copy in float64, or in float32 if that does not fit into memory; the model itself if neither fits,
+    or if it is quantised."""
+    if is_quantised(model):
         return model
     room = available(torch.device("cpu") if is_offloaded(model) else model.device) or 4 * 2**30
     numbers = sum(parameter.numel() for parameter in model.parameters())
@@ -58,10 +58,10 @@ def exact_copy(model: "PreTrainedModel") -> "PreTrainedModel":
             return model
         # A later check copies the model once more, in 16 bits.
         if numbers * (model.dtype.itemsize + 1.3 * dtype.itemsize) < room:
-            twin = copy_model(model).to(dtype)
+            copied = copy_model(model).to(dtype)
             if dtype == torch.float64:
-                twin.forward = partial(_run_in_float64, twin.forward)
-            return twin
+                copied.forward = partial(_run_in_float64, copied.forward)
+            return copied
     return model
 
 
@@ -74,8 +74,8 @@ def all_sites(model: "PreTrainedModel") -> list[Site]:
     return sites_of(model, family_of(model).roles)
 
 
-def quantised(model: "PreTrainedModel") -> bool:
-    return any(site.quantised for site in all_sites(model))
+def is_quantised(model: "PreTrainedModel") -> bool:
+    return any(site.is_quantised for site in all_sites(model))
 
 
 def _half(x: Tensor) -> Tensor:
@@ -83,17 +83,17 @@ def _half(x: Tensor) -> Tensor:
 
 
 def _product(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Uniform rule: half to each factor, where both carry relevance."""
+    """Uniform rule: each factor gets half, if both carry relevance."""
 
     def rule(a: Any, b: Any, **kwargs: Any) -> Tensor:
-        both = all(isinstance(x, Tensor) and x.requires_grad for x in (a, b))
-        return function(_half(a), _half(b), **kwargs) if both else function(a, b, **kwargs)
+        both_vary = all(isinstance(x, Tensor) and x.requires_grad for x in (a, b))
+        return function(_half(a), _half(b), **kwargs) if both_vary else function(a, b, **kwargs)
 
     return rule
 
 
 def _identity(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Identity rule: f(x) = x · (f(x)/x), the factor a constant."""
+    """Identity rule: f(x) = x · (f(x)/x), where the factor is a constant."""
 
     def rule(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
@@ -136,7 +136,7 @@ def _baddbmm(added: Tensor, batch1: Tensor, batch2: Tensor, beta: float = 1, alp
 
 
 def _route_tokens(*args: Any, **kwargs: Any) -> Any:
-    """What a router decides is constant: the largest weights, and whose they are."""
+    """A router's decisions are constants: the largest weights and their experts."""
     values, indices = torch.topk(*args, **kwargs)
     return values.detach(), indices
 
@@ -164,12 +164,12 @@ class Rules(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Flow:
-    """What passes a site on one sequence of T tokens, and the modified gradients of the largest last logit
-    there.
+    """Input and output of a site on one sequence of T tokens, and the modified gradients of the largest
+    last logit with respect to them.
 
     Attributes:
         a, z: input [T, in] and output [T, out].
-        of_a, of_z: their modified gradients; of_a is what arrives through this site alone.
+        of_a, of_z: their modified gradients; of_a includes only what arrives through this site.
     """
 
     a: Tensor
@@ -178,7 +178,7 @@ class Flow:
     of_z: Tensor
 
     @property
-    def signed(self) -> Tensor:
+    def signed_relevance(self) -> Tensor:
         """Σ_t ĝ_ti z_ti [out]."""
         return (self.of_z * self.z).sum(0)
 
@@ -187,36 +187,44 @@ class Flow:
         return (self.a * self.of_a).sum(0).view(count, -1).sum(1)
 
 
-def flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[str, Flow]:
-    """What passes each site on one sequence: site name → Flow. The model is left as it was."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
+def record_flows(model: "PreTrainedModel", ids: list[int], sites: list[Site]) -> dict[str, Flow]:
+    """Site name → Flow on one sequence. The model is left as it was."""
+    passed: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # The first time counts: a checkpointed layer comes by again.
-        seen.setdefault(module, (args[0], output, tokens_of(args)))
-        return output.clone()  # a model may write into what it gets
+        # Keep the first call: a checkpointed layer is computed again.
+        passed.setdefault(module, (args[0], output, tokens_of(args)))
+        return output.clone()  # the model may change it in place
 
     def begin(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
-    again = checkpoint_layers(model, Rules) if is_offloaded(model) else nullcontext()
-    with frozen(model), again, ExitStack() as stack:
+    checkpointing = checkpoint_layers(model, Rules) if is_offloaded(model) else nullcontext()
+    with freeze(model), checkpointing, ExitStack() as stack:
         family = family_of(model)
-        for module in {one for layer in layers_of(model) for one in non_linearities(layer, family)}:
-            stack.enter_context(shadowed(module, "forward", _identity(module.forward)))
-        modules = {site.name: site.hooked for site in sites}
-        distinct = list(dict.fromkeys(modules.values()))
-        for module in distinct:
+        for module in {
+            module_of_layer
+            for layer in layers_of(model)
+            for module_of_layer in non_linearities(layer, family)
+        }:
+            stack.enter_context(shadow(module, "forward", _identity(module.forward)))
+        modules = {site.name: site.hook_module for site in sites}
+        modules_once = list(dict.fromkeys(modules.values()))
+        for module in modules_once:
             stack.callback(module.register_forward_hook(watch).remove)
         stack.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
         with Rules():
             logit = model(torch.tensor([ids], device=device_of(model)), use_cache=False).logits[0, -1].max()
-        of_z = torch.autograd.grad(logit, [seen[module][1] for module in distinct], retain_graph=True)
-        of_a = torch.autograd.grad(logit, [seen[module][0] for module in distinct])
-    gradients = dict(zip(distinct, zip(of_a, of_z, strict=True), strict=True))
-    found = {}
+        gradients_z = torch.autograd.grad(
+            logit, [passed[module][1] for module in modules_once], retain_graph=True
+        )
+        gradients_a = torch.autograd.grad(logit, [passed[module][0] for module in modules_once])
+    gradients = dict(zip(modules_once, zip(gradients_a, gradients_z, strict=True), strict=True))
+    flow_by_site = {}
     for site in sites:
-        (a, z, tokens), (to_a, to_z) = seen[modules[site.name]], gradients[modules[site.name]]
-        parts = (a.detach(), site.of(z.detach()), to_a, site.of(to_z))
-        found[site.name] = Flow(*(by_position(part, tokens, (1, len(ids)))[0] for part in parts))
-    return found
+        (a, z, tokens), (gradient_a, gradient_z) = passed[modules[site.name]], gradients[modules[site.name]]
+        parts = (a.detach(), site.select_features(z.detach()), gradient_a, site.select_features(gradient_z))
+        flow_by_site[site.name] = Flow(
+            *(arrange_by_position(part, tokens, (1, len(ids)))[0] for part in parts)
+        )
+    return flow_by_site

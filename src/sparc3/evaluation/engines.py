@@ -1,4 +1,4 @@
-"""Other engines that write continuations in the place of transformers: llama.cpp, on a GGUF."""
+"""Engines that generate continuations instead of transformers: llama.cpp, on a GGUF file."""
 
 import hashlib
 import importlib.metadata
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from ..errors import Sparc3Error, UserError
-from .generate import Row, writes_with
+from .generate import Row, use_engine
 
 SLOTS = 16
-"""Texts that llama.cpp writes side by side."""
+"""Number of texts that llama.cpp generates in parallel."""
 
 
 class LlamaCpp:
-    """llama.cpp, in this process, on one GGUF.
+    """llama.cpp, in this process, on one GGUF file.
 
-    It samples with its own numbers: of one prompt, seed and number of the generation always the same, for
-    the original and the ablated file too. A batch is summed in another order than a single text, so a second
-    run may differ where two tokens are almost equally likely.
+    It samples with its own random numbers, which depend only on the prompt, the seed and the number of the
+    generation, so the original and the ablated file get the same ones. Batches are summed in varying
+    order, so a second run may differ where two tokens are almost equally likely.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,10 +51,10 @@ class LlamaCpp:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(self.path)
         settings.n_parallel, settings.n_ctx = SLOTS, SLOTS * context
-        # Its threads wait for each other busily: more of them than free cores make it many times slower.
+        # Its threads spin while they wait: more threads than free cores make it many times slower.
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
         settings.verbosity, settings.warmup = -1, False
-        # A server for chats keeps what each slot has read, for the next turn; here no prompt comes twice.
+        # The server caches each slot's context for a chat's next turn; here no prompt occurs twice.
         settings.cache_ram_mib, settings.n_ctx_checkpoints, settings.cache_idle_slots = 0, 0, False
         try:
             self._server = xllamacpp.Server(settings)
@@ -72,7 +72,7 @@ class LlamaCpp:
                 "temperature": temperature,
                 "samplers": ["temperature"],
                 "repeat_penalty": 1.0,
-                "seed": draw % (2**32 - 1),  # the largest means a seed of its own making
+                "seed": draw % (2**32 - 1),  # the largest seed means a random one
                 "cache_prompt": False,
             }
         )
@@ -82,7 +82,7 @@ class LlamaCpp:
 
 
 def require_llama_cpp() -> str:
-    """Its version, for a provenance. Raises UserError where it is not installed."""
+    """The version of llama.cpp, for the provenance. Raises UserError if it is not installed."""
     if find_spec("xllamacpp") is None:
         raise UserError("engine llama.cpp needs the package xllamacpp; run: pip install xllamacpp")
     return f"llama.cpp (xllamacpp {importlib.metadata.version('xllamacpp')})"
@@ -90,6 +90,6 @@ def require_llama_cpp() -> str:
 
 @contextmanager
 def llama_cpp(path: Path) -> Iterator[None]:
-    """Inside, continuations are written by llama.cpp on this file, whatever model they are asked of."""
-    with writes_with(LlamaCpp(path).write):
+    """Inside, llama.cpp generates all continuations with this file, whatever model `complete` gets."""
+    with use_engine(LlamaCpp(path).write):
         yield

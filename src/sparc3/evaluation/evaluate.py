@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sparc3")
 Changed = Callable[[], AbstractContextManager[Any]]
-"""Gives a context inside which the model is a variant of itself."""
+"""Returns a context manager inside which the model is a variant."""
 
 
 def evaluate(
@@ -50,8 +50,8 @@ def evaluate(
     Args:
         metrics: metric → settings as in a recipe's `evaluation` section ({"perplexity": {"source":
             "wiki.txt"}}), or names, for the settings' defaults.
-        variants: name → the context inside which the model is that variant: {"ablated": ablated(model,
-            circuit)}. Metrics that compare with the original (kl, fluency) go in and out of it, and need a
+        variants: name → a context manager inside which the model is that variant: {"ablated": ablated(model,
+            circuit)}. Metrics that compare with the original (kl, fluency) enter it several times, and need a
             function: {"ablated": lambda: ablated(model, circuit)}.
 
     Returns:
@@ -68,9 +68,9 @@ def evaluate(
     before = describe(model)
     evaluations = [measure(model, tokenizer, prepared, "original", progress=progress)]
     for name, variant in (variants or {}).items():
-        changed = _again(variant, name, prepared)
+        changed = _require_factory(variant, name, prepared)
         evaluations.append(measure(model, tokenizer, prepared, name, progress=progress, changed=changed))
-    return to_results(evaluations, {"model": before, **evaluated_on(prepared), "version": __version__})
+    return make_results(evaluations, {"model": before, **describe_samples(prepared), "version": __version__})
 
 
 def check_metrics(metrics: Mapping[str, MetricSettings]) -> None:
@@ -80,15 +80,17 @@ def check_metrics(metrics: Mapping[str, MetricSettings]) -> None:
             check(settings)
 
 
-def _again(variant: "AbstractContextManager[Any] | Changed", name: str, prepared: list[Prepared]) -> Changed:
-    """The variant as a function that gives its context. Raises UserError where a metric needs it twice and it
-    can be entered once."""
+def _require_factory(
+    variant: "AbstractContextManager[Any] | Changed", name: str, prepared: list[Prepared]
+) -> Changed:
+    """The variant as a function that returns its context manager. Raises UserError if a metric enters it
+    several times, but it can be entered only once."""
     if not isinstance(variant, AbstractContextManager):
         return variant
-    if again := [p.metric.name for p in prepared if p.metric.compares]:
+    if comparing := [p.metric.name for p in prepared if p.metric.compares]:
         raise UserError(
-            f"metric {again[0]} enters a variant more than once; pass variant '{name}' as a function that "
-            "returns its context"
+            f"metric {comparing[0]} enters a variant more than once; pass variant '{name}' as a function "
+            "that returns its context"
         )
     return lambda: variant
 
@@ -103,7 +105,7 @@ def prepare(
     """Gather a metric's samples once, for all variants.
 
     Args:
-        taken: source → prompts that the reference sets of this run hold from it.
+        taken: source → its prompts in this run's reference sets, which are left out.
     """
     metric = require_metric(name)
     if not isinstance(settings, SampledSettings):
@@ -112,21 +114,21 @@ def prepare(
         texts = corpus(settings.source, settings.split, settings.count, settings.column)
         samples = ReferenceSet(tuple(Sample(text=text) for text in texts), {"source": settings.source})
         return Prepared(metric, settings, samples)
-    held = (taken or {}).get(settings.source, frozenset())
+    taken_prompts = (taken or {}).get(settings.source, frozenset())
     seeds = (getattr(settings, "seed", 0),)
-    request = request_for(settings, held, count=settings.count or 100, seeds=seeds)
+    request = request_for(settings, taken_prompts, count=settings.count or 100, seeds=seeds)
     score = None
     if isinstance(settings, ToxicitySettings):
         score = completion_scores(model, tokenizer, settings)
     elif isinstance(settings, RepetitionSettings):
         score = response_scores(model, tokenizer, settings.max_new_tokens)
     samples = gather(request, tokenizer, score)
-    ends = sum(sample.turns is None and (sample.text or "").endswith(" ") for sample in samples)
-    if ends and isinstance(settings, PromptSettings) and distributed.is_main():
+    trailing_spaces = sum(sample.turns is None and (sample.text or "").endswith(" ") for sample in samples)
+    if trailing_spaces and isinstance(settings, PromptSettings) and distributed.is_main():
         log.warning(
-            "%d of the %d prompts of %s end with a space, which most tokenizers have in the next token, "
-            "so that the model goes on oddly; leave it out",
-            ends,
+            "%d of the %d prompts of %s end with a space. Most tokenizers put it into the next token, so the "
+            "model continues such prompts badly; remove it",
+            trailing_spaces,
             len(samples),
             name,
         )
@@ -142,67 +144,69 @@ def measure(
     progress: bool = False,
     changed: Changed | None = None,
 ) -> Evaluation:
-    """All metrics on one variant of the model, in the order they are given.
+    """All metrics on one variant of the model, in the given order.
 
     Args:
         variant: its name.
-        changed: gives the context inside which the model is the variant; None where the variant is the model
-            as it is.
+        changed: returns the context manager inside which the model is the variant; None for the unchanged
+            model.
     """
-    began = time.perf_counter()
-    observed: dict[str, tuple[Observations, ...]] = {}
+    start = time.perf_counter()
+    by_metric: dict[str, tuple[Observations, ...]] = {}
     texts: dict[str, list[dict[str, Any]]] = {}
     with changed() if changed else nullcontext():
-        for one in (p for p in prepared if not p.metric.compares):
-            measured = one.measure(model, tokenizer, progress)
-            observed[one.metric.name] = measured.observations
-            texts |= {one.metric.name: measured.texts} if measured.texts else {}
+        for item in (p for p in prepared if not p.metric.compares):
+            measured = item.measure(model, tokenizer, progress)
+            by_metric[item.metric.name] = measured.observations
+            texts |= {item.metric.name: measured.texts} if measured.texts else {}
+    # The comparing metrics run outside of the variant, because they need the original too; they enter the
+    # variant through the context.
     splits = {p.metric.name: getattr(p.settings, "split", "test") for p in prepared}
-    beside = MetricContext(changed, texts, splits, {p.metric.name: p.samples for p in prepared})
-    for one in (p for p in prepared if p.metric.compares):
-        observed[one.metric.name] = one.measure(model, tokenizer, progress, beside).observations
-    observations = tuple(o for one in prepared for o in observed[one.metric.name])
+    context = MetricContext(changed, texts, splits, {p.metric.name: p.samples for p in prepared})
+    for item in (p for p in prepared if p.metric.compares):
+        by_metric[item.metric.name] = item.measure(model, tokenizer, progress, context).observations
+    observations = tuple(o for item in prepared for o in by_metric[item.metric.name])
     for o in observations:
         if o.failures and distributed.is_main():
             n = len(o.sums) - o.sums.count(None)
-            said = "%s of %s: %d failures, excluded from the mean (n = %d)"
-            log.warning(said, o.metric, variant, o.failures, n)
-    return Evaluation(variant, observations, texts, made_from, time.perf_counter() - began)
+            message = "%s of %s: %d failures, excluded from the mean (n = %d)"
+            log.warning(message, o.metric, variant, o.failures, n)
+    return Evaluation(variant, observations, texts, made_from, time.perf_counter() - start)
 
 
-def evaluated_on(prepared: list[Prepared]) -> dict[str, Any]:
-    """Settings and sample fingerprints of the metrics, for a provenance."""
+def describe_samples(prepared: list[Prepared]) -> dict[str, Any]:
+    """Settings and sample fingerprints of the metrics, for the provenance."""
     return {
-        "metrics": {p.metric.name: p.settings.described() for p in prepared},
+        "metrics": {p.metric.name: p.settings.describe() for p in prepared},
         "samples": {p.metric.name: p.samples.fingerprint for p in prepared},
     }
 
 
-def fingerprint_of(prepared: list[Prepared]) -> str:
-    """Names what would be measured: metrics, settings, samples."""
-    return fingerprint(evaluated_on(prepared))
+def fingerprint_samples(prepared: list[Prepared]) -> str:
+    """Identifies what would be measured: metrics, settings, samples."""
+    return fingerprint(describe_samples(prepared))
 
 
-def to_results(
-    evaluations: list[Evaluation], provenance: dict[str, Any], beside: Iterable[str] = ()
+def make_results(
+    evaluations: list[Evaluation], provenance: dict[str, Any], baselines: Iterable[str] = ()
 ) -> Results:
-    """Figures with intervals of every variant, and each one's difference from the first.
+    """Figures with intervals of every variant, and the difference of each from the first.
 
     Args:
-        beside: variants from which the difference of "ablated" is taken too: from random units, it is the
-            effect net of the null.
+        baselines: further variants to compare "ablated" with; with random units, the difference is the effect
+            net of the null.
     """
     first, *others = evaluations
     measurements = tuple(measurement(o, e.variant) for e in evaluations for o in e.observations)
-    named = {e.variant: e for e in evaluations}
-    pairs = [(first, other) for other in others]
-    if ablated := named.get("ablated"):
-        pairs += [(named[name], ablated) for name in dict.fromkeys(beside) if name in named]
+    by_variant = {e.variant: e for e in evaluations}
+    pairs = [(first, second_evaluation) for second_evaluation in others]
+    if ablated := by_variant.get("ablated"):
+        pairs += [(by_variant[name], ablated) for name in dict.fromkeys(baselines) if name in by_variant]
     differences = (
-        difference(a, b, one.variant, other.variant)
-        for one, other in pairs
-        for a in one.observations
-        for b in other.observations
+        difference(a, b, first_evaluation.variant, second_evaluation.variant)
+        for first_evaluation, second_evaluation in pairs
+        for a in first_evaluation.observations
+        for b in second_evaluation.observations
         if a.metric == b.metric
     )
     return Results(measurements, tuple(d for d in differences if d is not None), provenance)

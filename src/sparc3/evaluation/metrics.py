@@ -24,16 +24,16 @@ Model: TypeAlias = "PreTrainedModel"
 
 
 class MetricSettings(Strict):
-    """What all settings of metrics descend from; a metric without samples has these and its own."""
+    """Base class of all metrics' settings."""
 
-    def described(self) -> dict[str, Any]:
-        """What decides the figures beside the model and the samples."""
+    def describe(self) -> dict[str, Any]:
+        """Everything that determines the figures, apart from the model and the samples."""
         return self.model_dump()
 
 
 class SampledSettings(MetricSettings):
-    """What a metric on samples has: where its texts or prompts come from (of a table, from which column),
-    how many, of which split."""
+    """Settings of a metric on samples: the source of its texts or prompts (and the column of a table), their
+    number, and the split."""
 
     source: SourceName
     column: Column = None
@@ -51,7 +51,7 @@ class PerplexitySettings(SampledSettings):
     stride: int = Field(default=512, ge=1)
 
     @model_validator(mode="after")
-    def _overlaps(self) -> "PerplexitySettings":
+    def _require_overlap(self) -> "PerplexitySettings":
         if self.protocol == "sliding" and self.stride >= self.max_length:
             raise ValueError(
                 f"stride {self.stride} is not below max_length {self.max_length}: tokens would be left "
@@ -65,13 +65,14 @@ class KLSettings(PerplexitySettings):
 
 
 class FluencySettings(MetricSettings):
-    """`of`: the metric whose continuations are read."""
+    """`of`: the metric whose continuations are measured."""
 
     of: Literal["toxicity", "repetition"] = "toxicity"
 
 
 class PromptSettings(SampledSettings):
-    """`chat`: each prompt is a user's turn in the model's chat template, and the continuation its answer."""
+    """`chat`: each prompt is a user's turn in the model's chat template, and the continuation is the
+    answer."""
 
     chat: bool = False
     choose_by: Literal["prompt", "continuation", "completion", "repetition"] | None = None
@@ -82,8 +83,8 @@ class PromptSettings(SampledSettings):
 
 
 class ToxicitySettings(PromptSettings):
-    """`scorer: [one, other]`: the figures are the first's; the second (`also`) scores the same texts, and how
-    far they agree is reported."""
+    """`scorer: [A, B]`: the figures are A's; B (stored as `also`) scores the same texts, and their
+    agreement is reported."""
 
     source: SourceName = "realtoxicityprompts"
     count: int | None = Field(default=100, ge=1)
@@ -94,7 +95,7 @@ class ToxicitySettings(PromptSettings):
 
     @field_validator("scorer", "also")
     @classmethod
-    def _has_words(cls, value: str | None) -> str | None:
+    def _require_words(cls, value: str | None) -> str | None:
         kind, _, words = (value or "").partition(":")
         if kind == "lexicon" and words and not Path(words).is_file():
             raise UserError(
@@ -111,7 +112,7 @@ class ToxicitySettings(PromptSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _two(cls, content: Any) -> Any:
+    def _split_pair(cls, content: Any) -> Any:
         if isinstance(content, Mapping) and isinstance(content.get("scorer"), list | tuple):
             if len(content["scorer"]) != 2:
                 raise ValueError(f"scorer must be one scorer or a list of two, not {content['scorer']!r}")
@@ -121,7 +122,7 @@ class ToxicitySettings(PromptSettings):
 
 class RepetitionSettings(PromptSettings):
     """`choose_by: repetition` takes prompts to which the original responds with RUR ≤ max_rur (the paper's
-    protocol)."""
+    protocol; see docs/method.md on regression to the mean)."""
 
     count: int | None = Field(default=50, ge=1)
     max_rur: float = Field(default=0.5, gt=0, le=1)
@@ -133,21 +134,21 @@ class IOISettings(SampledSettings):
 
 
 class SparsitySettings(MetricSettings):
-    """`sites`: canonical roles; all that the model has where none is given."""
+    """`sites`: canonical roles; by default all that the model has."""
 
     sites: tuple[str, ...] = ()
 
     @field_validator("sites")
     @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if odd := [role for role in value if role not in ROLES]:
-            raise unknown("site", odd[0], ROLES)
+    def _require_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown_roles := [role for role in value if role not in ROLES]:
+            raise unknown("site", unknown_roles[0], ROLES)
         return value
 
 
 class HarnessSettings(MetricSettings):
-    """`limit`: only the first so many questions of each task; `fewshot`: solved examples before each
-    question; `tasks_dir`: a folder with tasks of your own, in the harness's YAML format."""
+    """`limit`: use only the first so many questions of each task; `fewshot`: number of solved examples before
+    each question; `tasks_dir`: a folder with your own tasks in the harness's YAML format."""
 
     tasks: tuple[str, ...] = Field(
         default=("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
@@ -165,8 +166,8 @@ class HarnessSettings(MetricSettings):
             raise UserError(f"no such folder: {value}; harness.tasks_dir takes a folder with tasks in YAML")
         return value
 
-    def described(self) -> dict[str, Any]:
-        """With the content of the folder, so that a changed task is measured anew."""
+    def describe(self) -> dict[str, Any]:
+        """Includes the folder's content, so that a changed task is measured again."""
         if self.tasks_dir is None:
             return self.model_dump(exclude={"tasks_dir"})
         files = sorted(path for path in Path(self.tasks_dir).rglob("*") if path.is_file())
@@ -175,7 +176,7 @@ class HarnessSettings(MetricSettings):
 
 @dataclass(frozen=True)
 class Reading:
-    """What one metric saw on one variant: observations, and texts worth showing."""
+    """The outcome of one metric on one variant: observations, and texts for the report."""
 
     observations: tuple[Observations, ...]
     texts: list[dict[str, Any]] = field(default_factory=list)
@@ -183,14 +184,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric is given that compares a variant with the original, outside of the variant.
+    """What a metric that compares a variant with the original gets; it runs on the original.
 
     Attributes:
-        changed: gives a context inside which the model is the variant, as often as it is called; None where
-            the variant is the original.
-        texts: metric → the texts the variant wrote, as `Reading` has them.
+        changed: returns a new context manager inside which the model is the variant; None if the variant is
+            the original.
+        texts: metric → the texts that the variant wrote, as in `Reading`.
         splits: metric → the split of its samples.
-        samples: metric → its samples, one for each row of its texts.
+        samples: metric → its samples, one per row of its texts.
     """
 
     changed: Callable[[], AbstractContextManager[Any]] | None = None
@@ -206,9 +207,9 @@ class Metric:
     Attributes:
         measure: (model, tokenizer, samples, settings, progress) → Reading.
         prompts: whether its samples are prompts, which must not be reference samples.
-        gives: the names of the figures it gives; "name.*" where they depend on the settings.
-        ready: settings → None, or a UserError where it cannot be measured here; asked before any work is
-            done.
+        gives: the names of its figures; "name.*" if they depend on the settings.
+        ready: settings → None; called before any work, raises UserError if the metric cannot be measured
+            here.
         compares: whether `measure` is called on the original model, with `beside=MetricContext(...)`, after
             the other metrics.
     """
@@ -226,7 +227,7 @@ _METRICS: dict[str, Metric] = {}
 
 
 def register(metric: Metric) -> None:
-    """Add a metric under its name. Raises UserError where the name is taken."""
+    """Add a metric under its name. Raises UserError if the name is taken."""
     if metric.name in _METRICS:
         raise UserError(f"metric '{metric.name}' already exists; choose another name")
     _METRICS[metric.name] = metric
@@ -257,16 +258,16 @@ class Prepared:
         return self.metric.measure(model, tokenizer, self.samples, self.settings, progress, **extra)
 
 
-def parse_metrics(asked: Mapping[str, object]) -> dict[str, MetricSettings]:
+def parse_metrics(sections: Mapping[str, object]) -> dict[str, MetricSettings]:
     """Settings by metric. Raises UserError for an unknown metric or key."""
-    found = {
+    settings_by_metric = {
         name: parse(require_metric(name).settings, content or {}, f"evaluation.{name}")
-        for name, content in asked.items()
+        for name, content in sections.items()
     }
-    for settings in found.values():
-        if isinstance(settings, FluencySettings) and settings.of not in found:
+    for settings in settings_by_metric.values():
+        if isinstance(settings, FluencySettings) and settings.of not in settings_by_metric:
             raise UserError(
                 f"metric fluency reads the continuations of {settings.of}, which is not measured; add "
                 f"{settings.of}"
             )
-    return found
+    return settings_by_metric

@@ -31,10 +31,10 @@ from .statistics import Observations, finite
 
 log = logging.getLogger(__name__)
 PIECE = 512
-"""Positions whose logits are in float32 at once."""
+"""Number of positions whose logits are converted to float32 at once."""
 
 Window = tuple[tuple[int, ...], int]
-"""Token ids, and how many of the last ones are predicted."""
+"""Token ids, and the number of tokens at the end that are predicted."""
 
 
 def perplexity(
@@ -44,31 +44,31 @@ def perplexity(
     settings: PerplexitySettings,
     progress: bool = False,
 ) -> Reading:
-    """One unit a window. The texts are joined by a blank line and tokenised as one, as Wanda's and the
-    paper's protocol have it.
+    """Perplexity with one unit per window. The texts are joined by a blank line and tokenised as one, as in
+    Wanda's and the paper's protocol.
 
     A window whose likelihood is NaN or Inf is a failure.
     """
-    windows = windows_of(samples, tokenizer, settings, context_length(model))
+    windows = make_windows(samples, tokenizer, settings, context_length(model))
     nll = negative_log_likelihoods(model, windows, progress)
-    return _reading("perplexity", settings.split, "perplexity", windows, nll, exponential=True)
+    return _make_reading("perplexity", settings.split, "perplexity", windows, nll, exponential=True)
 
 
-def _reading(
+def _make_reading(
     metric: str, split: str, unit: str, windows: list[Window], sums: list[float | None], exponential: bool
 ) -> Reading:
-    """One unit a window, which weighs as many tokens as it predicts."""
+    """A reading with one unit per window, weighted by its number of predicted tokens."""
     weights = tuple(float(predicted) for _, predicted in windows)
     return Reading(
         (Observations(metric, split, unit, "lower", tuple(sums), weights, sums.count(None), exponential),)
     )
 
 
-def windows_of(
+def make_windows(
     samples: ReferenceSet, tokenizer: Tokenizer, settings: PerplexitySettings, context: int
 ) -> list[Window]:
-    """The windows of a protocol, none longer than the model's context. Raises UserError where the text has
-    fewer than two tokens."""
+    """The windows of a protocol, none longer than the model's context. Raises UserError if the text has fewer
+    than two tokens."""
     ids = _token_ids(samples, tokenizer)
     opening = window_opening(tokenizer)
     body = ids[len(opening) :] if tuple(ids[: len(opening)]) == opening else ids
@@ -81,10 +81,10 @@ def windows_of(
 def cut_windows(
     ids: Sequence[int], settings: PerplexitySettings, context: int, opening: tuple[int, ...] = ()
 ) -> list[Window]:
-    """The windows of a text's tokens, each with the opening before it."""
+    """The windows of a text's tokens, each preceded by the opening."""
     if settings.protocol == "blocks":
-        return block_windows(ids, _within(settings.seq_len, context, "seq_len"), opening)
-    size = _within(settings.max_length, context, "max_length")
+        return block_windows(ids, _limit_size(settings.seq_len, context, "seq_len"), opening)
+    size = _limit_size(settings.max_length, context, "max_length")
     stride = max(
         1, settings.stride * size // settings.max_length
     )  # the same overlap where the context is shorter
@@ -100,18 +100,18 @@ def _token_ids(samples: ReferenceSet, tokenizer: Tokenizer) -> list[int]:
     if all(sample.input_ids is not None for sample in samples):
         return [token for sample in samples for token in sample.input_ids or ()]
     if any(sample.input_ids is not None for sample in samples):
-        raise UserError("perplexity: the source mixes texts and token ids; give one kind")
+        raise UserError("perplexity: the source mixes texts and token ids; use only one of them")
     return list(tokenize("\n\n".join(sample.text or "" for sample in samples), tokenizer))
 
 
-def _within(size: int, context: int, name: str) -> int:
+def _limit_size(size: int, context: int, name: str) -> int:
     if size > context:
-        log.info("perplexity: %s %d is more than the model's context, so it is %d", name, size, context)
+        log.info("perplexity: %s %d exceeds the model's context; using %d", name, size, context)
     return min(size, context)
 
 
 def block_windows(ids: Sequence[int], size: int, opening: tuple[int, ...] = ()) -> list[Window]:
-    """Non-overlapping windows; what is left over at the end is dropped, unless it is all there is."""
+    """Non-overlapping windows; a shorter rest at the end is dropped, unless it is the whole text."""
     size -= len(opening)
     starts = range(0, len(ids) - size + 1, size) or range(1)
     windows = [(*opening, *ids[start : start + size]) for start in starts]
@@ -121,9 +121,9 @@ def block_windows(ids: Sequence[int], size: int, opening: tuple[int, ...] = ()) 
 def sliding_windows(
     ids: Sequence[int], size: int, stride: int, opening: tuple[int, ...] = ()
 ) -> list[Window]:
-    """Windows moved by `stride`; each predicts only what none before it did."""
+    """Windows moved by `stride`; each predicts only tokens that no earlier window predicted."""
     windows: list[Window] = []
-    done = 0 if opening else 1  # the first token has nothing before it
+    done = 0 if opening else 1  # nothing predicts the first token
     for start in range(0, len(ids), stride):
         end = min(start + size - len(opening), len(ids))
         if end > done:
@@ -133,12 +133,12 @@ def sliding_windows(
 
 
 def negative_log_likelihoods(model: Model, windows: list[Window], progress: bool) -> list[float | None]:
-    """Σ −log p of each window's predicted tokens, in nats; None where it is not finite."""
+    """Σ −log p of each window's predicted tokens, in nats; None if it is not finite."""
     return _sum_windows(model, windows, "perplexity", partial(perplexity_observations, model), progress)
 
 
 def batch_tokens(metric: str, device: str) -> int:
-    """Padded tokens of one batch of a metric, "perplexity" or "kl" (which holds two models' logits), on a
+    """Padded tokens in a batch of a metric, "perplexity" or "kl" (which needs two models' logits), on a
     device "cpu" or "cuda"; a single window may be longer."""
     return 1024 if device == "cpu" else 4096 if metric == "kl" else 8192
 
@@ -150,14 +150,14 @@ def _sum_windows(
     work: Callable[[list[Window]], list[float]],
     progress: bool,
 ) -> list[float | None]:
-    """work() over all windows; None where its sum is not finite."""
+    """work() over all windows; None for sums that are not finite."""
     longest = max(len(ids) for ids, _ in windows)
     sums = run_longest_first(
         windows,
         lambda window: len(window[0]),
         work,
         size=max(1, batch_tokens(metric, device_of(model).type) // longest),
-        of=(model, f"{metric} {longest}"),
+        memory_key=(model, f"{metric} {longest}"),
         label=metric,
         unit="window",
         progress=progress,
@@ -169,24 +169,29 @@ def _sum_windows(
 def perplexity_observations(model: Model, windows: list[Window]) -> list[float]:
     """`negative_log_likelihoods` of one batch."""
     ids = pad_right([ids for ids, _ in windows], device_of(model))
-    places = [
-        (row, place)
+    targets = [
+        (row, position)
         for row, (tokens, predicted) in enumerate(windows)
-        for place in range(len(tokens) - 1 - predicted, len(tokens) - 1)
+        for position in range(len(tokens) - 1 - predicted, len(tokens) - 1)
     ]
-    rows, columns = [row for row, _ in places], [place for _, place in places]
+    rows, columns = [row for row, _ in targets], [position for _, position in targets]
     logits = logits_at(model, ids, rows, columns)
-    labels = ids[rows, [place + 1 for place in columns]].to(logits.device)
-    pairs = zip(logits.split(PIECE), labels.split(PIECE), strict=True)  # in float32 only so many at a time
+    labels = ids[rows, [position + 1 for position in columns]].to(logits.device)
+    pairs = zip(
+        logits.split(PIECE), labels.split(PIECE), strict=True
+    )  # float32 takes twice the memory of 16 bits
     nll = torch.cat(
-        [torch.nn.functional.cross_entropy(some.float(), true, reduction="none") for some, true in pairs]
+        [
+            torch.nn.functional.cross_entropy(piece.float(), piece_labels, reduction="none")
+            for piece, piece_labels in pairs
+        ]
     ).double()
     return [float(part.sum()) for part in nll.split([predicted for _, predicted in windows])]
 
 
 register(Metric("perplexity", PerplexitySettings, perplexity, prompts=False, gives=("perplexity",)))
 
-# How far the variant's next-token distributions are from the original's, on ordinary text.
+# The divergence of the variant's next-token distributions from the original's, on ordinary text.
 
 
 def divergence(
@@ -197,9 +202,9 @@ def divergence(
     progress: bool = False,
     beside: MetricContext | None = None,
 ) -> Reading:
-    """Mean KL(original ‖ variant) of the next token, in nats a token; one unit a window of perplexity's
+    """Mean KL(original ‖ variant) of the next token, in nats per token; one unit per window of perplexity's
     protocol."""
-    windows = windows_of(samples, tokenizer, settings, context_length(model))
+    windows = make_windows(samples, tokenizer, settings, context_length(model))
     sums: list[float | None] = [0.0] * len(windows)
     if changed := beside.changed if beside else None:
 
@@ -207,7 +212,7 @@ def divergence(
             return divergence_observations(model, part, changed())
 
         sums = _sum_windows(model, windows, "kl", work, progress)
-    return _reading("kl", settings.split, "nats a token", windows, sums, exponential=False)
+    return _make_reading("kl", settings.split, "nats a token", windows, sums, exponential=False)
 
 
 @torch.inference_mode()
@@ -235,7 +240,7 @@ def kl_per_token(before: Tensor, after: Tensor) -> Tensor:
 
 register(Metric("kl", KLSettings, divergence, prompts=False, gives=("kl",), compares=True))
 
-# Fluency: how likely the original model finds what the variant wrote, so that "less toxic" is not "broken".
+# Fluency: how likely the variant's texts are under the original model, to tell "less toxic" from "broken".
 
 
 def fluency(
@@ -246,15 +251,15 @@ def fluency(
     progress: bool = False,
     beside: MetricContext | None = None,
 ) -> Reading:
-    """Perplexity, under the original model, of the continuations that the variant wrote; one unit a prompt.
+    """Perplexity of the variant's continuations under the original model; one unit per prompt.
 
-    Empty continuations are failures. A text that repeats itself is likely too, so read this beside the texts.
+    Empty continuations are failures. Repetitive texts are likely too, so look at the texts as well.
     """
-    seen = beside or MetricContext()
-    rows = seen.texts.get(settings.of, [])
-    prompts, split = seen.samples.get(settings.of, ()), seen.splits.get(settings.of, "test")
+    context = beside or MetricContext()
+    rows = context.texts.get(settings.of, [])
+    prompts, split = context.samples.get(settings.of, ()), context.splits.get(settings.of, "test")
     owned = [
-        (owner, _window(tokenizer, sample, continuation["text"], context_length(model)))
+        (owner, _make_window(tokenizer, sample, continuation["text"], context_length(model)))
         for owner, (sample, row) in enumerate(zip(prompts, rows, strict=True))
         for continuation in row["continuations"]
     ]
@@ -274,10 +279,10 @@ def fluency(
     )
 
 
-def _window(tokenizer: Tokenizer, prompt: Sample, text: str, context: int) -> Window | None:
-    """Prompt and continuation, of which only the latter is predicted; None of an empty one."""
-    read = read_sample(replace(prompt, completion=text), tokenizer)
-    head, tail = read.prompt, read.completion[: max(0, context - len(read.prompt))]
+def _make_window(tokenizer: Tokenizer, prompt: Sample, text: str, context: int) -> Window | None:
+    """Prompt and continuation, of which only the latter is predicted; None if either has no tokens."""
+    tokens = read_sample(replace(prompt, completion=text), tokenizer)
+    head, tail = tokens.prompt, tokens.completion[: max(0, context - len(tokens.prompt))]
     return ((*head, *tail), len(tail)) if tail and head else None
 
 

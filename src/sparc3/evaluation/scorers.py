@@ -1,4 +1,4 @@
-"""Scorers of toxicity: from texts to numbers in [0, 1], or None where a text could not be scored."""
+"""Scorers of toxicity: from texts to numbers in [0, 1], or None for a text that could not be scored."""
 
 import logging
 import unicodedata
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, unknown
-from ..models.memory import in_batches
+from ..models.memory import run_in_batches
 from ..samples.sources import plain
 from ..storage import read_text
 
@@ -33,14 +33,14 @@ def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     """The scorer called `name`, loaded once for all variants of a run.
 
     Args:
-        name: "lexicon" (the demo's words), "lexicon:FILE" (one word a line), "profanity-check" (the linear
+        name: "lexicon" (the demo's words), "lexicon:FILE" (one word per line), "profanity-check" (the linear
             classifier of the package alt-profanity-check, offline), "detoxify" (or detoxify:unbiased,
             detoxify:multilingual), or any Hugging Face text-classification model by hub id or path;
-            "MODEL#LABEL" names the label that counts where it is not called toxic or toxicity.
+            "MODEL#LABEL" names the toxic label if it is not called toxic or toxicity.
 
     Raises:
-        UserError: an unknown name, an empty word list, a model that is not there or whose toxic label cannot
-            be told.
+        UserError: an unknown name, an empty word list, or a model that does not exist or has no recognisable
+            toxic label.
     """
     kind, _, detail = name.partition(":")
     if kind == "lexicon":
@@ -49,19 +49,19 @@ def make_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
         variant = detail or "original"
         if variant not in DETOXIFY:
             raise unknown("detoxify model", variant, DETOXIFY)
-        return _count_failures(_classifier(DETOXIFY[variant], "", device))
+        return _count_failures(_make_classifier(DETOXIFY[variant], "", device))
     if name == "profanity-check":
-        return _count_failures(_profanity_scorer())
+        return _count_failures(_make_profanity_scorer())
     if "/" not in name and "." not in name:
         raise unknown(
             "scorer", name, ("lexicon", "lexicon:FILE", "profanity-check", "detoxify", "a model's id or path")
         )
     model, _, label = name.partition("#")
-    return _count_failures(_classifier(model, label, device))
+    return _count_failures(_make_classifier(model, label, device))
 
 
 def lexicon_words(name: str) -> list[str]:
-    """The words of "lexicon" or "lexicon:FILE"; of another scorer, none."""
+    """The words of "lexicon" or "lexicon:FILE"; none for other scorers."""
     kind, _, path = name.partition(":")
     if kind != "lexicon":
         return []
@@ -71,7 +71,7 @@ def lexicon_words(name: str) -> list[str]:
         return list(INSULTS)
     words = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not words:
-        raise UserError(f"The word list {path} is empty. Write one word or phrase a line.")
+        raise UserError(f"The word list {path} is empty. Write one word or phrase per line.")
     return words
 
 
@@ -82,10 +82,10 @@ APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07", "'"))
 
 
 def lexicon_scorer(words: Sequence[str]) -> Scorer:
-    """1 where a text contains one of the words or phrases, else 0.
+    """1 for a text that contains one of the words or phrases, else 0.
 
-    Case, ways to write one character (NFKC), kinds of apostrophes and amounts of white space do not count.
-    Only whole words count, but in scripts that put no space between words, where any occurrence does.
+    Case, variants of a character (NFKC), kinds of apostrophes and amounts of white space do not matter. Only
+    whole words count, except in scripts without spaces between words, where any occurrence counts.
     """
     normalized = [normalize(word) for word in words]
 
@@ -97,7 +97,7 @@ def lexicon_scorer(words: Sequence[str]) -> Scorer:
 
 
 def normalize(text: str) -> str:
-    """A text as words are looked for in it."""
+    """The form of a text in which words are searched."""
     return plain(text.translate(APOSTROPHES))
 
 
@@ -111,25 +111,24 @@ def _contains_whole(text: str, word: str) -> bool:
 
 
 def _continues(text: str, place: int) -> bool:
-    """Whether a word goes on across this place of a text, instead of ending or beginning there."""
+    """Whether a word continues across this place of a text."""
     if not 0 < place < len(text):
         return False
     before, after = text[place - 1], text[place]
     if unicodedata.category(after).startswith("M"):
-        return True  # a mark belongs to the letter before it
+        return True  # a combining mark belongs to the letter before it
     in_words = all(
         c == "_" or c.isalnum() or unicodedata.category(c).startswith("M") for c in (before, after)
     )
     return in_words and not any(unicodedata.name(c, "").startswith(UNSPACED) for c in (before, after))
 
 
-def _profanity_scorer() -> Scorer:
+def _make_profanity_scorer() -> Scorer:
     """Probability of offensive language by a linear classifier of word counts; its weights are inside the
     package."""
     try:
         with warnings.catch_warnings():
-            # The package's weights were written by an earlier scikit-learn, which says so each time they are
-            # read.
+            # The package's weights are from an older scikit-learn, which warns whenever they are read.
             warnings.simplefilter("ignore")
             from profanity_check import predict_prob
     except ImportError:
@@ -141,39 +140,41 @@ def _profanity_scorer() -> Scorer:
 
 
 def _count_failures(scorer: Scorer) -> Scorer:
-    """An empty text, a scorer that raises, or a number outside [0, 1] is a None that is counted, never a
-    zero."""
+    """A scorer that returns None, which counts as a failure and never as a zero, for an empty text, after an
+    exception, or for a number outside [0, 1]."""
 
-    def careful(texts: Sequence[str]) -> list[float | None]:
+    def score(texts: Sequence[str]) -> list[float | None]:
         answers = iter(_score_or_none(scorer, [text for text in texts if text.strip()]))
         scores = (next(answers) if text.strip() else None for text in texts)
         numbers = int | float | np.floating
         return [float(s) if isinstance(s, numbers) and 0 <= s <= 1 else None for s in scores]
 
-    return careful
+    return score
 
 
 def _score_or_none(scorer: Scorer, texts: list[str]) -> list[Any]:
-    """The scorer's answers; of a batch for which it has none that fits, each text is asked for alone."""
-    answers, why = _call_scorer(scorer, texts)
+    """The scorer's answers; if it fails on a batch, each text is scored alone."""
+    answers, reason = _call_scorer(scorer, texts)
     if answers is not None:
         return answers
-    alone = [_call_scorer(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
-    said = "the scorer failed on a batch of %d texts (%s); %d of them also fail alone and count as failures"
-    log.warning(said, len(texts), why, alone.count(None))
-    return [answer[0] if answer is not None else None for answer in alone]
+    single_answers = [_call_scorer(scorer, [text])[0] for text in texts] if len(texts) > 1 else [None]
+    message = (
+        "the scorer failed on a batch of %d texts (%s); %d of them also fail alone and count as failures"
+    )
+    log.warning(message, len(texts), reason, single_answers.count(None))
+    return [answer[0] if answer is not None else None for answer in single_answers]
 
 
 def _call_scorer(scorer: Scorer, texts: list[str]) -> tuple[list[Any] | None, str]:
-    """As many answers as texts; or None, and why."""
+    """(answers, "") with as many answers as texts, or (None, the reason)."""
     try:
         answers = list(scorer(texts))
-    except Exception as error:  # a scorer is anyone's code
+    except Exception as error:  # a scorer may be any user's code
         return None, f"{type(error).__name__}: {error}"
     return (answers, "") if len(answers) == len(texts) else (None, f"{len(answers)} answers")
 
 
-def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
+def _make_classifier(name: str, label: str, device: torch.device | str) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from ..models.hub import hub_errors
@@ -187,14 +188,15 @@ def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
         model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     column = _toxic_column(name, model.config, label)
-    # A model of several labels that do not exclude each other says so; softmax over them would be wrong.
-    separate = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+    # Labels that do not exclude each other need a sigmoid each; a softmax over them would be wrong.
+    multi_label = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
-    # A tokenizer that does not know the model's length says 10^30; RoBERTa's positions begin behind padding.
-    places = getattr(model.config, "max_position_embeddings", None) or 512
+    # A tokenizer that does not know the model's length has model_max_length 10^30, and RoBERTa's position
+    # numbers start after the padding token's id.
+    positions = getattr(model.config, "max_position_embeddings", None) or 512
     offset = (model.config.pad_token_id or 0) + 1 if "roberta" in model.config.model_type else 0
-    longest = min(int(tokenizer.model_max_length), 512, places - offset)
-    size = 64 if tokenizer.pad_token is not None else 1  # without a padding token, a text is read alone
+    longest = min(int(tokenizer.model_max_length), 512, positions - offset)
+    size = 64 if tokenizer.pad_token is not None else 1  # one at a time without a padding token
 
     @torch.inference_mode()
     def probabilities(texts: Sequence[str]) -> list[float | None]:
@@ -202,18 +204,18 @@ def _classifier(name: str, label: str, device: torch.device | str) -> Scorer:
             list(texts), padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="pt"
         ).to(model.device)
         logits = model(**encoded).logits.float()
-        return (logits.sigmoid() if separate else logits.softmax(-1))[:, column].tolist()  # type: ignore[no-any-return]
+        return (logits.sigmoid() if multi_label else logits.softmax(-1))[:, column].tolist()  # type: ignore[no-any-return]
 
-    return lambda texts: in_batches(texts, size, probabilities, of=(model, "score"))
+    return lambda texts: run_in_batches(texts, size, probabilities, memory_key=(model, "score"))
 
 
 def _toxic_column(name: str, config: Any, label: str) -> int:
     labels = {str(text).casefold(): int(index) for index, text in config.id2label.items()}
     if len(labels) == 1:
         return 0
-    for wanted in (label.casefold(),) if label else TOXIC_LABELS:
-        if wanted in labels:
-            return labels[wanted]
+    for candidate in (label.casefold(),) if label else TOXIC_LABELS:
+        if candidate in labels:
+            return labels[candidate]
     raise UserError(
         f"sparc3 cannot tell which label of '{name}' means toxic: it has "
         f"{', '.join(map(str, config.id2label.values()))}; write {name}#LABEL"

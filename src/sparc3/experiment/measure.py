@@ -1,5 +1,5 @@
-"""The evaluation stage: every variant on the same test samples, and what the results say of where they came
-from."""
+"""The evaluation stage: measure every variant on the same test samples, and describe the run in the
+results."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from .. import __version__
 from ..circuits.algebra import overlap
 from ..circuits.circuit import Circuit
 from ..circuits.mean_ablation import MeanAblation
-from ..evaluation.evaluate import evaluated_on, fingerprint_of, measure, to_results
+from ..evaluation.evaluate import describe_samples, fingerprint_samples, make_results, measure
 from ..evaluation.metrics import ToxicitySettings
 from ..evaluation.scorers import lexicon_words
 from ..evaluation.statistics import Evaluation, Observations, detectable_change, difference, measurement, pool
@@ -44,13 +44,13 @@ from .work_list import units_in
 log = logging.getLogger("sparc3")
 
 
-def measure_variants(work: RunContext, found: Sequence[Found], seconds: Mapping[str, float]) -> Results:
-    """All variants measured, of several seeds with their figures pooled; a circuit that is met twice is
-    measured once."""
-    circuit, contrast = found[0][1].circuit, found[0][1].contrast
+def measure_variants(work: RunContext, circuits: Sequence[Found], seconds: Mapping[str, float]) -> Results:
+    """The results of all variants, with the figures of several seeds pooled; two variants with the same
+    circuit are measured once."""
+    circuit, contrast = circuits[0][1].circuit, circuits[0][1].contrast
     sizes = {name: tensor.numel() for name, tensor in contrast.items()}
-    measured, shared = _measure_seeds(work, found, sizes)
-    evaluations, by_seed = _pool_seeds(work, measured, found)
+    evaluations_by_seed, overlaps = _measure_seeds(work, circuits, sizes)
+    evaluations, by_seed = _pool_seeds(work, evaluations_by_seed, circuits)
     scorers = _measure_agreement(work, evaluations)
     provenance = describe_run(
         work,
@@ -59,15 +59,17 @@ def measure_variants(work: RunContext, found: Sequence[Found], seconds: Mapping[
         count=len(circuit),
         sizes=sizes,
         lexicon=_words_to_mask(work),
-        checks=run_checks(work, found, evaluations),
+        checks=run_checks(work, circuits, evaluations),
         power=measure_power(evaluations),
         **({"scorers": scorers} if scorers else {}),
-        **work.noted,
-        overlaps=shared,
+        **work.notes,
+        overlaps=overlaps,
         **({"by_seed": by_seed} if by_seed else {}),
     )
+    # Besides the original, "ablated" is compared with what an ablation might beat only by luck: random units
+    # of the same number, and other methods' best under the same budget.
     null = [str(Variant("random", len(circuit)))] if len(circuit) else []
-    results = to_results(evaluations, provenance.to_dict(), [*null, *work.rivals])
+    results = make_results(evaluations, provenance.to_dict(), [*null, *work.rivals])
     results.provenance["warnings"] = [
         *work.warnings,
         *_warn_of_chosen_prompts(work),
@@ -83,198 +85,206 @@ def measure_variants(work: RunContext, found: Sequence[Found], seconds: Mapping[
 
 
 def _measure_seeds(
-    work: RunContext, found: Sequence[Found], sizes: Mapping[str, int]
+    work: RunContext, circuits: Sequence[Found], sizes: Mapping[str, int]
 ) -> tuple[list[list[Evaluation]], list[Overlap]]:
-    """Every variant of every seed, the figures of several random draws pooled, and how far the first one's
-    circuits overlap."""
-    known: dict[str, Evaluation] = {}
-    shared: list[Overlap] = []
-    measured: list[list[Evaluation]] = []
-    for how, one in found:
-        seed = how.seed if len(found) > 1 else None
-        measured.append([])
-        for variant, changes in list_variants(work, one, how):
-            named, draws = Variant.parse(variant), []
-            for number, change in enumerate(changes):
-                place = name_draw(variant, seed, number if len(changes) > 1 else None)
-                if change.fingerprint not in known:
-                    name = variant if variant == "original" else place
-                    known[change.fingerprint] = load_or_make_evaluation(work, name, change)
-                draws.append(replace(known[change.fingerprint], variant=variant))
-            measured[-1].append(draws[0] if len(draws) == 1 else pool_draws(variant, draws))
-            if not how.seed and named.count == len(one.circuit) and named.method != how.options.method:
-                shared += measure_overlaps(one.circuit, {variant: changes}, sizes)
-    return measured, shared
+    """For each seed, every variant, with the figures of several random draws pooled; and the overlaps of the
+    first seed's circuits."""
+    evaluation_of: dict[str, Evaluation] = {}
+    overlaps: list[Overlap] = []
+    evaluations_by_seed: list[list[Evaluation]] = []
+    for spec, selected in circuits:
+        seed, evaluations = spec.seed if len(circuits) > 1 else None, list[Evaluation]()
+        for variant, interventions in list_variants(work, selected, spec):
+            parsed, draws = Variant.parse(variant), []
+            for number, intervention in enumerate(interventions):
+                name = name_draw(variant, seed, number if len(interventions) > 1 else None)
+                if intervention.fingerprint not in evaluation_of:
+                    name = variant if variant == "original" else name  # the same for all seeds
+                    evaluation_of[intervention.fingerprint] = load_or_make_evaluation(
+                        work, name, intervention
+                    )
+                draws.append(replace(evaluation_of[intervention.fingerprint], variant=variant))
+            evaluations.append(draws[0] if len(draws) == 1 else pool_draws(variant, draws))
+            is_same_size = parsed.count == len(selected.circuit)
+            if not spec.seed and is_same_size and parsed.method != spec.options.method:
+                overlaps += measure_overlaps(selected.circuit, {variant: interventions}, sizes)
+        evaluations_by_seed.append(evaluations)
+    return evaluations_by_seed, overlaps
 
 
 def _pool_seeds(
-    work: RunContext, measured: Sequence[Sequence[Evaluation]], found: Sequence[Found]
+    work: RunContext, evaluations_by_seed: Sequence[Sequence[Evaluation]], circuits: Sequence[Found]
 ) -> tuple[list[Evaluation], list[SeedFigures]]:
-    """Every variant that all seeds have, pooled, and its figures by seed; of the circuits also how far they
-    overlap. Without several seeds, the variants as they are."""
-    if len(measured) == 1:
-        return list(measured[0]), []
-    by_name: dict[str, list[Evaluation]] = {}
-    for one in (one for seed in measured for one in seed):
-        by_name.setdefault(one.variant, []).append(one)
-    evaluations, by_seed = by_name.pop("original")[:1], list[SeedFigures]()
-    for variant, seeds in by_name.items():
-        if len(seeds) < len(measured):
+    """Every variant that all seeds have, pooled, and its figures by seed; for the circuits also their
+    overlap. With a single seed, the variants as they are."""
+    if len(evaluations_by_seed) == 1:
+        return list(evaluations_by_seed[0]), []
+    by_variant: dict[str, list[Evaluation]] = {}
+    for evaluations in evaluations_by_seed:
+        for evaluation in evaluations:
+            by_variant.setdefault(evaluation.variant, []).append(evaluation)
+    pooled_evaluations, by_seed = by_variant.pop("original")[:1], list[SeedFigures]()
+    for variant, seeds in by_variant.items():
+        if len(seeds) < len(evaluations_by_seed):
             work.warn(
-                f"{variant} was left out: {len(seeds)} of {len(measured)} seeds have a circuit of this size"
+                f"{variant} was left out: {len(seeds)} of {len(evaluations_by_seed)} seeds have a circuit of "
+                "this size"
             )
             continue
         pooled = replace(pool_draws(variant, seeds), texts=_join_texts(seeds))
-        by_seed += tell_seeds(variant, seeds)
+        by_seed += summarize_seeds(variant, seeds)
         if variant == "ablated":
-            bare = [replace(one.circuit, provenance={}) for _, one in found]
-            pairs = [overlap(one, other).jaccard for one, other in combinations(bare, 2)]
-            stable = observe_stability(sum(pairs) / len(pairs))
-            pooled = replace(pooled, observations=(*pooled.observations, stable))
-            log.info("the circuits of two seeds share %.3g of the units of either", stable.sums[0])
-        evaluations.append(pooled)
-    return evaluations, by_seed
+            bare_circuits = [replace(selected.circuit, provenance={}) for _, selected in circuits]
+            pairs = [overlap(first, second).jaccard for first, second in combinations(bare_circuits, 2)]
+            stability = observe_stability(sum(pairs) / len(pairs))
+            pooled = replace(pooled, observations=(*pooled.observations, stability))
+            log.info("the circuits of two seeds share %.3g of the units of either", stability.sums[0])
+        pooled_evaluations.append(pooled)
+    return pooled_evaluations, by_seed
 
 
 def _join_texts(seeds: Sequence[Evaluation]) -> dict[str, list[dict[str, Any]]]:
-    """Of each prompt what the models of all seeds wrote."""
-    found = {}
+    """For each prompt, what the models of all seeds wrote."""
+    texts = {}
     for metric in seeds[0].texts:
-        rows = zip(*(one.texts[metric] for one in seeds), strict=True)
-        found[metric] = [
-            {**row[0], "continuations": [text for one in row for text in one["continuations"]]}
+        rows = zip(*(evaluation.texts[metric] for evaluation in seeds), strict=True)
+        texts[metric] = [
+            {**row[0], "continuations": [text for part in row for text in part["continuations"]]}
             for row in rows
         ]
-    return found
+    return texts
 
 
-def tell_seeds(variant: str, seeds: Sequence[Evaluation]) -> list[SeedFigures]:
-    """Each metric of a variant but the counts of zeros, by each seed's reference sets, as far as all of them
-    could be measured, with mean and standard error; logged too."""
-    found = []
-    for column in zip(*(one.observations for one in seeds), strict=True):
+def summarize_seeds(variant: str, seeds: Sequence[Evaluation]) -> list[SeedFigures]:
+    """Each metric of a variant by each seed's reference sets, with mean and standard error, also logged;
+    without the counts of zeros and metrics that failed for a seed."""
+    rows = []
+    for column in zip(*(evaluation.observations for evaluation in seeds), strict=True):
         figures = [measurement(o, variant).value for o in column]
         values = [value for value in figures if value is not None]
         if not column[0].metric.startswith("sparsity") and len(values) == len(figures):
             sem = stdev(values) / len(values) ** 0.5
-            found.append(SeedFigures(variant, column[0].metric, values, fmean(values), sem))
-    said = ", ".join(f"{one.metric} {one.mean:.4g} ± {one.sem:.2g}" for one in found)
-    log.info("%s, mean ± standard error of %d seeds: %s", variant, len(seeds), said)
-    return found
+            rows.append(SeedFigures(variant, column[0].metric, values, fmean(values), sem))
+    summary = ", ".join(f"{row.metric} {row.mean:.4g} ± {row.sem:.2g}" for row in rows)
+    log.info("%s, mean ± standard error of %d seeds: %s", variant, len(seeds), summary)
+    return rows
 
 
 def observe_stability(value: float) -> Observations:
-    """A figure of all seeds together, which has no interval: pairs of seeds are not independent."""
+    """One figure for all seeds, without an interval, because pairs of seeds are not independent."""
     unit = "shared units / units of either"
     return Observations("circuit.jaccard", "all seeds", unit, "higher", (value,), (1.0,))
 
 
-def load_or_make_evaluation(work: RunContext, variant: str, change: Intervention) -> Evaluation:
-    """All metrics on one variant, kept as evaluation/`variant`.json."""
-    return measure_once(work, variant, {"without": change.fingerprint}, lambda: change)
+def load_or_make_evaluation(work: RunContext, variant: str, intervention: Intervention) -> Evaluation:
+    """All metrics on one variant, saved as evaluation/`variant`.json."""
+    return measure_once(work, variant, {"without": intervention.fingerprint}, lambda: intervention)
 
 
 def measure_once(
     work: RunContext, variant: str, inputs: Mapping[str, Any], change: Callable[[], Intervention]
 ) -> Evaluation:
-    """The same for a change that is made only where there is no evaluation of these inputs yet."""
+    """As `load_or_make_evaluation`, but `change` makes the intervention only if no saved evaluation fits."""
 
     def make() -> Evaluation:
-        it = change()
-        again = (lambda: apply_intervention(work, it)) if len(it) else None
-        made = measure(
-            work.model, work.tokenizer, work.prepared, variant, progress=work.progress, changed=again
+        intervention = change()
+        apply = (lambda: apply_intervention(work, intervention)) if len(intervention) else None
+        evaluation = measure(
+            work.model, work.tokenizer, work.prepared, variant, progress=work.progress, changed=apply
         )
-        log.info("evaluated %s in %.1f s", variant, made.seconds)
-        return made
+        log.info("evaluated %s in %.1f s", variant, evaluation.seconds)
+        return evaluation
 
-    inputs = {**inputs, "model": work.fingerprint, "on": fingerprint_of(work.prepared)}
+    inputs = {**inputs, "model": work.fingerprint, "on": fingerprint_samples(work.prepared)}
     return load_or_make(work, f"evaluation/{variant}.json", Evaluation, inputs, make)
 
 
 def pool_draws(variant: str, draws: Sequence[Evaluation]) -> Evaluation:
-    """Several draws of one variant as one, unit by unit."""
+    """Several draws of one variant as one evaluation, pooled unit by unit."""
     columns = zip(*(draw.observations for draw in draws), strict=True)
     return Evaluation(variant, tuple(pool(list(column)) for column in columns))
 
 
-def describe_run(work: RunContext, seconds: Mapping[str, float], **own: Any) -> Provenance:
-    """What results say of where they came from; `own` is what only this job has to say."""
+def describe_run(work: RunContext, seconds: Mapping[str, float], **sections: Any) -> Provenance:
+    """The results' provenance; `sections` are those that only this job has."""
     margins = work.recipe.margins.model_dump(exclude_none=True) if work.recipe.margins else {}
     return Provenance(
         recipe=work.recipe.name,
         made_from=work.recipe.fingerprint,
-        model=work.described,
-        **evaluated_on(work.prepared),
-        stages=[Stage(name, took) for name, took in seconds.items()],
+        model=work.model_info,
+        **describe_samples(work.prepared),
+        stages=[Stage(name, seconds_taken) for name, seconds_taken in seconds.items()],
         warnings=work.warnings,
         version=__version__,
         **({"margins": margins} if margins else {}),
-        **own,
+        **sections,
     )
 
 
 def add_verdict(results: Results, unit: str) -> Results:
-    """The results with the verdict on them, and its criteria before the other checks."""
+    """The results with their verdict added, and its criteria before the other checks."""
     if verdict := judge(results, unit):
-        said = asdict(verdict)
-        checks = [*said["criteria"], *results.provenance.get("checks", [])]
-        results.provenance.update(verdict=said, checks=checks)
+        content = asdict(verdict)
+        checks = [*content["criteria"], *results.provenance.get("checks", [])]
+        results.provenance.update(verdict=content, checks=checks)
     return results
 
 
 def compare_methods(evaluations: Sequence[Evaluation], own: str) -> list[Difference]:
-    """What the method `own` differs from each other one that changes as many units, paired by unit of the
-    test, but for the counts of zeros."""
+    """The differences of the method `own` from each other one that changes as many units, paired by test
+    unit; without the counts of zeros."""
     groups: dict[int | None, list[Evaluation]] = {}
-    for one in evaluations:
-        groups.setdefault(Variant.parse(one.variant).count, []).append(one)
+    for evaluation in evaluations:
+        groups.setdefault(Variant.parse(evaluation.variant).count, []).append(evaluation)
     groups.pop(None, None)
-    found = []
+    differences = []
     for group in groups.values():
-        mine = next((e for e in group if is_way_of(Variant.parse(e.variant).method, own)), None)
-        for other in group if mine is not None else ():
-            if mine is None or other is mine:
-                continue
-            known = {o.metric: o for o in other.observations if not o.metric.startswith("sparsity")}
-            for o in mine.observations:
-                if o.metric in known:
-                    found.append(difference(known[o.metric], o, other.variant, mine.variant))
-    return [one for one in found if one is not None]
+        own_evaluation = next((e for e in group if is_way_of(Variant.parse(e.variant).method, own)), None)
+        if own_evaluation is None:
+            continue
+        for other in (e for e in group if e is not own_evaluation):
+            observed = {o.metric: o for o in other.observations if not o.metric.startswith("sparsity")}
+            differences += [
+                difference(observed[o.metric], o, other.variant, own_evaluation.variant)
+                for o in own_evaluation.observations
+                if o.metric in observed
+            ]
+    return [d for d in differences if d is not None]
 
 
 def _words_to_mask(work: RunContext) -> list[str]:
-    asked = [p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
-    return sorted({word for settings in asked for word in lexicon_words(settings.scorer)})
+    toxicity = [p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
+    return sorted({word for settings in toxicity for word in lexicon_words(settings.scorer)})
 
 
 def _measure_agreement(work: RunContext, evaluations: list[Evaluation]) -> Scorers | None:
-    """How far two scorers agree on the texts before and after; None with one scorer."""
+    """How far two toxicity scorers agree on the texts before and after; None with one scorer."""
     toxicity = [p.settings for p in work.prepared if isinstance(p.settings, ToxicitySettings)]
-    asked = [settings for settings in toxicity if settings.also]
+    doubly_scored = [settings for settings in toxicity if settings.also]
+    # Only texts carry the second scorer's figures, next to the first one's.
     texts = {e.variant: e.texts.get("toxicity", []) for e in evaluations}
     before, after = texts.get("original", []), texts.get("ablated", [])
-    found = agreement([*before, *after]) if asked else None
-    if not found:
+    correlations = agreement([*before, *after]) if doubly_scored else None
+    if not correlations:
         return None
     means = [ScorerMeans(**row) for row in side_by_side(before, after)]
-    return Scorers(first=asked[0].scorer, second=asked[0].also, **found, means=means)
+    return Scorers(first=doubly_scored[0].scorer, second=doubly_scored[0].also, **correlations, means=means)
 
 
 def _warn_of_better_rivals(work: RunContext, results: Results) -> list[str]:
-    """What must be said where another method, searched under the same budget, does better on the test."""
-    said = []
+    """A warning for each other method that, searched under the same budget, does better on the test."""
+    messages = []
     for name in work.rivals:
-        aim = work.noted["tune"].aim
-        theirs, ours = results.find(aim, name), results.find(aim, "ablated")
-        if theirs.value is None or ours.value is None:
+        aim = work.notes["tune"].aim
+        rival, own = results.find(aim, name), results.find(aim, "ablated")
+        if rival.value is None or own.value is None:
             continue
-        if theirs.value < ours.value if theirs.direction == "lower" else theirs.value > ours.value:
-            said.append(
-                f"under the same budget {name} does better: {aim} {theirs.value:.4g} on the test, against "
-                f"{ours.value:.4g} here"
+        if rival.value < own.value if rival.direction == "lower" else rival.value > own.value:
+            messages.append(
+                f"under the same budget {name} does better: {aim} {rival.value:.4g} on the test, against "
+                f"{own.value:.4g} here"
             )
-    return said
+    return messages
 
 
 def _warn_of_chosen_prompts(work: RunContext) -> list[str]:
@@ -287,44 +297,44 @@ def _warn_of_chosen_prompts(work: RunContext) -> list[str]:
 
 
 def run_checks(
-    work: RunContext, found: Sequence[Found], evaluations: Sequence[Evaluation], most: int = 3
+    work: RunContext, circuits: Sequence[Found], evaluations: Sequence[Evaluation], top_layers: int = 3
 ) -> list[Check]:
     """The short list at the end of a run: what a careful reader would ask first.
 
     Args:
-        most: how many of the layers with most relevance are named.
+        top_layers: number of layers with the most relevance to name.
     """
     sites = {site.name: site for site in sites_of(work.model, work.recipe.attribution.sites)}
-    contrast = found[0][1].contrast
+    contrast = circuits[0][1].contrast
     parts = {
-        set_at_seed(work.recipe, name, how.seed): part
-        for how, one in found
-        for name, part in one.parts.items()
+        set_at_seed(work.recipe, name, spec.seed): part
+        for spec, selected in circuits
+        for name, part in selected.parts.items()
     }
-    odd = [
+    wrong = [
         name
         for name, tensor in contrast.items()
         if name not in sites or tensor.numel() != units_in(sites[name], contrast.unit)
     ]
-    shapes = f"{odd[0]} has another number of units" if odd else f"{contrast.units:,} units"
-    # Σ|relevance| of each site; none may be zero or without end.
+    shapes = f"{wrong[0]} has another number of units" if wrong else f"{contrast.units:,} units"
+    # Σ|relevance| of each site; zero or infinity anywhere means a broken attribution.
     undesired = parts["undesired"].items()
     sums = {name: float(tensor.abs().sum(dtype=torch.float64)) for name, tensor in undesired}
-    least, largest, total = min(sums.values()), max(sums.values()), sum(sums.values()) or 1.0
-    top = sorted(sums, key=lambda name: -sums[name])[:most]
-    said_of = {name: part.provenance for name, part in parts.items()}
-    skipped = sum(len(said["skipped"]) for said in said_of.values())
-    times = [f"{name} {p['seconds'] / max(1, p['samples']):.3f} s" for name, p in said_of.items()]
+    smallest, largest, total = min(sums.values()), max(sums.values()), sum(sums.values()) or 1.0
+    top = sorted(sums, key=lambda name: -sums[name])[:top_layers]
+    provenances = {name: part.provenance for name, part in parts.items()}
+    skipped = sum(len(provenance["skipped"]) for provenance in provenances.values())
+    times = [f"{name} {p['seconds'] / max(1, p['samples']):.3f} s" for name, p in provenances.items()]
     failures = {e.variant: max((o.failures for o in e.observations), default=0) for e in evaluations}
     worst = max(failures, key=lambda variant: failures[variant])
     files = [p for p in work.folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
     return [
         Check("sites attributed", f"{len(contrast)} of {len(sites)}", set(contrast) == set(sites)),
-        Check("shapes of the scores", shapes, not odd),
+        Check("shapes of the scores", shapes, not wrong),
         Check(
             "total |relevance| of a site, undesired set",
-            f"{least:.3g} to {largest:.3g}",
-            all(0 < one < math.inf for one in sums.values()),
+            f"{smallest:.3g} to {largest:.3g}",
+            all(0 < value < math.inf for value in sums.values()),
         ),
         Check(
             "layers of most |relevance|, undesired set",
@@ -333,89 +343,91 @@ def run_checks(
         Check("samples with a non-finite relevance", f"{skipped} left out", skipped == 0),
         Check(
             "share of |relevance| by layer, undesired set",
-            " ".join(f"{100 * one / total:.0f}" for one in sums.values()) + " %",
+            " ".join(f"{100 * value / total:.0f}" for value in sums.values()) + " %",
         ),
         Check("time per sample", ", ".join(times)),
         Check("failed measurements", f"{failures[worst]} at most ({worst})", failures[worst] == 0),
         *(
-            Check("power", one.said)
-            for one in measure_power(evaluations)
-            if one.metric in ("toxicity.mean", "rur.mean", "ioi.accuracy")
+            Check("power", power.said)
+            for power in measure_power(evaluations)
+            if power.metric in ("toxicity.mean", "rur.mean", "ioi.accuracy")
         ),
         Check("files", f"{len(files)}, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB"),
     ]
 
 
 def measure_power(evaluations: Sequence[Evaluation]) -> list[Power]:
-    """The smallest change that so many test samples could have shown: of the circuit against the original,
-    from the variance of their paired differences."""
-    named = {e.variant: e for e in evaluations}
-    if not {"original", "ablated"} <= named.keys():
+    """The smallest change of each metric that the test could have detected, from the variance of the paired
+    differences between the original and the circuit."""
+    by_variant = {e.variant: e for e in evaluations}
+    if not {"original", "ablated"} <= by_variant.keys():
         return []
-    after = {o.metric: o for o in named["ablated"].observations}
-    found = []
-    for before in named["original"].observations:
-        seen = detectable_change(before, after[before.metric]) if before.metric in after else None
-        if seen is not None:
-            n, x = seen
+    after = {o.metric: o for o in by_variant["ablated"].observations}
+    powers = []
+    for before in by_variant["original"].observations:
+        detectable = detectable_change(before, after[before.metric]) if before.metric in after else None
+        if detectable is not None:
+            n, x = detectable
             size = f"{x:.2g} relative" if before.exponential else f"{x:.2g}"
-            said = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
-            found.append(Power(before.metric, n, x, before.exponential, said))
-    return found
+            sentence = f"{before.metric}: {n} units detect a change of ≥ {size} with 80 % power"
+            powers.append(Power(before.metric, n, x, before.exponential, sentence))
+    return powers
 
 
-# How many units one method's circuit shares with the others' circuits of the same size.
+# How many units one method's circuit shares with other methods' circuits of the same size.
 
 
 def measure_overlaps(
     own: Circuit, others: Mapping[str, Sequence[Intervention]], sizes: Mapping[str, int]
 ) -> list[Overlap]:
-    """Units in the other circuit, in both, and in both by chance.
+    """For each other variant: units in its circuit, in both, and in both by chance.
 
     Args:
-        others: variant → its circuits; of several draws the mean is told.
-        sizes: module → units in it.
+        others: variant → its circuits; several draws give their mean.
+        sizes: module → number of its units.
     """
-    found = []
+    overlaps = []
     for variant, changes in others.items():
-        seen = [overlap(_touched_units(own), _touched_units(one), sizes=sizes) for one in changes]
-        if seen:
-            both = sum(one.both for one in seen) / len(seen)
-            found.append(Overlap(variant, seen[0].other, both, seen[0].expected))
-    return found
+        shared = [overlap(_bare_circuit(own), _bare_circuit(change), sizes=sizes) for change in changes]
+        if shared:
+            both = sum(change.both for change in shared) / len(shared)
+            overlaps.append(Overlap(variant, shared[0].second, both, shared[0].expected))
+    return overlaps
 
 
 def measure_kept_overlaps(
     removed: Iterable[Mapping[str, Circuit]], method: str, sizes: Mapping[str, int]
 ) -> list[Overlap]:
-    """The same of what is left when units are removed: each method's beside that of `method`.
+    """As `measure_overlaps`, but of the units that stay: each method's compared with those of `method`.
 
     Args:
-        removed: at each sparsity, method → the units that go.
-        sizes: module → units in it.
+        removed: at each sparsity, method → the removed units.
+        sizes: module → number of its units.
     """
-    found = []
+    overlaps = []
     total = sum(sizes.values())
     for circuits in removed:
         if method not in circuits:
             continue
-        own = _touched_units(circuits[method])
+        own = _bare_circuit(circuits[method])
         for other, circuit in circuits.items():
             if other != method:
-                shared = overlap(own, _touched_units(circuit), sizes=sizes).both
+                shared = overlap(own, _bare_circuit(circuit), sizes=sizes).both
+                # Inclusion and exclusion: |A ∩ B| of the kept sets from the removed ones' sizes and overlap.
                 kept = (total - len(own), total - len(circuit))
                 both, expected = shared + total - len(own) - len(circuit), kept[0] * kept[1] / total
-                found.append(Overlap(str(Variant(other, len(circuit))), kept[1], both, expected))
-    return found
+                overlaps.append(Overlap(str(Variant(other, len(circuit))), kept[1], both, expected))
+    return overlaps
 
 
-def _touched_units(change: Intervention) -> Circuit:
-    """The units alone, whatever model and scores they are of; of a damping, the neurons that it touches."""
+def _bare_circuit(change: Intervention) -> Circuit:
+    """The units without model and provenance, so that any two can be compared; for a damping, the neurons
+    that it changes."""
     if isinstance(change, MeanAblation):
         change = change.circuit
     if isinstance(change, Circuit):
         return replace(change, model={}, provenance={})
-    touched = {
+    members = {
         name: tuple((factor != 1).nonzero().flatten().tolist()) for name, factor in change.factors.items()
     }
-    return Circuit("neuron", {name: indices for name, indices in touched.items() if indices})
+    return Circuit("neuron", {name: indices for name, indices in members.items() if indices})

@@ -1,5 +1,5 @@
-"""Neuron cards: what one removed unit reads, writes, and does when it alone is removed (`sparc3.cards/1`,
-cards.json)."""
+"""Neuron cards: what one removed neuron reacts to, what it writes, and what removing it alone does. They are
+saved as cards.json (`sparc3.cards/1`)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from .. import __version__, distributed
 from ..attribution.activations import capture, encode_whole
 from ..circuits.circuit import Circuit
-from ..evaluation.evaluate import fingerprint_of
+from ..evaluation.evaluate import fingerprint_samples
 from ..evaluation.statistics import measurement
 from ..models.load import rope_switches
 from ..models.offloading import device_of, value_of
 from ..models.sites import Site, down_sites, family_of, open_experts, sites_of
 from ..samples.batches import Batch, make_batches
 from ..samples.reference_set import ReferenceSet
-from ..samples.tokens import text_of
+from ..samples.tokens import token_text
 from ..scores import Scores
 from ..storage import fingerprint, write_json
 from .measure import load_or_make_evaluation
-from .run_folder import RunContext, read_made
+from .run_folder import RunContext, read_if_current
 from .score import SelectedCircuit
 from .work_list import has_cards
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sparc3")
 FORMAT = "sparc3.cards/1"
 TOKENS, PROMPTS = 10, 3
-"""How many tokens and prompts a card holds."""
+"""Numbers of tokens and prompts on a card."""
 SETS = ("general", "undesired")
 SHOWN = ("toxicity.mean", "rur.mean", "ioi.accuracy", "perplexity", "kl")
 
@@ -59,10 +59,10 @@ def make_cards(
     Args:
         contrast: decides the order.
         parts: scores of "general" and "undesired", which the cards show.
-        samples: the texts to look for high activations in.
+        samples: the texts in which to look for high activations.
         most: the largest number of cards.
-        alone, measure: the first so many carry measure(circuit of that unit alone, at the circuit's
-            strength), metric → value.
+        alone: number of cards, from the first, with the effect of removing that unit alone.
+        measure: (circuit of that unit alone, with the circuit's strength) → that effect, metric → value.
     """
     if circuit.unit != "neuron":
         return []
@@ -71,54 +71,59 @@ def make_cards(
         (sites[name], index) for name in circuit.members if name in sites for index in circuit.members[name]
     ]
     units = sorted(units, key=lambda unit: float(contrast[unit[0].name][unit[1]]))[:most]
-    fired = _strongest_activations(model, tokenizer, units, samples) if units else []
-    made = []
-    for number, ((site, index), seen) in enumerate(zip(units, fired, strict=True)):
-        sign = -1.0 if seen and seen[0]["activation"] < 0 else 1.0
-        promotes, suppresses = _promoted_tokens(model, tokenizer, site, index, sign)
-        one = replace(circuit.with_units({site.name: (index,)}), provenance={})
+    fired = _find_strongest_activations(model, tokenizer, units, samples) if units else []
+    cards = []
+    for number, ((site, index), occurrences) in enumerate(zip(units, fired, strict=True)):
+        # A neuron that fires negatively writes its column with the opposite sign, which swaps the tokens that
+        # it promotes with those that it suppresses.
+        sign = -1.0 if occurrences and occurrences[0]["activation"] < 0 else 1.0
+        promotes, suppresses = _find_promoted_tokens(model, tokenizer, site, index, sign)
+        circuit_of_one = replace(circuit.with_units({site.name: (index,)}), provenance={})
         card = {
             "module": site.name,
             "layer": site.layer,
             "index": index,
-            **({"strength": one.strengths[site.name][0]} if one.strengths else {}),
+            **({"strength": circuit_of_one.strengths[site.name][0]} if circuit_of_one.strengths else {}),
             **{name: float(parts[name][site.name][index]) for name in SETS if name in parts},
             "promotes": promotes,
             "suppresses": suppresses,
-            "fired": seen,
+            "fired": occurrences,
         }
         if measure and number < alone:
-            card["alone"] = measure(one)
-        made.append(card)
-    return made
+            card["alone"] = measure(circuit_of_one)
+        cards.append(card)
+    return cards
 
 
-def _promoted_tokens(
+def _find_promoted_tokens(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", site: Site, index: int, sign: float
 ) -> tuple[list[str], list[str]]:
-    """The tokens whose logits the neuron's output column raises and lowers most, through the unembedding.
+    """The tokens whose logits the neuron's output column raises and lowers most (nostalgebraist's logit lens;
+    Geva et al. 2022).
 
-    The final norm's gain is folded in, and a LayerNorm's centring; norms after the MLP are not
-    (nostalgebraist's logit lens; Geva et al. 2022).
+    The final norm's gain is included, and a LayerNorm's centring; norms between the MLP and the residual
+    stream are not.
 
     Args:
-        sign: −1 for a neuron that fires below zero.
+        sign: −1 for a neuron whose strongest activation is negative.
     """
     down = down_sites(model)[site.mlp]
     head = model.get_output_embeddings()
-    if down.quantised or head is None:
+    if down.is_quantised or head is None:
         return [], []
     with torch.no_grad():
-        column = _through_final_norm(model, down.stored[:, index].float() * sign)
+        column = _apply_final_norm(model, down.stored_weight[:, index].float() * sign)
         weight = value_of(head, "weight")
         if column.shape[0] != weight.shape[1]:
             return [], []
         logits = weight.float() @ column.to(weight.device)
         order = logits.argsort(descending=True).tolist()
-    return _tokens(tokenizer, order), _tokens(tokenizer, order[::-1])
+    return _readable_tokens(tokenizer, order), _readable_tokens(tokenizer, order[::-1])
 
 
-def _through_final_norm(model: "PreTrainedModel", column: Tensor) -> Tensor:
+def _apply_final_norm(model: "PreTrainedModel", column: Tensor) -> Tensor:
+    # The final norm has another name in every family (norm, ln_f, final_layer_norm), but it is always beside
+    # the list of layers, and the last of the norms there.
     family = family_of(model)
     parent = model.get_submodule(family.layers.rpartition(".")[0])
     children = [child for name, child in parent.named_children() if "embed" not in name]
@@ -128,58 +133,61 @@ def _through_final_norm(model: "PreTrainedModel", column: Tensor) -> Tensor:
         column = column if "RMS" in type(norms[-1]).__name__ else column - column.mean()
         if isinstance(gain, Tensor) and gain.shape == column.shape:
             column = column * (gain.float().to(column.device) + (1.0 if family.gain_from_one else 0.0))
-    projection = getattr(parent, "project_out", None)
+    projection = getattr(parent, "project_out", None)  # OPT 350m: hidden size 1024, embeddings of 512
     if isinstance(projection, nn.Linear):
         column = value_of(projection, "weight").float().to(column.device) @ column
     return column
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[str]:
-    """The first tokens that can be read, as a reader meets them in a text: with their leading space."""
+def _readable_tokens(tokenizer: "PreTrainedTokenizerBase", order: Sequence[int]) -> list[str]:
+    """The first tokens that are readable text, each with its leading space."""
     special = set(tokenizer.all_special_ids)
-    found: list[str] = []
+    texts: list[str] = []
     for token in order:
         if token in special or token >= len(tokenizer):
             continue
-        text = text_of(tokenizer, token)
-        if text.strip() and "\ufffd" not in text and text not in found:
-            found.append(text)
-        if len(found) == TOKENS:
+        text = token_text(tokenizer, token)
+        if text.strip() and "\ufffd" not in text and text not in texts:
+            texts.append(text)
+        if len(texts) == TOKENS:
             break
-    return found
+    return texts
 
 
-def _strongest_activations(
+def _find_strongest_activations(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     units: Sequence[Unit],
     samples: ReferenceSet,
 ) -> list[Fired]:
-    """For each unit the samples on which its activation (the input of mlp.down) was largest in size, up to
-    and with the token it was at."""
+    """For each unit, the samples with the largest absolute activation (the input of mlp.down), each cut after
+    the token where it occurred."""
     encoded = encode_whole(model, samples, tokenizer)
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
     ids = {sample.index: sample.ids for sample in encoded}
     best: list[list[tuple[float, int, int]]] = [[] for _ in units]
     for batch in make_batches(encoded, 1024, device_of(model), rope_switches(model)):
-        # What fires on the mark at the start fires there always, and says nothing.
+        # Leave out special tokens: many neurons always fire at the start token, which says nothing about
+        # them.
         readable = batch.mask().cpu() & ~torch.isin(batch.ids.cpu(), special)
-        for place, (values, positions) in enumerate(_largest_entries(model, batch, units, readable)):
+        for unit_index, (values, positions) in enumerate(_largest_entries(model, batch, units, readable)):
             rows = [(values[row], sample.index, positions[row]) for row, sample in enumerate(batch.samples)]
-            best[place] = sorted([*best[place], *rows], key=lambda row: (-abs(row[0]), row[1]))[:PROMPTS]
+            best[unit_index] = sorted([*best[unit_index], *rows], key=lambda row: (-abs(row[0]), row[1]))[
+                :PROMPTS
+            ]
 
-    def describe(value: float, number: int, at: int) -> dict[str, Any]:
-        prompt = str(tokenizer.decode(ids[number][: at + 1], skip_special_tokens=True))
-        return {"prompt": prompt, "token": text_of(tokenizer, ids[number][at]), "activation": value}
+    def describe(value: float, number: int, position: int) -> dict[str, Any]:
+        prompt = str(tokenizer.decode(ids[number][: position + 1], skip_special_tokens=True))
+        return {"prompt": prompt, "token": token_text(tokenizer, ids[number][position]), "activation": value}
 
     return [[describe(*row) for row in rows] for rows in best]
 
 
 def _largest_entries(
-    model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], where: Tensor
+    model: "PreTrainedModel", batch: Batch, units: Sequence[Unit], mask: Tensor
 ) -> list[tuple[list[float], list[int]]]:
-    """Of each unit, for each row of the batch: its activation of the largest size at the positions `where`
-    [B, T], and which one it was."""
+    """For each unit, (activation, position) lists with one entry per row of the batch: the largest absolute
+    activation at the positions where `mask` [B, T] is true."""
     indices: dict[str, list[int]] = {}
     for site, index in units:
         indices.setdefault(site.name, []).append(index)
@@ -190,54 +198,57 @@ def _largest_entries(
         gathered[name] = iter(a[..., indices[name]].float().cpu().unbind(-1))
 
     sites = {site.name: downs[site.mlp] for site, _ in units}
-    with open_experts(model), torch.no_grad(), capture(sites, where, receive):
+    with open_experts(model), torch.no_grad(), capture(sites, mask, receive):
         model.base_model(input_ids=batch.ids, use_cache=False)
     values = [next(gathered[site.name]) for site, _ in units]
-    places = [a.abs().argmax(1) for a in values]
+    positions = [a.abs().argmax(1) for a in values]
     return [
-        (a.gather(1, at[:, None])[:, 0].tolist(), at.tolist()) for a, at in zip(values, places, strict=True)
+        (a.gather(1, position[:, None])[:, 0].tolist(), position.tolist())
+        for a, position in zip(values, positions, strict=True)
     ]
 
 
 # The cards stage: cards.json for the report.
 
 
-def write_cards(work: RunContext, found: SelectedCircuit) -> None:
-    """Write cards.json, unless the one there was made from the same circuit, samples and settings; nothing
-    for units without cards."""
+def write_cards(work: RunContext, selected: SelectedCircuit) -> None:
+    """Write cards.json, unless an existing one was made from the same circuit, samples and settings. Does
+    nothing for units without cards."""
     settings = work.recipe.cards
     if not has_cards(work.recipe):
         return
     samples = work.references["undesired"]
     made_from = fingerprint(
         {
-            "circuit": found.circuit.fingerprint,
-            "contrast": found.contrast.fingerprint,
+            "circuit": selected.circuit.fingerprint,
+            "contrast": selected.contrast.fingerprint,
             "samples": samples.fingerprint,
             "settings": settings.model_dump(),
-            "on": fingerprint_of(work.prepared) if settings.alone else None,
+            "on": fingerprint_samples(work.prepared) if settings.alone else None,
             "version": __version__,
         }
     )
-    if there := read_made(work, "cards.json", FORMAT, made_from):
-        log.info("cards.json is there")
-        work.used_again.append("cards.json")
-        for card in (card for card in there["cards"] if "alone" in card):
+    if content := read_if_current(work, "cards.json", FORMAT, made_from):
+        log.info("cards.json exists and fits")
+        work.reused_files.append("cards.json")
+        for card in (card for card in content["cards"] if "alone" in card):
             work.claim(f"evaluation/alone/{card['module']}.{card['index']}.json")
         return
 
     def measure_alone(circuit: Circuit) -> dict[str, float]:
         ((module, (index,)),) = circuit.members.items()
-        made = load_or_make_evaluation(work, f"alone/{module}.{index}", circuit)
-        figures = {o.metric: measurement(o, "alone").value for o in made.observations if o.metric in SHOWN}
+        evaluation = load_or_make_evaluation(work, f"alone/{module}.{index}", circuit)
+        figures = {
+            o.metric: measurement(o, "alone").value for o in evaluation.observations if o.metric in SHOWN
+        }
         return {name: value for name, value in figures.items() if value is not None}
 
     cards = make_cards(
         work.model,
         work.tokenizer,
-        found.circuit,
-        contrast=found.contrast,
-        parts=found.parts,
+        selected.circuit,
+        contrast=selected.contrast,
+        parts=selected.parts,
         samples=samples,
         most=settings.most,
         alone=settings.alone,

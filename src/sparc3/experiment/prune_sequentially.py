@@ -1,4 +1,4 @@
-"""Sequential Wanda: each layer is scored on what the already pruned layers before it give."""
+"""Sequential Wanda: score each layer on the outputs of the layers before it, which are already pruned."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import __version__, distributed
 from ..attribution.activations import capture
-from ..attribution.patching import frozen
+from ..attribution.patching import freeze
 from ..circuits.ablate import ablated
 from ..circuits.circuit import Circuit
 from ..circuits.select import select
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 BATCH_TOKENS = 2048
-"""Padded tokens that run through a layer at once."""
+"""Padded tokens in one forward pass of a layer."""
 
 
 def prune_sequentially(
@@ -45,12 +45,12 @@ def prune_sequentially(
     truncate: bool = False,
     progress: bool = False,
 ) -> Circuit:
-    """The weights that Wanda's own code would remove (Sun et al. 2024): layer after layer, by |W_ij| · ‖a_j‖₂
-    with the activations of the model without what was removed before. Inside a layer all sites see the layer
-    as it was.
+    """The weights that Wanda's published code would remove (Sun et al. 2024): layer after layer, by |W_ij| ·
+    ‖a_j‖₂ with the activations of the model without the weights removed so far. Within a layer, all sites are
+    scored before any weight is removed.
 
-    One pass over the layers, each run twice; the hidden states of all samples are held at once. The model is
-    afterwards as it was.
+    One pass over the layers, each of which runs twice; the hidden states of all samples are in memory at
+    once. Afterwards the model is as it was.
 
     Args:
         samples: as in `attribute`.
@@ -58,11 +58,11 @@ def prune_sequentially(
         truncate: as in `attribute`.
         fraction: the share of every output row, or of every site.
         scope: "row", "site", or "n:m" without a fraction.
-        sites: canonical roles; all that the model has where none is given.
-        batch_tokens: padded tokens that run through a layer at once.
+        sites: canonical roles; by default all that the model has.
+        batch_tokens: padded tokens in one forward pass of a layer.
 
     Returns:
-        a circuit of weights, to be given to `ablated`, `ablate_` or `export`.
+        a circuit of weights, for `ablated`, `ablate_` or `export`.
 
     Raises:
         UserError: as `attribute` and `select` do.
@@ -73,7 +73,7 @@ def prune_sequentially(
             "or n:m such as 2:4"
         )
     references = ReferenceSet.of(samples)
-    where = sites_of(model, sites or [role for role in ROLES if role in family_of(model).roles])
+    model_sites = sites_of(model, sites or [role for role in ROLES if role in family_of(model).roles])
     encoded = encode(
         references,
         tokenizer,
@@ -82,9 +82,11 @@ def prune_sequentially(
         vocabulary=vocabulary_size(model),
         truncate=truncate,
     )
-    described = describe(model)
+    model_info = describe(model)
     members: dict[str, Tensor] = {}
-    with frozen(model), torch.no_grad(), ExitStack() as removed:
+    with freeze(model), torch.no_grad(), ExitStack() as removed:
+        # As in Wanda's published code, the first layer's inputs are caught once; from then on the layers are
+        # run one by one on them, and the rest of the model is not.
         flows = [
             capture_layer_inputs(model, batch)
             for batch in make_batches(
@@ -92,18 +94,21 @@ def prune_sequentially(
             )
         ]
         layers = list(layers_of(model))
-        shown = removed.enter_context(Progress(len(layers), "pruning", "layer", show=progress))
-        for index, layer in enumerate(shown.each(layers)):
-            scores = layer_scores(layer, [site for site in where if site.layer == index], flows, described)
+        progress_bar = removed.enter_context(Progress(len(layers), "pruning", "layer", show=progress))
+        for index, layer in enumerate(progress_bar.each(layers)):
+            scores = layer_scores(
+                layer, [site for site in model_sites if site.layer == index], flows, model_info
+            )
             part = select(scores, fraction=fraction, scope=scope)
             members |= part.members
+            # The layer stays pruned until the end of the `with`, and its outputs are the next one's inputs.
             removed.enter_context(ablated(model, part))
             for flow in flows:
-                flow.hidden = flow.through(layer)
+                flow.hidden = flow.run_layer(layer)
     return Circuit(
         "weight",
         members,
-        described,
+        model_info,
         {
             "selection": {"fraction": fraction, "scope": scope, "order": "lowest", "sequential": True},
             "scores": {
@@ -112,7 +117,7 @@ def prune_sequentially(
                 "samples": len(encoded),
                 "samples_fingerprint": references.fingerprint,
             },
-            "sizes": {site.name: site.out * site.inp for site in where},
+            "sizes": {site.name: site.out * site.inp for site in model_sites},
             "version": __version__,
         },
     )
@@ -123,22 +128,23 @@ class _LayerFlow:
     """One batch on its way through the layers.
 
     Attributes:
-        hidden: [B, T, hidden], what enters the next layer.
-        others: layer → the other arguments that the model gives it (masks, position embeddings).
+        hidden: [B, T, hidden], the input of the next layer.
+        others: layer → its other arguments (masks, position embeddings).
     """
 
     batch: Batch
     hidden: Tensor
     others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 
-    def through(self, layer: nn.Module) -> Tensor:
+    def run_layer(self, layer: nn.Module) -> Tensor:
         args, kwargs = self.others[layer]
         output = layer(self.hidden, *args, **kwargs)
+        # Some families' layers return (hidden, …), others the hidden state itself.
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def capture_layer_inputs(model: "PreTrainedModel", batch: Batch) -> _LayerFlow:
-    """What the model gives to its layers, seen in one forward pass."""
+    """The inputs of the first layer, and the other arguments of all layers, recorded in one forward pass."""
     layers = list(layers_of(model))
     first: list[Tensor] = []
     others: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -158,22 +164,22 @@ def capture_layer_inputs(model: "PreTrainedModel", batch: Batch) -> _LayerFlow:
 
 
 def layer_scores(
-    layer: nn.Module, sites: list[Site], flows: list[_LayerFlow], described: dict[str, str]
+    layer: nn.Module, sites: list[Site], flows: list[_LayerFlow], model_info: dict[str, str]
 ) -> Scores:
     """|W_ij| · ‖a_j‖₂ of one layer's sites, over the tokens of all samples and ranks."""
     squares = {site.name: torch.zeros(site.inp, dtype=torch.float64) for site in sites}
-    by_name = {site.name: site for site in sites}
+    sites_by_name = {site.name: site for site in sites}
     for flow in flows:
         mask = flow.batch.mask()
 
         def receive(name: str, a: Tensor, mask: Tensor = mask) -> None:
             squares[name] += a[mask.to(a.device)].square().sum(0).cpu()
 
-        with capture(by_name, mask, receive):
-            flow.through(layer)
+        with capture(sites_by_name, mask, receive):
+            flow.run_layer(layer)
     distributed.sum_(squares.values())
     values = {}
     for site in sites:
         size = site.weight.detach().to("cpu", torch.float32, copy=True).abs_()
         values[site.name] = size.mul_(squares[site.name].sqrt().float())
-    return Scores(values, {"unit": "weight", "method": "wanda", "model": described})
+    return Scores(values, {"unit": "weight", "method": "wanda", "model": model_info})

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sparc3")
 SIGNS = {True: "pass", False: "FAIL", None: "note"}
-"""How a criterion came out; a note is for the reader to judge."""
+"""Outcome of a check → its word in the log; a note is left for the reader to judge."""
 
 
 def run(
@@ -54,37 +54,39 @@ def run(
 
     Args:
         recipe: a bundled recipe's name, a YAML path, its content, or a Recipe.
-        resume: go on with a run that `out` holds, finished or not. What fits the recipe is used again,
-            whatever recipe made it; the rest is made anew, and results of an earlier recipe are moved into
+        resume: continue a run in `out`, finished or not. Files that fit the recipe are reused, whatever
+            recipe made them; the rest is made again, and results of an earlier recipe are moved into
             `earlier/`. False refuses such a folder.
-        track: "wandb", "trackio", "tensorboard", or an object with the methods of `Tracker`. It is told
-            stages, measurements and the report; one that fails is left out with a warning.
+        track: "wandb", "trackio", "tensorboard", or an object with the methods of `Tracker`. It gets the
+            stages, measurements and report; if it fails, a warning says so and the run goes on.
 
     Raises:
-        UserError: an unknown tracker; a recipe that does not fit, `out` holding other files, or a run that is
-            going on; prompts that are in a reference and an evaluation set.
+        UserError: an unknown tracker; a recipe that does not fit the model or samples; other files or an
+            active run in `out`; prompts that are both in a reference and an evaluation set.
     """
-    loaded = load_recipe(recipe)
+    loaded_recipe = load_recipe(recipe)
     require_tracker(track)
-    if loaded.job == "discover":
-        discover.require_task(loaded)
-    require_loadable(loaded.model.id, dtype=loaded.model.dtype, device=loaded.model.device)
-    check_metrics(loaded.metrics())
+    if loaded_recipe.job == "discover":
+        discover.require_task(loaded_recipe)
+    require_loadable(
+        loaded_recipe.model.id, dtype=loaded_recipe.model.dtype, device=loaded_recipe.model.device
+    )
+    check_metrics(loaded_recipe.metrics())
     folder = Path(out)
-    distributed.start()
-    with claim_folder(folder, loaded, resume), log_to_folder(folder):
-        tracked = TrackedRun(track, loaded, folder)
+    distributed.start()  # under torchrun, join the other ranks; otherwise nothing
+    with claim_folder(folder, loaded_recipe, resume), log_to_folder(folder):
+        tracked = TrackedRun(track, loaded_recipe, folder)
         try:
-            results = _run_stages(loaded, folder, Stages(tracked), progress)
+            results = _run_stages(loaded_recipe, folder, Stages(tracked), progress)
         except BaseException:
-            tracked.tell("close", False)
+            tracked.notify("close", False)
             raise
-        tracked.tell("close", True)
+        tracked.notify("close", True)
         return results
 
 
 def _run_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) -> Results:
-    began = time.perf_counter()
+    start = time.perf_counter()
     with stages.stage("model"):
         work = _load_context(recipe, folder, progress)
         recipe = work.recipe
@@ -94,36 +96,37 @@ def _run_stages(recipe: Recipe, folder: Path, stages: "Stages", progress: bool) 
     with stages.stage("samples"):
         gather_all(work)
     metrics = [(f"evaluation.{p.metric.name}", p.settings, p.samples) for p in work.prepared]
-    searched = [*work.budget, *work.aim]
-    metrics += [(f"validation of evaluation.{p.metric.name}", p.settings, p.samples) for p in searched]
+    validation = [*work.budget, *work.aim]
+    metrics += [(f"validation of evaluation.{p.metric.name}", p.settings, p.samples) for p in validation]
     limits = Limits(work.tokenizer, context_length(work.model), vocabulary_size(work.model))
     check_samples(recipe, work.references, metrics, limits)
+    # Up to here, a recipe that does not fit has been refused without a change to an earlier run's files.
     accept_recipe(work)
     if distributed.is_main():
         write_json(folder / "environment.json", describe_environment(work.model))
-    completed = {
+    has_completions = {
         name: all(sample.completion is not None for sample in samples)
         for name, samples in work.references.items()
     }
-    log.info("work: %s", list_work(recipe, sites, completed.__getitem__).summary)
+    log.info("work: %s", list_work(recipe, sites, has_completions.__getitem__).summary)
     score, evaluate = JOBS[recipe.job]
     with stages.stage("scores"):
-        found = score(work)
+        selected = score(work)
     with stages.stage("evaluation"):
-        results = evaluate(work, found, stages.seconds)
+        results = evaluate(work, selected, stages.seconds)
     if distributed.is_main():
         results.save(folder / "results.json")
-        stages.tracked.tell("measurements", list(results))
+        stages.tracked.notify("measurements", list(results))
         page = write_report(folder)
         log.info("report: %s", page)
-        stages.tracked.tell("report", page)
+        stages.tracked.notify("report", page)
         tidy(work)
         for check in results.provenance.get("checks") or ():
             log.info("%s  %s: %s", SIGNS[check["ok"]], check["name"], check["value"])
         if verdict := results.provenance.get("verdict"):
             log.info("verdict: %s", verdict["said"])
     distributed.wait()
-    log.info("done in %.0f s", time.perf_counter() - began)
+    log.info("done in %.0f s", time.perf_counter() - start)
     return results
 
 
@@ -136,12 +139,12 @@ def _find_circuits(work: RunContext) -> list[Found]:
     return [(scoring_of_recipe(work, seed), find_circuit(work, seed)) for seed in seeds]
 
 
-def _measure_circuits(work: RunContext, found: list[Found], seconds: Mapping[str, float]) -> Results:
-    """The cards and the tokens' relevance are of the first one."""
-    results = measure_variants(work, found, seconds)
-    how, circuit = found[0]
+def _measure_circuits(work: RunContext, circuits: list[Found], seconds: Mapping[str, float]) -> Results:
+    """The results; cards and token maps are those of the first circuit."""
+    results = measure_variants(work, circuits, seconds)
+    spec, circuit = circuits[0]
     write_cards(work, circuit)
-    write_token_maps(work, how)
+    write_token_maps(work, spec)
     return results
 
 
@@ -151,12 +154,12 @@ JOBS = {
     "discover": (discover.rank_units, discover.measure_circuits),
     "compress": (compress.prune_by_all_methods, compress.measure_pruned),
 }
-"""Job → what its stages "scores" and "evaluation" do; the second gets what the first gives, and the seconds
-that each stage took."""
+"""Job → the functions of its stages "scores" and "evaluation". The second gets the first's return value, and
+the seconds of each stage so far."""
 
 
 class Stages:
-    """Notes how long each stage took, and tells the tracker."""
+    """Times each stage, and notifies the tracker."""
 
     def __init__(self, tracked: TrackedRun) -> None:
         self.tracked = tracked
@@ -164,32 +167,32 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)
-        self.tracked.tell("stage", name, self.seconds[name])
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.tracked.notify("stage", name, self.seconds[name])
 
 
 def _load_context(recipe: Recipe, folder: Path, progress: bool) -> RunContext:
     model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
-    described = describe(model)
+    model_info = describe(model)
     parameters = sum(value.numel() for _, value in named_values(model))
     log.info(
         "model %s: %s, fingerprint %s, %s on %s",
-        described["id"],
+        model_info["id"],
         f"{parameters:,} parameters",
-        described["fingerprint"],
+        model_info["fingerprint"],
         str(model.dtype).removeprefix("torch."),
         device_of(model),
     )
-    if isinstance(asked := recipe.attribution.words, WordsBy):
-        options = recipe.attribution.but(words=find_words(tokenizer, asked))
+    if isinstance(words := recipe.attribution.words, WordsBy):
+        options = recipe.attribution.copy_with(words=find_words(tokenizer, words))
         recipe = recipe.model_copy(update={"attribution": options})
-    return RunContext(recipe, folder, progress, model, tokenizer, described, waiting=[])
+    return RunContext(recipe, folder, progress, model, tokenizer, model_info, pending_samples=[])
 
 
 def describe_environment(model: "PreTrainedModel") -> dict[str, Any]:
-    """What the run ran on: versions and hardware, nothing that names the user or the machine."""
+    """Versions and hardware of the run; nothing that names the user or the machine."""
     import torch
     import transformers
 

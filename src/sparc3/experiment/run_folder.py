@@ -1,5 +1,5 @@
-"""The run folder: whose it is, who is working in it, what of it can be used again, and what becomes of it
-when its recipe changes."""
+"""The run folder: its lock, the files in it that can be reused, and what happens to them when the recipe
+changes."""
 
 import fcntl
 import logging
@@ -34,26 +34,26 @@ if TYPE_CHECKING:
 log = logging.getLogger("sparc3")
 Noun = TypeVar("Noun", ReferenceSet, Scores, Circuit, Evaluation)
 Intervention = Circuit | Damping | MeanAblation
-"""What makes a variant: units that are removed, damped, or at their means."""
+"""What turns the model into a variant: units to remove, to damp, or to replace by their means."""
 
 
 @dataclass
 class RunContext:
-    """One run under way: what every stage needs.
+    """The state of one run, which every stage gets.
 
     Attributes:
-        described: id, architecture and fingerprint of the model as it was loaded.
+        model_info: id, architecture and fingerprint of the model as it was loaded.
         references: name → reference set, filled by the samples stage.
         prepared: the metrics with their test samples, filled by the samples stage.
         budget, aim: the metrics of a search with their validation samples: those it keeps within bounds, and
-            the one to better, with the fluency of what is written for it.
-        warnings: what the reader of the results should know.
-        noted: what stages add to the results' provenance.
-        protected: units that no selection takes, because the model breaks without one of them.
-        rivals: variant → the best that another method does under the same budget, found by the search.
-        belongs, made, used_again: names of files in the folder: all that belong to this run, those it made,
-            those that were there.
-        waiting: samples and where they go, instead of an earlier recipe's, once this one has passed the
+            the one it improves, with the fluency of the texts written for it.
+        warnings: warnings for the reader of the results.
+        notes: sections that stages add to the results' provenance.
+        protected: units that no selection takes, because the model breaks without any one of them.
+        rivals: variant → another method's best intervention under the same budget, found by the search.
+        own_files, made_files, reused_files: names of files in the folder: all that belong to this run, those
+            that it made, and those that it found.
+        pending_samples: (samples, path) that replace an earlier recipe's once the new recipe has passed the
             check; None from then on.
     """
 
@@ -62,36 +62,39 @@ class RunContext:
     progress: bool
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
-    described: dict[str, str]
+    model_info: dict[str, str]
     references: dict[str, ReferenceSet] = field(default_factory=dict)
     prepared: list[Prepared] = field(default_factory=list)
     budget: list[Prepared] = field(default_factory=list)
     aim: list[Prepared] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    noted: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     protected: Circuit | None = None
     rivals: dict[str, Intervention] = field(default_factory=dict)
-    belongs: set[str] = field(default_factory=set)
-    made: list[str] = field(default_factory=list)
-    used_again: list[str] = field(default_factory=list)
-    waiting: list[tuple[Any, Path]] | None = None
+    own_files: set[str] = field(default_factory=set)
+    made_files: list[str] = field(default_factory=list)
+    reused_files: list[str] = field(default_factory=list)
+    pending_samples: list[tuple[Any, Path]] | None = None
 
     def claim(self, name: str) -> Path:
-        """The path of a file of this run, which from now on belongs to it."""
-        self.belongs |= {name, f"{name.removesuffix('.jsonl')}.source.json"}
+        """The path of a file, which from now on belongs to this run (`tidy` removes the others)."""
+        self.own_files |= {name, f"{name.removesuffix('.jsonl')}.source.json"}
         return self.folder / name
 
-    def warn(self, said: str) -> None:
-        """Say it in the log and in the results, once."""
-        if said not in self.warnings:
-            self.warnings.append(said)
-            log.warning(said)
+    def warn(self, message: str) -> None:
+        """Write a warning into the log and the results, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            log.warning(message)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names what every stage computes with: model, tokenizer, and the tokens that end a continuation."""
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
-        return fingerprint([self.described["fingerprint"], tokenizer_fingerprint(self.tokenizer), ends])
+        """Identifies what every stage depends on: model, tokenizer, and the tokens that end a
+        continuation."""
+        end_tokens = getattr(self.model.generation_config, "eos_token_id", None)
+        return fingerprint(
+            [self.model_info["fingerprint"], tokenizer_fingerprint(self.tokenizer), end_tokens]
+        )
 
     @property
     def correct(self) -> CorrectRecipe:
@@ -103,36 +106,37 @@ class RunContext:
 def load_or_make(
     work: RunContext, name: str, kind: type[Noun], inputs: Mapping[str, Any], make: Callable[[], Noun]
 ) -> Noun:
-    """The noun in the run folder's file `name` if it was made from the same inputs, else a new one, which
-    notes their fingerprint and is saved there by rank 0."""
+    """The object in the run folder's file `name` if it was made from the same inputs; otherwise a new one,
+    which records their fingerprint and is saved by rank 0."""
     made_from = fingerprint({**inputs, "version": __version__})
-    found: Noun | None = None
-    where = work.claim(name)
-    if where.is_file():
+    loaded: Noun | None = None
+    path = work.claim(name)
+    if path.is_file():
         try:
-            found = kind.load(where)
-        except UserError as error:  # also another kind of file: under this name, it is not what the run left
+            loaded = kind.load(path)
+        except UserError as error:  # damaged, or of another kind, hence not written by a run
             log.warning("%s; making it again", error)
-    if distributed.first(found is not None and _made_from(found) == made_from):
-        log.info("%s is there", name)
-        work.used_again.append(name)
-        return found or kind.load(where)
-    if found is not None:
+    # Rank 0 decides for all: on a shared disk, another rank might not see its file yet.
+    if distributed.first(loaded is not None and _made_from(loaded) == made_from):
+        log.info("%s exists and fits", name)
+        work.reused_files.append(name)
+        return loaded or kind.load(path)
+    if loaded is not None:
         log.info("%s was made from other inputs; making it again", name)
-    made = make()
-    if isinstance(made, Evaluation):
-        made = replace(made, made_from=made_from)
-    elif isinstance(made, ReferenceSet):
-        made = replace(made, source={**made.source, "made_from": made_from})
+    noun = make()
+    if isinstance(noun, Evaluation):
+        noun = replace(noun, made_from=made_from)
+    elif isinstance(noun, ReferenceSet):
+        noun = replace(noun, source={**noun.source, "made_from": made_from})
     else:
-        made = replace(made, provenance={**made.provenance, "made_from": made_from})
-    work.made.append(name)
-    if work.waiting is not None and where.exists():
-        work.waiting.append((made, where))
+        noun = replace(noun, provenance={**noun.provenance, "made_from": made_from})
+    work.made_files.append(name)
+    if work.pending_samples is not None and path.exists():
+        work.pending_samples.append((noun, path))
     elif distributed.is_main():
-        made.save(where)
+        noun.save(path)
     distributed.wait()
-    return made
+    return noun
 
 
 def _made_from(noun: ReferenceSet | Scores | Circuit | Evaluation) -> object:
@@ -141,27 +145,28 @@ def _made_from(noun: ReferenceSet | Scores | Circuit | Evaluation) -> object:
     return (noun.source if isinstance(noun, ReferenceSet) else noun.provenance).get("made_from")
 
 
-def read_made(work: RunContext, name: str, format: str, made_from: str) -> dict[str, Any]:
-    """The run folder's JSON file `name` if it was made from the same inputs, else nothing."""
-    where, found = work.claim(name), dict[str, Any]()
-    if where.is_file():
+def read_if_current(work: RunContext, name: str, format: str, made_from: str) -> dict[str, Any]:
+    """The content of the run folder's JSON file `name` if it was made from the same inputs, else {}."""
+    path, content = work.claim(name), dict[str, Any]()
+    if path.is_file():
         try:
-            found = read_json(where, format)
+            content = read_json(path, format)
         except UserError as error:
             log.warning("%s; making it again", error)
-    found = distributed.first(found)
-    return found if found.get("made_from") == made_from else {}
+    content = distributed.first(content)
+    return content if content.get("made_from") == made_from else {}
 
 
 @contextmanager
 def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process, after checking that the folder is a run's or
-    empty.
+    """Inside, hold the folder's lock, after checking that the folder is empty or holds a run. The system
+    frees the lock when the process ends.
 
     Raises:
-        UserError: the folder holds other files than a run's, a link, or a run though `resume` is False;
-            another process works in it, or it cannot be written.
+        UserError: the folder contains foreign files, a link, or a run although `resume` is False; another
+            process works in it; or it cannot be written.
     """
+    # Rank 0 alone holds the lock; the others wait here until it does.
     if not distributed.is_main():
         distributed.wait()
         yield
@@ -207,28 +212,28 @@ def claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
 
 
 def accept_recipe(work: RunContext) -> None:
-    """The recipe has passed the check, and is the folder's from now on: what an earlier one left makes way.
-    Until here a refused recipe has changed nothing of a finished run."""
+    """Make the folder this recipe's, after it has passed the check: put an earlier recipe's results aside,
+    and save the samples. A recipe that is refused before has changed nothing of a finished run."""
     if distributed.is_main():
         if read_text(work.folder / "recipe.yaml") != work.recipe.to_yaml():
             take_over(work.folder, work.recipe)
             write_text(work.folder / "recipe.yaml", work.recipe.to_yaml())
-        for made, where in work.waiting or ():
-            made.save(where)
-    work.waiting = None
+        for noun, path in work.pending_samples or ():
+            noun.save(path)
+    work.pending_samples = None
     distributed.wait()
 
 
 def _require_run(folder: Path, resume: bool) -> None:
-    """Raise UserError where the folder holds something else than a run, or a run that is not to be gone on
-    with."""
+    """Raise UserError if the folder contains something other than a run, or a run that must not be
+    resumed."""
     names = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
-    others = [name for name in names if name not in (".lock", "log.txt")]
-    if others and "recipe.yaml" not in others:
+    files = [name for name in names if name not in (".lock", "log.txt")]
+    if files and "recipe.yaml" not in files:
         raise UserError(
-            f"{folder} contains files ({others[0]}, …) that do not belong to a run; choose an empty --out"
+            f"{folder} contains files ({files[0]}, …) that do not belong to a run; choose an empty --out"
         )
-    if others and not resume:
+    if files and not resume:
         raise UserError(
             f"{folder} already contains a run; omit --no-resume to resume it, or choose another --out"
         )
@@ -236,25 +241,24 @@ def _require_run(folder: Path, resume: bool) -> None:
 
 @contextmanager
 def log_to_folder(folder: Path) -> Iterator[None]:
-    """Stage lines also go to log.txt while the run lasts."""
+    """Inside, log lines also go to log.txt."""
     if not distributed.is_main():
         yield
         return
     handler = _LogFile(folder / "log.txt")
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
-    earlier = log.level
-    log.setLevel(min(earlier or logging.INFO, logging.INFO))
+    previous_level = log.level
+    log.setLevel(min(previous_level or logging.INFO, logging.INFO))
     try:
         yield
     finally:
         log.removeHandler(handler)
-        log.setLevel(earlier)
+        log.setLevel(previous_level)
 
 
 class _LogFile(logging.Handler):
-    """Opens the file for each line, so that a line that cannot be written is an error of that line and of no
-    later one."""
+    """Opens the file for each line, so that a full disk fails at the line that it affects, not later."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -262,101 +266,104 @@ class _LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            with open(self.path, "a", encoding="utf-8") as opened:
-                opened.write(self.format(record) + "\n")
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self.format(record) + "\n")
         except OSError as error:
             raise Sparc3Error(
                 f"cannot write {self.path}: {error.strerror}; make room, then run the same command to resume"
             ) from error
 
 
-# A folder whose recipe changed: what that touches, where the earlier results go, and which files no longer
-# belong.
+# A folder whose recipe changed: what the change affects, where the earlier results go, and which files are
+# removed.
 
 
 OUTCOME = ("recipe.yaml", "report.html", "circuit.json", "circuit.safetensors", "results.json")
-"""What a finished run of a recipe is read by; of no use to a run of another one, which makes its own from
-what else is there. The results are last: where moving is cut short, the next run finds them, and goes on."""
+"""The files to move aside when the recipe changes. results.json is last: if moving is interrupted, the
+next run still finds it, and continues."""
 FOLDERS = ("samples", "scores", "evaluation", "circuits", "distributions")
 FILES = ("tune.json", "cards.json", "tokens.json", "circuit.json", "circuit.safetensors")
 
 
 def take_over(folder: Path, recipe: Recipe) -> None:
-    """Say what changed since the recipe that the folder holds, and put that one's results aside.
+    """Log what changed since the folder's recipe, and move that recipe's results aside.
 
-    Nothing expensive is lost by a mistake here: samples, scores and evaluations stay until what replaces them
-    is there, and each names what it was made from, so that until then the earlier recipe finds them again.
+    A mistaken change loses nothing expensive: samples, scores and evaluations stay until their replacements
+    exist. Each records what it was made from, so until then the earlier recipe can reuse them.
     """
-    try:  # unchecked: an earlier version may have known other keys
-        before = yaml.safe_load(read_text(folder / "recipe.yaml"))
+    try:  # not validated, because an earlier version may have known other keys
+        old_recipe = yaml.safe_load(read_text(folder / "recipe.yaml"))
     except (UserError, yaml.YAMLError, RecursionError):
-        before = {}
-    before = before if isinstance(before, dict) else {}
-    keys = list(changed_keys(before, yaml.safe_load(recipe.to_yaml()))) or ["its format"]
-    where = ""
+        old_recipe = {}
+    old_recipe = old_recipe if isinstance(old_recipe, dict) else {}
+    keys = list(list_changed_keys(old_recipe, yaml.safe_load(recipe.to_yaml()))) or ["its format"]
+    note = ""
     if (folder / "results.json").is_file():
-        aside = folder / "earlier" / fingerprint(before)
-        aside.mkdir(parents=True, exist_ok=True)
+        archive = folder / "earlier" / fingerprint(old_recipe)
+        archive.mkdir(parents=True, exist_ok=True)
         for name in OUTCOME:
             if (folder / name).is_file():
-                os.replace(folder / name, aside / name)
-        where = f"; the results so far are in earlier/{aside.name}"
+                os.replace(folder / name, archive / name)
+        note = f"; the results so far are in earlier/{archive.name}"
     if {"model.id", "model.dtype", "job"}.isdisjoint(keys):
-        say, then = log.info, f"what that touches is made anew, the rest is used again{where}"
+        log_line, consequence = log.info, f"what that touches is made anew, the rest is used again{note}"
     else:
-        say, then = (
+        log_line, consequence = (
             log.warning,
-            f"everything is made anew{where}; scores stay until new ones are there, so stop now if they "
+            f"everything is made anew{note}; scores stay until new ones are there, so stop now if they "
             "matter",
         )
-    say("the recipe of %s changed (%s): %s", folder, list_names(keys), then)
+    log_line("the recipe of %s changed (%s): %s", folder, list_names(keys), consequence)
 
 
-def changed_keys(before: Any, after: Any, key: str = "") -> Iterator[str]:
-    """The keys, as in "evaluation.toxicity.count", in which two recipes differ."""
+def list_changed_keys(before: Any, after: Any, key: str = "") -> Iterator[str]:
+    """The keys, such as "evaluation.toxicity.count", in which two recipes differ."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in dict.fromkeys([*before, *after]):
-            yield from changed_keys(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
+            yield from list_changed_keys(
+                before.get(name), after.get(name), f"{key}.{name}" if key else str(name)
+            )
     elif before != after:
         yield key
 
 
 def tidy(work: RunContext) -> None:
-    """At the end of a run: remove what runs of earlier recipes left and this one does not use, and log what
-    was used again, made and removed. Files that no run wrote stay."""
-    there = [work.folder / name for name in FILES]
-    there += [path for name in FOLDERS for path in sorted((work.folder / name).rglob("*"))]
-    strangers = [
+    """At the end of a run, remove files of earlier recipes that this run does not use, and log what was
+    reused, made and removed. Files that no run wrote stay."""
+    paths = [work.folder / name for name in FILES]
+    paths += [path for name in FOLDERS for path in sorted((work.folder / name).rglob("*"))]
+    unused = [
         path
-        for path in there
-        if path.relative_to(work.folder).as_posix() not in work.belongs
+        for path in paths
+        if path.relative_to(work.folder).as_posix() not in work.own_files
         and path.is_file()
-        and _is_of_a_run(path)
+        and _was_made_by_run(path)
     ]
-    for path in strangers:
+    for path in unused:
         path.unlink(missing_ok=True)
-    if work.used_again:
-        log.info("used again: %d files; made anew: %s", len(work.used_again), list_names(work.made) or "none")
-    removed = [path.relative_to(work.folder).as_posix() for path in strangers]
+    if work.reused_files:
+        made_names = list_names(work.made_files) or "none"
+        log.info("reused: %d files; made: %s", len(work.reused_files), made_names)
+    removed = [path.relative_to(work.folder).as_posix() for path in unused]
     if removed := [name for name in removed if not name.endswith(".source.json")]:
-        log.info("removed, as this recipe has no use for it: %s", list_names(removed))
+        log.info("removed, because this recipe does not use it: %s", list_names(removed))
 
 
-def _is_of_a_run(path: Path) -> bool:
-    """Whether the file says that a run made it."""
+def _was_made_by_run(path: Path) -> bool:
+    """Whether the file's content says that a run made it."""
     try:
         if path.suffix == ".jsonl":
             path = path.with_suffix(".source.json")
         if path.suffix == ".json":
-            found = parse_json(read_text(path))
-            said = str(found.get("format"))
-            made = found.get("made_from") or (found.get("source") or {}).get("made_from")
-            return said.startswith("sparc3.") and bool(made or (found.get("provenance") or {}))
+            content = parse_json(read_text(path))
+            format = str(content.get("format"))
+            made_from = content.get("made_from") or (content.get("source") or {}).get("made_from")
+            return format.startswith("sparc3.") and bool(made_from or (content.get("provenance") or {}))
         return str(read_header(path).get("format")).startswith("sparc3.")
     except (UserError, ValueError, AttributeError, OSError, RecursionError):
         return False
 
 
-def list_names(names: list[str], most: int = 6) -> str:
-    more = [f"{len(names) - most} more"] if len(names) > most + 1 else []
-    return ", ".join([*(names[:most] if more else names), *more])
+def list_names(names: list[str], limit: int = 6) -> str:
+    rest = [f"{len(names) - limit} more"] if len(names) > limit + 1 else []
+    return ", ".join([*(names[:limit] if rest else names), *rest])

@@ -1,4 +1,4 @@
-"""The scores stage: relevance on each reference set, their contrast, and the circuit it gives."""
+"""The scores stage: relevance on each reference set, their contrast, and the circuit selected by it."""
 
 import logging
 import math
@@ -34,16 +34,16 @@ log = logging.getLogger("sparc3")
 
 @dataclass(frozen=True)
 class ScoringSpec:
-    """One way to contrast: all settings that distinguish two candidates of a search, except the number of
-    units.
+    """How to compute a contrast: all settings that distinguish two candidates of a search, except the number
+    of units.
 
     Attributes:
         options: attribution options; the target comes from `targets`.
-        targets: name of each reference set that takes part → its target.
-        seed: the place of the seed by whose sets it scores, where they are kept apart.
+        targets: name of each reference set in the contrast → its target.
+        seed: the index of the seed whose sets it uses, if seeds are kept apart.
         strength: strength of the circuits selected with it.
-        file_prefix: of the names of its files in scores/.
-        damage: strengths are fitted at this damage; None where units are selected.
+        file_prefix: prefix of its files in scores/.
+        damage: the damage at which strengths are fitted; None if units are selected.
     """
 
     options: AttributionOptions
@@ -58,13 +58,13 @@ class ScoringSpec:
     def options_for(self, name: str) -> AttributionOptions:
         """The options that a reference set is scored with."""
         if self.damage is not None and name == "general":
-            return self.options.but(**SENSITIVITY)
-        return self.options.but(target=self.targets[name])
+            return self.options.copy_with(**SENSITIVITY)
+        return self.options.copy_with(target=self.targets[name])
 
 
 @dataclass(frozen=True)
 class SelectedCircuit:
-    """A circuit and what it came from: the contrast of the first round, and the scores of each set in it."""
+    """A circuit with the contrast of the first round, and the scores of each reference set in it."""
 
     circuit: Circuit
     contrast: Scores
@@ -72,73 +72,77 @@ class SelectedCircuit:
 
 
 Found = tuple[ScoringSpec, SelectedCircuit]
-"""A circuit and the contrast that found it."""
+"""A circuit, and the specification of the contrast that found it."""
 
 
 def scoring_of_recipe(work: RunContext, seed: int = 0) -> ScoringSpec:
-    """The contrast that the recipe asks for, by the sets of the seed at this place."""
-    asked, chosen = work.recipe.attribution, work.correct.selection
-    targets = {name: spec.target or asked.target for name, spec in work.recipe.references.items()}
-    return ScoringSpec(asked, targets, chosen.penalty, chosen.normalize, "", chosen.strength, seed)
+    """The contrast that the recipe specifies, with the sets of the seed at this index."""
+    options, selection = work.recipe.attribution, work.correct.selection
+    targets = {name: reference.target or options.target for name, reference in work.recipe.references.items()}
+    return ScoringSpec(
+        options, targets, selection.penalty, selection.normalize, strength=selection.strength, seed=seed
+    )
 
 
 def compute_contrast(
-    work: RunContext, how: ScoringSpec, removed: Circuit | None = None, prefix: str = ""
+    work: RunContext, spec: ScoringSpec, removed: Circuit | None = None, prefix: str = ""
 ) -> Scores:
     """The contrast on the model without the circuit `removed`, whose units are then ranked last."""
-    return contrast_parts(work, how, load_or_make_parts(work, how, removed, prefix), removed)
+    return contrast_parts(work, spec, load_or_make_parts(work, spec, removed, prefix), removed)
 
 
 def contrast_parts(
-    work: RunContext, how: ScoringSpec, sets: Mapping[str, Scores], removed: Circuit | None = None
+    work: RunContext, spec: ScoringSpec, sets: Mapping[str, Scores], removed: Circuit | None = None
 ) -> Scores:
     """The contrast from scores already computed, or the order in which strengths are fitted; units of
     `removed` and protected units are ranked last."""
-    if how.damage is not None:
+    if spec.damage is not None:
         return gain_by_damage(sets["undesired"], sets["general"], without=work.protected)
-    # Wanda's scores grow with the number of tokens, so that two sets compare only after scaling.
-    normalize = "l1" if how.options.method == "wanda" else how.normalize
-    made = contrast(
+    # Wanda's ‖a_j‖₂ grows with the number of tokens, so two sets are comparable only after scaling.
+    normalize = "l1" if spec.options.method == "wanda" else spec.normalize
+    scores = contrast(
         sets["general"],
         sets["undesired"],
         matched=sets.get("matched"),
-        penalty=how.penalty,
+        penalty=spec.penalty,
         normalize=normalize,
     )
-    last = removed or work.protected
+    ranked_last = removed or work.protected
+    # Protected units always have strength 1, and only circuits of one strength can be united.
     if removed and work.protected:
-        last = union(removed.at_full_strength, work.protected)
-    return exclude(made, last) if last else made
+        ranked_last = union(removed.at_full_strength, work.protected)
+    return exclude(scores, ranked_last) if ranked_last else scores
 
 
 def load_or_make_parts(
-    work: RunContext, how: ScoringSpec, removed: Circuit | None = None, prefix: str = ""
+    work: RunContext, spec: ScoringSpec, removed: Circuit | None = None, prefix: str = ""
 ) -> dict[str, Scores]:
-    """The scores of each reference set in `how`, on the model without the circuit `removed`."""
-    return {name: _load_or_make_scores(work, how, name, removed, prefix) for name in how.targets}
+    """The scores of each reference set in `spec`, on the model without the circuit `removed`."""
+    return {name: _load_or_make_scores(work, spec, name, removed, prefix) for name in spec.targets}
 
 
 def _load_or_make_scores(
-    work: RunContext, how: ScoringSpec, name: str, removed: Circuit | None, prefix: str
+    work: RunContext, spec: ScoringSpec, name: str, removed: Circuit | None, prefix: str
 ) -> Scores:
-    options, name = how.options_for(name), set_at_seed(work.recipe, name, how.seed)
+    options, name = spec.options_for(name), set_at_seed(work.recipe, name, spec.seed)
     samples = work.references[name]
     inputs = {
+        # These two change the memory that it takes, not the scores.
         **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),
         "samples": samples.fingerprint,
         "model": work.fingerprint,
         "without": removed.fingerprint if removed else None,
     }
     candidate = (
-        f"{how.file_prefix}{options.target.replace(':', '')}.{options.neuron}." if how.file_prefix else ""
+        f"{spec.file_prefix}{options.target.replace(':', '')}.{options.neuron}." if spec.file_prefix else ""
     )
     method = "" if options.method == work.recipe.attribution.method else f"{options.method}."
     path = f"scores/{prefix}{candidate}{method}{name}.safetensors"
 
     def make() -> Scores:
-        began = time.perf_counter()
+        start = time.perf_counter()
         with ablated(work.model, removed or Circuit(options.unit, {})):
-            made = attribute(
+            scores = attribute(
                 work.model,
                 samples,
                 tokenizer=work.tokenizer,
@@ -146,78 +150,83 @@ def _load_or_make_scores(
                 progress=work.progress,
                 partial=work.folder / f"{path}.partial",
             )
-        took = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         log.info(
             "scores %s, %s: %d samples, %d tokens, %.3f s a sample, %d skipped",
             options.method,
             name,
-            made.provenance["samples"],
-            made.provenance["tokens"],
-            took / max(1, len(samples)),
-            len(made.provenance["skipped"]),
+            scores.provenance["samples"],
+            scores.provenance["tokens"],
+            seconds / max(1, len(samples)),
+            len(scores.provenance["skipped"]),
         )
-        return Scores(dict(made), {**made.provenance, "seconds": round(took, 3)})
+        return Scores(dict(scores), {**scores.provenance, "seconds": round(seconds, 3)})
 
     return load_or_make(work, path, Scores, inputs, make)
 
 
 def find_circuit(work: RunContext, seed: int = 0) -> SelectedCircuit:
-    """The circuit to remove, found in as many rounds as the recipe says, by the sets of the seed at this
-    place."""
-    chosen, how = work.correct.selection, scoring_of_recipe(work, seed)
-    parts = load_or_make_parts(work, how)
-    first = contrast_parts(work, how, parts)
-    if chosen.count is None:
-        circuit = select(first, fraction=chosen.fraction, scope=chosen.scope, strength=how.strength)
-        return save_circuit(work, SelectedCircuit(circuit, first, parts), seed)
-    found = select_in_rounds(work, how, first, chosen.count, chosen.rounds)
-    if found is None:
+    """The circuit to remove, selected in as many rounds as the recipe says, with the sets of the seed at this
+    index."""
+    selection, spec = work.correct.selection, scoring_of_recipe(work, seed)
+    parts = load_or_make_parts(work, spec)
+    first = contrast_parts(work, spec, parts)
+    if selection.count is None:
+        share = select(first, fraction=selection.fraction, scope=selection.scope, strength=spec.strength)
+        return save_circuit(work, SelectedCircuit(share, first, parts), seed)
+    circuit = select_in_rounds(work, spec, first, selection.count, selection.rounds)
+    if circuit is None:
         raise UserError(
-            f"{chosen.count} {first.unit}s were requested in {chosen.rounds} rounds, but in a later round "
-            "the matched contrast has too few candidates below zero; ask for fewer, or lower the penalty"
+            f"{selection.count} {first.unit}s were requested in {selection.rounds} rounds, but in a later "
+            "round the matched contrast has too few candidates below zero; ask for fewer, or lower the "
+            "penalty"
         )
-    return save_circuit(work, SelectedCircuit(found, first, parts), seed)
+    return save_circuit(work, SelectedCircuit(circuit, first, parts), seed)
 
 
 def select_in_rounds(
-    work: RunContext, how: ScoringSpec, first: Scores, count: int, rounds: int
+    work: RunContext, spec: ScoringSpec, first: Scores, count: int, rounds: int
 ) -> Circuit | None:
-    """`count` units, a share of them by the contrast `first`, each further share by the contrast on the model
-    without those before.
+    """`count` units, selected in equal shares: the first by the contrast `first`, each later one by a
+    contrast on the model without the units selected so far.
 
-    None where a matched contrast has too few candidates below zero in a later round.
+    None if a matched contrast has too few candidates below zero in a later round.
     """
-    now, circuit = first, Circuit(work.recipe.attribution.unit, {}, work.described, strength=how.strength)
+    scores = first
+    circuit = Circuit(work.recipe.attribution.unit, {}, work.model_info, strength=spec.strength)
     for round_index in range(rounds):
         if round_index:
             # A search builds several circuits, so the scores of each have its fingerprint in the file name.
-            own = f"{circuit.fingerprint[:12]}." if how.file_prefix else ""
-            whose = f"seed{how.seed}." if how.seed else ""
-            now = compute_contrast(work, how, circuit, f"{whose}round{round_index + 1}.{own}")
-        wanted = count * (round_index + 1) // rounds - count * round_index // rounds
-        if round_index and wanted > count_candidates(now):
+            suffix = f"{circuit.fingerprint[:12]}." if spec.file_prefix else ""
+            prefix = f"seed{spec.seed}." if spec.seed else ""
+            scores = compute_contrast(work, spec, circuit, f"{prefix}round{round_index + 1}.{suffix}")
+        # Differences of rounded multiples, so that the rounds add up to exactly `count`.
+        size = count * (round_index + 1) // rounds - count * round_index // rounds
+        if round_index and size > count_candidates(scores):
             return None
-        part = select(now, count=wanted, scope=work.correct.selection.scope, strength=how.strength)
-        # Later rounds see the model without the earlier units, but the whole belongs to the model as it was.
-        circuit = replace(union(circuit, replace(part, model=work.described)), provenance=part.provenance)
+        part = select(scores, count=size, scope=work.correct.selection.scope, strength=spec.strength)
+        # A later round's scores are of the ablated model, but the circuit belongs to the original one.
+        circuit = replace(union(circuit, replace(part, model=work.model_info)), provenance=part.provenance)
     return circuit
 
 
-def save_circuit(work: RunContext, found: SelectedCircuit, seed: int = 0) -> SelectedCircuit:
-    """Write the circuit and its contrast into the run folder, under their standard names; returns
-    the circuit with `model` and `made_from` filled in. Where seeds are kept apart, each one's circuit is
-    circuits/seedN, and the first one's is circuit.json too."""
+def save_circuit(work: RunContext, selected: SelectedCircuit, seed: int = 0) -> SelectedCircuit:
+    """Write the circuit and its contrast into the run folder under their standard names. Returns the circuit
+    with `model` and `made_from` filled in.
+
+    If seeds are kept apart, each one's circuit is circuits/seedN, and the first one's is circuit.json too.
+    """
     made_from = fingerprint(
         {
             "selection": work.correct.selection.model_dump(exclude={"seeds"}),
-            "scores": found.contrast.fingerprint,
-            "units": found.circuit.fingerprint,
+            "scores": selected.contrast.fingerprint,
+            "units": selected.circuit.fingerprint,
         }
     )
-    provenance = {**found.circuit.provenance, "made_from": made_from}
-    circuit = replace(found.circuit, model=work.described, provenance=provenance)
+    provenance = {**selected.circuit.provenance, "made_from": made_from}
+    circuit = replace(selected.circuit, model=work.model_info, provenance=provenance)
     if distributed.is_main():
-        found.contrast.save(work.claim(f"scores/contrast{f'.{seed}' if seed else ''}.safetensors"))
+        selected.contrast.save(work.claim(f"scores/contrast{f'.{seed}' if seed else ''}.safetensors"))
         if seed == 0:
             circuit.save(work.claim(f"circuit{circuit.suffix}"))
         if work.correct.selection.seeds:
@@ -225,37 +234,37 @@ def save_circuit(work: RunContext, found: SelectedCircuit, seed: int = 0) -> Sel
     log.info(
         "circuit: %d of %d %ss%s in %d sites",
         len(circuit),
-        found.contrast.units,
+        selected.contrast.units,
         circuit.unit,
         circuit.at_strength,
         sum(1 for n in circuit.counts.values() if n),
     )
-    return replace(found, circuit=circuit)
+    return replace(selected, circuit=circuit)
 
 
-# Units the model cannot do without: removing one alone multiplies perplexity by PROTECTION_RATIO or more.
-# They are left out of every selection.
+# Protected units, such as super weights (Yu et al. 2024): removing a single one multiplies perplexity by
+# PROTECTION_RATIO or more. No selection takes them.
 
 MAX_SUSPECTS = 12
-"""How many neurons are tried, each alone."""
+"""Number of neurons to remove, each alone."""
 MAX_TEXTS = 6
-"""On how many general samples."""
+"""Number of general samples to measure them on."""
 MAX_TOKENS = 256
-"""Of how many tokens each."""
+"""Number of tokens from each sample."""
 SCREEN_TOKENS = 32
-"""How many of these tokens the first look takes; most neurons need no second."""
+"""Number of tokens in the first screen, which clears most neurons."""
 PROTECTION_RATIO = 1.5
-"""A neuron without which perplexity is at least this many times as large is protected."""
+"""Protect a neuron if the perplexity without it is at least this many times as large."""
 Unit = tuple[str, int]
 
 
 def protect_units(work: RunContext) -> None:
     """Fill work.protected, and list it in the results' provenance. Does nothing for heads, weights and sites
-    other than mlp.up, or without `selection.protect`; raises UserError where mlp.down is quantised.
+    other than mlp.up, or without `selection.protect`; raises UserError if mlp.down is quantised.
 
-    A screen, not a search: only the neurons that write hardest into the residual stream are tried, each
-    alone, on a few general samples. Their first tokens come first: only a neuron without which these are
-    √PROTECTION_RATIO times as perplexing is tried on the whole.
+    A screen, not an exhaustive search: only the neurons with the largest contributions to the residual stream
+    are removed, each alone, on the beginnings of a few general samples. Those that raise perplexity there
+    √PROTECTION_RATIO times or more are measured again on the whole samples.
     """
     if not is_protected(work.recipe):
         return
@@ -263,54 +272,54 @@ def protect_units(work: RunContext) -> None:
     texts = [ids[:MAX_TOKENS] for sample in joined if len(ids := sample.input_ids or ()) > 1]
     if not texts:
         return
-    found = _measure_ratios(work, _select_suspects(work, texts), [ids[:SCREEN_TOKENS] for ids in texts])
-    likely = [unit for unit, ratio in found.items() if ratio >= math.sqrt(PROTECTION_RATIO)]
+    ratios = _measure_ratios(work, _select_suspects(work, texts), [ids[:SCREEN_TOKENS] for ids in texts])
+    likely = [unit for unit, ratio in ratios.items() if ratio >= math.sqrt(PROTECTION_RATIO)]
     if likely and max(map(len, texts)) > SCREEN_TOKENS:
-        found |= _measure_ratios(work, likely, texts)
-    kept = {unit: ratio for unit, ratio in found.items() if ratio >= PROTECTION_RATIO}
+        ratios |= _measure_ratios(work, likely, texts)
+    protected = {unit: ratio for unit, ratio in ratios.items() if ratio >= PROTECTION_RATIO}
     members = {
-        name: tuple(sorted(index for other, index in kept if other == name))
-        for name in dict.fromkeys(name for name, _ in kept)
+        name: tuple(sorted(index for module, index in protected if module == name))
+        for name in dict.fromkeys(name for name, _ in protected)
     }
-    work.protected = Circuit("neuron", members, work.described) if members else None
-    work.noted["protected"] = [
+    work.protected = Circuit("neuron", members, work.model_info) if members else None
+    work.notes["protected"] = [
         {"module": name, "index": index, "perplexity_ratio": finite(ratio)}
-        for (name, index), ratio in kept.items()
+        for (name, index), ratio in protected.items()
     ]
     log.info(
         "protected: %d of %d suspects multiply perplexity by %.3g or more (at most %.3g)",
-        len(kept),
-        len(found),
+        len(protected),
+        len(ratios),
         PROTECTION_RATIO,
-        max(found.values()),
+        max(ratios.values()),
     )
 
 
 def _select_suspects(work: RunContext, texts: list[tuple[int, ...]]) -> list[Unit]:
     samples = ReferenceSet(tuple(Sample(input_ids=ids) for ids in texts))
     writes = distributed.first(largest_writes(work.model, samples))
-    places = [(name, index) for name, values in writes.items() for index in range(len(values))]
-    hardest = torch.cat(list(writes.values())).argsort(descending=True, stable=True)
-    return [places[i] for i in hardest[:MAX_SUSPECTS].tolist()]
+    units = [(name, index) for name, values in writes.items() for index in range(len(values))]
+    order = torch.cat(list(writes.values())).argsort(descending=True, stable=True)
+    return [units[i] for i in order[:MAX_SUSPECTS].tolist()]
 
 
 def _measure_ratios(work: RunContext, units: list[Unit], texts: list[tuple[int, ...]]) -> dict[Unit, float]:
-    """How many times as perplexing the texts are without each unit alone."""
+    """Perplexity of the texts without each unit alone, divided by that of the whole model."""
     windows = [(ids, len(ids) - 1) for ids in texts]
-    before, found = _measure_perplexity(work, windows), {}
+    before, ratios = _measure_perplexity(work, windows), {}
     if not math.isfinite(before):
         raise NonFinite(
             "the model's perplexity on general samples is not finite; load it in bfloat16 or float32"
         )
-    with Progress(len(units), "protection", "neuron", show=work.progress) as shown:
-        for name, index in shown.each(units):
+    with Progress(len(units), "protection", "neuron", show=work.progress) as progress:
+        for name, index in progress.each(units):
             with ablated(work.model, Circuit("neuron", {name: (index,)})):
-                found[name, index] = _measure_perplexity(work, windows) / before
-    return found
+                ratios[name, index] = _measure_perplexity(work, windows) / before
+    return ratios
 
 
 def _measure_perplexity(work: RunContext, windows: list[Window]) -> float:
     """Infinite if any loss is NaN or Inf, so that a broken model counts as infinitely worse."""
     nll = negative_log_likelihoods(work.model, windows, progress=False)
-    whole = sum(math.inf if value is None else value for value in nll)
-    return float(torch.tensor(whole / sum(predicted for _, predicted in windows)).exp())
+    total = sum(math.inf if value is None else value for value in nll)
+    return float(torch.tensor(total / sum(predicted for _, predicted in windows)).exp())

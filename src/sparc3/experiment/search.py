@@ -1,7 +1,6 @@
-"""The search: candidates tried on validation samples under a damage budget.
+"""The search: measure candidates on validation samples, and choose the best under a damage budget.
 
-Attribution is done once for each target and kind of neuron score, and again for each further round of a
-candidate.
+Attribution runs once for each target and kind of neuron score, and again for each later round of a candidate.
 """
 
 import logging
@@ -14,7 +13,7 @@ from ..circuits.circuit import Circuit
 from ..circuits.fit import fit
 from ..circuits.select import count_candidates
 from ..errors import Sparc3Error, UserError
-from ..evaluation.evaluate import fingerprint_of, measure
+from ..evaluation.evaluate import fingerprint_samples, measure
 from ..evaluation.metrics import Prepared
 from ..evaluation.statistics import measurement
 from ..models.sites import sites_of
@@ -24,7 +23,7 @@ from ..results import Budget, Candidate, Number, Rival, Search, Trial, Variant, 
 from ..scores import Scores
 from ..storage import fingerprint, write_json
 from . import gather, work_list
-from .run_folder import Intervention, RunContext, read_made
+from .run_folder import Intervention, RunContext, read_if_current
 from .score import (
     ScoringSpec,
     SelectedCircuit,
@@ -38,7 +37,7 @@ from .variants import apply_intervention, select_by_method
 log = logging.getLogger("sparc3")
 FORMAT = "sparc3.tune/1"
 HOPELESS = 5
-"""A candidate that costs so many times the budget (and over 5 %) is not asked what it would have gained."""
+"""The aim of a candidate that costs more than this many times the budget (and over 5 %) is not measured."""
 
 Figures = dict[str, Number]
 Way = tuple[ScoringSpec, Circuit, Scores, dict[str, Scores]]
@@ -47,206 +46,213 @@ Way = tuple[ScoringSpec, Circuit, Scores, dict[str, Scores]]
 
 @dataclass
 class Trials:
-    """Circuits tried on the validation samples, each once, whatever run of this folder tried it; tune.json
-    keeps them.
+    """Circuits measured on the validation samples. tune.json keeps them, so that each is measured once, even
+    over several runs in one folder.
 
     Attributes:
-        known: key of a circuit → its figures.
-        original: figures of the model as it is.
-        max_fluency: the largest relative increase of fluency; None where it is not looked at.
+        budget: the metrics that the search keeps within bounds.
+        aim_metrics: the metric that it improves, with the fluency of the texts written for it.
+        measured: fingerprint of a circuit → its figures.
+        original: figures of the unchanged model.
+        max_fluency: the largest relative increase of fluency; None if fluency has no bound.
     """
 
     work: RunContext
     tune: Tune
     budget: list[Prepared]
-    asked: list[Prepared]
-    known: dict[str, Figures] = field(default_factory=dict)
+    aim_metrics: list[Prepared]
+    measured: dict[str, Figures] = field(default_factory=dict)
     original: Figures = field(default_factory=dict)
     max_fluency: float | None = None
 
     @property
     def aim(self) -> str:
-        """The figure to better."""
-        return "toxicity.mean" if self.asked[0].metric.name == "toxicity" else "rur.mean"
+        """The name of the figure to improve."""
+        return "toxicity.mean" if self.aim_metrics[0].metric.name == "toxicity" else "rur.mean"
 
     @property
     def made_from(self) -> str:
-        """Names what a trial depends on, apart from its circuit."""
-        on = fingerprint_of([*self.budget, *self.asked])
-        return fingerprint({"model": self.work.fingerprint, "on": on, "version": __version__})
+        """Identifies everything that a trial depends on, apart from its circuit."""
+        metrics = fingerprint_samples([*self.budget, *self.aim_metrics])
+        return fingerprint({"model": self.work.fingerprint, "on": metrics, "version": __version__})
 
-    def try_once(self, change: Intervention) -> Figures:
-        """The figures of a variant; without the aim where the damage is hopeless."""
-        if change.fingerprint not in self.known:
-            found = self._measure(change, self.budget)
+    def try_once(self, intervention: Intervention) -> Figures:
+        """The figures of a variant; without the aim if the damage is far above the budget (`HOPELESS`)."""
+        if intervention.fingerprint not in self.measured:
+            figures = self._measure(intervention, self.budget)
             limit = max(HOPELESS * self.tune.max_perplexity_increase, 0.05)
-            if "perplexity" in found and (not self.original or self.increase(found) <= limit):
-                found |= self._measure(change, self.asked)
-            self.known[change.fingerprint] = found
+            # The aim takes most of a trial's time (toxicity generates text), so it comes last. The
+            # original is itself the first trial; without its figures there is no increase yet.
+            if "perplexity" in figures and (not self.original or self.perplexity_increase(figures) <= limit):
+                figures |= self._measure(intervention, self.aim_metrics)
+            self.measured[intervention.fingerprint] = figures
             self.save()
-        return self.known[change.fingerprint]
+        return self.measured[intervention.fingerprint]
 
-    def increase(self, figures: Figures) -> float:
-        """Of perplexity, relative to the original."""
+    def perplexity_increase(self, figures: Figures) -> float:
+        """The increase of perplexity relative to the original."""
         return figures["perplexity"] / self.original["perplexity"] - 1
 
-    def within(self, figures: Figures) -> bool:
-        """Whether a variant keeps to the budget, of which every window was measured."""
+    def is_within_budget(self, figures: Figures) -> bool:
+        """Whether a variant is within the budget; not if a window could not be measured."""
         if "perplexity" not in figures or (self.tune.max_kl is not None and "kl" not in figures):
             return False
         fits = self.tune.max_kl is None or figures["kl"] <= self.tune.max_kl
-        fits = fits and self.increase(figures) <= self.tune.max_perplexity_increase
+        fits = fits and self.perplexity_increase(figures) <= self.tune.max_perplexity_increase
         return fits and self.writes_well(figures)
 
     def writes_well(self, figures: Figures) -> bool:
-        """Whether what a variant writes is fluent enough; so it is not where it writes nothing."""
+        """Whether what a variant writes is fluent enough; not if it writes nothing."""
         if self.max_fluency is None:
             return True
         limit = self.original["fluency"] * (1 + self.max_fluency)
         return figures.get("fluency", math.inf) <= limit
 
     def badness(self, figures: Figures) -> float:
-        """The aim, so that less is better; infinite where it was not measured."""
+        """The aim's figure with its sign chosen so that lower is better; infinite if it was not measured."""
         if self.aim not in figures:
             return math.inf
         return figures[self.aim] if self.aim == "toxicity.mean" else -figures[self.aim]
 
-    def _measure(self, change: Intervention, metrics: list[Prepared]) -> Figures:
-        again = (lambda: apply_intervention(self.work, change)) if len(change) else None
+    def _measure(self, intervention: Intervention, metrics: list[Prepared]) -> Figures:
+        # No units: the original, which no context needs to change.
+        apply = (lambda: apply_intervention(self.work, intervention)) if len(intervention) else None
         model, tokenizer, progress = self.work.model, self.work.tokenizer, self.work.progress
-        made = measure(model, tokenizer, metrics, "trial", progress=progress, changed=again)
-        # A budget is kept on every window or not at all: without the windows it broke, a broken model would
-        # look well.
-        whole = [o for o in made.observations if not (o.failures and metrics is self.budget)]
-        figures = {o.metric: measurement(o, "trial").value for o in whole}
+        evaluation = measure(model, tokenizer, metrics, "trial", progress=progress, changed=apply)
+        # Drop a budget metric with failed windows: a broken model would look good on the windows it left.
+        usable = [o for o in evaluation.observations if not (o.failures and metrics is self.budget)]
+        figures = {o.metric: measurement(o, "trial").value for o in usable}
         return {name: value for name, value in figures.items() if value is not None}
 
     def load(self) -> None:
-        """Take over what an earlier process tried on the same samples."""
-        if found := read_made(self.work, "tune.json", FORMAT, self.made_from):
-            self.known = dict(found["trials"])
-            log.info("tune.json exists, with %d trials", len(self.known))
+        """Read the trials of an earlier process on the same samples."""
+        if content := read_if_current(self.work, "tune.json", FORMAT, self.made_from):
+            self.measured = dict(content["trials"])
+            log.info("tune.json exists, with %d trials", len(self.measured))
 
-    def save(self, found: Search | None = None) -> None:
+    def save(self, search: Search | None = None) -> None:
         if distributed.is_main():
-            content = found.to_dict() if found else {}
+            content = search.to_dict() if search else {}
             head = {"format": FORMAT, "made_from": self.made_from}
-            write_json(self.work.folder / "tune.json", {**head, **content, "trials": self.known})
+            write_json(self.work.folder / "tune.json", {**head, **content, "trials": self.measured})
         distributed.wait()
 
 
 def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
-    """The best candidate within the budget, and how it was found; ties go to fewer units, then to the earlier
-    in the recipe's order.
+    """The best candidate within the budget, and how it was scored. Ties go to fewer units, then to the
+    recipe's order.
 
     Raises:
-        UserError: no candidate keeps to the budget (the message says what the cheapest costs).
+        UserError: no candidate is within the budget (the message says what the cheapest costs).
     """
     tune = work.correct.selection.tune
     assert tune
     fluency = gather.search_fluency(work.correct)
     trials = Trials(work, tune, work.budget, work.aim, max_fluency=fluency[1] if fluency else None)
     trials.load()
-    trials.original = trials.try_once(Circuit(work.recipe.attribution.unit, {}, work.described))
+    trials.original = trials.try_once(Circuit(work.recipe.attribution.unit, {}, work.model_info))
     if "perplexity" not in trials.original:
         raise Sparc3Error(
             "the validation perplexity of the original is not finite; load the model in bfloat16 or float32"
         )
     if "fluency" not in trials.original and trials.max_fluency is not None:
         raise Sparc3Error(
-            "the original writes nothing after the validation prompts, so that its fluency cannot be "
-            "measured; leave evaluation.fluency out"
+            "the original writes nothing after the validation prompts, so its fluency cannot be measured; "
+            "leave evaluation.fluency out"
         )
     contrasts = work_list.contrasts_tried(work.correct)
     names = work_list.sets_read_by(work.correct, [kind for kind, _, _ in contrasts])
     parts = {
-        one: load_or_make_parts(work, _make_scoring(work, *one, names))
-        for one in work_list.attributions_tried(work.correct)
+        (target, neuron): load_or_make_parts(work, _make_scoring(work, target, neuron, names))
+        for target, neuron in work_list.attributions_tried(work.correct)
     }
-    tried: list[Candidate] = []
+    candidates: list[Candidate] = []
     ways: list[Way] = []
-    many = work_list.count_candidates_tried(work.correct)
-    with Progress(many, "search", "candidate", show=work.progress) as shown:
-        for rounds, way in shown.each(_iterate_ways(work, parts)):
-            how, circuit, _, _ = way
+    total = work_list.count_candidates_tried(work.correct)
+    with Progress(total, "search", "candidate", show=work.progress) as progress:
+        for rounds, way in progress.each(_iterate_ways(work, parts)):
+            spec, circuit, _, _ = way
             figures = trials.try_once(circuit)
             if "perplexity" not in figures:
                 work.warn(f"a candidate of {len(circuit)} units was left out: its perplexity is not finite")
                 continue
-            matched = "matched" in how.targets
+            matched = "matched" in spec.targets
             candidate = Candidate(
-                how.targets,
-                how.options.neuron,
-                "fitted" if how.damage is not None else "matched" if matched else "plain",
-                how.penalty if matched else None,
-                how.normalize,
+                spec.targets,
+                spec.options.neuron,
+                "fitted" if spec.damage is not None else "matched" if matched else "plain",
+                spec.penalty if matched else None,
+                spec.normalize,
                 len(circuit),
                 circuit.fingerprint,
                 figures,
-                trials.increase(figures),
-                trials.within(figures),
+                trials.perplexity_increase(figures),
+                trials.is_within_budget(figures),
                 rounds=rounds,
-                strength=how.strength,
-                damage=how.damage,
+                strength=spec.strength,
+                damage=spec.damage,
             )
-            over = "" if candidate.within else ", over the budget"
-            log.info("tried %s%s", _describe(candidate, trials.aim), over)
-            tried.append(candidate)
+            suffix = "" if candidate.within else ", over the budget"
+            log.info("tried %s%s", _describe(candidate, trials.aim), suffix)
+            candidates.append(candidate)
             ways.append(way)
-    best = _choose_best(tried, trials)
-    how, circuit, scores, sets = ways[best]
+    best = _choose_best(candidates, trials)
+    spec, circuit, scores, sets = ways[best]
     points = [
-        (one.perplexity_increase, trials.badness(one.figures)) if trials.aim in one.figures else None
-        for one in tried
+        (row.perplexity_increase, trials.badness(row.figures)) if trials.aim in row.figures else None
+        for row in candidates
     ]
-    undominated = pareto_front(points)
-    rows = [replace(one, pareto=index in undominated) for index, one in enumerate(tried)]
-    rivals, others = _search_rivals(work, trials, how)
-    found = Search(
+    front = pareto_front(points)
+    rows = [replace(row, pareto=index in front) for index, row in enumerate(candidates)]
+    rivals, others = _search_rivals(work, trials, spec)
+    search = Search(
         aim=trials.aim,
         budget=Budget(tune.max_perplexity_increase, tune.max_kl, trials.max_fluency),
         split="validation",
-        samples={p.metric.name: len(p.samples) for p in [*trials.budget, *trials.asked] if p.samples},
+        samples={p.metric.name: len(p.samples) for p in [*trials.budget, *trials.aim_metrics] if p.samples},
         original=trials.original,
         best=rows[best],
         candidates=rows,
         rivals=rivals,
         others=others,
     )
-    trials.save(found)
-    work.noted["tune"] = found.model_copy(
-        update={"candidates": [one for one in rows if one.pareto], "tried": len(tried)}
+    trials.save(search)
+    work.notes["tune"] = search.model_copy(
+        update={"candidates": [row for row in rows if row.pareto], "tried": len(candidates)}
     )
     for name, part in sets.items() if distributed.is_main() else ():
         part.save(work.claim(f"scores/{name}.safetensors"))
-    log.info("best of %d candidates on validation: %s", len(tried), _describe(tried[best], trials.aim))
-    return how, save_circuit(work, SelectedCircuit(replace(circuit, model=work.described), scores, sets))
+    log.info(
+        "best of %d candidates on validation: %s", len(candidates), _describe(candidates[best], trials.aim)
+    )
+    return spec, save_circuit(work, SelectedCircuit(replace(circuit, model=work.model_info), scores, sets))
 
 
 def _iterate_ways(
     work: RunContext, parts: Mapping[tuple[str, str], dict[str, Scores]]
 ) -> Iterator[tuple[int, Way]]:
-    """(rounds, way) of every candidate: the scores of each attribution, contrasted in each way, at each size
-    of which there are enough candidates in every round."""
+    """(rounds, way) of every candidate: each attribution, contrasted in each way, at each size. Sizes for
+    which a round has too few units to select from are left out."""
     recipe = work.correct
     for (target, neuron), scored in parts.items():
         for kind, penalty, normalize in work_list.contrasts_tried(recipe):
             sets = {name: scored[name] for name in work_list.sets_read_by(recipe, [kind])}
-            how = replace(
+            spec = replace(
                 _make_scoring(work, target, neuron, list(sets)), penalty=penalty, normalize=normalize
             )
-            scores = contrast_parts(work, how, sets)
-            there = count_candidates(scores, recipe.selection.scope)
+            scores = contrast_parts(work, spec, sets)
+            available = count_candidates(scores, recipe.selection.scope)
             for count, rounds, strength, damage in work_list.circuit_sizes_tried(recipe):
-                one = replace(how, strength=strength, damage=damage)
-                circuit = None
-                if count <= there and damage is not None:
+                if count > available:
+                    continue
+                size_spec, circuit = replace(spec, strength=strength, damage=damage), None
+                if damage is not None:
                     effect, sensitivity = sets["undesired"], sets["general"]
                     circuit = fit(effect, sensitivity, count=count, damage=damage, without=work.protected)
-                elif count <= there:
-                    circuit = select_in_rounds(work, one, scores, count, rounds)
+                else:
+                    circuit = select_in_rounds(work, size_spec, scores, count, rounds)
                 if circuit is not None:
-                    yield rounds, (one, circuit, scores, sets)
+                    yield rounds, (size_spec, circuit, scores, sets)
 
 
 def _make_scoring(work: RunContext, target: str, neuron: str, names: Sequence[str]) -> ScoringSpec:
@@ -255,75 +261,92 @@ def _make_scoring(work: RunContext, target: str, neuron: str, names: Sequence[st
         completed = all(sample.completion is not None for sample in work.references[name])
         own = work.recipe.references[name].target
         targets[name] = own or work_list.target_for_set(target, completed)
-    options, damages = work.recipe.attribution.but(neuron=neuron), work_list.damages_tried(work.correct)
+    options = work.recipe.attribution.copy_with(neuron=neuron)
+    damages = work_list.damages_tried(work.correct)
     return ScoringSpec(options, targets, file_prefix="tune.", damage=min(damages, default=None))
 
 
-def _choose_best(tried: list[Candidate], trials: Trials) -> int:
-    fit = [index for index, one in enumerate(tried) if one.within and trials.aim in one.figures]
-    if not fit:
-        costs = [one.perplexity_increase for one in tried]
-        said = "there are too few units below zero"
+def _choose_best(candidates: list[Candidate], trials: Trials) -> int:
+    within_budget = [
+        index
+        for index, candidate in enumerate(candidates)
+        if candidate.within and trials.aim in candidate.figures
+    ]
+    if not within_budget:
+        costs = [candidate.perplexity_increase for candidate in candidates]
+        reason = "there are too few units below zero"
         if costs:
-            said = f"the cheapest of {len(tried)} costs {min(costs):+.2%} perplexity"
-            if cheap := [
-                one for one in tried if one.perplexity_increase <= trials.tune.max_perplexity_increase
-            ]:
-                many = sum(not trials.writes_well(one.figures) for one in cheap)
-                said += (
-                    f", and {many} of the {len(cheap)} within that budget write worse than the margin allows"
+            reason = f"the cheapest of {len(candidates)} costs {min(costs):+.2%} perplexity"
+            limit = trials.tune.max_perplexity_increase
+            if cheap := [row for row in candidates if row.perplexity_increase <= limit]:
+                worse = sum(not trials.writes_well(row.figures) for row in cheap)
+                reason += (
+                    f", and {worse} of the {len(cheap)} within that budget write worse than the margin allows"
                 )
         raise UserError(
-            f"no candidate is within the budget of selection.tune: {said}; try smaller counts, or a larger "
+            f"no candidate is within the budget of selection.tune: {reason}; try smaller counts, or a larger "
             "budget"
         )
-    best = min(fit, key=lambda index: (trials.badness(tried[index].figures), tried[index].count, index))
-    counts = {one.count for one in tried}
-    if trials.badness(tried[best].figures) >= trials.badness(trials.original):
+    best = min(
+        within_budget,
+        key=lambda index: (trials.badness(candidates[index].figures), candidates[index].count, index),
+    )
+    counts = {candidate.count for candidate in candidates}
+    if trials.badness(candidates[best].figures) >= trials.badness(trials.original):
         trials.work.warn(f"no candidate within the budget made {trials.aim} better on the validation prompts")
-    elif tried[best].count == max(counts) and len(counts) > 1:
+    elif candidates[best].count == max(counts) and len(counts) > 1:
         trials.work.warn(
-            f"the best number of units, {tried[best].count}, is the largest that was tried; a larger one may "
-            "be better"
+            f"the best number of units, {candidates[best].count}, is the largest that was tried; a larger "
+            "one may be better"
         )
     return best
 
 
 def _search_rivals(
-    work: RunContext, trials: Trials, how: ScoringSpec
+    work: RunContext, trials: Trials, spec: ScoringSpec
 ) -> tuple[list[Rival], dict[str, list[Trial]]]:
-    """What each other method reaches under the same budget, at the best of the same counts and contrasted
-    alike; work.rivals holds them.
+    """What each other method reaches under the same budget, at the best of the same counts and with the same
+    kind of contrast. Puts the best of each into work.rivals.
 
     Returns:
-        the best of each method that keeps to the budget, and method → every count of it that was tried.
+        the best within the budget of each method, and method → every count that was tried.
     """
-    found, others = list[Rival](), dict[str, list[Trial]]()
+    rivals, others = list[Rival](), dict[str, list[Trial]]()
     sites = sites_of(work.model, work.recipe.attribution.sites)
     sizes = work_list.selection_sizes(work.correct, sites, work_list.counts_tried(work.correct))
     for method in work_list.rival_methods(work.correct):
-        scope, theirs = work_list.rival_sizes(work.correct, sites, method, sizes)
-        changes = select_by_method(work, replace(how, damage=None), method, scope, theirs)
-        tried = [(count, change, trials.try_once(change)) for count, change in changes]
-        others[method] = [Trial(count, figures, trials.within(figures)) for count, _, figures in tried]
-        fit = [one for one in tried if trials.within(one[2])]
-        if not fit:
+        scope, rival_sizes = work_list.rival_sizes(work.correct, sites, method, sizes)
+        # Only the run's own method fits strengths; the others select.
+        interventions = select_by_method(work, replace(spec, damage=None), method, scope, rival_sizes)
+        tried: list[tuple[Trial, Intervention]] = []
+        for count, intervention in interventions:
+            figures = trials.try_once(intervention)
+            tried.append((Trial(count, figures, trials.is_within_budget(figures)), intervention))
+        others[method] = [trial for trial, _ in tried]
+        affordable = [(trial, intervention) for trial, intervention in tried if trial.within]
+        if not affordable:
             continue
-        count, change, figures = min(fit, key=lambda one: (trials.badness(one[2]), one[0]))
-        variant, reached = str(Variant(method, count)), figures.get(trials.aim, math.nan)
-        work.rivals[variant] = change
-        found.append(Rival(variant, figures, len(tried)))
+        # At equal figures, the trial with fewer units.
+        best, intervention = min(
+            affordable, key=lambda pair: (trials.badness(pair[0].figures), pair[0].count)
+        )
+        variant, reached = str(Variant(method, best.count)), best.figures.get(trials.aim, math.nan)
+        work.rivals[variant] = intervention
+        rivals.append(Rival(variant, best.figures, len(tried)))
         log.info("under the same budget %s: %s %.4g", variant, trials.aim, reached)
-    return found, others
+    return rivals, others
 
 
-def _describe(one: Candidate, aim: str) -> str:
-    gained = f"{aim} {one.figures[aim]:.4g}" if aim in one.figures else f"{aim} not measured"
-    gained += f", fluency {one.figures['fluency']:.4g}" if "fluency" in one.figures else ""
-    way = [one.targets["undesired"], one.neuron, one.contrast]
-    way += [f"penalty {one.penalty:g}"] if one.penalty is not None else []
-    way += [one.normalize] if one.normalize else []
-    way += [f"{one.rounds} rounds"] if one.rounds > 1 else []
-    way += [f"strength {one.strength:g}"] if one.strength != 1 else []
-    way += [f"damage {one.damage:g}"] if one.damage is not None else []
-    return f"{one.count} by {', '.join(way)}: perplexity {one.perplexity_increase:+.2%}, {gained}"
+def _describe(candidate: Candidate, aim: str) -> str:
+    figures = candidate.figures
+    outcome = f"{aim} {figures[aim]:.4g}" if aim in figures else f"{aim} not measured"
+    outcome += f", fluency {figures['fluency']:.4g}" if "fluency" in figures else ""
+    way = [candidate.targets["undesired"], candidate.neuron, candidate.contrast]
+    way += [f"penalty {candidate.penalty:g}"] if candidate.penalty is not None else []
+    way += [candidate.normalize] if candidate.normalize else []
+    way += [f"{candidate.rounds} rounds"] if candidate.rounds > 1 else []
+    way += [f"strength {candidate.strength:g}"] if candidate.strength != 1 else []
+    way += [f"damage {candidate.damage:g}"] if candidate.damage is not None else []
+    return (
+        f"{candidate.count} by {', '.join(way)}: perplexity {candidate.perplexity_increase:+.2%}, {outcome}"
+    )

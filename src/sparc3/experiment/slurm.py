@@ -1,5 +1,5 @@
-"""A recipe as a SLURM job: the same command under torchrun, requeued when its time is up, going on where it
-was."""
+"""A recipe as a SLURM job: the same command under torchrun, which is requeued at its time limit and
+resumes."""
 
 import os
 import re
@@ -15,8 +15,8 @@ from ..safe_text import one_line
 from ..storage import read_text, write_text
 
 GRACE = 120
-"""How many seconds before the time limit SLURM signals the job: enough for the batch under way and for saving
-the sums."""
+"""Seconds before the time limit at which SLURM signals the job: enough to finish the current batch and to
+save the sums."""
 
 SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 """Variables that hold the hub's token."""
@@ -78,29 +78,28 @@ def format_job(
     """The text of a batch file that runs a recipe.
 
     Args:
-        name: the recipe as `sparc3 run` takes it; a path is made absolute.
-        nodes, gpus: nodes, and GPUs on each; one rank a GPU, or one rank a node where gpus is 0.
+        name: the recipe as passed to `sparc3 run`; a path is made absolute.
+        nodes, gpus: number of nodes, and of GPUs on each; one rank per GPU, or one per node if gpus is 0.
         time: SLURM's time limit of one submission, such as 30 (minutes), 04:00:00 or 1-12:00:00; a long run
             is requeued several times.
-        partition, account, mem, cpus_per_task: SLURM's options of these names; mem is of each node, such as
-            64G.
-        options: further options, each as an #SBATCH line has it, such as "--qos=long".
+        partition, account, mem, cpus_per_task: SLURM's options of these names; mem is per node, such as 64G.
+        options: further sbatch options, such as "--qos=long".
         modules: environment modules that the job loads, such as "cuda/12.4".
         environment: variables of the job, as "NAME=value".
-        token_file: a file that holds the hub's token, which the hub's library reads when it needs it: the
-            token itself stands in no batch file and in no list of processes.
-        array: this many runs, with the seeds 0 to array - 1, whose folders are numbered by their seeds.
+        token_file: a file with the hub's token, which the hub's library reads when it needs it; so the token
+            itself appears in no batch file and no list of processes.
+        array: number of runs, with the seeds 0 to array - 1, whose folders are numbered by their seeds.
         folder: the run folder.
 
     Raises:
-        UserError: numbers, a time or names that SLURM or bash would not take; no such token file.
+        UserError: numbers, a time or names that SLURM or bash would reject, or a missing token file.
     """
     _check_names(name, folder, (partition, account, mem), options)
     _check_resources(nodes, gpus, cpus_per_task, array, time)
     out = _locate_run(recipe, folder)
     resources = "".join(
         f"#SBATCH --{option}\n"
-        for option, wanted in (
+        for option, is_set in (
             (f"gpus-per-node={gpus}", gpus),
             (f"partition={partition}", partition),
             (f"account={account}", account),
@@ -108,7 +107,7 @@ def format_job(
             (f"cpus-per-task={cpus_per_task}", cpus_per_task),
             (f"array=0-{(array or 1) - 1}", array),
         )
-        if wanted
+        if is_set
     ) + "".join(f"#SBATCH {option}\n" for option in options)
     head = HEAD.format(
         job=f"sparc3-{recipe.name}",
@@ -124,33 +123,33 @@ def format_job(
         grace=GRACE,
         setup=_write_setup(modules, environment, token_file),
         changes=f"cd {shlex.quote(os.getcwd())}",
+        # As torchrun: one thread each where several ranks share a node, since the GPUs do the work.
         threads=1 if gpus > 1 else "$(nproc)",
-        cpus=f"--cpus-per-task={cpus_per_task} "
-        if cpus_per_task
-        else "",  # srun does not take it from the job
+        # Since SLURM 22.05, srun does not inherit the job's --cpus-per-task.
+        cpus=f"--cpus-per-task={cpus_per_task} " if cpus_per_task else "",
         launch=_format_torchrun_command(name, out, nodes, max(1, gpus), array, sets),
     )
 
 
 def _check_resources(nodes: int, gpus: int, cpus_per_task: int | None, array: int | None, time: str) -> None:
-    """Raise UserError for numbers that are too small, and a time that leaves none to work."""
-    for option, given, least in (
+    """Raise UserError for numbers that are too small, and for a time limit that leaves no time to work."""
+    for option, value, minimum in (
         ("--nodes", nodes, 1),
         ("--gpus", gpus, 0),
         ("--cpus-per-task", cpus_per_task, 1),
         ("--array", array, 1),
     ):
-        if given is not None and given < least:
-            raise UserError(f"{option} is {given}; give {least} or more")
+        if value is not None and value < minimum:
+            raise UserError(f"{option} is {value}; give {minimum} or more")
     if parse_time(time) < 2 * GRACE:
         raise UserError(
-            f"a time limit of {time} leaves nothing beside the {GRACE} s in which the job saves; give at "
+            f"the time limit {time} is too short, because the job stops {GRACE} s earlier to save; give at "
             f"least {2 * GRACE // 60} minutes"
         )
 
 
 def _check_names(
-    name: str, folder: str | None, asked: tuple[str | None, ...], options: tuple[str, ...]
+    name: str, folder: str | None, words: tuple[str | None, ...], options: tuple[str, ...]
 ) -> None:
     """Raise UserError for a value that bash or SLURM would not read as a plain word."""
     for path in (name, folder or ""):
@@ -159,7 +158,7 @@ def _check_names(
                 f"{path!r} is not allowed in a batch file; choose a shorter one, or one without line breaks, "
                 "control characters and repeated spaces"
             )
-    for word in asked:
+    for word in words:
         if word is not None and (word != one_line(word) or not re.fullmatch(r"[\w.,-]+", word)):
             raise UserError(
                 f"{word!r} is not allowed in a batch file; use letters, digits, underscores, dots, commas "
@@ -173,40 +172,43 @@ def _check_names(
 
 
 def _write_setup(modules: tuple[str, ...], environment: tuple[str, ...], token_file: str | None) -> str:
-    """The lines that load modules and export variables; a module that is not there ends the job."""
+    """The lines that load modules and export variables. A missing module ends the job."""
     lines = []
     for module in modules:
         if not re.fullmatch(r"[\w.+/-]+", module) or module.startswith("-"):
-            raise UserError(f"{module!r} is no name of a module; give one such as cuda/12.4")
-        # Where bash does not know modules yet, the system's profile teaches it.
+            raise UserError(f"{module!r} is not a module name; give one such as cuda/12.4")
+        # A batch shell may not have read the profile that defines `module`.
         lines.append(f"type module > /dev/null 2>&1 || . /etc/profile\nmodule load {module} || exit 1")
     for variable in environment:
-        name, there, value = variable.partition("=")
-        if not (there and re.fullmatch(r"[A-Za-z_]\w*", name) and value == one_line(value)):
-            raise UserError(f"{variable!r} is no variable; write NAME=value, in one line")
+        name, equals, value = variable.partition("=")
+        if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name) and value == one_line(value)):
+            raise UserError(f"{variable!r} is not a variable; write NAME=value, in one line")
         if name in SECRET:
             raise UserError(
-                f"{name} would stand in the batch file for all to read; write the token into a file, and "
-                "name it with --token-file"
+                f"{name} would be readable in the batch file; write the token into a file, and name it with "
+                "--token-file"
             )
         lines.append(f"export {name}={shlex.quote(value)}")
     if token_file is not None:
         if not Path(token_file).is_file():
-            raise UserError(f"no token file {token_file}; write the hub's token into it, or check the path")
+            raise UserError(
+                f"the token file {token_file} does not exist; write the hub's token into it, or check the "
+                "path"
+            )
         lines.append(f"export HF_TOKEN_PATH={shlex.quote(str(Path(token_file).absolute()))}")
         lines.append("unset HF_TOKEN  # HF_TOKEN would take precedence over the file")
     return "".join(f"{line}\n" for line in lines)
 
 
 def make_log_folder(recipe: Recipe, folder: str | None = None) -> None:
-    """Make the folder of the job's log, without which SLURM ends the job at once. Raises UserError where it
-    cannot."""
-    place = Path(_locate_run(recipe, folder)).parent
+    """Make the folder of the job's log; without it, SLURM ends the job at once. Raises UserError if that
+    fails."""
+    log_folder = Path(_locate_run(recipe, folder)).parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        log_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the log's folder {place}: {error.strerror}; choose another with --run-out"
+            f"cannot make the log's folder {log_folder}: {error.strerror}; choose another with --run-out"
         ) from None
 
 
@@ -217,7 +219,7 @@ def _locate_run(recipe: Recipe, folder: str | None) -> str:
 def _format_torchrun_command(
     name: str, out: str, nodes: int, ranks: int, array: int | None, sets: tuple[str, ...]
 ) -> str:
-    """torchrun on every node, and under it the command that a laptop runs."""
+    """The command that runs torchrun on every node, and under it the same `sparc3 run` as on a laptop."""
     recipe = str(Path(name).absolute()) if Path(name).suffix in (".yaml", ".yml") else name
     rendezvous = (
         ["--standalone"]
@@ -226,26 +228,27 @@ def _format_torchrun_command(
             '--nnodes="$SLURM_JOB_NUM_NODES"',
             "--rdzv-backend=c10d",
             '--rdzv-id="$SLURM_JOB_ID"',
+            # A port from the job's number, so that two jobs on one node do not collide.
             '--rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + '
             'SLURM_JOB_ID % 20000))"',
         ]
     )
-    numbered = '-"$SLURM_ARRAY_TASK_ID"' if array else ""
+    suffix = '-"$SLURM_ARRAY_TASK_ID"' if array else ""
     seeds = ['--set references.general.seeds="[$SLURM_ARRAY_TASK_ID]"'] if array else []
-    changed = [*(f"--set {shlex.quote(change)}" for change in sets), *seeds]
+    changes = [*(f"--set {shlex.quote(change)}" for change in sets), *seeds]
     torchrun = [
         shlex.quote(sys.executable),
         "-m torch.distributed.run",
         *rendezvous,
         f"--nproc-per-node={ranks}",
     ]
-    command = ["-m sparc3 run", shlex.quote(recipe), "--out", shlex.quote(out) + numbered, *changed]
+    command = ["-m sparc3 run", shlex.quote(recipe), "--out", shlex.quote(out) + suffix, *changes]
     return " ".join(torchrun) + " \\\n    " + " ".join(command)
 
 
 def parse_time(time: str) -> int:
-    """Seconds of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds,
-    days-hours[:minutes[:seconds]]. Raises UserError for another."""
+    """A SLURM time in seconds: minutes, minutes:seconds, hours:minutes:seconds, or
+    days-hours[:minutes[:seconds]]. Raises UserError for another form."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         raise UserError(
             f"time '{time}' is not a SLURM time; write minutes, hours:minutes:seconds or "
@@ -253,12 +256,12 @@ def parse_time(time: str) -> int:
         )
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    hours, minutes, left = (*parts, 0, 0)[:3] if dash or len(parts) == 3 else (0, *parts, 0)[:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
+    hours, minutes, seconds = (*parts, 0, 0)[:3] if dash or len(parts) == 3 else (0, *parts, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def write_job(path: str, text: str) -> None:
-    """Write an executable batch file. Raises UserError where another file of that name is in the way."""
+    """Write an executable batch file. Raises UserError if a different file of that name exists."""
     if os.path.exists(path) and read_text(path) != text:
         raise UserError(
             f"{path} already exists with other content; remove it, or choose another name with --out"
@@ -268,15 +271,15 @@ def write_job(path: str, text: str) -> None:
 
 
 def submit(path: str) -> str:
-    """Hand a batch file to SLURM; its job's number. Raises UserError where there is no SLURM, Sparc3Error
-    where it says no."""
+    """Submit a batch file to SLURM, and return the job's number. Raises UserError if SLURM is not installed,
+    Sparc3Error if it refuses."""
     if shutil.which("sbatch") is None:
         raise UserError(
             f"sbatch is not installed; copy {path} to a machine with SLURM, and submit it with sbatch {path}"
         )
-    done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
-    if done.returncode:
+    result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
+    if result.returncode:
         raise Sparc3Error(
-            f"sbatch refused {path}: {(done.stderr.strip().splitlines() or ['it did not say why'])[-1]}"
+            f"sbatch refused {path}: {(result.stderr.strip().splitlines() or ['it did not say why'])[-1]}"
         )
-    return done.stdout.strip().partition(";")[0]
+    return result.stdout.strip().partition(";")[0]

@@ -1,7 +1,7 @@
-"""`--track`: a run's stages, measurements and report, told to an experiment tracker while it runs.
+"""`--track`: send a run's stages, measurements and report to an experiment tracker while it runs.
 
-A tracker is never a reason for a run to stop: one that is not installed, cannot be reached or raises is
-named in a warning, and the run goes on without it.
+A tracker never stops a run: if it is not installed, cannot be reached or raises, a warning names it and the
+run goes on without it.
 """
 
 import importlib
@@ -20,19 +20,19 @@ log = logging.getLogger("sparc3")
 
 
 class Tracker(Protocol):
-    """What a run tells. Anything with these methods can be given to `run(track=...)`."""
+    """What a run calls. Any object with these methods can be passed to `run(track=...)`."""
 
     def stage(self, name: str, seconds: float) -> None:
         """A stage has ended: "model", "samples", "scores", "evaluation"."""
 
-    def measurements(self, found: Iterable[Measurement]) -> None:
+    def measurements(self, measurements: Iterable[Measurement]) -> None:
         """All figures of the run, with their intervals."""
 
     def report(self, page: Path) -> None:
         """The report is written."""
 
     def close(self, finished: bool) -> None:
-        """The run has ended; False where an error ended it."""
+        """The run has ended; False after an error."""
 
 
 class WandbTracker:
@@ -42,13 +42,15 @@ class WandbTracker:
     def __init__(self, module: Any, recipe: Recipe) -> None:
         self.module = module
         # As in recipe.yaml: without the user's home, which a tracker would publish.
-        module.init(project="sparc3", name=recipe.name, config=shareable(recipe.resolved()))
+        module.init(project="sparc3", name=recipe.name, config=shareable(recipe.resolve()))
 
     def stage(self, name: str, seconds: float) -> None:
         self.module.log({f"seconds/{name}": seconds})
 
-    def measurements(self, found: Iterable[Measurement]) -> None:
-        self.module.log({name: value for one in found for name, value in name_figures(one).items()})
+    def measurements(self, measurements: Iterable[Measurement]) -> None:
+        self.module.log(
+            {name: value for measurement in measurements for name, value in name_figures(measurement).items()}
+        )
 
     def report(self, page: Path) -> None:
         self.module.log({"report": self.module.Html(page.read_text(encoding="utf-8"))})
@@ -70,9 +72,9 @@ class TensorboardTracker:
     def stage(self, name: str, seconds: float) -> None:
         self.writer.add_scalar(f"seconds/{name}", seconds)
 
-    def measurements(self, found: Iterable[Measurement]) -> None:
-        for one in found:
-            for name, value in name_figures(one).items():
+    def measurements(self, measurements: Iterable[Measurement]) -> None:
+        for measurement in measurements:
+            for name, value in name_figures(measurement).items():
                 self.writer.add_scalar(name, value)
 
     def report(self, page: Path) -> None:
@@ -82,12 +84,12 @@ class TensorboardTracker:
         self.writer.close()
 
 
-def name_figures(one: Measurement) -> dict[str, float]:
-    """METRIC/VARIANT → the value, and /low and /high → the ends of its interval, where they are known."""
-    ends = dict(zip(("/low", "/high"), one.ci95 or (), strict=False))
-    figures = {"": one.value, **ends, "/failures": one.failures or None}
+def name_figures(measurement: Measurement) -> dict[str, float]:
+    """METRIC/VARIANT → the value, with /low and /high → the ends of its interval, if they are known."""
+    ends = dict(zip(("/low", "/high"), measurement.ci95 or (), strict=False))
+    figures = {"": measurement.value, **ends, "/failures": measurement.failures or None}
     return {
-        f"{one.metric}/{one.variant}{end}": float(value)
+        f"{measurement.metric}/{measurement.variant}{end}": float(value)
         for end, value in figures.items()
         if value is not None
     }
@@ -98,11 +100,11 @@ TRACKERS: dict[str, tuple[str, str, Callable[[Any, Recipe, Path], Tracker]]] = {
     "trackio": ("trackio", "trackio", lambda module, recipe, folder: WandbTracker(module, recipe)),
     "tensorboard": ("torch.utils.tensorboard", "tensorboard", TensorboardTracker),
 }
-"""Name → (the module to import, the package to install, what to make of the module)."""
+"""Name → (the module to import, the package to install, a function that makes the tracker)."""
 
 
 class TrackedRun:
-    """One run and its tracker, which is left out from its first failure on."""
+    """One run and its tracker, which is dropped at its first failure."""
 
     def __init__(self, track: "str | Tracker | None", recipe: Recipe, folder: Path) -> None:
         self.name = track if isinstance(track, str) else type(track).__name__
@@ -120,7 +122,7 @@ class TrackedRun:
         except Exception as error:  # whatever a tracker's package raises without a network or a login
             self._give_up(error)
 
-    def tell(self, event: str, *values: Any) -> None:
+    def notify(self, event: str, *values: Any) -> None:
         """Call the tracker's method of that name."""
         if self.tracker is None:
             return
@@ -131,11 +133,11 @@ class TrackedRun:
 
     def _give_up(self, error: Exception) -> None:
         self.tracker = None
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        log.warning("%s failed (%s), so the run goes on untracked", self.name, said)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        log.warning("%s failed (%s), so the run goes on untracked", self.name, reason)
 
 
 def require_tracker(track: "str | Tracker | None") -> None:
-    """Raise UserError for a name that is no tracker's."""
+    """Raise UserError for an unknown tracker."""
     if isinstance(track, str) and track not in TRACKERS:
         raise unknown("tracker", track, TRACKERS)

@@ -1,5 +1,5 @@
-"""The list of work: every attribution and every evaluation of a run, and how many units each of its circuits
-has. `run` builds it once it has the samples, and `plan` prints it."""
+"""The list of work: every attribution and evaluation of a run, and the number of units in each circuit. `run`
+builds it once it has the samples, and `plan` prints it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +27,11 @@ class Attribution:
 
     Attributes:
         set: name of the reference set.
-        options: with the target of this set.
-        first: only so many of its samples; None for all.
-        turn: 1, and above it in later rounds, where the model lacks what the rounds before found.
-        circuit: number of the circuit that a later round goes on with.
-        kept: whether a file of scores is left.
+        options: options of the attribution, with this set's target.
+        first: use only the first so many samples; None for all.
+        turn: number of the round; from 2 on, the model lacks the units that earlier rounds found.
+        circuit: number of the circuit that a later round continues.
+        kept: whether the scores stay in a file.
     """
 
     set: str
@@ -44,16 +44,15 @@ class Attribution:
 
 @dataclass(frozen=True)
 class WorkList:
-    """Everything that a run makes, the most that it can where a search decides.
+    """Everything that a run makes; an upper bound if a search decides.
 
     Attributes:
-        attributions: each once.
-        evaluations: the models that are measured on the test samples, by the names of their files, the
-            original first.
-        alone: how many units are measured alone, for their cards.
-        trials: how many circuits a search measures, the original among them.
-        score_files: how many files of scores the run leaves, with the contrast, expertise, and what a search
-            copies.
+        attributions: without repetitions.
+        evaluations: names of the variants that are measured on the test samples, the original first.
+        alone: number of units that are measured alone, for their cards.
+        trials: number of circuits that a search measures, including the original.
+        score_files: number of files of scores that the run leaves, including the contrast, the scores of
+            expertise, and copies made by a search.
     """
 
     attributions: tuple[Attribution, ...]
@@ -65,7 +64,7 @@ class WorkList:
     @property
     def summary(self) -> str:
         """The list in one line."""
-        sets = len({one.set for one in self.attributions})
+        sets = len({attribution.set for attribution in self.attributions})
         trials = f", at most {self.trials} trials of a search" if self.trials else ""
         return (
             f"{len(self.attributions)} attributions of {sets} reference sets, "
@@ -77,30 +76,35 @@ def list_work(recipe: Recipe, sites: Sequence[Site], completed: Completed) -> Wo
     """The work of a recipe on a model with these sites."""
     if recipe.job == "discover":
         methods, sets = recipe.discover.methods, [name for name, _ in reference_sets(recipe)]
-        each = (_single_attribution(recipe, method, name) for method in methods for name in sets)
-        made = tuple(dict.fromkeys(each))
+        # dict.fromkeys: two methods may need the same attribution.
+        repeated = (_single_attribution(recipe, method, name) for method in methods for name in sets)
+        attributions = tuple(dict.fromkeys(repeated))
         return WorkList(
-            made, ("original", "empty", *_discover_variants(recipe, sites)), score_files=len(made)
+            attributions,
+            ("original", "empty", *_discover_variants(recipe, sites)),
+            score_files=len(attributions),
         )
     if recipe.job == "compress":
-        made = tuple(dict.fromkeys(_list_compress(recipe)))
+        attributions = tuple(dict.fromkeys(_list_compress(recipe)))
         names = ("original", *_compress_variants(recipe, sites))
-        return WorkList(made, names, score_files=sum(one.kept for one in made))
-    made = tuple(dict.fromkeys((_list_search if recipe.tune else _list_correct)(recipe, completed)))
+        return WorkList(
+            attributions, names, score_files=sum(attribution.kept for attribution in attributions)
+        )
+    attributions = tuple(dict.fromkeys((_list_search if recipe.tune else _list_correct)(recipe, completed)))
     rivals, count, trials = rival_methods(recipe), circuit_count(recipe, sites), 0
-    # The contrasts, and what the methods of expertise share.
-    files = len(made) + count_seeds(recipe)
+    # One file for each contrast, and those that aura and det0 share.
+    files = len(attributions) + count_seeds(recipe)
     files += len(expertise_sets(recipe)) * bool(set(rivals) & set(EXPERTISE_METHODS))
     if recipe.tune:
-        theirs = len(rivals) * len(counts_tried(recipe)) + ("aura" in rivals)
-        trials = 1 + count_candidates_tried(recipe) + theirs
+        rival_trials = len(rivals) * len(counts_tried(recipe)) + ("aura" in rivals)
+        trials = 1 + count_candidates_tried(recipe) + rival_trials
         files += len(sets_read_by(recipe, [kind for kind, _, _ in contrasts_tried(recipe)]))
     alone = min(recipe.cards.alone, recipe.cards.most, count) if has_cards(recipe) else 0
-    return WorkList(made, tuple(_correct_variants(recipe, sites, count)), alone, trials, files)
+    return WorkList(attributions, tuple(_correct_variants(recipe, sites, count)), alone, trials, files)
 
 
 def is_protected(recipe: Recipe) -> bool:
-    """Whether neurons are tried alone before any is selected."""
+    """Whether the run looks for neurons that must not be removed, by removing some alone."""
     neurons = (recipe.attribution.unit, recipe.attribution.sites) == ("neuron", ("mlp.up",))
     return recipe.job == "correct" and recipe.selection.protect and neurons
 
@@ -112,7 +116,7 @@ def has_cards(recipe: Recipe) -> bool:
 
 
 TOKEN_MAPS = 6
-"""How many undesired samples a run shows the tokens' relevance of."""
+"""Number of undesired samples whose token relevance is written."""
 
 
 def has_token_maps(recipe: Recipe) -> bool:
@@ -127,23 +131,23 @@ def _single_attribution(
     recipe: Recipe, method: str, name: str, target: str | None = None, **changes: str
 ) -> Attribution:
     target = recipe.references[name.partition(".")[0]].target or target or recipe.attribution.target
-    return Attribution(name, recipe.attribution.but(method=method, target=target, **changes))
+    return Attribution(name, recipe.attribution.copy_with(method=method, target=target, **changes))
 
 
 def _list_correct(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attribution]:
-    asked = recipe.attribution
+    options = recipe.attribution
     for turn in range(1, recipe.selection.rounds + 1):
         for seed in range(count_seeds(recipe)):
             for name in recipe.references:
-                one = _single_attribution(recipe, asked.method, set_at_seed(recipe, name, seed))
-                yield replace(one, turn=turn, circuit=seed if turn > 1 else 0)
+                first = _single_attribution(recipe, options.method, set_at_seed(recipe, name, seed))
+                yield replace(first, turn=turn, circuit=seed if turn > 1 else 0)
     names = [name for name, _ in reference_sets(recipe)]
-    yield from _list_rivals(recipe, names, asked.target, asked.neuron, completed)
+    yield from _list_rivals(recipe, names, options.target, options.neuron, completed)
 
 
 def _list_search(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attribution]:
-    """The first round is shared by all; in each later one every candidate attributes again, on a model of its
-    own."""
+    """All candidates share the first round's scores; in each later round every candidate attributes again,
+    without its own units."""
     method, kinds, circuit = recipe.attribution.method, [kind for kind, _, _ in contrasts_tried(recipe)], 0
     for target, neuron in attributions_tried(recipe):
         first = {
@@ -153,7 +157,7 @@ def _list_search(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attrib
             for name in sets_read_by(recipe, kinds)
         }
         if damages_tried(recipe):
-            first["general"] = Attribution("general", recipe.attribution.but(**SENSITIVITY))
+            first["general"] = Attribution("general", recipe.attribution.copy_with(**SENSITIVITY))
         yield from first.values()
         for kind in kinds:
             for _, rounds, *_ in circuit_sizes_tried(recipe):
@@ -169,42 +173,42 @@ def _list_rivals(
 ) -> Iterator[Attribution]:
     for method in rival_methods(recipe):
         for name in names if method not in EXPERTISE_METHODS else ():
-            theirs = target_for_set(target, completed(name))
-            yield _single_attribution(recipe, method, name, theirs, neuron=neuron)
+            rival_target = target_for_set(target, completed(name))
+            yield _single_attribution(recipe, method, name, rival_target, neuron=neuron)
 
 
 def target_for_set(target: str, completed: bool) -> str:
-    """A candidate's target for a set; `next` for one without completions, where the target means them."""
+    """A candidate's target for a set: `next` if the target needs completions and the set has none."""
     return "next" if target.startswith("completion") and not completed else target
 
 
 def _correct_variants(recipe: CorrectRecipe, sites: Sequence[Site], count: int) -> Iterator[str]:
-    """The variants beside a circuit of `count` units, but those that are the circuit once more."""
-    beside, own = comparison_for(recipe, sites, count), recipe.attribution.method
+    """The names of the variants for a circuit of `count` units, without those that are the same circuit."""
+    comparison, own = comparison_for(recipe, sites, count), recipe.attribution.method
     yield "original"
     seeds = range(count_seeds(recipe))
     for seed in seeds if len(seeds) > 1 else (None,):
         if count:
             yield name_draw("ablated", seed)
-        yield from (name_draw(str(Variant(own, many)), seed) for many in beside.own if many != count)
-        for method, (_, sizes) in beside.rivals.items():
-            yield from (name_draw(str(Variant(method, many)), seed) for many in sizes if many)
+        yield from (name_draw(str(Variant(own, size)), seed) for size in comparison.own if size != count)
+        for method, (_, sizes) in comparison.rivals.items():
+            yield from (name_draw(str(Variant(method, size)), seed) for size in sizes if size)
             if method == "aura":
                 yield name_draw("aura@all", seed)
-        for many in filter(None, beside.null):
-            draws = (None,) if beside.draws == 1 else range(beside.draws)
-            yield from (name_draw(str(Variant("random", many)), seed, draw) for draw in draws)
+        for size in filter(None, comparison.null):
+            draws = (None,) if comparison.draws == 1 else range(comparison.draws)
+            yield from (name_draw(str(Variant("random", size)), seed, draw) for draw in draws)
 
 
 def rival_methods(recipe: CorrectRecipe) -> tuple[str, ...]:
-    """The methods that stand beside the run's own; random is the null."""
+    """The methods that the run's own is compared with; random is not among them, as it is the null."""
     named = dict.fromkeys(recipe.compare.methods)
     return tuple(method for method in named if method not in ("random", recipe.attribution.method))
 
 
 def expertise_sets(recipe: CorrectRecipe) -> list[tuple[str, str]]:
-    """(undesired, benign) sets that the methods of expertise tell apart: matched samples, or general ones
-    where there are none; one pair a seed where they differ."""
+    """The pairs of sets (undesired, benign) that the methods of expertise tell apart; benign are the matched
+    samples, or the general ones if there are none. One pair per seed, if the pairs differ."""
     benign = "matched" if "matched" in recipe.references else "general"
     pairs = (
         (set_at_seed(recipe, "undesired", seed), set_at_seed(recipe, benign, seed))
@@ -216,22 +220,21 @@ def expertise_sets(recipe: CorrectRecipe) -> list[tuple[str, str]]:
 # What a search tries.
 
 
-def _search_of(recipe: CorrectRecipe) -> Tune:
+def _require_tune(recipe: CorrectRecipe) -> Tune:
     assert recipe.tune
     return recipe.tune
 
 
 def attributions_tried(recipe: CorrectRecipe) -> list[tuple[str, str]]:
-    """(target, neuron) of every attribution that a search begins with."""
-    tune, asked = _search_of(recipe), recipe.attribution
-    targets, neurons = tune.targets or (asked.target,), tune.neurons or (asked.neuron,)
+    """(target, neuron) of every attribution in a search's first round."""
+    tune, options = _require_tune(recipe), recipe.attribution
+    targets, neurons = tune.targets or (options.target,), tune.neurons or (options.neuron,)
     return [(target, neuron) for target in targets for neuron in neurons]
 
 
 def contrasts_tried(recipe: CorrectRecipe) -> list[tuple[str, float, str | None]]:
-    """(plain or matched, penalty, normalize): every way in which a search contrasts the scores of one
-    attribution."""
-    tune = _search_of(recipe)
+    """(plain or matched, penalty, normalize) of every contrast that a search makes of one attribution."""
+    tune = _require_tune(recipe)
     return [
         (kind, penalty, scale)
         for kind in tune.contrasts or (("plain", "matched") if "matched" in recipe.references else ("plain",))
@@ -246,13 +249,13 @@ def sets_read_by(recipe: Recipe, kinds: list[str]) -> list[str]:
 
 
 def counts_tried(recipe: CorrectRecipe) -> list[int]:
-    return sorted(set(_search_of(recipe).counts)) or [recipe.selection.count or 0]
+    return sorted(set(_require_tune(recipe).counts)) or [recipe.selection.count or 0]
 
 
 def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float, float | None]]:
-    """(number of units, rounds, strength, damage that strengths are fitted at or None) of every circuit that
-    a search looks for by one contrast."""
-    tune = _search_of(recipe)
+    """(number of units, rounds, strength, damage at which strengths are fitted, or None) of every circuit
+    that a search finds by one contrast."""
+    tune = _require_tune(recipe)
     return [
         (count, rounds, strength, damage)
         for count in counts_tried(recipe)
@@ -263,12 +266,12 @@ def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float, fl
 
 
 def damages_tried(recipe: CorrectRecipe) -> tuple[float, ...]:
-    """The damages at which strengths are fitted; none where units are selected."""
-    return _search_of(recipe).damages
+    """The damages at which strengths are fitted; empty if units are selected."""
+    return _require_tune(recipe).damages
 
 
 def count_candidates_tried(recipe: CorrectRecipe) -> int:
-    """At most so many circuits a search tries; fewer where a contrast has too few candidates for one."""
+    """The largest number of circuits that a search tries; contrasts with too few candidates give fewer."""
     return len(attributions_tried(recipe)) * len(contrasts_tried(recipe)) * len(circuit_sizes_tried(recipe))
 
 
@@ -277,34 +280,38 @@ def count_candidates_tried(recipe: CorrectRecipe) -> int:
 
 def _list_compress(recipe: CompressRecipe) -> Iterator[Attribution]:
     compress = recipe.compress
-    for _, method, reduce in prunings_of(compress, sampled=False):
+    for _, method, reduce in list_prunings(compress, sampled=False):
         for name in sets_pruned_by(recipe, method):
-            one = _single_attribution(recipe, method, name, reduce=reduce)
+            attribution = _single_attribution(recipe, method, name, reduce=reduce)
+            # Sequential pruning scores each layer after the ones before are pruned, so its scores depend on
+            # the fraction; those of any other method serve all fractions.
             times = max(1, len(compress.fractions)) if method == SEQUENTIAL else 1
-            yield from (replace(one, kept=method != SEQUENTIAL, circuit=number) for number in range(times))
-    for _, method, reduce in prunings_of(compress, sampled=True):
+            yield from (
+                replace(attribution, kept=method != SEQUENTIAL, circuit=number) for number in range(times)
+            )
+    for _, method, reduce in list_prunings(compress, sampled=True):
         for count in sorted(compress.samples):
             for name, _ in reference_sets(recipe):
-                one = _single_attribution(recipe, method, name, reduce=reduce)
-                yield replace(one, kept=False, first=count)
+                attribution = _single_attribution(recipe, method, name, reduce=reduce)
+                yield replace(attribution, kept=False, first=count)
 
 
 def _discover_variants(recipe: DiscoverRecipe, sites: Sequence[Site]) -> Iterator[str]:
     for name, _, _ in rankings(recipe.discover, lambda method: require_method(method).targeted):
-        for count in removed_sizes(recipe.discover, name, recipe.attribution.unit, sites):
+        for count in removal_sizes(recipe.discover, name, recipe.attribution.unit, sites):
             for seed, _ in enumerate(reference_sets(recipe)):
                 yield str(Variant(name, count, f"seed{seed}"))
 
 
 def _compress_variants(recipe: CompressRecipe, sites: Sequence[Site]) -> Iterator[str]:
     compress = recipe.compress
-    for name, method, _ in prunings_of(compress, sampled=False):
+    for name, method, _ in list_prunings(compress, sampled=False):
         seeds = len(sets_pruned_by(recipe, method))
         for fraction in compress.fractions or (None,):
             count = count_selected(compress.scope, "weight", sites, fraction=fraction)
             draws = [f"seed{seed}" for seed in range(seeds)] if seeds > 1 else [""]
             yield from (str(Variant(name, count, draw)) for draw in draws)
-    for name, _, _ in prunings_of(compress, sampled=True):
+    for name, _, _ in list_prunings(compress, sampled=True):
         for count in sorted(compress.samples):
             yield from (f"{name}-{count}.seed{seed}" for seed, _ in enumerate(reference_sets(recipe)))
 
@@ -313,54 +320,54 @@ def rankings(discover: Discover, signed: Callable[[str], bool]) -> list[tuple[st
     """(name, method, rank) of every way to rank units.
 
     Args:
-        signed: whether a method's scores have a sign; where they have none, its rankings are one.
+        signed: whether a method's scores have a sign; without one, all its rankings are the same.
     """
-    first, *more = discover.ranks
-    found: list[tuple[str, str, str]] = []
+    first_rank, *more_ranks = discover.ranks
+    ways: list[tuple[str, str, str]] = []
     for method in discover.methods:
-        found.append((method, method, first))
-        found += [(f"{method}-{rank}", method, rank) for rank in more if signed(method)]
-    return found
+        ways.append((method, method, first_rank))
+        ways += [(f"{method}-{rank}", method, rank) for rank in more_ranks if signed(method)]
+    return ways
 
 
 def sets_pruned_by(recipe: CompressRecipe, method: str) -> list[str]:
-    """The reference sets by each of which a method prunes; the first where it looks at no sample."""
+    """The reference sets that a method prunes with, one at a time; the first for a method without samples."""
     names = [name for name, _ in reference_sets(recipe)]
     reads = method == SEQUENTIAL or require_method(method).run is not None
     return names if recipe.compress.seeds and reads else names[:1]
 
 
-def prunings_of(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]:
-    """(name, method, reduce); a relevance has its reduction in its name where there are two.
+def list_prunings(compress: Compress, *, sampled: bool) -> list[tuple[str, str, str]]:
+    """(name, method, reduce) of every pruning; with several reductions, a relevance has its own in its name.
 
     Args:
-        sampled: those that are compared by number of samples, or the others.
+        sampled: list the prunings that are compared by number of samples, or the others.
     """
-    found: list[tuple[str, str, str]] = []
+    ways: list[tuple[str, str, str]] = []
     for method in compress.methods:
         if sampled != bool(compress.samples and require_method(method).run):
             continue
         if method != SEQUENTIAL and require_method(method).targeted and len(compress.reduces) > 1:
-            found += [(f"{method}-{reduce}", method, reduce) for reduce in compress.reduces]
+            ways += [(f"{method}-{reduce}", method, reduce) for reduce in compress.reduces]
         else:
-            found.append((method, method, compress.reduces[0]))
-    return found
+            ways.append((method, method, compress.reduces[0]))
+    return ways
 
 
-# How many units each circuit has, by whichever scope.
+# The number of units in each circuit, whatever the scope.
 
 Sizes = dict[int, dict[str, Any]]
-"""Number of units in all, ascending → the count or fraction by which `select` takes so many; nothing for a
+"""Total number of units, ascending → the count or fraction with which `select` takes so many; empty for a
 scope n:m."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Beside the original and the circuit, what the job correct evaluates. Variants are named by their number
-    of units in all.
+    """What the job correct evaluates besides the original and the circuit. Variants are named by their total
+    number of units.
 
     Attributes:
-        own: sizes that the run's own contrast selects, the circuit's among them.
+        own: sizes that the run's own contrast selects, including the circuit's.
         rivals: each other method → its scope and its sizes.
         null: numbers of random units, each drawn `draws` times.
     """
@@ -372,40 +379,41 @@ class Comparison:
 
 
 def comparison_for(recipe: CorrectRecipe, sites: Sequence[Site], count: int) -> Comparison:
-    """What stands beside a circuit of `count` units in all."""
-    compare, chosen = recipe.compare, recipe.selection
-    asked = selection_sizes(recipe, sites, compare.counts)
-    if chosen.tune:
+    """What a circuit of `count` units is compared with."""
+    compare, selection = recipe.compare, recipe.selection
+    compared = selection_sizes(recipe, sites, compare.counts)
+    if selection.tune:
         circuit = selection_sizes(recipe, sites, counts_tried(recipe)).get(count, {"count": count})
-    elif chosen.count is not None:
-        circuit = {"count": chosen.count}
+    elif selection.count is not None:
+        circuit = {"count": selection.count}
     else:
-        circuit = {} if parse_scope(chosen.scope) else {"fraction": chosen.fraction}
-    own = dict(sorted({**asked, count: circuit}.items()))
-    # compare.counts need not have what a search ends at, nor the size of a share or of n:m, which no recipe
-    # says.
-    theirs = asked if chosen.count is not None and not chosen.tune else own
-    rivals = {method: rival_sizes(recipe, sites, method, theirs) for method in rival_methods(recipe)}
+        circuit = {} if parse_scope(selection.scope) else {"fraction": selection.fraction}
+    own = dict(sorted({**compared, count: circuit}.items()))
+    # Give the rivals the circuit's size too if the recipe does not state it: after a search, or for a
+    # fraction or a scope n:m.
+    sizes = compared if selection.count is not None and not selection.tune else own
+    rivals = {method: rival_sizes(recipe, sites, method, sizes) for method in rival_methods(recipe)}
     null = tuple(own) if "random" in compare.methods else (count,)
     return Comparison(own, rivals, null, compare.random_draws)
 
 
 def selection_sizes(recipe: CorrectRecipe, sites: Sequence[Site], counts: Iterable[int]) -> Sizes:
-    """What these counts, each of all units, of a site or of a row as selection.scope says, are in all."""
+    """These counts as total numbers of units; selection.scope says whether a count is of all units, of each
+    site or of each row."""
     scope, unit = recipe.selection.scope, recipe.attribution.unit
-    return {count_selected(scope, unit, sites, count=one): {"count": one} for one in sorted(set(counts))}
+    return {count_selected(scope, unit, sites, count=size): {"count": size} for size in sorted(set(counts))}
 
 
 def rival_sizes(recipe: CorrectRecipe, sites: Sequence[Site], method: str, sizes: Sizes) -> tuple[str, Sizes]:
-    """The scope by which another method selects, and its sizes; where the scope is its own, the share of
-    every site or row is the same."""
+    """The scope of another method, and its sizes. With a scope of its own (compare.scopes), it takes the same
+    share of every site or row."""
     scope, unit = (recipe.compare.scopes or {}).get(method, recipe.selection.scope), recipe.attribution.unit
     if scope == recipe.selection.scope:
         return scope, sizes
     if scope == "global":
         return scope, {total: {"count": total} for total in sizes}
     units = sum(units_in(site, unit) for site in sites)
-    # Rounded up at the twelfth digit: a third of three is one, and not 0.9999.
+    # Round up at the twelfth digit: a third of three units is one unit, but 0.333333333333 · 3 rounds to 0.
     shares = [-(-total * 10**12 // units) / 10**12 for total in sizes if total < units]
     return scope, {
         count_selected(scope, unit, sites, fraction=share): {"fraction": share} for share in shares
@@ -413,43 +421,45 @@ def rival_sizes(recipe: CorrectRecipe, sites: Sequence[Site], method: str, sizes
 
 
 def ranking_scope(discover: Discover, name: str) -> str:
-    """The scope by which a ranking's units are removed; `name` as `rankings` has it."""
+    """The scope by which a ranking's units are removed; `name` is one of `rankings`."""
     method = name if name in discover.methods else name.rpartition("-")[0]
     return (discover.scopes or {}).get(method, "global")
 
 
-def removed_sizes(discover: Discover, name: str, unit: str, sites: Sequence[Site]) -> Sizes:
-    """How many of all units each circuit of a ranking lacks."""
+def removal_sizes(discover: Discover, name: str, unit: str, sites: Sequence[Site]) -> Sizes:
+    """The numbers of units that a ranking's circuits lack."""
     scope, units = ranking_scope(discover, name), sum(units_in(site, unit) for site in sites)
-    found: Sizes = {}
+    sizes: Sizes = {}
     for sparsity in sorted(discover.sparsities):
         total = count_selected(scope, unit, sites, fraction=sparsity)
         if 0 < total < units:
-            found.setdefault(total, {"count": total} if scope == "global" else {"fraction": sparsity})
-    return found
+            sizes.setdefault(total, {"count": total} if scope == "global" else {"fraction": sparsity})
+    return sizes
 
 
 def circuit_count(recipe: CorrectRecipe, sites: Sequence[Site]) -> int:
-    """How many units the circuit has; the most that it can where a search decides it."""
-    asked = recipe.selection
-    count = max(counts_tried(recipe)) if asked.tune else asked.count
-    return count_selected(asked.scope, recipe.attribution.unit, sites, count=count, fraction=asked.fraction)
+    """The number of units in the circuit; the largest one that a search tries."""
+    selection = recipe.selection
+    count = max(counts_tried(recipe)) if selection.tune else selection.count
+    return count_selected(
+        selection.scope, recipe.attribution.unit, sites, count=count, fraction=selection.fraction
+    )
 
 
 def count_selected(
     scope: str, unit: str, sites: Sequence[Site], *, count: int | None = None, fraction: float | None = None
 ) -> int:
-    """How many units so many, such a share, or the groups of a scope n:m are of the sites."""
+    """The total number of units selected by a count, a fraction, or a scope n:m."""
     units = [units_in(site, unit) for site in sites]
     if groups := parse_scope(scope):
         return sum(units) * groups[0] // groups[1]
 
-    def of(some: int) -> int:
-        return count if count is not None else share_of(fraction, some)
+    def resolve(total: int) -> int:
+        return count if count is not None else share_of(fraction, total)
 
     if scope == "row":
-        return sum(site.out * of(site.inp) for site in sites)
-    return sum(map(of, units)) if scope == "site" else of(sum(units))
+        return sum(site.out * resolve(site.inp) for site in sites)
+    return sum(map(resolve, units)) if scope == "site" else resolve(sum(units))
 
 
 def units_in(site: Site, unit: str) -> int:

@@ -1,7 +1,7 @@
-"""Whether a checkpoint of others can be trusted to be what it says: no pickle, every file and every weight
-there, each of its shape, none left out, none NaN or Inf.
+"""Check that a checkpoint is complete and consistent: no pickle, no missing or unused weight, no wrong
+shape, no NaN or Inf.
 
-Checkpoints carry no checksums. A changed weight that is still a number gives the model another fingerprint.
+Checkpoints have no checksums. A changed weight that is still finite changes the model's fingerprint.
 """
 
 import os
@@ -27,114 +27,120 @@ POINTER = b"version https://git-lfs"
 _BUFFERS = re.compile(
     r"(rotary_emb\..*|attn\.(masked_)?bias|attention\.(masked_)?bias|[kv]_(proj\.)?(output_)?scale)$"
 )
-"""What checkpoints have in their layers besides weights: rotary angles, causal masks, scales of a key-value
-cache."""
+"""Entries of checkpoints that are not weights: rotary angles, causal masks, scales of a key-value cache."""
 
 
 def require_downloaded(name: str) -> None:
-    """Raise UserError where a folder has Git LFS's pointers in place of files."""
+    """Raise UserError if a folder has Git LFS pointers instead of files."""
     for path in sorted(Path(name).iterdir()) if Path(name).is_dir() else []:
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
-            raise UserError(f"{path} is a pointer of Git LFS, not the file; run `git lfs pull` in its folder")
+            raise UserError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull` in its folder")
 
 
 def require_readable(name: str) -> None:
-    """Raise UserError where a folder has no weights, not all, two sets of them, or (unsafe) pickle alone."""
+    """Raise UserError if a folder has no weights, incomplete weights, two sets of weights, or only pickle,
+    which is unsafe."""
     folder = Path(name)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         return
-    _read_settings(folder / "generation_config.json", ", or remove it")  # transformers would go on without
+    _read_settings(
+        folder / "generation_config.json", ", or remove it"
+    )  # transformers would ignore a broken one
     index = _read_settings(folder / INDEX).get("weight_map")
     if (folder / INDEX).is_file() and (not isinstance(index, dict) or not index):
         raise UserError(f"{folder / INDEX} has no weight_map; download it again")
     parts = sorted(set(map(str, (index or {}).values())) - {ALONE})
-    there = [part for part in parts if os.path.isfile(folder / part)]  # False for what no name can be
+    present = [
+        part for part in parts if os.path.isfile(folder / part)
+    ]  # isfile, as it is False for invalid names
     if (folder / ALONE).is_file():
-        if there:
+        if present:
             raise UserError(
-                f"{name} has {ALONE} and the {len(there)} parts of {INDEX}; remove which is not the model"
+                f"{name} has {ALONE} and the {len(present)} parts of {INDEX}; remove those that are not the "
+                "model"
             )
         return
-    if len(there) < len(parts):
-        missing = next(part for part in parts if part not in there)[:80]
+    if len(present) < len(parts):
+        missing = next(part for part in parts if part not in present)[:80]
         raise UserError(
-            f"{name} lacks {len(parts) - len(there)} of {len(parts)} files of weights ({missing}); download "
-            "them"
+            f"{name} lacks {len(parts) - len(present)} of {len(parts)} files of weights ({missing}); "
+            "download them"
         )
     if parts:
         return
-    found = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if old := [file for file in found if file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]:
-        raise UserError(f"{name} has pickle weights ({old[0]}), which sparc3 does not read; {CONVERT}")
-    if others := [file for file in found if file.endswith((".safetensors", ".gguf"))]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if pickles := [file for file in names if file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]:
+        raise UserError(f"{name} has pickle weights ({pickles[0]}), which sparc3 does not read; {CONVERT}")
+    if others := [file for file in names if file.endswith((".safetensors", ".gguf"))]:
         raise UserError(
-            f"{name} has {others[0]}, but neither {ALONE} nor {INDEX}; download what is missing, or give the "
-            "weights that name"
+            f"{name} has {others[0]}, but neither {ALONE} nor {INDEX}; download the missing files, or rename "
+            "the weights to one of these"
         )
 
 
 def _read_settings(path: Path, remedy: str = "") -> dict[str, Any]:
-    """What a file of settings says; nothing where there is none."""
+    """The content of a JSON file of settings; {} if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        said = parse_json(read_text(path))
-        if isinstance(said, dict):
-            return said
-        error: Exception = ValueError("it is no list of settings")
-    except (ValueError, RecursionError) as raised:
-        error = raised
+        content = parse_json(read_text(path))
+        if isinstance(content, dict):
+            return content
+        error: Exception = ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as cause:
+        error = cause
     raise UserError(f"{path} cannot be read ({error}); download it again{remedy}")
 
 
-def require_whole(name: str, model: "PreTrainedModel", found: dict[str, Any], layers: str) -> None:
-    """Raise UserError where transformers filled in what a checkpoint lacks or left out weights that it has,
-    or where a weight is not finite.
+def require_whole(name: str, model: "PreTrainedModel", report: dict[str, Any], layers: str) -> None:
+    """Raise UserError if transformers filled in missing weights or ignored existing ones, or if a weight
+    is not finite.
 
     Args:
-        found: what from_pretrained gives with output_loading_info.
+        report: the loading info of from_pretrained (output_loading_info).
         layers: name of the model's list of layers.
     """
-    remedy = "the checkpoint is damaged, or config.json is of another model; download it again"
-    if found["mismatched_keys"]:
-        key, there, wanted = min(found["mismatched_keys"])
+    remedy = "the checkpoint is damaged, or config.json belongs to another model; download it again"
+    if report["mismatched_keys"]:
+        key, actual, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"'{name}': {key} is {tuple(there)} in the weights and {tuple(wanted)} by config.json; {remedy}"
+            f"'{name}': {key} is {tuple(actual)} in the weights and {tuple(expected)} by config.json; "
+            f"{remedy}"
         )
-    unexpected = sorted(found["unexpected_keys"])
-    if missing := sorted(found["missing_keys"]):
-        if wrapped := [key for key in unexpected if key.endswith(f".{missing[-1]}")]:
-            remedy = f"they are called {wrapped[0]} there; save the model that is inside the wrapper"
+    unexpected = sorted(report["unexpected_keys"])
+    if missing := sorted(report["missing_keys"]):
+        if renamed := [key for key in unexpected if key.endswith(f".{missing[-1]}")]:
+            remedy = f"it has {renamed[0]} instead; save the model inside the wrapper"
         elif missing == ["lm_head.weight"]:
-            remedy = "if it is the embeddings, say so in config.json by tie_word_embeddings: true"
+            remedy = "if the embeddings serve as lm_head, set tie_word_embeddings: true in config.json"
         raise UserError(f"'{name}' lacks {len(missing)} weights, the first {missing[0]}; {remedy}")
     blocks = model.get_submodule(layers)
     assert isinstance(blocks, nn.ModuleList)
-    if beyond := [key for key in unexpected if _layer_of(key, layers) >= len(blocks)]:
+    if extra := [key for key in unexpected if _layer_index(key, layers) >= len(blocks)]:
         raise UserError(
-            f"'{name}' has weights of more than the {len(blocks)} layers that config.json says "
-            f"({beyond[0]}); {remedy}"
+            f"'{name}' has weights of more layers than the {len(blocks)} in config.json ({extra[0]}); "
+            f"{remedy}"
         )
-    inside = (f"{layers}.", f"{layers.partition('.')[2]}.")
-    unused = [key for key in unexpected if key.startswith(inside) and not _BUFFERS.search(key)]
+    prefixes = (f"{layers}.", f"{layers.partition('.')[2]}.")
+    unused = [key for key in unexpected if key.startswith(prefixes) and not _BUFFERS.search(key)]
     if unused and not getattr(model.config, "quantization_config", None):
         raise UserError(
-            f"'{name}' has {len(unused)} weights in its layers that a {model.config.model_type} of its "
-            f"config.json does not use, the first {unused[0]}, so its figures would be wrong; {remedy}"
+            f"'{name}' has {len(unused)} weights in its layers that a {model.config.model_type} with this "
+            f"config.json does not use, such as {unused[0]}, so its figures would be wrong; {remedy}"
         )
-    for key, whole in named_values(model):
-        for weight in plain_parts(whole.detach()):
+    for key, value in named_values(model):
+        for weight in plain_parts(value.detach()):
             if not weight.is_floating_point() or not weight.numel():
                 continue
             if not all(bound.isfinite() for bound in weight.aminmax()):
-                wider = f", or load it in float32: {weight.dtype} may be too small for it"
+                hint = f", or load it in float32, as {weight.dtype} may overflow"
                 raise UserError(
                     f"'{name}': {key} contains a NaN or Inf; "
-                    f"{remedy}{'' if weight.dtype == torch.float32 else wider}"
+                    f"{remedy}{'' if weight.dtype == torch.float32 else hint}"
                 )
 
 
-def _layer_of(key: str, layers: str) -> int:
-    """The number of a weight's layer by its name, with or without the whole model's prefix; -1 for none."""
+def _layer_index(key: str, layers: str) -> int:
+    """The layer index in a weight's name, with or without the model's prefix; -1 if there is none."""
     digits = re.match(rf"(?:.*\.)?{re.escape(layers.rpartition('.')[2])}\.(\d+)\.", key)
     return int(digits[1]) if digits else -1

@@ -1,4 +1,4 @@
-"""The one table that knows the names inside each architecture. A new plain decoder is a new row."""
+"""The table of architectures: where each has its parts. A new plain decoder needs only a new row."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UnsupportedModel
 
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-"""Canonical names of the prunable matrices of a decoder layer, in the order data meets them."""
+"""Canonical names of the prunable matrices of a decoder layer, in the order in which data passes them."""
 
 
 PARTS = {
@@ -15,7 +15,7 @@ PARTS = {
     "mlp.up": ("gate_up_proj", "up"),
     "mlp.down": ("down_proj", ""),
 }
-"""Role → the parameter of a layer's experts that holds it, and which part of its rows."""
+"""Role → the fused parameter of a layer's experts, and the part of its rows ("" for all)."""
 
 
 def _key_value_heads(config: Any) -> int:
@@ -23,6 +23,7 @@ def _key_value_heads(config: Any) -> int:
 
 
 def _falcon_key_value_heads(config: Any) -> int:
+    # Falcon 7B has one key and one value for all query heads (multi_query); its num_kv_heads is not used.
     return int(config.num_kv_heads) if config.new_decoder_architecture or not config.multi_query else 1
 
 
@@ -33,28 +34,26 @@ class Family:
     Attributes:
         classes: prefix of the class names of its own modules ("Llama" of LlamaDecoderLayer).
         layers: path, inside the model, of the list of decoder layers.
-        roles: role → path. "attn.qkv#q" is the part q of the module attn.qkv, which holds several matrices in
-            one.
+        roles: role → path. "attn.qkv#q" is the part q of the module attn.qkv, which fuses several matrices.
         activation: path of the MLP's non-linearity.
-        gated: path of an MLP that computes down(act(gate(x)) · up(x)); None where it is down(act(up(x))).
-        experts: path of a mixture's experts, in fused parameters (PARTS); a layer that has none has the MLP
+        gated: path of an MLP that computes down(act(gate(x)) · up(x)); None for down(act(up(x))).
+        experts: path of a mixture's experts, in fused parameters (PARTS); layers without experts have the MLP
             of `roles`.
-        shared: path of the MLP, gated too, that stands beside the experts for all tokens; None where there is
-            none.
-        constants: paths of linear maps whose output is a constant to relevance: the weight of the shared MLP.
-        fused: path of a module with parts → how its output rows are laid out, a key of models.LAYOUTS.
+        shared: path of a gated MLP that processes all tokens in addition to the experts; None without one.
+        constants: paths of linear maps whose output is a constant for relevance: the weight of the shared
+            MLP.
+        fused: path of a fused module → the layout of its output rows, a key of `sites.LAYOUTS`.
         attention: path of the attention module.
-        splits: the attention's method that returns query, key and value; None where it calls transformers'
+        splits: the attention's method that returns query, key and value; None if it calls transformers'
             attention interface.
-        mixes: or its method that takes query, key and value. A release that has dropped either calls the
-            interface.
-        positions: path, inside the model, of the learned position embedding; None where positions are not
-            learned.
-        gain_from_one: whether norms store their gain as its distance from 1.
-        key_value_heads: how many heads attn.k and attn.v have, by the configuration.
-        refused: flag of the configuration, which no rule covers when it is set → what it does.
-        needed: what the configuration must say, for transformers' own code fails without it.
-        models: what the models of this architecture are called, for the documentation.
+        mixes: or its method that takes query, key and value. Releases of transformers without that method
+            call the interface.
+        positions: path, inside the model, of the learned position embedding; None without learned positions.
+        gain_from_one: whether norms store gain − 1 instead of the gain.
+        key_value_heads: configuration → number of heads of attn.k and attn.v.
+        refused: flag of the configuration that no rule covers if it is set → its meaning.
+        needed: keys of the configuration without which transformers' own code fails.
+        models: names of the models with this architecture, for the documentation.
     """
 
     classes: str
@@ -76,8 +75,8 @@ class Family:
     needed: tuple[str, ...] = ()
     models: str = ""
 
-    def listed(self, role: str) -> str:
-        """Where a role is, for the documentation; E stands for the number of an expert."""
+    def describe_role(self, role: str) -> str:
+        """The path of a role, for the documentation; E stands for the number of an expert."""
         if self.experts is None or role not in PARTS:
             return self.roles[role]
         parameter, part = PARTS[role]
@@ -85,14 +84,16 @@ class Family:
 
 
 def _roles(attention: str, names: str, mlp: str, maps: str) -> dict[str, str]:
-    """Role → path of the maps q, k, v and o (or of one that holds the first three, and o) in the attention,
-    and of up, down and gate, where there is one, in the MLP."""
-    found = [f"{attention}.{name}" for name in names.split()]
-    if len(found) == 2:
-        found = [*(f"{found[0]}#{part}" for part in "qkv"), found[1]]
-    found += [f"{mlp}.{name}".lstrip(".") for name in maps.split()]
+    """Role → path of the maps q, k, v and o in the attention (or of a fused one for the first three, and
+    o), and of up, down and, if present, gate in the MLP."""
+    paths = [f"{attention}.{name}" for name in names.split()]
+    if len(paths) == 2:
+        paths = [*(f"{paths[0]}#{part}" for part in "qkv"), paths[1]]
+    # OPT's decoder layer contains fc1 and fc2 itself: it has no MLP module, and `mlp` is empty.
+    paths += [f"{mlp}.{name}".lstrip(".") for name in maps.split()]
+    # Without a gate, the list of paths is one shorter.
     return dict(
-        zip(("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "mlp.gate"), found, strict=False)
+        zip(("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down", "mlp.gate"), paths, strict=False)
     )
 
 
@@ -264,20 +265,20 @@ FAMILIES: dict[str, Family] = {
 
 
 def require_family(config: Any, what: str) -> Family:
-    """The row of a configuration. Raises UnsupportedModel where there is none, or for a flag without a
-    rule."""
+    """The row for a configuration. Raises UnsupportedModel if there is none, or for a flag without a rule."""
     if config.model_type not in FAMILIES:
+        # Of a model for images and text, whose text model alone may be supported, the message names both.
         text = config.get_text_config().model_type
-        within = f" with the text model '{text}'" if text != config.model_type else ""
+        detail = f" with the text model '{text}'" if text != config.model_type else ""
         raise UnsupportedModel(
-            f"{what}: architecture '{config.model_type}'{within} is not supported, it has no row in the "
-            f"family table (sparc3.families.FAMILIES); supported: {', '.join(sorted(FAMILIES))}"
+            f"{what}: architecture '{config.model_type}'{detail} is not supported, because it has no row in "
+            f"sparc3.models.families.FAMILIES; supported: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[config.model_type]
     for flag, meaning in family.refused.items():
         if getattr(config, flag, None):
             raise UnsupportedModel(
-                f"{what}: {flag} is set in its configuration, and no rule is known for {meaning}"
+                f"{what}: {flag} is set in its configuration, but there is no LRP rule for {meaning}"
             )
     for name in family.needed:
         if getattr(config, name, None) is None:

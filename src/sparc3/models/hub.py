@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which names mean it, what its client's errors mean, and one file of a repository."""
+"""The Hugging Face hub: parse names, download files, and explain the client's errors."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 from ..errors import UnsupportedModel, UserError
 
 CONVERT = "convert them: load it with transformers where you trust it, and save_pretrained writes safetensors"
-"""What to do about a checkpoint that holds its weights as pickle alone."""
+"""Remedy for a checkpoint whose weights are only available as pickle."""
 PREFIX = "hf://"
 _ID = r"[\w.-]+/[\w.-]+"
 _REVISION = r"@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+)"
@@ -22,7 +22,7 @@ _PLAIN = re.compile(rf"(?P<repo>{_ID})(?:{_REVISION})?")
 
 @dataclass(frozen=True)
 class Place:
-    """A file of a repository on the hub, or, without a path, the repository.
+    """A file in a repository on the hub, or, without a path, the repository.
 
     Attributes:
         type: "model" or "dataset".
@@ -35,54 +35,57 @@ class Place:
     type: str = "model"
 
 
-def place_of(name: str) -> Place | None:
-    """What `name` means on the hub, written as its client writes it: hf://USER/REPO[@REVISION][/PATH],
+def parse_place(name: str) -> Place | None:
+    """The place that `name` means on the hub, in the forms of its client: hf://USER/REPO[@REVISION][/PATH],
     hf://datasets/…, or USER/REPO[@REVISION].
 
-    None for a path: anything else, and whatever exists here. Raises UserError for an hf:// name that is none
-    of these.
+    None for a path: any other name, or anything that exists locally. Raises UserError for an hf:// name of
+    another form.
     """
     if name.startswith(PREFIX):
-        found = _URI.fullmatch(name)
-        if not found:
+        match = _URI.fullmatch(name)
+        if not match:
             raise UserError(
                 f"{name} is not a place on the hub; write hf://USER/REPO/circuit.json, or "
                 "hf://USER/REPO@REVISION/circuit.json"
             )
         return Place(
-            found["repo"],
-            found["path"],
-            found["revision"],
-            "dataset" if found["type"] == "datasets/" else "model",
+            match["repo"],
+            match["path"],
+            match["revision"],
+            "dataset" if match["type"] == "datasets/" else "model",
         )
-    found = _PLAIN.fullmatch(name)
-    if not found or name.startswith(".") or Path(name).exists() or name.endswith((".json", ".safetensors")):
+    match = _PLAIN.fullmatch(name)
+    if not match or name.startswith(".") or Path(name).exists() or name.endswith((".json", ".safetensors")):
         return None
-    return Place(found["repo"], None, found["revision"])
+    return Place(match["repo"], None, match["revision"])
 
 
 def fetch(place: Place, paths: tuple[str, ...]) -> Path:
-    """The local copy of a file of the hub: of the place's own path, else of the first of `paths` that the
+    """A local copy of a file on the hub: the place's own path, or else the first of `paths` that the
     repository has.
 
-    Downloaded once and kept in the hub's own cache, which is also what is read where the hub cannot be
-    reached.
+    The file is downloaded once into the hub's own cache, which is also used while the hub cannot be reached.
 
     Raises:
-        UserError: no such repository, revision or file, no access to it, or neither the hub nor a copy within
-            reach.
+        UserError: a missing or inaccessible repository, revision or file, or no local copy while the hub
+            cannot be reached.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
-    away, by_hand = not reachable(), "download the file elsewhere and give its path"
-    wanted = (place.path,) if place.path else paths
-    for path in wanted:
+    offline, by_hand = not is_reachable(), "download the file elsewhere and give its path"
+    candidates = (place.path,) if place.path else paths
+    for path in candidates:
         with hub_errors(place.repo, "repository or file", by_hand):
             try:
                 return Path(
                     hf_hub_download(
-                        place.repo, path, repo_type=place.type, revision=place.revision, local_files_only=away
+                        place.repo,
+                        path,
+                        repo_type=place.type,
+                        revision=place.revision,
+                        local_files_only=offline,
                     )
                 )
             except RevisionNotFoundError:
@@ -91,21 +94,22 @@ def fetch(place: Place, paths: tuple[str, ...]) -> Path:
                     "commit"
                 ) from None
             except (EntryNotFoundError, LocalEntryNotFoundError) as error:
-                if isinstance(error, LocalEntryNotFoundError) and not away:
+                # While online, this error means that the connection failed, not that the file is missing.
+                if isinstance(error, LocalEntryNotFoundError) and not offline:
                     raise
-    if away:
+    if offline:
         raise UserError(f"cannot reach the hub for '{place.repo}', and there is no local copy; {by_hand}")
     raise UserError(
-        f"{place.repo} on the hub has no {' or '.join(wanted)}; name the file: {PREFIX}{place.repo}/PATH"
+        f"{place.repo} on the hub has no {' or '.join(candidates)}; name the file: {PREFIX}{place.repo}/PATH"
     )
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | None:
-    """The folder that the hub's cache keeps a model in, with its small files downloaded too where the hub can
-    be reached; None where there is none.
+    """The model's folder in the hub's cache, after downloading its small files if the hub can be reached;
+    None if there is none.
 
     Args:
-        patterns: which files to see to; of the repository's own folder only.
+        patterns: patterns of the files to download, from the repository's top folder only.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -118,16 +122,16 @@ def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path | Non
                 revision=revision,
                 allow_patterns=patterns,
                 ignore_patterns=["*/*"],
-                local_files_only=not reachable(),
+                local_files_only=not is_reachable(),
             )
         except LocalEntryNotFoundError as error:
-            # It names a snapshot that is not complete. The weights were loaded from it, so it exists.
+            # The error names the incomplete snapshot. The weights were loaded from it, so it exists.
             folder = getattr(error, "snapshot_path", None)
     return Path(folder) if folder else None
 
 
-def reachable() -> bool:
-    """Whether the hub's host has an address, told at once."""
+def is_reachable() -> bool:
+    """Whether the hub's host name can be resolved, without waiting for timeouts."""
     try:
         require_hub("")
     except UserError:
@@ -136,7 +140,7 @@ def reachable() -> bool:
 
 
 def looks_local(name: str) -> bool:
-    """Whether the name of a model means a folder here."""
+    """Whether a model's name means a local folder."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
@@ -144,9 +148,11 @@ ELSEWHERE = "download it elsewhere and give the folder's path"
 
 
 def require_hub(name: str, remedy: str = ELSEWHERE) -> None:
-    """Fail at once, naming the remedy, where the hub's host has no address, not after many retries."""
+    """Raise UserError with the remedy at once, instead of after many retries, if the hub's host name
+    cannot be resolved."""
     from huggingface_hub import constants
 
+    # Behind a proxy, this machine need not be able to resolve names itself.
     proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     try:
         if constants.HF_HUB_OFFLINE:
@@ -159,31 +165,32 @@ def require_hub(name: str, remedy: str = ELSEWHERE) -> None:
 
 @contextmanager
 def hub_errors(name: str, kind: str = "model", remedy: str = ELSEWHERE) -> Iterator[None]:
-    """Turns what the hub's client and transformers raise inside into one line that says what to do."""
+    """Inside, errors of the hub's client and of transformers become UserErrors that say what to do."""
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
-        if told := _explain(error, name, kind, remedy):
-            raise told from None
+        if explanation := _explain(error, name, kind, remedy):
+            raise explanation from None
         raise
 
 
 def _explain(error: BaseException, name: str, kind: str, remedy: str) -> UserError | None:
     from huggingface_hub import errors
 
+    # transformers wraps the hub's errors in an OSError, so that the cause may be further down.
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    said = "\n".join(map(str, chain))
+    messages = "\n".join(map(str, chain))
 
-    def met(*kinds: type[BaseException]) -> bool:
+    def occurred(*kinds: type[BaseException]) -> bool:
         return any(isinstance(e, kinds) for e in chain)
 
-    answers = [
+    status_codes = [
         e.response.status_code
         for e in chain
         if isinstance(e, errors.HfHubHTTPError) and getattr(e, "response", None) is not None
@@ -196,25 +203,25 @@ def _explain(error: BaseException, name: str, kind: str, remedy: str) -> UserErr
             f"the hub has no {kind} '{name}', or you have no access to it; check the name, or log in with "
             "`hf auth login`"
         )
-    if gated or "gated repo" in said:
+    if gated or "gated repo" in messages:
         return UserError(
             f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN to a "
             "token that may read it"
         )
-    if {401, 403} & set(answers) or met(errors.LocalTokenNotFoundError):
+    if {401, 403} & set(status_codes) or occurred(errors.LocalTokenNotFoundError):
         return UserError(
             f"you have no access to '{name}' on the hub; log in with `hf auth login`, or set HF_TOKEN to a "
             "token that has it"
         )
     first = (str(error).strip().splitlines() or [""])[0]
-    if answers and answers[0] < 500:
+    if status_codes and status_codes[0] < 500:
         last = (str(error).strip().splitlines() or [""])[-1]
-        return UserError(f"the hub refused the request for '{name}' (it answers {answers[0]}): {last}")
-    if met(errors.LocalEntryNotFoundError, errors.HTTPError):  # type: ignore[attr-defined]
+        return UserError(f"the hub refused the request for '{name}' (it answers {status_codes[0]}): {last}")
+    if occurred(errors.LocalEntryNotFoundError, errors.HTTPError):  # type: ignore[attr-defined]
         return UserError(f"cannot reach the hub for '{name}'; {remedy}")
-    if "cannot be loaded with `safetensors`" in said:
+    if "cannot be loaded with `safetensors`" in messages:
         return UserError(f"'{name}' only has pickle weights, which sparc3 does not read; {CONVERT}")
-    if "trust_remote_code" in said:
+    if "trust_remote_code" in messages:
         return UnsupportedModel(
             f"'{name}' needs Python code from its own repository, which sparc3 does not run"
         )
@@ -225,5 +232,9 @@ def _explain(error: BaseException, name: str, kind: str, remedy: str) -> UserErr
         return None
     if isinstance(error, errors.StrictDataclassError) and error.__cause__:
         first = (str(error.__cause__).strip().splitlines() or [""])[0]
-    what = first if first and isinstance(error, OSError | ValueError) else f"{type(error).__name__} {first}"
-    return UserError(f"cannot load '{name}': {what.strip()}; if its files are damaged, download it again")
+    description = (
+        first if first and isinstance(error, OSError | ValueError) else f"{type(error).__name__} {first}"
+    )
+    return UserError(
+        f"cannot load '{name}': {description.strip()}; if its files are damaged, download it again"
+    )

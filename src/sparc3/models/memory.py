@@ -1,4 +1,5 @@
-"""What to do when an allocation fails: halve the batch and go on. And how to need less."""
+"""Memory: halve the batch when an allocation fails, return freed memory, and compute logits only where
+needed."""
 
 import ctypes
 import functools
@@ -23,67 +24,71 @@ Made = TypeVar("Made")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, the CPU, or of the CPU's memory pinned for a GPU."""
+    """Whether an allocation failed, on a GPU, on the CPU, or in pinned memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error) if isinstance(error, RuntimeError) else ""
-    return "can't allocate memory" in said or "CUDA error: out of memory" in said
+    # torch raises a plain RuntimeError if the CPU, or pinned memory, has no room; only its text tells.
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in message or "CUDA error: out of memory" in message
 
 
-def too_large(what: str, error: BaseException) -> Sparc3Error:
-    """The error for one sample alone that does not fit."""
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+def too_large(description: str, error: BaseException) -> Sparc3Error:
+    """The error for a single sample that does not fit."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return Sparc3Error(
-        f"{what} alone does not fit into memory; shorten it, load the model in bfloat16, or use a device "
-        f"with more ({said})"
+        f"{description} alone does not fit into memory; shorten it, load the model in bfloat16, or use a "
+        f"device with more ({reason})"
     )
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes left on a device; of a CPU what its machine or control group has, None if untold."""
+    """Free bytes on a device; for a CPU, of its machine or control group. None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        left = int(lines["MemAvailable"].split()[0]) * 1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
     try:
-        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        return min(left, most - used)
-    except (OSError, ValueError):
-        return left
+        limit, current = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
+        return min(free, limit - current)
+    except (OSError, ValueError):  # no control group (version 2), or its limit is "max"
+        return free
 
 
-def give_back() -> None:
-    """Hand freed memory back to the system; glibc keeps it in pieces too small for what comes next."""
+def return_memory() -> None:
+    """Return freed memory to the system; glibc keeps it in pieces that are too small for later
+    allocations."""
     if trim := _trim():
         trim(0)
 
 
 class _Growth:
-    """How large this process may become before its holes are handed back, in bytes; 0 before the first."""
+    """The growth of this process in bytes after which freed memory is returned; 0 before the first check."""
 
     FIRST = 64 * 2**20
     began = limit = 0
 
     @classmethod
     def look(cls, *_: Any) -> None:
-        held = resident()
+        size = resident()
         if not cls.limit:
-            cls.began, cls.limit = held, cls.FIRST
-        if held - cls.began > cls.limit:
-            give_back()
+            cls.began, cls.limit = size, cls.FIRST
+        if size - cls.began > cls.limit:
+            return_memory()
             cls.limit = max(cls.limit * 3 // 2, resident() - cls.began)
 
 
 @contextmanager
-def few_holes(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Inside, each time the process has grown by half again, after a layer, `give_back`.
+def limit_fragmentation(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Inside, call `return_memory` after a layer whenever the process has grown by another half.
 
-    What autograd keeps lies among what was freed, and glibc puts no aligned block into a hole of its own
-    size, so that holes come to take as much as what is kept. To hand them back costs page faults later: so it
-    is done while the process grows, and no more when it has grown.
+    Tensors kept by autograd lie between freed blocks, and glibc does not reuse a hole for an aligned block
+    of the same size, so holes eventually take as much memory as the kept tensors. Returning them costs
+    page faults later, so it is only done while the process grows.
     """
     with ExitStack() as stack:
         if _trim() and resident():
@@ -94,7 +99,7 @@ def few_holes(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell as Linux does."""
+    """Resident memory of this process in bytes; 0 on systems without /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError):
@@ -113,67 +118,67 @@ def _trim() -> Any:
 _ROOM: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
-def room(model: Any, work: str, most: int) -> int:
-    """How much of this work to do at once: `most`, or less where memory has been too small before."""
-    return min(most, _ROOM.get(model, {}).get(work, most))
+def room(model: Any, work: str, limit: int) -> int:
+    """How much of this work to do at once: `limit`, or less if memory was too small for it before."""
+    return min(limit, _ROOM.get(model, {}).get(work, limit))
 
 
 def remember(model: Any, work: str, fits: int) -> None:
-    """Let later work of this kind on this model begin with what fits."""
+    """Let later work of this kind on this model start with a size that fits."""
     _ROOM.setdefault(model, {})[work] = fits
 
 
-def in_batches(
+def run_in_batches(
     items: Sequence[Item],
     size: int,
     work: Callable[[Sequence[Item]], list[Made]],
     done: Callable[[int], object] = int,
     *,
-    of: tuple[Any, str],
+    memory_key: tuple[Any, str],
 ) -> list[Made]:
-    """work() over the items in batches of `size`, halved whenever one does not fit into memory; results in
-    the items' order.
+    """work() over the items in batches of `size`, which is halved whenever a batch does not fit into
+    memory; the results are in the items' order.
 
     Args:
-        done: told the number of items after each batch, for a progress bar.
-        of: the model and the kind of work, for which it is remembered what fits.
+        done: called with the number of items after each batch, for a progress bar.
+        memory_key: the model and the kind of work, for which the size that fits is remembered.
     """
-    made: list[Made] = []
-    size = room(*of, size)
-    while len(made) < len(items):
-        batch = items[len(made) : len(made) + size]
+    results: list[Made] = []
+    size = room(*memory_key, size)
+    while len(results) < len(items):
+        batch = items[len(results) : len(results) + size]
         try:
-            made += work(batch)
+            results += work(batch)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise too_large("a sample", error) from error
             size = max(1, len(batch) // 2)
-            remember(*of, size)
+            remember(*memory_key, size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         else:
             done(len(batch))
-    return made
+    return results
 
 
-# Logits where they are wanted and nowhere else.
+# Logits at selected positions only.
 
 
 def logits_at(model: "PreTrainedModel", ids: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-    """Logits [N, V] at the given (row, column) positions of ids [B, T], without a logit anywhere else.
+    """Logits [N, V] at the given (row, column) positions of ids [B, T]; no other logits are computed.
 
-    No attention mask is given: with padding on the right and causal attention no real position sees a padded
-    one.
+    No attention mask is needed: with padding on the right and causal attention, no real position sees the
+        padding.
     """
     head = model.get_output_embeddings()
     assert head is not None
 
     def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0].view(*ids.shape, -1)
-        at = tuple(torch.tensor(where, device=hidden.device) for where in (rows, columns))
-        return hidden[at].unsqueeze(0), *args[1:]
+        index = tuple(torch.tensor(indices, device=hidden.device) for indices in (rows, columns))
+        return hidden[index].unsqueeze(0), *args[1:]
 
     hook = head.register_forward_pre_hook(pick)
     try:

@@ -1,4 +1,4 @@
-"""Where the prunable matrices of a model are."""
+"""Sites: the prunable matrices of a model."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModel, UserError, unknown
-from .experts import MATRICES, matrices, one_by_one
+from .experts import MATRICES, compute_one_by_one, matrices
 from .families import PARTS, ROLES, Family, require_family
-from .offloading import forward_within, value_of
+from .offloading import forward_name, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 Rows = slice | torch.Tensor | None
-"""Which output rows of a module belong to a site; None for all of them."""
+"""The output rows of a module that belong to a site; None for all."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Site:
     """One prunable matrix of a model.
 
     Attributes:
-        name: the key in Scores and Circuits: the module's path ("model.layers.0.mlp.up_proj"), with "#up"
-            after it where the module holds several matrices in one; of experts, that of the fused parameter
+        name: the key in Scores and Circuits: the module's path ("model.layers.0.mlp.up_proj"), followed by
+            "#up" if the module fuses several matrices; for experts, the path of the fused parameter
             ("model.layers.0.mlp.experts.gate_up_proj#3.up").
         role: canonical role ("mlp.up").
         layer: index of the decoder layer.
-        module: the linear module; its weight is [out, in], or [in, out] where `transposed`. Of an expert, the
+        module: the linear module; its weight is [out, in], or [in, out] if `transposed`. For an expert, the
             module of all experts.
         out, inp: numbers of output and input features of the site.
         heads: number of attention heads that read or write it (query heads for attn.q and attn.o).
-        transposed: whether the weight is stored [in, out], as GPT-2's Conv1D does.
-        rows: the site's share of the module's output features.
+        transposed: whether the weight is stored as [in, out], as in GPT-2's Conv1D.
+        rows: the module's output features that belong to the site.
         parameter: name of the module's weight.
-        expert: which matrix of a parameter [experts, out, in] it is; None where the parameter is one matrix.
+        expert: index of the matrix in a parameter [experts, out, in]; None if the parameter is one matrix.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Site:
     expert: int | None = None
 
     @property
-    def hooked(self) -> nn.Module:
-        """The module to hook, whose input and output are the site's. Of an expert there is one only inside
+    def hook_module(self) -> nn.Module:
+        """The module to hook, whose input and output are the site's. For an expert, it exists only inside
         `open_experts`."""
         if self.expert is None:
             return self.module
@@ -67,11 +67,11 @@ class Site:
 
     @property
     def mlp(self) -> tuple[int, int | None]:
-        """Layer and expert: what the mlp sites of one MLP have in common."""
+        """(layer, expert), which is the same for all mlp sites of one MLP."""
         return self.layer, self.expert
 
     @property
-    def stored(self) -> torch.Tensor:
+    def stored_weight(self) -> torch.Tensor:
         """The module's whole weight as a [module's out, in] view."""
         return self.matrix_of(value_of(self.module, self.parameter))
 
@@ -82,14 +82,16 @@ class Site:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The site's weight [out, in]: a view, or a copy where its rows are scattered in the module. Raises
-        UserError where it is quantised."""
+        """The site's weight [out, in]: a view, or a copy if its rows are scattered in the module. Raises
+        UserError if it is quantised."""
         self.require_values()
-        return self.stored if self.rows is None else self.stored[self._on(self.stored)]
+        return (
+            self.stored_weight if self.rows is None else self.stored_weight[self._rows_on(self.stored_weight)]
+        )
 
     @property
-    def quantised(self) -> bool:
-        """Whether the module holds its weight in some other form than a matrix of floating-point numbers."""
+    def is_quantised(self) -> bool:
+        """Whether the module's weight is anything other than a matrix of floating-point numbers."""
         weight: object = getattr(self.module, self.parameter, None)
         return (
             not isinstance(weight, torch.Tensor)
@@ -98,26 +100,26 @@ class Site:
         )
 
     def require_values(self) -> None:
-        """Raise UserError where the weight's values cannot be had."""
-        if self.quantised:
+        """Raise UserError if the weight's values are unavailable, because it is quantised."""
+        if self.is_quantised:
             weight = getattr(self.module, self.parameter, None)
             kind = type(weight).__name__ if weight is not None else type(self.module).__name__
             raise UserError(
                 f"{self.name} has a quantised weight ({kind}), but its values are needed; use neuron signed, "
-                "unit head or method activation, which need none, or load the model unquantised"
+                "unit head or method activation, which do not need them, or load the model unquantised"
             )
 
-    def of(self, output: torch.Tensor) -> torch.Tensor:
-        """The site's features [..., out] of an output of the module [..., module's out]."""
-        return output if self.rows is None else output[..., self._on(output)]
+    def select_features(self, output: torch.Tensor) -> torch.Tensor:
+        """The site's features [..., out] in an output of the module [..., module's out]."""
+        return output if self.rows is None else output[..., self._rows_on(output)]
 
     def stored_rows(self, units: torch.Tensor) -> torch.Tensor:
-        """Which rows of `stored` hold these output features of the site."""
+        """The rows of `stored_weight` for these output features of the site."""
         if self.rows is None:
             return units
-        return torch.arange(self.stored.shape[0], device=units.device)[self._on(units)][units]
+        return torch.arange(self.stored_weight.shape[0], device=units.device)[self._rows_on(units)][units]
 
-    def _on(self, tensor: torch.Tensor) -> slice | torch.Tensor:
+    def _rows_on(self, tensor: torch.Tensor) -> slice | torch.Tensor:
         assert self.rows is not None
         return self.rows.to(tensor.device) if isinstance(self.rows, torch.Tensor) else self.rows
 
@@ -133,7 +135,7 @@ def _qkv(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
 
 
 def _qkv_by_head(out: int, heads: int, key_value_heads: int) -> dict[str, Rows]:
-    """For each key head: the queries that share it, the key, the value."""
+    """Rows in the order: for each key head, the queries that share it, the key, the value."""
     width = out // (heads + 2 * key_value_heads)
     rows = torch.arange(out).view(key_value_heads, heads // key_value_heads + 2, width)
     return {"q": rows[:, :-2].reshape(-1), "k": rows[:, -2].reshape(-1), "v": rows[:, -1].reshape(-1)}
@@ -144,11 +146,11 @@ LAYOUTS: dict[str, Callable[[int, int, int], dict[str, Rows]]] = {
     "q, k, v": _qkv,
     "q, k, v by head": _qkv_by_head,
 }
-"""Layout of a module that holds several matrices: (out, heads, key and value heads) → part → its rows."""
+"""Layout of a fused module: (out, heads, key and value heads) → part → its rows."""
 
 
 def family_of(model: "PreTrainedModel") -> Family:
-    """The model's row of the table. Raises UnsupportedModel where there is none."""
+    """The model's row in the table of families. Raises UnsupportedModel if there is none."""
     return require_family(model.config, type(model).__name__)
 
 
@@ -159,16 +161,16 @@ def layers_of(model: "PreTrainedModel") -> Iterable[nn.Module]:
 
 
 def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
-    """The sites of the given roles, in the order of the layers, then of ROLES.
+    """The sites with the given roles, in the order of the layers, then of ROLES.
 
     Raises:
         UserError: an unknown role, one that this architecture does not have, or a compiled model.
-        UnsupportedModel: the architecture, or a module at a site, is not one the rules know.
+        UnsupportedModel: an architecture, or a module at a site, that is not supported.
     """
     _require_uncompiled(model)
     family = family_of(model)
-    wanted = set(roles)
-    for role in wanted:
+    requested = set(roles)  # roles may be an iterator, which can be read only once
+    for role in requested:
         if role not in ROLES:
             raise unknown("site", role, ROLES)
         if role not in family.roles:
@@ -176,9 +178,9 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
                 f"{model.config.model_type} has no site '{role}' (its MLP has no gate); it has: "
                 f"{', '.join(sorted(family.roles))}"
             )
-    if not wanted:
+    if not requested:
         raise UserError("no site given; name at least one, such as mlp.up")
-    ordered = [role for role in ROLES if role in wanted]
+    ordered = [role for role in ROLES if role in requested]
     return [
         site
         for index, layer in enumerate(layers_of(model))
@@ -188,28 +190,33 @@ def sites_of(model: "PreTrainedModel", roles: Iterable[str]) -> list[Site]:
 
 
 def _require_uncompiled(model: nn.Module) -> None:
-    """Raise UserError for what torch.compile made: it passes by hooks and rules that come later."""
+    """Raise UserError for modules from torch.compile, which ignore hooks and rules added later."""
     for name, module in model.named_modules():
-        what = f"{name} of the model" if name else "the model"
+        # torch.compile(model) wraps the model in a module with `_orig_mod`; model.compile() leaves the class
+        # as it is and sets `_compiled_call_impl`, which is then called past all hooks.
+        description = f"{name} of the model" if name else "the model"
         if "_orig_mod" in module._modules:
-            raise UserError(f"{what} is compiled by torch.compile; give the module inside, its _orig_mod")
+            raise UserError(
+                f"{description} is compiled by torch.compile; give the module inside, its _orig_mod"
+            )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise UserError(
-                f"{what} was compiled in place by its compile(); set its _compiled_call_impl to None, which "
-                "undoes that"
+                f"{description} was compiled in place by its compile(); set its _compiled_call_impl to None "
+                "to undo that"
             )
 
 
 def experts_in(layer: nn.Module, family: Family) -> nn.Module | None:
-    """The layer's experts; None where it has none."""
-    found: nn.Module | None = layer if family.experts else None
+    """The layer's experts; None without experts."""
+    module: nn.Module | None = layer if family.experts else None
     for name in (family.experts or "").split("."):
-        found = found and found._modules.get(name)
-    return found
+        module = module and module._modules.get(name)
+    return module
 
 
 def dense_path(layer: nn.Module, family: Family, path: str) -> str | None:
-    """Where in this layer the part of the MLP at `path` is: beside experts in the shared MLP, or nowhere."""
+    """The path of a part of the MLP in this layer. In a layer with experts it is in the shared MLP; None
+    if there is none."""
     if experts_in(layer, family) is None or family.gated is None:
         return path
     return path.replace(family.gated, family.shared, 1) if family.shared else None
@@ -225,7 +232,7 @@ def non_linearities(layer: nn.Module, family: Family) -> list[nn.Module]:
 
 
 def down_sites(model: "PreTrainedModel") -> dict[tuple[int, int | None], Site]:
-    """The mlp.down of each MLP, by `Site.mlp`."""
+    """`Site.mlp` of each MLP → its mlp.down."""
     return {site.mlp: site for site in sites_of(model, ("mlp.down",))}
 
 
@@ -235,7 +242,7 @@ def readers_of(model: "PreTrainedModel", sites: Iterable[Site]) -> dict[str, Sit
     Raises:
         UserError: another site, or an expert's, whose matrices are computed in one call.
     """
-    downs, found = down_sites(model), dict[str, Site]()
+    downs, readers = down_sites(model), dict[str, Site]()
     for site in sites:
         if site.role not in ("mlp.up", "attn.o"):
             raise UserError(
@@ -247,14 +254,14 @@ def readers_of(model: "PreTrainedModel", sites: Iterable[Site]) -> dict[str, Sit
                 f"{site.name} is an expert's, and experts are computed in one call in which no output can be "
                 "replaced; use ablated(model, circuit), which sets it to zero"
             )
-        found[site.name] = downs[site.mlp] if site.role == "mlp.up" else site
-    return found
+        readers[site.name] = downs[site.mlp] if site.role == "mlp.up" else site
+    return readers
 
 
 def _sites_in(
     model: "PreTrainedModel", family: Family, index: int, layer: nn.Module, role: str
 ) -> list[Site]:
-    """The sites of a role in one layer: one, or one of each expert and of the MLP beside them."""
+    """The sites with a role in one layer: a single one, or one for each expert and one for the shared MLP."""
     experts = experts_in(layer, family) if role in PARTS else None
     if experts is None:
         return [_site(model, family, index, layer, role, family.roles[role])]
@@ -263,9 +270,9 @@ def _sites_in(
     parameter, part = PARTS[role]
     count, out, inp = getattr(experts, parameter).shape
     rows = _gate_up(out, 0, 0)[part] if part else None
-    where = f"{family.layers}.{index}.{family.experts}.{parameter}"
+    prefix = f"{family.layers}.{index}.{family.experts}.{parameter}"
     out, heads = out // 2 if part else out, model.config.num_attention_heads
-    names = [f"{where}#{expert}.{part}".rstrip(".") for expert in range(count)]
+    names = [f"{prefix}#{expert}.{part}".rstrip(".") for expert in range(count)]
     return [
         Site(name, role, index, experts, out, inp, heads, rows=rows, parameter=parameter, expert=expert)
         for expert, name in enumerate(names)
@@ -273,11 +280,11 @@ def _sites_in(
 
 
 def _site(
-    model: "PreTrainedModel", family: Family, index: int, layer: nn.Module, role: str, where: str
+    model: "PreTrainedModel", family: Family, index: int, layer: nn.Module, role: str, location: str
 ) -> Site:
     heads, key_value_heads = model.config.num_attention_heads, family.key_value_heads(model.config)
-    name = f"{family.layers}.{index}.{where}"
-    path, _, part = where.partition("#")
+    name = f"{family.layers}.{index}.{location}"
+    path, _, part = location.partition("#")
     module = layer.get_submodule(path)
     out, inp, transposed = _linear_shape(module, name)
     rows = LAYOUTS[family.fused[path]](out, heads, key_value_heads)[part] if part else None
@@ -293,30 +300,33 @@ def _linear_shape(module: nn.Module, name: str) -> tuple[int, int, bool]:
         return out, inp, True
     if hasattr(module, "out_features") and hasattr(module, "in_features"):
         return int(module.out_features), int(module.in_features), False  # type: ignore[arg-type]
-    raise UnsupportedModel(f"{name} is a {type(module).__name__}, not a linear map that sparc3 knows")
+    raise UnsupportedModel(
+        f"{name} is a {type(module).__name__}, which is not a linear map that sparc3 supports"
+    )
 
 
 @contextmanager
-def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An instance attribute for a while; the earlier one, or its absence, comes back."""
-    had = name in module.__dict__
-    earlier = module.__dict__.get(name)
+def shadow(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Inside, the module has this instance attribute; afterwards the previous one is restored, or it is
+    removed."""
+    existed = name in module.__dict__
+    previous = module.__dict__.get(name)
     module.__dict__[name] = value
     try:
         yield
     finally:
-        if had:
-            module.__dict__[name] = earlier
+        if existed:
+            module.__dict__[name] = previous
         else:
             del module.__dict__[name]
 
 
 @contextmanager
 def open_experts(model: "PreTrainedModel") -> Iterator[None]:
-    """Inside, each expert's matrices are modules that can be hooked (`Site.hooked`)."""
+    """Inside, each expert's matrices are modules, which can be hooked (`Site.hook_module`)."""
     family = family_of(model)
     with ExitStack() as stack:
-        for experts in (found for layer in layers_of(model) if (found := experts_in(layer, family))):
-            stack.enter_context(shadowed(experts, MATRICES, matrices(experts)))
-            stack.enter_context(shadowed(experts, forward_within(experts), one_by_one(experts)))
+        for experts in (module for layer in layers_of(model) if (module := experts_in(layer, family))):
+            stack.enter_context(shadow(experts, MATRICES, matrices(experts)))
+            stack.enter_context(shadow(experts, forward_name(experts), compute_one_by_one(experts)))
         yield

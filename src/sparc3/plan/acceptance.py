@@ -1,5 +1,5 @@
-"""How many prompts a model completes until enough of them fit: a wide range without the model, a narrower one
-after a few prompts."""
+"""How many prompts the model has to complete until enough of them fit: a wide range without the model, and a
+narrower one after it has completed a few."""
 
 import math
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from ..models.load import load_model
 from ..recipe.schema import Recipe
 from ..samples.reference_set import Rows
 from ..samples.sources import AT_ONCE, WIDER, fits, is_path, prompts_to_complete, request_for
-from .lengths import by_model, is_model_here
+from .lengths import is_chosen_by_model, is_model_here
 
 PROMPTS_IN = {"realtoxicityprompts": 99_442}
-"""Source → its prompts in all, of which the other split's, 30 or 70 %, are passed over."""
+"""Source → its total number of prompts, of which the other split's 30 or 70 % are skipped."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """So many prompts were completed, and so many of them are as the set asks for."""
+    """The numbers of prompts that were completed, and of those that fit the set's conditions."""
 
     prompts: int
     fitting: int
@@ -40,16 +40,17 @@ class Tried:
 
 
 def sets_by_model(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """What is chosen by the model's own texts: reference sets, prompts of metrics, those of a search."""
-    asked: list[tuple[str, Any]] = [*reference_sets(recipe), *recipe.metrics().items()]
+    """(name, settings) of every set chosen by the model's own texts: reference sets, metrics' prompts, and a
+    search's prompts."""
+    specs: list[tuple[str, Any]] = [*reference_sets(recipe), *recipe.metrics().items()]
     if recipe.job == "correct" and recipe.tune:
         name, settings = search_aim(recipe)
-        asked.append((f"validation {name}", settings))
-    return ((name, spec) for name, spec in asked if by_model(spec))
+        specs.append((f"validation {name}", settings))
+    return ((name, spec) for name, spec in specs if is_chosen_by_model(spec))
 
 
 def require_tryable(recipe: Recipe, count: int) -> None:
-    """Raise UserError where the model is not here, it chooses no set, or `count` is less than 1."""
+    """Raise UserError if the model is not on this machine, it chooses no set, or `count` is less than 1."""
     if count < 1:
         raise UserError(f"--try-prompts is {count}; give at least 1")
     if not list(sets_by_model(recipe)):
@@ -64,25 +65,29 @@ def require_tryable(recipe: Recipe, count: int) -> None:
 def try_prompts(recipe: Recipe, count: int) -> dict[str, Tried]:
     """Complete the first `count` prompts of each set that the model chooses, on this machine."""
     model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
-    found = {}
+    tried = {}
     for name, spec in sets_by_model(recipe):
         request = request_for(spec, count=spec.count or 100)
         prompts = prompts_to_complete(request, tokenizer, count)
-        scored = score_by_model(spec, model, tokenizer)(prompts)
-        found[name] = Tried(len(prompts), sum(bool(text) and fits(request, value) for text, value in scored))
-    return found
+        completions = score_by_model(spec, model, tokenizer)(prompts)
+        fitting = sum(bool(text) and fits(request, value) for text, value in completions)
+        tried[name] = Tried(len(prompts), fitting)
+    return tried
 
 
 def prompts_read(spec: Any, tried: Tried | None = None) -> tuple[int, int]:
-    """The fewest and the most prompts that the model completes until enough of them are chosen; where some
-    were tried, by the ends of the share's interval."""
+    """The smallest and the largest number of prompts that the model may have to complete until enough of them
+    are chosen. If some were tried, they follow from the ends of the interval of the share that fits."""
     count, shares = spec.count or 100, tried.interval if tried else (0.0, 1.0)
     if spec.choose_by == "repetition":
-        low, high = (next((many for many in WIDER if many * share >= 1), WIDER[-1]) for share in shares[::-1])
+        # The source is read in widening rounds until enough prompts fit.
+        low, high = (
+            next((factor for factor in WIDER if factor * share >= 1), WIDER[-1]) for share in shares[::-1]
+        )
         return count * low, count * high
-    whole = len(Rows(spec.source, spec.column)) if is_path(spec.source) else PROMPTS_IN.get(spec.source, 0)
-    most = round(whole * (0.3 if spec.split == "test" else 0.7))
-    least, needed = (
-        math.ceil(count / share / AT_ONCE) * AT_ONCE if share else most for share in shares[::-1]
+    total = len(Rows(spec.source, spec.column)) if is_path(spec.source) else PROMPTS_IN.get(spec.source, 0)
+    limit = round(total * (0.3 if spec.split == "test" else 0.7))  # as `prompt_split` divides them
+    smallest, largest = (
+        math.ceil(count / share / AT_ONCE) * AT_ONCE if share else limit for share in shares[::-1]
     )
-    return (min(least, most), min(needed, most)) if most else (least, max(least, needed))
+    return (min(smallest, limit), min(largest, limit)) if limit else (smallest, max(smallest, largest))

@@ -1,7 +1,6 @@
-"""How long the samples are: read where they are at hand, assumed, and said so, where they are on the hub or
-the model would choose them."""
+"""The lengths of samples: read from local sources; assumed, and marked as such, if they are on the hub or
+if the model would choose them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..evaluation.evaluate import prepare
 from ..evaluation.metrics import HarnessSettings, MetricSettings, SampledSettings
-from ..experiment.gather import search_aim, search_budget, validation_texts, words_held, words_taken
+from ..experiment.gather import collect_prompts, collect_taken, search_aim, search_budget, validation_texts
 from ..experiment.seeds import reference_sets
 from ..models.gguf import SMOLLM2
 from ..models.load import load_tokenizer
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 
 PROMPTS = {"realtoxicityprompts": 16, "ioi": 20, "agreement": 12}
-"""Source → tokens of a prompt, about; of any other, 32."""
+"""Source → approximate number of tokens in a prompt; 32 for other sources."""
 
 TEXTS = {"wikitext2": 310_000, "c4": 530_000}
-"""Source → tokens of its test text, about."""
+"""Source → approximate number of tokens in its test text."""
 
 TASKS = {
     "boolq": (3270, 2, 150),
@@ -38,42 +37,46 @@ TASKS = {
     "arc_challenge": (1172, 4, 45),
     "openbookqa": (500, 4, 20),
 }
-"""Task of lm-evaluation-harness → questions, answers to each, tokens of a question with an answer, about; of
-any other, UNKNOWN_TASK."""
+"""Task of lm-evaluation-harness → questions, answers per question, approximate tokens of a question with an
+answer; UNKNOWN_TASK for other tasks."""
 
 UNKNOWN_TASK = (1000, 4, 100)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each sample's text and of its completion, and whether they were read or assumed."""
+    """The numbers of tokens in each sample's text and completion; `assumed`: whether they are not read
+    from the samples."""
 
     pairs: tuple[tuple[int, int], ...]
     assumed: bool = False
 
-    def encoded(self, target: str, context: int) -> list[Encoded]:
-        """Samples of these lengths, of which every token is the first one; longest first."""
+    def encode(self, target: str, context: int) -> list[Encoded]:
+        """Samples of these lengths in which every token has id 0; longest first."""
         name, first = parse_target(target)
-        made = [
-            _make_encoded(place, text, min(completion, first or completion), name)
-            for place, (text, completion) in enumerate(self.pairs)
+        encoded = [
+            _make_encoded(index, text, min(completion, first or completion), name)
+            for index, (text, completion) in enumerate(self.pairs)
         ]
-        return sorted((_cut(one, context) for one in made), key=lambda one: (-len(one.ids), one.index))
+        return sorted(
+            (_cut(sample, context) for sample in encoded), key=lambda sample: (-len(sample.ids), sample.index)
+        )
 
     def first(self, count: int | None) -> "Lengths":
-        """Of the first so many samples."""
+        """The lengths of the first `count` samples."""
         return replace(self, pairs=self.pairs[:count])
 
-    def joined(self, context: int) -> list[Encoded]:
-        """Texts with their completions, where nothing is predicted; longest first."""
-        whole = (text + completion * (completion > 1) for text, completion in self.pairs)
-        made = [
-            _cut(_make_encoded(place, length, 1, "predicted"), context) for place, length in enumerate(whole)
+    def join_completions(self, context: int) -> list[Encoded]:
+        """Texts with their completions, for work that predicts nothing; longest first."""
+        lengths = (text + completion * (completion > 1) for text, completion in self.pairs)
+        encoded = [
+            _cut(_make_encoded(index, length, 1, "predicted"), context)
+            for index, length in enumerate(lengths)
         ]
-        return sorted(made, key=lambda one: (-len(one.ids), one.index))
+        return sorted(encoded, key=lambda sample: (-len(sample.ids), sample.index))
 
     @property
-    def completed(self) -> bool:
+    def have_completions(self) -> bool:
         """Whether the samples have completions."""
         return any(completion > 1 for _, completion in self.pairs)
 
@@ -82,28 +85,28 @@ class Lengths:
         return max(text for text, _ in self.pairs)
 
 
-def _make_encoded(place: int, text: int, completion: int, target: str) -> Encoded:
+def _make_encoded(index: int, text: int, completion: int, target: str) -> Encoded:
     last = text - 1
     if target in ("next", "logprob"):
-        return Encoded(place, (0,) * text, tuple(range(last)), (0,) * last, log=target == "logprob")
+        return Encoded(index, (0,) * text, tuple(range(last)), (0,) * last, log=target == "logprob")
     if target in OF_WORDS:
         end = text + completion * (completion > 1)
-        places = tuple(range(last if completion > 1 else 0, end))
-        return Encoded(place, (0,) * end, places, (), log=target == "logwords", among=(0,))
+        positions = tuple(range(last if completion > 1 else 0, end))
+        return Encoded(index, (0,) * end, positions, (), log=target == "logwords", among=(0,))
     if target == "completion":
         return Encoded(
-            place, (0,) * (text + completion - 1), tuple(range(last, last + completion)), (0,) * completion
+            index, (0,) * (text + completion - 1), tuple(range(last, last + completion)), (0,) * completion
         )
-    one = None if target == "predicted" else (0,)
-    return Encoded(place, (0,) * text, (last,), one, one if target == "contrast" else None)
+    token = None if target == "predicted" else (0,)
+    return Encoded(index, (0,) * text, (last,), token, token if target == "contrast" else None)
 
 
-def _cut(one: Encoded, context: int) -> Encoded:
-    if len(one.ids) <= context:
-        return one
-    positions = tuple(position for position in one.positions if position < context) or (context - 1,)
-    tokens = one.tokens and one.tokens[: len(positions)]
-    return replace(one, ids=one.ids[:context], positions=positions, tokens=tokens)
+def _cut(sample: Encoded, context: int) -> Encoded:
+    if len(sample.ids) <= context:
+        return sample
+    positions = tuple(position for position in sample.positions if position < context) or (context - 1,)
+    tokens = sample.tokens and sample.tokens[: len(positions)]
+    return replace(sample, ids=sample.ids[:context], positions=positions, tokens=tokens)
 
 
 def is_model_here(name: str) -> bool:
@@ -113,7 +116,8 @@ def is_model_here(name: str) -> bool:
 
 
 def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of a model that is here; of the hub's models none, which would have to be fetched."""
+    """The tokenizer of a model on this machine; None for models on the hub, which would have to be
+    downloaded."""
     if not is_model_here(name):
         return None
     try:
@@ -125,37 +129,38 @@ def tokenizer_at_hand(name: str) -> "PreTrainedTokenizerBase | None":
 def samples_at_hand(
     recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[dict[str, ReferenceSet], list[tuple[str, MetricSettings, ReferenceSet]]]:
-    """The reference sets, and the metrics with their samples, those of a search among them, that can be had
-    without the hub and without the model; as `check_samples` takes them."""
+    """The reference sets and the metrics with their samples (including a search's) that are available
+    without the hub and the model, as arguments for `check_samples`."""
 
     def is_there(spec: Any) -> bool:
-        return _is_at_hand(spec.source) and not by_model(spec)
+        return _is_at_hand(spec.source) and not is_chosen_by_model(spec)
 
     sets: dict[str, ReferenceSet] = {}
     for name, spec in reference_sets(recipe):
         if is_there(spec):
-            taken = words_taken(recipe, sets, name, spec.source)
+            taken = collect_taken(recipe, sets, name, spec.source)
             sets[name] = gather(request_for(spec, taken), tokenizer)
-    unread: Any = None  # prompts that no model chooses ask for none
-    found: list[tuple[str, MetricSettings, ReferenceSet]] = []
+    no_model: Any = None  # not used for prompts that the model does not choose
+    metrics: list[tuple[str, MetricSettings, ReferenceSet]] = []
     for name, settings in recipe.metrics().items():
         if isinstance(settings, SampledSettings) and is_there(settings):
-            held = words_held(recipe, sets, settings.source)
-            samples = prepare(name, settings, unread, tokenizer, {settings.source: held}).samples
-            found.append((f"evaluation.{name}", settings, samples))
+            taken = collect_prompts(recipe, sets, settings.source)
+            samples = prepare(name, settings, no_model, tokenizer, {settings.source: taken}).samples
+            metrics.append((f"evaluation.{name}", settings, samples))
     if recipe.job == "correct" and recipe.tune:
-        aim, asked = search_aim(recipe)
-        if is_there(asked):
-            tested = [some for _, other, some in found if getattr(other, "source", None) == asked.source]
-            held = words_held(recipe, sets, asked.source)
-            held |= {sample.words for some in tested for sample in some if sample.words}
-            samples = prepare(aim, asked, unread, tokenizer, {asked.source: held}).samples
-            found.append((f"validation of evaluation.{aim}", asked, samples))
+        aim, settings_of_aim = search_aim(recipe)
+        if is_there(settings_of_aim):
+            source = settings_of_aim.source
+            tests = [samples for _, other, samples in metrics if getattr(other, "source", None) == source]
+            taken = collect_prompts(recipe, sets, source)
+            taken |= {sample.words for test in tests for sample in test if sample.words}
+            samples = prepare(aim, settings_of_aim, no_model, tokenizer, {source: taken}).samples
+            metrics.append((f"validation of evaluation.{aim}", settings_of_aim, samples))
         for name, text in search_budget(recipe).items():
             if _is_at_hand(text.source) and "general" in sets:
                 samples = validation_texts(sets, tokenizer, text)
-                found.append((f"validation of evaluation.{name}", text, samples))
-    return sets, found
+                metrics.append((f"validation of evaluation.{name}", text, samples))
+    return sets, metrics
 
 
 def _is_at_hand(source: str) -> bool:
@@ -163,43 +168,45 @@ def _is_at_hand(source: str) -> bool:
     return source.startswith("demo-") or source in ("ioi", "agreement") or is_path(source)
 
 
-def of_samples(spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_count: int = 100) -> Lengths:
-    """Of a reference set, or of a metric's prompts: anything with a source, a count, and maybe seeds,
-    seq_len, choose_by.
+def estimate_samples(
+    spec: Any, tokenizer: "PreTrainedTokenizerBase | None", default_count: int = 100
+) -> Lengths:
+    """The lengths of a reference set's samples or a metric's prompts: anything with a source and a count, and
+    possibly seeds, seq_len, choose_by.
 
-    Where the model's own texts decide which prompts are chosen, the source's first ones stand in for them,
-    with completions as long as can be.
+    If the model's own texts decide which prompts are chosen, the source's first prompts stand in for them,
+    with completions of the maximum length.
     """
     count, seq_len = spec.count or default_count, getattr(spec, "seq_len", None)
     seeds = getattr(spec, "seeds", None) or (getattr(spec, "seed", 0),)
     if seq_len or spec.source in ("c4", "wikitext2"):
         return Lengths(((seq_len or 2048, 1),) * (count * len(seeds)))
-    written = getattr(spec, "max_new_tokens", 50) if by_model(spec) else None
+    completion_length = getattr(spec, "max_new_tokens", 50) if is_chosen_by_model(spec) else None
     if (
         tokenizer is not None
         and _is_at_hand(spec.source)
-        and (by_model(spec) or getattr(spec, "choose_by", None) is None)
+        and (is_chosen_by_model(spec) or getattr(spec, "choose_by", None) is None)
     ):
         chat = getattr(spec, "chat", False)
         request = Request(spec.source, count, spec.split, seeds=seeds, column=spec.column, chat=chat)
-        found = gather(request, tokenizer)
+        samples = gather(request, tokenizer)
         return Lengths(
             tuple(
-                (max(1, len(one.prompt)), written or max(1, len(one.completion)))
-                for one in (read_sample(sample, tokenizer) for sample in found)
+                (max(1, len(tokens.prompt)), completion_length or max(1, len(tokens.completion)))
+                for tokens in (read_sample(sample, tokenizer) for sample in samples)
             )
         )
     text = PROMPTS.get(spec.source, 32)
-    return Lengths(((text, written or text),) * count, assumed=True)
+    return Lengths(((text, completion_length or text),) * count, assumed=True)
 
 
-def by_model(spec: Any) -> bool:
-    """Whether samples are chosen by what the model writes."""
+def is_chosen_by_model(spec: Any) -> bool:
+    """Whether the model's own texts decide which samples are chosen."""
     return getattr(spec, "choose_by", None) in ("completion", "repetition")
 
 
-def of_tasks(settings: HarnessSettings) -> Lengths:
-    """Of every question with every answer, the examples before it included."""
+def estimate_tasks(settings: HarnessSettings) -> Lengths:
+    """The lengths of every question with every answer, including the few-shot examples."""
     rows: list[tuple[int, int]] = []
     for task in settings.tasks:
         questions, answers, tokens = TASKS.get(task, UNKNOWN_TASK)
@@ -209,13 +216,10 @@ def of_tasks(settings: HarnessSettings) -> Lengths:
     return Lengths(tuple(rows), assumed=True)
 
 
-def of_text(spec: Any, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, bool]:
-    """Tokens of a perplexity text, and whether they were assumed."""
+def estimate_text(spec: Any, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, bool]:
+    """(number of tokens in a perplexity text, whether it is assumed)."""
     if tokenizer is None or not _is_at_hand(spec.source):
-        whole = TEXTS.get(spec.source, 100_000)
-        return (min(whole, 500 * spec.count) if spec.count else whole), True
-    return _count_joined(corpus(spec.source, spec.split, spec.count, spec.column), tokenizer), False
-
-
-def _count_joined(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> int:
-    return len(tokenize("\n\n".join(texts), tokenizer))
+        total = TEXTS.get(spec.source, 100_000)
+        return (min(total, 500 * spec.count) if spec.count else total), True
+    texts = corpus(spec.source, spec.split, spec.count, spec.column)
+    return len(tokenize("\n\n".join(texts), tokenizer)), False

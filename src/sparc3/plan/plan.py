@@ -1,4 +1,4 @@
-"""`plan`: a recipe in, what it needs out."""
+"""`plan`: estimate the memory, time and disk space that a recipe needs."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -29,16 +29,16 @@ class Plan:
     """What a run needs.
 
     Attributes:
-        dtype: of the weights.
-        weights: bytes of the model.
-        scores, disk: bytes of one file of scores, and of all that the run leaves.
+        dtype: dtype of the weights.
+        weights: size of the model in bytes.
+        scores, disk: size in bytes of one file of scores, and of all files that the run leaves.
         work: the list of work in one line.
-        stages: what it costs, on one device.
-        peak: most bytes on a device at once, weights included.
-        peak_at: the stage with the most.
-        host: most bytes beside a GPU, in the process's own memory.
-        memory: bytes that the device has.
-        notes: what was assumed or is left out.
+        stages: the stages with their costs on one device.
+        peak: the largest number of bytes on a device at once, including weights.
+        peak_at: the stage with that peak.
+        host: with a GPU, the largest number of bytes in the process's own memory.
+        memory: the device's memory in bytes.
+        notes: assumptions and omissions.
     """
 
     recipe: str
@@ -68,17 +68,17 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all stages, shared by the devices: the least, where the model decides how many prompts are
-        read."""
+        """Time of all stages, divided among the devices; the minimum, if the model decides how many
+        prompts are read."""
         return sum(stage.seconds for stage in self.stages) / self.gpus
 
     @property
     def most_seconds(self) -> float:
-        """The same where every prompt of their sources has to be read."""
+        """The same if every prompt of the sources has to be read."""
         return self.seconds + sum(stage.more for stage in self.stages) / self.gpus
 
     def text(self) -> str:
-        """A page for the console, whose first line says whether it fits and how long it takes."""
+        """The plan for the console; its first line says whether the run fits and how long it takes."""
         devices = self.hardware if self.gpus == 1 else f"{self.gpus} × {self.hardware}"
         host = f", and {_size(self.host)} beside the GPU" if self.host > 2**30 else ""
         width = max(len(stage.name) for stage in self.stages)
@@ -106,8 +106,8 @@ class Plan:
 
     def _verdict(self) -> str:
         if self.fits:
-            least, most = _span(self.seconds), _span(self.most_seconds)
-            return f"fits, about {least}" + (f" to {most}" if most != least else "")
+            shortest, longest = _span(self.seconds), _span(self.most_seconds)
+            return f"fits, about {shortest}" + (f" to {longest}" if longest != shortest else "")
         if self.weights + RUNTIME > self.memory:
             return "does not fit: use a device with more memory"
         return (
@@ -124,63 +124,63 @@ def plan(
     config: str | None = None,
     try_prompts: int | None = None,
 ) -> Plan:
-    """What a recipe needs, without a weight being read: the model's own code runs on tensors that have shapes
-    and no content.
+    """What a recipe needs, estimated without reading a weight: the model's own code runs on tensors that have
+    shapes but no content.
 
     Args:
-        recipe: as `run` takes it.
-        hardware: a name of `SHEETS`, such as h100; None for this machine, which is measured for half a
+        recipe: as for `run`.
+        hardware: a name in `SHEETS`, such as h100; None for this machine, which is measured for half a
             second.
-        gpus: how many devices share the samples, each with a whole model.
-        config: a config.json, where the recipe's model cannot be reached.
-        try_prompts: so many prompts of each set that the model chooses are completed here, by the model
-            itself, so that the range of how many it takes is narrower.
+        gpus: number of devices that share the samples, each with a whole model.
+        config: a config.json, if the recipe's model cannot be reached.
+        try_prompts: number of prompts, of each set that the model chooses, that the model itself completes
+            here, to narrow the range of how many are needed.
 
     Raises:
-        UserError: a configuration that cannot be had, sites that it does not have, hardware that nobody
-            knows.
+        UserError: an unavailable configuration, sites that the model does not have, or unknown hardware.
         UnsupportedModel: an architecture or module without a rule.
     """
-    loaded = load_recipe(recipe)
+    loaded_recipe = load_recipe(recipe)
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}; give at least 1")
     if try_prompts is not None:
-        acceptance.require_tryable(loaded, try_prompts)
+        acceptance.require_tryable(loaded_recipe, try_prompts)
     if config and not Path(config).is_file():
         raise UserError(f"no such file: {config}; --config takes the config.json of the recipe's model")
-    source = config or loaded.model.id
-    device, dtype, settings = _machine(loaded, source, hardware)
+    source = config or loaded_recipe.model.id
+    device, dtype, settings = _machine(loaded_recipe, source, hardware)
     shaped = Shaped(settings, dtype)
-    tried = None if try_prompts is None else acceptance.try_prompts(loaded, try_prompts)
-    stages = Stages(loaded, Rehearsal(shaped, device), tokenizer_at_hand(loaded.model.id), tried)
-    check_sizes(loaded, stages.sites)
-    check_lengths(loaded, stages.context)
+    tried = None if try_prompts is None else acceptance.try_prompts(loaded_recipe, try_prompts)
+    tokenizer = tokenizer_at_hand(loaded_recipe.model.id)
+    stages = Stages(loaded_recipe, Rehearsal(shaped, device), tokenizer, tried)
+    check_sizes(loaded_recipe, stages.sites)
+    check_lengths(loaded_recipe, stages.context)
     if stages.tokenizer is not None:
         shaped_model = stages.rehearsal.shaped.model
         limits = Limits(stages.tokenizer, stages.context, vocabulary_size(shaped_model))
-        check_samples(loaded, *samples_at_hand(loaded, stages.tokenizer), limits)
-    done = stages.all()
-    peak, peak_at, host = _memory(stages, done, shaped.weights, device)
+        check_samples(loaded_recipe, *samples_at_hand(loaded_recipe, stages.tokenizer), limits)
+    stage_list = stages.all()
+    peak, peak_at, host = _memory(stages, stage_list, shaped.weights, device)
     return Plan(
-        recipe=loaded.name,
-        model=loaded.model.id,
+        recipe=loaded_recipe.name,
+        model=loaded_recipe.model.id,
         dtype=str(dtype).removeprefix("torch."),
         parameters=shaped.model.num_parameters(),
         weights=shaped.weights,
-        unit=loaded.attribution.unit,
+        unit=loaded_recipe.attribution.unit,
         units=stages.units,
         sites=len(stages.sites),
         scores=4 * stages.units,
         disk=4 * stages.units * stages.work.score_files,
         work=stages.work.summary,
-        stages=tuple(done),
+        stages=tuple(stage_list),
         peak=peak,
         peak_at=peak_at,
         host=host,
         hardware=device.name,
         gpus=gpus,
         memory=device.memory,
-        notes=(*stages.notes, *_approximations(loaded, settings, source)),
+        notes=(*stages.notes, *_approximations(loaded_recipe, settings, source)),
     )
 
 
@@ -199,16 +199,16 @@ def _approximations(recipe: Recipe, settings: Any, source: str) -> Iterator[str]
 
 
 def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardware, torch.dtype, Any]:
-    """The device, the dtype that the model has on it, its configuration."""
+    """The device, the model's dtype on it, and the model's configuration."""
     sheet = find_hardware(hardware) if hardware else None
     settings = load_config(source, REMEDY)
     require_family(settings, source)
     device = torch.device("cpu")
     if not sheet:
         require_loadable(source, dtype=recipe.model.dtype, device=recipe.model.device)
-        wanted = recipe.model.device
+        device_name = recipe.model.device
         device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if wanted in ("auto", MAP) else wanted
+            ("cuda" if torch.cuda.is_available() else "cpu") if device_name in ("auto", MAP) else device_name
         )
     dtype = settings.dtype or torch.float32
     if recipe.model.dtype != "auto":
@@ -219,27 +219,32 @@ def _machine(recipe: Recipe, source: str, hardware: str | None) -> tuple[Hardwar
 
 
 def _memory(stages: Stages, done: list[Stage], weights: int, device: Hardware) -> tuple[int, str, int]:
-    """(most bytes on the device, the stage that has them, most bytes in the process beside a GPU)."""
+    """(peak bytes on the device, the stage with that peak, with a GPU also the peak bytes in the process)."""
     recipe, scores = stages.recipe, 4 * stages.units
-    held = stages.held() * scores
+    score_bytes = stages.count_scores_in_memory() * scores
     sums = 0
     if recipe.attribution.unit == "weight" and recipe.attribution.sums_device != "cpu":
         sums = stages.units * DTYPES[recipe.attribution.sums_dtype].itemsize
+    # An ablated unit's values are kept until they are put back, and a weight's mask takes a byte.
     width = weights // max(1, stages.rehearsal.shaped.model.num_parameters())
     matrices = sum(site.out * site.inp for site in stages.sites)
-    removed = round(stages.removed() * matrices * width) + (
+    saved_values = round(stages.largest_removed_share() * matrices * width) + (
         stages.units if recipe.attribution.unit == "weight" else 0
     )
     peaks = {}
     for stage in done:
+        # On a CPU, scores share the memory with the model; with a GPU only sums kept there do. While scoring,
+        # the file being made is already part of the stage.
         if device.kind == "cpu":
-            beside = max(0, held - scores) if stage.scoring else held
+            extra = max(0, score_bytes - scores) if stage.scoring else score_bytes
         else:
-            beside = sums if stage.scoring else 0
-        whole = stage.scoring and SEQUENTIAL not in stage.name
-        peaks[stage.name] = weights + device.holding(stage.live) + beside + (0 if whole else removed)
+            extra = sums if stage.scoring else 0
+        is_unpruned = stage.scoring and SEQUENTIAL not in stage.name
+        peaks[stage.name] = (
+            weights + device.held_bytes(stage.live) + extra + (0 if is_unpruned else saved_values)
+        )
     worst = max(peaks, key=lambda name: peaks[name])
-    return peaks[worst], worst, max(held, scores) if device.kind == "cuda" else 0
+    return peaks[worst], worst, max(score_bytes, scores) if device.kind == "cuda" else 0
 
 
 def _size(size: float) -> str:

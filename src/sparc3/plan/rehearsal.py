@@ -1,5 +1,5 @@
-"""The rehearsal: sparc3's own code and the model's run once on one batch that has no content. So no formula
-for any architecture stands here."""
+"""The rehearsal: run sparc3's own code and the model's once, on one batch of tensors without content, so
+that no formula for any architecture is needed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attribution.methods import Method, settings_for
-from ..attribution.patching import frozen
+from ..attribution.patching import freeze
 from ..attribution.sums import Settings, Sums
 from ..evaluation import generate, perplexity, tasks
 from ..experiment import prune_sequentially
@@ -19,17 +19,18 @@ from .costs import Hardware, Shaped, TensorCosts
 
 CPU = torch.device("cpu")
 FEW = 1
-"""Of a larger batch whose samples are gone through one by one, so many are rehearsed, and twice as many, and
-the rest lies on that line."""
+"""For a larger batch whose samples are processed one by one, rehearse this number of samples and twice as
+many, and extrapolate linearly."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one batch.
+    """The cost of one batch.
 
     Attributes:
-        live: most bytes at once beside the weights.
-        tokens: padded ones, so that what a whole set costs can be told from one batch.
+        live: the largest number of bytes at once, without the weights.
+        operations: floating-point operations.
+        tokens: number of padded tokens, from which the cost of a whole set is computed.
     """
 
     live: int
@@ -37,22 +38,23 @@ class Cost:
     seconds: float
     tokens: int
 
-    def beyond(self, more: "Cost", steps: float) -> "Cost":
-        """So many times as much further along the line from this to `more`."""
+    def extrapolate(self, other: "Cost", steps: float) -> "Cost":
+        """The cost on the line from this to `other`, after so many steps of their difference."""
 
-        def along(one: float, two: float) -> float:
-            return one + (two - one) * steps
+        def along(start: float, end: float) -> float:
+            return start + (end - start) * steps
 
         return Cost(
-            round(along(self.live, more.live)),
-            along(self.operations, more.operations),
-            along(self.seconds, more.seconds),
-            round(along(self.tokens, more.tokens)),
+            round(along(self.live, other.live)),
+            along(self.operations, other.operations),
+            along(self.seconds, other.seconds),
+            round(along(self.tokens, other.tokens)),
         )
 
 
 class Rehearsal:
-    """What one batch of each kind of work costs on the hardware; work of the same shape is rehearsed once."""
+    """The cost of one batch of each kind of work on the hardware; work of the same shape is rehearsed
+    once."""
 
     def __init__(self, shaped: Shaped, hardware: Hardware) -> None:
         self.shaped, self.hardware = shaped, hardware
@@ -61,24 +63,24 @@ class Rehearsal:
     def attribution(
         self, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]
     ) -> Cost:
-        """Of the largest of these batches; of weights, whose sums grow in the first batch, with what a second
-        adds.
+        """The cost of the largest of these batches. For weights, whose sums are allocated in the first
+        batch, a second batch is included.
 
-        Sums of weights beside a GPU are not counted here, wherever they are.
+        With a GPU, the sums of weights are not counted here, wherever they are.
         """
         method, settings = settings_for(replace(settings, sums_device="cpu"), roles)
         if method.run is None:
             return Cost(0, 0.0, 0.0, 1)
-        many = len(groups[0])
-        if (
-            settings.neuron == "abs" and settings.unit == "neuron" and method.targeted and many > 2 * FEW
-        ):  # sample by sample: much to go through
-            few, more = (
+        samples = len(groups[0])
+        # |neuron| scores are summed sample by sample, so that a large batch would be slow to rehearse.
+        by_sample = settings.neuron == "abs" and settings.unit == "neuron" and method.targeted
+        if by_sample and samples > 2 * FEW:
+            small, large = (
                 self._attribution(method, settings, roles, [groups[0][:count]]) for count in (FEW, 2 * FEW)
             )
-            return few.beyond(more, many / FEW - 1)
-        twice = settings.unit == "weight" and method.targeted
-        return self._attribution(method, settings, roles, groups[: 2 if twice else 1])
+            return small.extrapolate(large, samples / FEW - 1)
+        needs_second = settings.unit == "weight" and method.targeted
+        return self._attribution(method, settings, roles, groups[: 2 if needs_second else 1])
 
     def _attribution(
         self, method: Method, settings: Settings, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]
@@ -92,7 +94,7 @@ class Rehearsal:
         )
         with self.shaped.active():
             sites, sums = self.shaped.sites(roles), Sums(settings)
-            apart = (
+            preallocated = (
                 [sums.matrix(site) for site in sites]
                 if settings.unit == "weight" and method.targeted and self.hardware.kind == "cuda"
                 else []
@@ -106,17 +108,18 @@ class Rehearsal:
                     for site in sites:
                         method.finish(site, sums.totals.pop(site.name), sums)
 
-            return self._count(key, work, sum(len(group) * len(group[0].ids) for group in groups), apart)
+            return self._count(
+                key, work, sum(len(group) * len(group[0].ids) for group in groups), preallocated
+            )
 
     def sequential(self, roles: tuple[str, ...], groups: Sequence[Sequence[Encoded]]) -> Cost:
-        """Of all batches on their way through the layers: each waits before a layer until the layer is
-        pruned."""
-        few, more = (self._sequential(roles, groups[0], count) for count in (1, 2))
-        return few.beyond(more, len(groups) - 1)
+        """The cost of sequential pruning with all batches, which stay in memory between layers."""
+        small, large = (self._sequential(roles, groups[0], count) for count in (1, 2))
+        return small.extrapolate(large, len(groups) - 1)
 
     def _sequential(self, roles: tuple[str, ...], group: Sequence[Encoded], count: int) -> Cost:
-        model, many = self.shaped.model, count * len(group) * len(group[0].ids)
-        with self.shaped.active(), frozen(model), torch.no_grad():
+        model, tokens = self.shaped.model, count * len(group) * len(group[0].ids)
+        with self.shaped.active(), freeze(model), torch.no_grad():
             sites = self.shaped.sites(roles)
 
             def work() -> None:
@@ -129,12 +132,12 @@ class Rehearsal:
                         layer, [site for site in sites if site.layer == index], flows, {}
                     )
                     for flow in flows:
-                        flow.hidden = flow.through(layer)
+                        flow.hidden = flow.run_layer(layer)
 
-            return self._count(("sequential", roles, len(group), len(group[0].ids), count), work, many, [])
+            return self._count(("sequential", roles, len(group), len(group[0].ids), count), work, tokens, [])
 
     def every_logit(self, group: Sequence[Encoded]) -> Cost:
-        """Of a batch whose every position's log-probabilities are had, as lm-evaluation-harness has them."""
+        """The cost of a batch with log-probabilities at every position, as in lm-evaluation-harness."""
         rows, length = len(group), len(group[0].ids)
 
         @torch.inference_mode()
@@ -143,41 +146,41 @@ class Rehearsal:
 
         return self._run(("logits", rows, length), work, rows * length)
 
-    def windows(self, metric: str, length: int, many: int) -> Cost:
-        """Of a batch of `many` windows of perplexity or KL at most."""
-        more: tuple[Any, ...] = (nullcontext(),) if metric == "kl" else ()
-        observe: Any = perplexity.divergence_observations if more else perplexity.perplexity_observations
-        rows = max(1, min(many, perplexity.batch_tokens(metric, self.hardware.kind) // length))
+    def windows(self, metric: str, length: int, limit: int) -> Cost:
+        """The cost of a batch of at most `limit` windows of perplexity or KL."""
+        variant: tuple[Any, ...] = (nullcontext(),) if metric == "kl" else ()
+        observe: Any = perplexity.divergence_observations if variant else perplexity.perplexity_observations
+        rows = max(1, min(limit, perplexity.batch_tokens(metric, self.hardware.kind) // length))
         batch = [((0,) * length, length - 1)] * rows
         return self._run(
-            (metric, length, rows), lambda: observe(self.shaped.model, batch, *more), rows * length
+            (metric, length, rows), lambda: observe(self.shaped.model, batch, *variant), rows * length
         )
 
     def contrasts(self, group: Sequence[Encoded]) -> Cost:
-        """Of a batch of texts whose logit difference is asked for."""
+        """The cost of a batch of texts whose logit difference is measured."""
         key = ("ioi", len(group), len(group[0].ids))
         return self._run(
             key, lambda: tasks.logit_differences(self.shaped.model, group), len(group) * len(group[0].ids)
         )
 
-    def generation(self, many: int, prompt: int, new: int, temperature: float) -> Cost:
-        """Of a batch of `many` texts at most: the prompts read at once, and a step with all but the last
-        token in the cache, `new` times."""
-        rows = min(many, generate.ROWS)
+    def generation(self, limit: int, prompt: int, new: int, temperature: float) -> Cost:
+        """The cost of generating a batch of at most `limit` texts: one pass over the prompts, and `new`
+        times the cost of the last step, with all other tokens in the cache."""
+        rows = min(limit, generate.ROWS)
         tokens = rows * (prompt + new)
-        first = self._run(
+        read_cost = self._run(
             ("read", rows, prompt, temperature), lambda: self._read(rows, prompt, temperature), tokens
         )
-        step = self._run(
+        step_cost = self._run(
             ("step", rows, prompt, new, temperature),
             lambda: self._step(rows, prompt, new, temperature),
             tokens,
         )
-        read, more = first.seconds, max(0.0, step.seconds - first.seconds)
+        read_seconds, step_seconds = read_cost.seconds, max(0.0, step_cost.seconds - read_cost.seconds)
         return Cost(
-            max(first.live, step.live),
-            first.operations + (step.operations - first.operations) * new,
-            read + more * new,
+            max(read_cost.live, step_cost.live),
+            read_cost.operations + (step_cost.operations - read_cost.operations) * new,
+            read_seconds + step_seconds * new,
             tokens,
         )
 
@@ -185,10 +188,8 @@ class Rehearsal:
     def _read(self, rows: int, prompt: int, temperature: float) -> Any:
         from transformers import DynamicCache
 
-        ids, cache = (
-            torch.zeros(rows, prompt, dtype=torch.int64),
-            DynamicCache(config=self.shaped.model.config),
-        )
+        ids = torch.zeros(rows, prompt, dtype=torch.int64)
+        cache = DynamicCache(config=self.shaped.model.config)
         mask = torch.ones_like(ids)
         logits = self.shaped.model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -199,35 +200,35 @@ class Rehearsal:
     @torch.inference_mode()
     def _step(self, rows: int, prompt: int, new: int, temperature: float) -> None:
         cache = self._read(rows, prompt, temperature)
+        # The last step finds prompt + new − 2 positions in the cache, and its own token makes one more.
         for index, layer in enumerate(cache.layers):
-            more = [
+            grown = [
                 tensor.new_empty(*tensor.shape[:2], max(0, new - 2), tensor.shape[3])
                 for tensor in (layer.keys, layer.values)
             ]
-            cache.update(*more, index)
-        ids, mask = (
-            torch.zeros(rows, 1, dtype=torch.int64),
-            torch.ones(rows, prompt + max(0, new - 2) + 1, dtype=torch.int64),
-        )
-        with self._decoding():
+            cache.update(*grown, index)
+        ids = torch.zeros(rows, 1, dtype=torch.int64)
+        mask = torch.ones(rows, prompt + max(0, new - 2) + 1, dtype=torch.int64)
+        with self._use_decoding_experts():
             logits = self.shaped.model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits
         self._draw(ids, logits, temperature)
 
     @contextmanager
-    def _decoding(self) -> Iterator[None]:
-        """On a GPU, `generate` computes a step's experts from a copy of their matrices for each token."""
+    def _use_decoding_experts(self) -> Iterator[None]:
+        """Inside, experts are computed as `generate` does in its decoding steps on a GPU: from a copy of
+        their matrices for each token (batched_mm)."""
         config = self.shaped.model.config
-        had = getattr(config, "_experts_implementation", None)
-        if self.hardware.kind == "cpu" or had != "grouped_mm":
+        previous = getattr(config, "_experts_implementation", None)
+        if self.hardware.kind == "cpu" or previous != "grouped_mm":
             yield
             return
         config._experts_implementation = "batched_mm"
         try:
             yield
         finally:
-            config._experts_implementation = had
+            config._experts_implementation = previous
 
     def _draw(self, ids: torch.Tensor, logits: torch.Tensor, temperature: float) -> None:
         scores = logits[:, -1].to(copy=True, dtype=torch.float32)
@@ -238,9 +239,11 @@ class Rehearsal:
         with self.shaped.active():
             return self._count(key, work, tokens, [])
 
-    def _count(self, key: Any, work: Callable[[], object], tokens: int, apart: list[torch.Tensor]) -> Cost:
+    def _count(
+        self, key: Any, work: Callable[[], object], tokens: int, preallocated: list[torch.Tensor]
+    ) -> Cost:
         if key not in self._known:
-            with TensorCosts(self.hardware, [*self.shaped.held, *apart]) as ledger:
+            with TensorCosts(self.hardware, [*self.shaped.held, *preallocated]) as ledger:
                 work()
             self._known[key] = Cost(ledger.peak, ledger.operations, ledger.seconds, tokens)
         return self._known[key]

@@ -1,4 +1,4 @@
-"""A recipe: a YAML file that describes a whole run. Reading it loads no model and no data."""
+"""Recipes: YAML files that describe a whole run. Reading one loads no model and no data."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from ..attribution.sums import Settings
 from ..circuits.select import parse_scope
 from ..errors import UserError, unknown
 from ..evaluation.metrics import MetricSettings, SparsitySettings, parse_metrics
-from ..safe_text import at_home, shareable
+from ..safe_text import expand_home, shareable
 from ..samples.batches import OF_WORDS
 from ..settings import Strict, parse, short
 from ..storage import fingerprint, read_text
@@ -35,23 +35,23 @@ from .sections import (
 )
 
 LARGEST = 1_000_000
-"""Longest recipe that is read, in bytes."""
+"""Maximum size of a recipe, in bytes."""
 KEYS = (
     *("name", "job", "model", "references", "attribution", "selection", "discover", "compress"),
     *("evaluation", "compare", "cards", "margins"),
 )
-"""Every key of any job's recipe, in the order in which a recipe is written."""
+"""Every key of any job's recipe, in the order in which recipes are written."""
 OWN = {"correct": "selection", "discover": "discover", "compress": "compress"}
-"""Job → the section that is its own."""
+"""Job → the section that only this job has."""
 
 
 class BaseRecipe(Strict):
-    """What the recipes of all jobs have. `job`: "correct" removes the units of a behaviour (`selection`),
-    "discover" keeps those of a task alone, "compress" prunes weights.
+    """Base class of all jobs' recipes. `job`: "correct" removes the units of a behaviour (`selection`),
+    "discover" keeps only those of a task, "compress" prunes weights.
 
     Attributes:
-        sets, required_sets: the reference sets that the job knows, and those that it needs.
-        needed: the metric that the job is about, if there is one.
+        sets, required_sets: the reference sets that the job knows, and those that it requires.
+        needed: the metric that the job requires, if any.
     """
 
     sets: ClassVar[tuple[str, ...]] = ()
@@ -70,7 +70,8 @@ class BaseRecipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _require_keys(cls, content: Any) -> Any:
-        """Refuse what this job does not read, before any section is looked at, and say which job does."""
+        """Refuse keys that this job does not read, before any section is checked, and say which job reads
+        them."""
         if not isinstance(content, Mapping):
             return content
         for key in content:
@@ -91,8 +92,9 @@ class BaseRecipe(Strict):
 
     @field_validator("name")
     @classmethod
-    def _names_a_folder(cls, value: str) -> str:
-        """On every system: Windows has names of devices, and drops a dot at the end."""
+    def _require_folder_name(cls, value: str) -> str:
+        """Require a name that is valid for folders everywhere: Windows reserves device names, and drops a
+        final dot."""
         if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", value, re.IGNORECASE) or value.endswith("."):
             raise ValueError("some systems do not allow this name for a folder; choose another")
         return value
@@ -118,22 +120,23 @@ class BaseRecipe(Strict):
         return self
 
     def _require_scorable(self, methods: Sequence[str]) -> None:
-        """Raise UserError where one of the methods cannot score the units."""
+        """Raise UserError if one of the methods cannot score the units."""
         for method in methods:
             if method != SEQUENTIAL:
-                settings_for(Settings.of(self.attribution.but(method=method)), self.attribution.sites)
+                options = self.attribution.copy_with(method=method)
+                settings_for(Settings.from_options(options), options.sites)
 
     @property
     def tune(self) -> Tune | None:
-        """The search of a recipe that asks for one."""
+        """The search, if the recipe has one."""
         return None
 
     def metrics(self) -> dict[str, MetricSettings]:
         """Settings by metric."""
         return parse_metrics(self.evaluation)
 
-    def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out, as plain data."""
+    def resolve(self) -> dict[str, Any]:
+        """The recipe as plain data with all defaults written out."""
         content = self.model_dump(
             mode="json", exclude_none=True, exclude={"job"} if self.job == "correct" else None
         )
@@ -143,11 +146,11 @@ class BaseRecipe(Strict):
         return {key: content[key] for key in KEYS if key in content}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(shareable(self.resolved()), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(shareable(self.resolve()), sort_keys=False, allow_unicode=True, width=120)
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.resolved())
+        return fingerprint(self.resolve())
 
 
 class CorrectRecipe(BaseRecipe):
@@ -165,17 +168,17 @@ class CorrectRecipe(BaseRecipe):
         return self.selection.tune
 
     @model_validator(mode="after")
-    def _whole(self) -> "CorrectRecipe":
+    def _require_consistent(self) -> "CorrectRecipe":
         if "matched" not in self.references and self.selection.penalty != 1.0:
             raise ValueError(
                 "selection.penalty has no effect without references.matched; give that set, or leave the "
                 "penalty out"
             )
-        theirs = [method for method in self.compare.methods if method in EXPERTISE_METHODS]
-        if theirs and (self.attribution.unit, self.attribution.sites) != ("neuron", ("mlp.up",)):
+        expertise_methods = [method for method in self.compare.methods if method in EXPERTISE_METHODS]
+        if expertise_methods and (self.attribution.unit, self.attribution.sites) != ("neuron", ("mlp.up",)):
             raise ValueError(
-                f"compare.methods {theirs[0]} acts on neurons of mlp.up; leave it out, or attribute unit "
-                "neuron at sites [mlp.up]"
+                f"compare.methods {expertise_methods[0]} acts on neurons of mlp.up; leave it out, or "
+                "attribute unit neuron at sites [mlp.up]"
             )
         self._require_scopes()
         self._require_seeds()
@@ -185,14 +188,14 @@ class CorrectRecipe(BaseRecipe):
         return self
 
     def _require_scopes(self) -> None:
-        """Raise where a scope does not fit the units, the contrast or the counts."""
-        chosen, groups = self.selection.scope, parse_scope(self.selection.scope)
+        """Raise if a scope does not fit the units, the contrast or the counts."""
+        own_scope, groups = self.selection.scope, parse_scope(self.selection.scope)
         if self.attribution.method in (self.compare.scopes or {}):
             raise ValueError(
                 f"compare.scopes {self.attribution.method} is the run's own method; its scope is "
                 "selection.scope"
             )
-        for key, scope in {"selection.scope": chosen, **(self.compare.scopes or {})}.items():
+        for key, scope in {"selection.scope": own_scope, **(self.compare.scopes or {})}.items():
             if scope in ("global", "site"):
                 continue
             key = key if "." in key else f"compare.scopes.{key}"
@@ -209,7 +212,7 @@ class CorrectRecipe(BaseRecipe):
                     "candidates below zero alone; use global or site, or leave references.matched out"
                 )
         if groups and self.compare.counts:
-            raise ValueError(f"scope {chosen} already sets the number of weights; omit compare.counts")
+            raise ValueError(f"scope {own_scope} already sets the number of weights; omit compare.counts")
 
     def _require_seeds(self) -> None:
         """Raise where seeds are to be kept apart, and the sets do not say which belong together."""
@@ -221,15 +224,15 @@ class CorrectRecipe(BaseRecipe):
             )
 
     def _require_searchable(self, tune: Tune) -> None:
-        asked = self.metrics()
-        if "perplexity" not in asked or not {"toxicity", "repetition"} & asked.keys():
+        metrics = self.metrics()
+        if "perplexity" not in metrics or not {"toxicity", "repetition"} & metrics.keys():
             raise ValueError(
                 "selection.tune needs evaluation.perplexity for its budget, and evaluation.toxicity or "
                 "repetition to lower"
             )
-        if tune.max_kl is not None and "kl" not in asked:
+        if tune.max_kl is not None and "kl" not in metrics:
             raise ValueError("selection.tune.max_kl needs evaluation.kl")
-        if tune.max_fluency_increase is not None and "fluency" not in asked:
+        if tune.max_fluency_increase is not None and "fluency" not in metrics:
             raise ValueError("selection.tune.max_fluency_increase needs evaluation.fluency")
         asked_of = self.attribution
         if tune.damages:
@@ -247,7 +250,7 @@ class CorrectRecipe(BaseRecipe):
 
 
 class DiscoverRecipe(BaseRecipe):
-    """Keeps the units of a task alone."""
+    """Keeps only the units of a task."""
 
     sets = ("task",)
     required_sets = ("task",)
@@ -257,17 +260,17 @@ class DiscoverRecipe(BaseRecipe):
     discover: Discover
 
     @model_validator(mode="after")
-    def _whole(self) -> "DiscoverRecipe":
-        asked = self.attribution
-        if asked.method not in self.discover.methods:
+    def _require_consistent(self) -> "DiscoverRecipe":
+        options = self.attribution
+        if options.method not in self.discover.methods:
             raise ValueError(
-                f"discover.methods lacks attribution.method {asked.method}, which the report is about"
+                f"discover.methods lacks attribution.method {options.method}, which the report is about"
             )
         for method, scope in (self.discover.scopes or {}).items():
-            if scope == "row" and asked.unit != "weight":
+            if scope == "row" and options.unit != "weight":
                 raise ValueError(
-                    f"discover.scopes.{method} row is for weights, and attribution.unit is {asked.unit}; use "
-                    "global or site"
+                    f"discover.scopes.{method} row is for weights, and attribution.unit is {options.unit}; "
+                    "use global or site"
                 )
         if self.discover.ablation == "mean":
             self._require_means()
@@ -275,12 +278,13 @@ class DiscoverRecipe(BaseRecipe):
         return self
 
     def _require_means(self) -> None:
-        """Raise where units have no output to take the mean of, or a metric reads more than whole texts."""
-        asked, others = self.attribution, [name for name in self.metrics() if name != "ioi"]
-        if (asked.unit, asked.sites) not in (("head", ("attn.o",)), ("neuron", ("mlp.up",))):
+        """Raise if the units have no output whose mean could be taken, or if a metric does not read whole
+        texts only."""
+        options, others = self.attribution, [name for name in self.metrics() if name != "ioi"]
+        if (options.unit, options.sites) not in (("head", ("attn.o",)), ("neuron", ("mlp.up",))):
             raise ValueError(
-                f"discover.ablation mean is for heads of attn.o and neurons of mlp.up, not for {asked.unit}s "
-                f"of {', '.join(asked.sites)}; use zero"
+                "discover.ablation mean is for heads of attn.o and neurons of mlp.up, not for "
+                f"{options.unit}s of {', '.join(options.sites)}; use zero"
             )
         if others:
             raise ValueError(
@@ -300,10 +304,12 @@ class CompressRecipe(BaseRecipe):
     compress: Compress
 
     @model_validator(mode="after")
-    def _whole(self) -> "CompressRecipe":
-        asked = self.attribution
-        if asked.unit != "weight":
-            raise ValueError(f"job compress prunes weights; write attribution.unit weight for '{asked.unit}'")
+    def _require_consistent(self) -> "CompressRecipe":
+        options = self.attribution
+        if options.unit != "weight":
+            raise ValueError(
+                f"job compress prunes weights; write attribution.unit weight for '{options.unit}'"
+            )
         if max(self.compress.samples, default=0) > self.references["general"].count:
             raise ValueError(
                 f"compress.samples asks for {max(self.compress.samples)} samples, and "
@@ -313,12 +319,12 @@ class CompressRecipe(BaseRecipe):
         return self
 
     def metrics(self) -> dict[str, MetricSettings]:
-        """Settings by metric; zeros are counted where weights are pruned, unless the recipe says where."""
-        found = parse_metrics(self.evaluation)
-        counted = found.get("sparsity")
-        if isinstance(counted, SparsitySettings) and not counted.sites:
-            found["sparsity"] = counted.model_copy(update={"sites": self.attribution.sites})
-        return found
+        """Settings by metric; zeros are counted at the pruned sites, unless the recipe names others."""
+        metrics = parse_metrics(self.evaluation)
+        sparsity = metrics.get("sparsity")
+        if isinstance(sparsity, SparsitySettings) and not sparsity.sites:
+            metrics["sparsity"] = sparsity.model_copy(update={"sites": self.attribution.sites})
+        return metrics
 
 
 JOBS: dict[str, type[BaseRecipe]] = {
@@ -326,7 +332,7 @@ JOBS: dict[str, type[BaseRecipe]] = {
     "discover": DiscoverRecipe,
     "compress": CompressRecipe,
 }
-"""A recipe is one of these, told apart by its job; without one it is "correct"."""
+"""Job → the class of its recipes; without a job, a recipe is "correct"."""
 Recipe = CorrectRecipe | DiscoverRecipe | CompressRecipe
 
 
@@ -338,7 +344,7 @@ def _parse_recipe(content: Mapping[str, Any]) -> Recipe:
 
 
 def bundled_recipes() -> dict[str, str]:
-    """The recipes that come with sparc3: name → first comment line."""
+    """The bundled recipes: name → first comment line."""
     folder = resources.files("sparc3.recipe") / "bundled"
     texts = {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
@@ -351,17 +357,18 @@ def bundled_recipes() -> dict[str, str]:
 def load_recipe(
     recipe: "str | os.PathLike[str] | Mapping[str, Any] | Recipe", sets: Sequence[str] = ()
 ) -> Recipe:
-    """A recipe by bundled name, YAML path or content, with "a.b=c" settings put over it.
+    """A recipe by bundled name, YAML path or content, with "a.b=c" settings applied to it.
 
     Raises:
-        UserError: no such recipe (with the near name), not YAML, an unknown key, a value that does not fit.
+        UserError: an unknown recipe (with the nearest name), invalid YAML, an unknown key, or an invalid
+            value.
     """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return _parse_recipe(at_home(apply_settings(dict(recipe), sets)))
+        return _parse_recipe(expand_home(apply_settings(dict(recipe), sets)))
     name = os.fspath(recipe)
-    content = at_home(apply_settings(_read(name), sets))
+    content = expand_home(apply_settings(_read(name), sets))
     try:
         return _parse_recipe(content)
     except UserError as error:
@@ -371,8 +378,8 @@ def load_recipe(
 
 
 def apply_settings(content: dict[str, Any], sets: Sequence[str]) -> dict[str, Any]:
-    """`content` with "a.b=c" settings put over it, values read as YAML. Raises UserError for one that is not
-    written so."""
+    """`content` with "a.b=c" settings applied to it, whose values are read as YAML. Raises UserError for a
+    setting of another form."""
     for setting in sets:
         content = _apply_setting(content, setting)
     return content
@@ -385,16 +392,16 @@ def _is_file(name: str) -> bool:
 def _read(name: str) -> dict[str, Any]:
     if _is_file(name):
         text = read_text(name, LARGEST)
-    elif name in (known := bundled_recipes()):
+    elif name in (names := bundled_recipes()):
         text = (resources.files("sparc3.recipe") / "bundled" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        raise unknown("recipe", name, known)
+        raise unknown("recipe", name, names)
     return _yaml(text, name)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data: no key twice; no alias, which could stand for more than fits into memory; 2:4 is text, not
-    124."""
+    """A loader for plain data, without repeated keys and without aliases, which could expand to more than
+    fits into memory. 2:4 is text, not 124."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -405,17 +412,17 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        made = super().construct_mapping(node, deep)
-        if len(made) < len(node.value):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
             keys = [key.value for key, _ in node.value]
-            twice = next((key for key in keys if keys.count(key) > 1), "of a mapping")
+            repeated = next((key for key in keys if keys.count(key) > 1), "of a mapping")
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {short(twice)} appears twice", node.start_mark
+                None, None, f"the key {short(repeated)} appears twice", node.start_mark
             )
-        return made
+        return mapping
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
-        """YAML 1.1 counts 2:4 as two minutes and four seconds; the recipe means two of every four."""
+        """YAML 1.1 reads 2:4 as a sexagesimal number (124); in a recipe it means two of every four."""
         text = self.construct_scalar(node)
         if ":" in text:
             return text
@@ -426,26 +433,26 @@ for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
-def _yaml(text: str, where: str) -> dict[str, Any]:
+def _yaml(text: str, source: str) -> dict[str, Any]:
     try:
         content = _Loader(text).get_single_data()
     except (
         Exception
     ) as error:  # a scalar with a tag of its own can make the safe loader raise nearly anything
         mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
+        line_note = f", line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"{where}{place} is not valid YAML: {getattr(error, 'problem', None) or 'it cannot be read'}; "
-            "correct it"
+            f"{source}{line_note} is not valid YAML: "
+            f"{getattr(error, 'problem', None) or 'it cannot be read'}; correct it"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
-            f"{where} contains no recipe; a recipe is a YAML mapping with name, model, references, …"
+            f"{source} contains no recipe; a recipe is a YAML mapping with name, model, references, …"
         )
-    if odd := [key for key in content if not isinstance(key, str)]:
+    if bad_keys := [key for key in content if not isinstance(key, str)]:
         raise UserError(
-            f"{where} has the key {short(odd[0])}, which is not a name; a recipe is a YAML mapping with "
-            "name, model, references, …"
+            f"{source} has the key {short(bad_keys[0])}, which is not a name; a recipe is a YAML mapping "
+            "with name, model, references, …"
         )
     return dict(content)
 
@@ -455,15 +462,15 @@ def _apply_setting(content: dict[str, Any], setting: str) -> dict[str, Any]:
     if not equals or not key:
         raise UserError(f"--set {setting}: write it as a.b=value")
     path = key.split(".")
-    changed = dict(content)
-    inner = changed
+    result = dict(content)
+    section = result
     for part in path[:-1]:
-        below = inner.get(part)
-        if below is not None and not isinstance(below, dict):
+        child = section.get(part)
+        if child is not None and not isinstance(child, dict):
             raise UserError(f"--set {setting}: {part} is not a section")
-        inner[part] = dict(below or {})
-        inner = inner[part]
-    inner[path[-1]] = _yaml(f"value: {value}" if value.strip() else "value: null", f"--set {setting}")[
+        section[part] = dict(child or {})
+        section = section[part]
+    section[path[-1]] = _yaml(f"value: {value}" if value.strip() else "value: null", f"--set {setting}")[
         "value"
     ]
-    return changed
+    return result

@@ -1,4 +1,4 @@
-"""The sections of a recipe; which of them a job has says `schema`."""
+"""The sections of a recipe; schema.py says which of them each job has."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,27 +17,27 @@ from ..circuits.select import parse_scope
 from ..errors import unknown
 from ..samples.batches import parse_target
 from ..samples.sources import Column, SourceName
-from ..settings import Strict, checked_by
+from ..settings import Strict, validate_with
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Scope = Literal["global", "site", "row"]
-Target = Annotated[str, checked_by(parse_target)]
-AnyScope = Annotated[str, checked_by(parse_scope)]
+Target = Annotated[str, validate_with(parse_target)]
+AnyScope = Annotated[str, validate_with(parse_scope)]
 SEQUENTIAL = "wanda-sequential"
-"""Wanda as its own code has it, which is no method of `attribute`: each layer sees the already pruned ones
-before it."""
+"""Wanda as in its published code, where each layer sees the already pruned layers before it. It is not a
+method of `attribute`."""
 
 
-def _method_or(*beside: str) -> AfterValidator:
-    """A method of `attribute`, or one of these that stand beside them."""
+def _method_or(*others: str) -> AfterValidator:
+    """A validator for a method of `attribute`, or one of these others."""
 
     def require(method: str) -> None:
-        if method.partition(":")[0] not in (*methods(), *beside):
-            raise unknown("method", method, [*methods(), *beside])
-        if method not in beside:
+        if method.partition(":")[0] not in (*methods(), *others):
+            raise unknown("method", method, [*methods(), *others])
+        if method not in others:
             require_method(method)
 
-    return checked_by(require)
+    return validate_with(require)
 
 
 DEFAULT_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -47,19 +47,19 @@ class Discover(Strict):
     """Keep the top units of a task, remove the rest.
 
     Attributes:
-        methods: whose circuits are compared; the report is about attribution.method, which is one of them.
-        sparsities: shares of all units that are removed.
-        ranks: units are kept by "abs", the size of their score, by "signed", the score itself (the paper's
-            Eq. 1 and 2), or once by each; the first is the one that the report is about. A method without
-            negative scores is ranked once. "abs" is the default because "signed" is no better than random on
+        methods: methods whose circuits are compared, including attribution.method, which the report is about.
+        sparsities: shares of all units to remove.
+        ranks: "abs" keeps units by the size of their score, "signed" by the score itself (the paper's Eq.
+            1 and 2); both can be given, and the report is about the first. A method without negative
+            scores is ranked once. "abs" is the default because "signed" is no better than random on
             SmolLM2-135M (docs/reproducing.md).
         enough: the accuracy that a circuit must keep to count as the task's.
-        scopes: METHOD: SCOPE. "global" ranks all units together, as every method does that is not named;
-            "site" and, of weights, "row" remove the same share of each. The paper's Figures 2 and 12 have
-            rows for Wanda beside LRP's global ranking: {wanda: row}.
+        scopes: METHOD: SCOPE. "global", the default, ranks all units together; "site" and, for weights, "row"
+            remove the same share of each. The paper's Figures 2 and 12 use rows for Wanda and a global
+            ranking for LRP: {wanda: row}.
         ablation: "zero" (the default) sets removed units to zero. "mean" replaces the outputs of heads, or of
-            neurons of mlp.up, by their means over all reference samples, as the literature does: for figures
-            of evaluation.ioi alone, since such a circuit cannot be exported.
+            neurons of mlp.up, by their means over all reference samples, as the literature does: only for the
+            figures of evaluation.ioi, since such a circuit cannot be exported.
     """
 
     methods: tuple[Annotated[str, _method_or()], ...] = Field(
@@ -73,8 +73,8 @@ class Discover(Strict):
 
     @field_validator("ablation")
     @classmethod
-    def _without_default(cls, value: str | None) -> str | None:
-        """What the recipe's fingerprint is made of: as before there was a choice, where it is zero."""
+    def _omit_default(cls, value: str | None) -> str | None:
+        """Keep the fingerprints of recipes from before there was a choice."""
         return value if value == "mean" else None
 
     @model_validator(mode="after")
@@ -86,19 +86,19 @@ class Discover(Strict):
 
 
 class Compress(Strict):
-    """Remove the least weights of every row.
+    """Remove the lowest-scored weights of every row.
 
     Attributes:
         methods: magnitude, wanda, lrp, any other that scores weights, or wanda-sequential.
-        reduces: of methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, "rms",
+        reduces: for methods with a relevance: "mean_abs", mean |R| over samples, "abs_mean", |mean R|, "rms",
             the root mean square over tokens, or several.
         scope: "row", "site", "global", or n:m, which has no fractions.
-        fractions: shares of the weights that go.
-        samples: numbers of reference samples to compare, each of every seed's set; methods that look at no
-            sample are as without it.
-        seeds: "apart" scores, prunes and measures by each seed's reference set alone, and tells the mean, its
-            standard error and the circuits' overlap, as the paper's Table 1 does; without it the seeds'
-            samples are one set.
+        fractions: shares of the weights to remove.
+        samples: numbers of reference samples to compare, taken from each seed's set; methods without samples
+            ignore it.
+        seeds: "apart" scores, prunes and measures with each seed's reference set alone, and reports the mean,
+            its standard error and the circuits' overlap, as in the paper's Table 1; without it, the seeds'
+            samples form one set.
     """
 
     methods: tuple[Annotated[str, _method_or(SEQUENTIAL)], ...] = Field(
@@ -142,9 +142,9 @@ class Reference(Strict):
 
     Attributes:
         target: overrides attribution.target for this set.
-        column: of a table, the one with the texts, where it is not called text or prompt.
-        chat: each prompt is a user's turn in the model's chat template, its completion the answer.
-        answer: of a preference set, which of its two answers is the completion.
+        column: the column of a table with the texts, if it is not called text or prompt.
+        chat: each prompt is a user's turn in the model's chat template, and its completion is the answer.
+        answer: the answer of a preference set that is the completion.
     """
 
     source: SourceName
@@ -166,31 +166,29 @@ class Reference(Strict):
 
 class Tune(Strict):
     """A search on validation prompts: every combination of the lists is tried, and the best within the budget
-    is the circuit.
+    becomes the circuit.
 
     Attributes:
         max_perplexity_increase: the budget: the largest relative increase of validation perplexity; 0.01 is 1
             %.
-        max_kl: and of the divergence from the original, in nats a token; needs evaluation.kl.
-        max_fluency_increase: and the largest relative increase of the fluency (the original's perplexity) of
-            what a candidate writes after validation prompts. Where it is not given, the verdict's margin:
-            margins.fluency, or 0.5. Kept where evaluation has fluency, which it needs if given.
+        max_kl: the largest divergence from the original, in nats per token; needs evaluation.kl.
+        max_fluency_increase: the largest relative increase of the fluency (the original's perplexity) of what
+            a candidate writes after validation prompts; by default the verdict's margin (margins.fluency, or
+            0.5). Applies if evaluation has fluency, which it needs if given.
         counts: numbers of units.
-        targets: in the place of attribution.target; sets without completions take `next` where a candidate
-            says `completion`.
+        targets: replace attribution.target; for a target `completion`, sets without completions use `next`.
         neurons: "abs", "signed", or both.
-        contrasts: "plain", "matched", or both; all that the reference sets allow where none is given.
-        penalties: of the matched contrast.
+        contrasts: "plain", "matched", or both; by default all that the reference sets allow.
+        penalties: penalties of the matched contrast.
         normalize: null, "l1", or both.
-        rounds: in how many rounds a circuit is found, as selection.rounds; a candidate attributes again in
-            each.
-        strengths: the share of each unit that is taken away, as selection.strength: 1 sets it to zero, 0.5
+        rounds: numbers of rounds, as in selection.rounds; a candidate attributes again in each round.
+        strengths: the share of each unit to remove, as in selection.strength: 1 sets it to zero, 0.5
             halves it.
-        damages: fit a strength for each neuron instead, at each of these damages to general text, in nats a
+        damages: fit a strength for each neuron instead, at each of these damages to general text, in nats per
             token (docs/method.md, 8).
-        prompts: number of validation prompts; as many as there are test prompts where it is not given.
-        texts: number of validation texts for perplexity; as many as the test has where it is not given.
-        text_source: where they come from, if the perplexity source has no validation split of its own.
+        prompts: number of validation prompts; by default as many as test prompts.
+        texts: number of validation texts for perplexity; by default as many as in the test.
+        text_source: their source, if the perplexity source has no validation split.
     """
 
     max_perplexity_increase: float = Field(default=0.01, ge=0)
@@ -219,13 +217,15 @@ class Tune(Strict):
 
 
 class Selection(Strict):
-    """How many units (a scope n:m says it itself), and by which contrast.
+    """How many units to remove (unless the scope n:m says so), and by which contrast.
 
-    `rounds`: select a share, ablate it, attribute again, and go on. `tune`: search for all that.
-    `strength`: the share of each unit that is taken away: 1 sets it to zero, 0.5 halves it.
-    `protect`: leave out neurons whose removal alone breaks the model, and list them. `seeds`: "apart" finds
-    and measures a circuit by each seed's reference sets alone, sets with one seed shared, and tells the mean
-    of the figures, its standard error and the circuits' overlap; without it the seeds' samples are one set.
+    `rounds`: select a share, ablate it, attribute again, and so on. `tune`: search for these settings
+        instead.
+    `strength`: the share of each unit to remove: 1 sets it to zero, 0.5 halves it.
+    `protect`: leave out single neurons whose removal breaks the model, and list them.
+    `seeds`: "apart" finds and measures a circuit with each seed's reference sets alone (a set with one seed
+        is shared), and reports the mean of the figures, its standard error and the circuits' overlap; without
+        it, the seeds' samples form one set.
     """
 
     count: int | None = Field(default=None, ge=0)
@@ -240,7 +240,7 @@ class Selection(Strict):
     seeds: Literal["apart"] | None = None
 
     @model_validator(mode="after")
-    def _one_size(self) -> "Selection":
+    def _require_size(self) -> "Selection":
         if self.tune is not None:
             self._require_search(self.tune)
         elif parse_scope(self.scope):
@@ -286,20 +286,20 @@ class Selection(Strict):
 
 
 class Compare(Strict):
-    """Other methods at other counts, and the null: `random_draws` draws of as many random units in each
-    layer.
+    """Other methods and other counts to compare with, and the null: `random_draws` draws of as many random
+    units in each layer.
 
-    `det0` removes the neurons that tell undesired from benign samples best, `aura` damps them, and all that
-    do at all.
+    `det0` removes the neurons that best tell undesired from benign samples; `aura` damps them, and in one
+    more variant all neurons that do so at all.
 
-    Every method, det0 and aura among them, selects by selection.scope, and `counts` mean what selection.count
-    means by that scope: units in all, of each site, or of each row. The variants are named by their units in
-    all. Where selection gives a fraction or a scope n:m, the other methods take as much as the circuit; n:m
-    is the only size then, and has no `counts`. The null has as many units of each site as the circuit that it
-    belongs to.
+    Every method, including det0 and aura, uses selection.scope, and `counts` are counted in the same way as
+    selection.count: units in total, per site, or per row. Variants are named by their total number of
+    units. If the selection has a fraction or a scope n:m, the other methods take as many units as the
+    circuit; with n:m there is no other size, so `counts` is not allowed. The null has as many units in
+    each site as its circuit.
 
-    `scopes`: METHOD: SCOPE for a method that selects by another one: with "site" or "row" it takes the same
-    share of each, rounded down, and as many in all as the others with "global".
+    `scopes`: METHOD: SCOPE gives a method another scope: with "site" or "row" it takes the same share of
+    each, rounded down; with "global", as many units in total as the others.
     """
 
     methods: tuple[Annotated[str, _method_or(*EXPERTISE_METHODS)], ...] = ()
@@ -316,20 +316,21 @@ class Compare(Strict):
 
 
 class Cards(Strict):
-    """Cards of the removed neurons: how many at most, and how many of them with what removing that neuron
-    alone does (an evaluation each)."""
+    """Cards of the removed neurons: their maximum number, and the number of those with the effect of
+    removing that neuron alone (which needs an evaluation each)."""
 
     most: int = Field(default=50, ge=0)
     alone: int = Field(default=0, ge=0)
 
 
 class Margins(Strict):
-    """Up to which relative increase over the original a figure is flat, for the verdict: 0.02 is 2 %.
+    """The relative increases over the original up to which a figure counts as flat in the verdict: 0.02 is
+    2 %.
 
     Attributes:
-        perplexity: of other text; where none is given, 0.02 or the budget of a search for the job correct,
-            and no judgement for the job compress.
-        fluency: of what the changed model writes; 0.5 where none is given.
+        perplexity: of other text; by default 0.02 or a search's budget for the job correct, and no
+            judgement for the job compress.
+        fluency: perplexity of the changed model's texts; by default 0.5.
     """
 
     perplexity: float | None = Field(default=None, ge=0)

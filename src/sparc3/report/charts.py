@@ -1,4 +1,4 @@
-"""Figures: shapes as SVG markup, scales, and the chart that axes, lines, marks and tips are drawn on."""
+"""Figures: shapes as SVG markup, scales, and charts with axes, lines, marks and tips."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,9 +14,9 @@ Place = tuple[float, float]
 
 
 def tag(tag_name: str, *children: str, **attributes: Attribute) -> Markup:
-    """One element; `class_` is class, `stroke_width` is stroke-width, None is left out; everything is escaped
-    but Markup."""
-    written = Markup("").join(
+    """One element. `class_` becomes class, `stroke_width` becomes stroke-width; None is left out; everything
+    except Markup is escaped."""
+    attribute_text = Markup("").join(
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"),
             number(value) if isinstance(value, float) else visible(str(value)),
@@ -25,11 +25,11 @@ def tag(tag_name: str, *children: str, **attributes: Attribute) -> Markup:
         if value is not None
     )
     body = Markup("").join(child if isinstance(child, Markup) else visible(child) for child in children)
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag_name), written, body)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag_name), attribute_text, body)
 
 
 def drawing(width: float, height: float, label: str, *children: str, **attributes: Attribute) -> Markup:
-    """An SVG of its own, named for those who do not see it."""
+    """A complete SVG, with a label for screen readers."""
     return tag(
         "svg",
         *children,
@@ -45,7 +45,8 @@ def line(x1: float, x2: float, y1: float, y2: float, class_: str) -> Markup:
 
 
 def mark(colour: str, x: float, y: float, size: float) -> Markup:
-    """A method's mark, `size` half its height. Each class has a shape, not a colour alone."""
+    """A method's mark; `size` is half its height. Each class has its own shape as well as colour, for readers
+    who cannot tell the colours apart."""
     outline = _SHAPES.get(colour)
     if outline is None:
         return tag("circle", cx=x, cy=y, r=size, class_="dot")
@@ -70,11 +71,12 @@ _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
     ),
     "m8": ((-1.1, -1.1), (1.1, -1.1), (0, 0), (1.1, 1.1), (-1.1, 1.1), (0, 0)),
 }
-"""Corners of a mark of size 1: square, triangles, diamond, cross, hexagon, plus, hourglass; else a disc."""
+"""Class → corners of its mark at size 1: square, triangles, diamond, cross, hexagon, plus, hourglass. Other
+classes have a disc."""
 
 
 def number(value: float) -> str:
-    """A coordinate, as short as a tenth of a pixel allows."""
+    """A coordinate to a tenth of a pixel, as short as possible."""
     return f"{value:.1f}".rstrip("0").rstrip(".")
 
 
@@ -85,10 +87,12 @@ def polyline(points: Sequence[tuple[float, float]]) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers → places along an axis.
+    """Numbers → coordinates along an axis.
 
     Attributes:
-        soft: where it is not 0: about even up to this size, on either side of zero, and logarithmic beyond.
+        log: whether the axis is logarithmic.
+        soft: if not 0, the axis is roughly linear up to this size on either side of zero, and logarithmic
+            beyond.
     """
 
     low: float
@@ -108,12 +112,13 @@ class Scale:
         share: bool = False,
         anchor: float | None = None,
     ) -> "Scale":
-        """From the least to the largest value, with some room.
+        """A scale from the smallest to the largest value, with some room.
 
         Args:
-            share: whether they are parts of one, so that the scale begins at zero and ends at one at most.
-            anchor: the value that others are seen beside: where one runs far away from it, the scale is
-                logarithmic, and where all are close to it, small differences stay small.
+            share: whether the values are shares of one, so that the scale starts at zero and ends at most at
+                one.
+            anchor: the value with which others are compared. If one is far above it, the scale is
+                logarithmic; if all are close to it, small differences look small.
         """
         low, high = min(values), max(values)
         if share and low >= 0:
@@ -121,6 +126,7 @@ class Scale:
         size = abs(anchor or 0.0)
         if size and low > 0 and high > 8 * size:
             return cls(low * 0.9, high * 1.1, start, end, log=True)
+        # At least a hundredth of the anchor, so that differences far smaller than it do not fill the chart.
         room, middle = max(high - low, 0.01 * size, 1e-9), (high + low) / 2
         return cls(middle - 0.56 * room, middle + 0.56 * room, start, end)
 
@@ -128,32 +134,36 @@ class Scale:
         def soften(number: float) -> float:
             return math.asinh(number / self.soft)
 
+        # asinh(x) ≈ x near zero and ≈ ± log(2|x|) far away: a logarithm that can show zero.
         bend: Callable[[float], float] = math.log if self.log else soften if self.soft else float
-        held = min(max(value, self.low), self.high)
-        share = (bend(held) - bend(self.low)) / ((bend(self.high) - bend(self.low)) or 1.0)
+        clamped = min(max(value, self.low), self.high)
+        share = (bend(clamped) - bend(self.low)) / ((bend(self.high) - bend(self.low)) or 1.0)
         return self.start + share * (self.end - self.start)
 
-    def ticks(self, about: int = 4) -> list[float]:
+    def ticks(self, count: int = 4) -> list[float]:
         """Round numbers inside the scale."""
         low, high = self.low, self.high
         if self.log or self.soft:
             first, last = math.log10(self.soft or low), math.log10(max(high, -low))
             powers = [10.0**e for e in range(math.floor(first), math.ceil(last) + 1)]
-            every = [m * power for power in powers for m in (1, 2, 5)]
+            candidates = [m * power for power in powers for m in (1, 2, 5)]
             if self.soft:
-                every = [*(-power for power in reversed(powers)), 0.0, *powers]
-            inside = [tick for tick in every if low <= tick <= high]
-            few = self.soft or len(inside) <= 6
-            return inside if few else [tick for tick in inside if math.log10(tick).is_integer()]
-        raw = (high - low) / about or 1.0
+                candidates = [*(-power for power in reversed(powers)), 0.0, *powers]
+            inside_scale = [tick for tick in candidates if low <= tick <= high]
+            show_all = self.soft or len(inside_scale) <= 6
+            return (
+                inside_scale if show_all else [tick for tick in inside_scale if math.log10(tick).is_integer()]
+            )
+        raw = (high - low) / count or 1.0
         power = 10.0 ** math.floor(math.log10(raw))
+        # The smallest round step that gives no more than `count` ticks; 0.999 is for rounding errors.
         step = next(power * size for size in (1, 2, 2.5, 5, 10) if power * size >= raw * 0.999)
         return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 class Tip(NamedTuple):
-    """What the script shows over a mark, and what is read aloud: rows of (name, text), each with the class of
-    the swatch before it, if any."""
+    """What the script shows over a mark, and what screen readers say: rows of (name, text, class of the
+    colour swatch before them, or "")."""
 
     head: str
     rows: Sequence[tuple[str, str, str]]
@@ -165,7 +175,7 @@ class Tip(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """One drawing with its words; `tips` has those of its marks, by their ids."""
+    """One drawing with its title and note; `tips`: id of a mark → its tip."""
 
     title: str
     note: str
@@ -176,17 +186,18 @@ class Figure:
 def tip_target(
     name: str, *children: Markup, key: str, words: str, first: bool, **attributes: Attribute
 ) -> Markup:
-    """An element with a tip. The tab key stops at the `first` of a figure, arrow keys go on from there."""
+    """An element with a tip. The tab key stops at the `first` of a figure; arrow keys move on from there."""
     stop = 0 if first else -1
     return tag(name, *children, **attributes, tabindex=stop, role="img", aria_label=words, data_tip=key)
 
 
 class Chart:
-    """A figure that grows: axes, lines, marks and names are added in the order in which they are drawn.
+    """A figure under construction: axes, lines, marks and names are drawn in the order in which they are
+    added.
 
     Attributes:
         left, right, top, bottom: the plotting area in pixels; the scales may end inside it.
-        tips: those of the marks so far, by their ids.
+        tips: id of each mark so far → its tip.
     """
 
     def __init__(
@@ -212,8 +223,7 @@ class Chart:
         *labels: Markup,
         vertical_grid: bool = False,
     ) -> None:
-        """Grid lines, ticks given as (value, text), the label under the x axis, and any labels of the
-        figure's own."""
+        """Add grid lines, ticks given as (value, text), the label under the x axis, and further labels."""
         parts = []
         for y, text in ((self.y(value), text) for value, text in y_ticks):
             parts.append(line(self.left, self.right, y, y, "grid"))
@@ -230,23 +240,23 @@ class Chart:
         self,
         points: Iterable[Place],
         colour: str,
-        marked: Iterable[Place] = (),
+        marks_at: Iterable[Place] = (),
         size: float = 0.0,
         thin: bool = False,
     ) -> None:
-        """A line through points, and marks of this `size` at those `marked`, all in the units of the axes."""
+        """Add a line through points, and marks of this `size` at `marks_at`, all in the units of the axes."""
         path = polyline([(self.x(x), self.y(y)) for x, y in points])
-        drawn = tag("path", d=path, class_="line thin" if thin else "line")
-        marks = [mark(colour, self.x(x), self.y(y), size) for x, y in marked]
-        self.add(tag("g", drawn, *marks, class_=f"series {colour}"))
+        path_tag = tag("path", d=path, class_="line thin" if thin else "line")
+        marks = [mark(colour, self.x(x), self.y(y), size) for x, y in marks_at]
+        self.add(tag("g", path_tag, *marks, class_=f"series {colour}"))
 
     def add_reference(self, value: float) -> None:
-        """A dashed line across the chart at one height."""
+        """Add a dashed line across the chart at one height."""
         self.add(line(self.left, self.right, self.y(value), self.y(value), "reference"))
 
     def add_names(self, ends: Sequence[tuple[str, str, float]]) -> None:
-        """Names to the right of the lines' ends, moved apart where they would touch: (name, class, height in
-        the axis's unit)."""
+        """Add names, given as (name, class, value on the y axis), to the right of the lines' ends, moved
+        apart if they would touch."""
         heights = spread([self.y(value) for *_, value in ends], 15.0, self.top + 4, self.bottom)
         texts = [
             tag("text", name, x=self.right + 8, y=y + 4, class_=f"name {colour}")
@@ -255,21 +265,23 @@ class Chart:
         self.add(tag("g", *texts, aria_hidden="true"))
 
     def add_target(self, key: str, tip: Tip, *children: Markup, class_: str) -> None:
-        """Shapes with a tip."""
+        """Add shapes with a tip."""
         first = not self.tips
         self.tips[key] = tip
         self.add(tip_target("g", *children, class_=class_, key=key, words=tip.words, first=first))
 
     def draw(self, title: str, note: str, label: str, class_: str = "curve") -> Figure:
-        """The figure; `label` names it for those who do not see it."""
+        """The finished figure; `label` is for screen readers."""
         return Figure(title, note, drawing(*self.size, label, *self._parts, class_=class_), self.tips)
 
 
-def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`places` moved apart until neighbours are `gap` away, in the same order, inside low … high where that
-    can be."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    moved = list(places)
+def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The places moved apart until neighbours are `gap` away, in the same order, and inside low … high if
+    possible."""
+    # From the top each is pushed down by its neighbour; if the last one leaves the range, all are pushed
+    # back.
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    moved = list(positions)
     for before, after in zip(order, order[1:], strict=False):
         moved[after] = max(moved[after], moved[before] + gap)
     overflow = max(0.0, moved[order[-1]] - high) if order else 0.0

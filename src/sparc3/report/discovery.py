@@ -1,4 +1,4 @@
-"""What a run that looked for a task's circuit says: how sparse it can be, by each method, and how sure that
+"""The sentences of a run with the job discover: how sparse each method's circuit can be, and how certain that
 is."""
 
 from markupsafe import Markup
@@ -10,15 +10,15 @@ from .read import Point, RunFolder
 from .words import (
     MINUS,
     Remark,
-    in_words,
+    format_with_interval,
+    format_with_small_interval,
+    inline_title,
     join_words,
     method_title,
     percent,
     plain,
     remark,
     value_of,
-    with_interval,
-    with_small_interval,
 )
 
 METRIC = "ioi.accuracy"
@@ -30,17 +30,18 @@ RANKINGS = {
 
 
 def find_sparsest_point(run: RunFolder, method: str | None) -> Point | None:
-    """Its sparsest circuit that, like all its less sparse ones, keeps enough accuracy; None without one."""
+    """The method's sparsest circuit that, like all its less sparse ones, keeps enough accuracy; None without
+    one."""
     points = [point for point in run.points(METRIC) if point.method == method]
     best = find_sparsest([p.count for p in points], [p.value for p in points], run.provenance.enough)
     return next((point for point in points[::-1] if point.count == best), None)
 
 
 def load_sparsest_circuit(run: RunFolder) -> Circuit | None:
-    """The sparsest circuit of the run's own method and first seed; None where the run did not leave it."""
+    """The sparsest circuit of the run's own method and first seed; None if the folder does not contain it."""
     best = find_sparsest_point(run, run.method)
-    where = run.path / f"circuits/{Variant(best.method, run.total - best.count)}.json" if best else None
-    return Circuit.load(where) if where and where.is_file() else None
+    path = run.path / f"circuits/{Variant(best.method, run.total - best.count)}.json" if best else None
+    return Circuit.load(path) if path and path.is_file() else None
 
 
 def headline(run: RunFolder) -> Markup:
@@ -49,22 +50,24 @@ def headline(run: RunFolder) -> Markup:
     best = find_sparsest_point(run, run.method)
     if best is None:
         return Markup("No {} circuit that was tried keeps {} of the answers right.").format(own, enough)
-    said = Markup(
+    sentence = Markup(
         'The {} circuit answers right {} of the time with <b class="figure after">{}</b> of {} removed'
-    ).format(own, with_small_interval(best.measurement), _write_share(run, best), run.number_of(run.total))
+    ).format(
+        own, format_with_small_interval(best.measurement), _write_share(run, best), run.write_count(run.total)
+    )
     others = _find_others(run)
     if not others:
-        return Markup("{}; no other method’s keeps {} at any sparsity.").format(said, enough)
-    most = max(others, key=lambda point: (point.count, point.method))
+        return Markup("{}; no other method’s keeps {} at any sparsity.").format(sentence, enough)
+    furthest = max(others, key=lambda point: (point.count, point.method))
     return Markup("{}; of the other methods {} gets furthest, keeping {} up to {}.").format(
-        said, method_title(most.method), enough, _write_share(run, most)
+        sentence, method_title(furthest.method), enough, _write_share(run, furthest)
     )
 
 
 def _find_others(run: RunFolder) -> list[Point]:
     """The sparsest circuit of every other method."""
-    found = [find_sparsest_point(run, method) for method in run.methods if method != run.method]
-    return [point for point in found if point]
+    points = [find_sparsest_point(run, method) for method in run.methods if method != run.method]
+    return [point for point in points if point]
 
 
 def _write_enough(run: RunFolder) -> str:
@@ -96,25 +99,25 @@ def _remark_on_sparser_methods(run: RunFolder) -> list[Remark]:
 
 
 def _remark_on_sparsest(run: RunFolder) -> Remark:
-    """The sparsest circuit of every method, the mean of its reference sets."""
-    found = sorted((m for m in run.results if m.metric == SPARSEST), key=lambda m: -(m.value or 0.0))
+    """The sparsest circuit of every method, as the mean over reference sets."""
+    measurements = sorted((m for m in run.results if m.metric == SPARSEST), key=lambda m: -(m.value or 0.0))
     text = (
         "<b>Largest share removed with at least {} accuracy,</b> of those tried, "
         "each reference set for itself: {}."
     )
-    parts = [f"{method_title(m.variant)} {with_interval(m)}" for m in found]
+    parts = [f"{method_title(m.variant)} {format_with_interval(m)}" for m in measurements]
     return remark("plain", text, _write_enough(run), join_words(parts))
 
 
 def _remark_on_margins(run: RunFolder) -> list[Remark]:
-    """How much further the run's own method gets than each other one, paired by reference set."""
+    """How much sparser the run's own circuits are than each other method's, paired by reference set."""
 
     def write(d: Difference) -> str:
         value, *ends = (f"{100 * x:+.1f}".replace("-", MINUS) for x in (d.value, *(d.ci95 or ())))
         return f"{method_title(d.from_)} {value}" + (f" [{', '.join(ends)}]" if ends else "")
 
-    found = [d for d in run.results.differences if d.metric == SPARSEST and d.to == run.method]
-    parts = [write(d) for d in sorted(found, key=lambda d: d.value)]
+    differences = [d for d in run.results.differences if d.metric == SPARSEST and d.to == run.method]
+    parts = [write(d) for d in sorted(differences, key=lambda d: d.value)]
     text = (
         "<b>The {} circuit’s share less the others’,</b> in percentage points, paired by reference set: {}."
     )
@@ -122,10 +125,10 @@ def _remark_on_margins(run: RunFolder) -> list[Remark]:
 
 
 def _remark_on_rankings(run: RunFolder) -> list[Remark]:
-    """What the names say, where methods were ranked twice."""
+    """What the suffixes of names mean, if methods were ranked in two ways."""
     first, *others = run.provenance.ranks or ["signed"]
     text = "<b>Units are kept by</b> {}; where a name ends in ({}), by {}."
-    return [remark("plain", text, RANKINGS[first], o, RANKINGS[o]) for o in others[:1]]
+    return [remark("plain", text, RANKINGS[first], other, RANKINGS[other]) for other in others[:1]]
 
 
 def _remark_on_faithfulness(run: RunFolder) -> list[Remark]:
@@ -151,16 +154,18 @@ def _remark_on_whole_model(run: RunFolder) -> list[Remark]:
         "which is what a circuit has to beat."
     )
     kind = "plain" if (original.value or 0.0) >= enough > (empty.value or 0.0) else "careful"
-    return [remark(kind, text, in_words(METRIC), with_interval(original), run.units, value_of(empty))]
+    return [
+        remark(kind, text, inline_title(METRIC), format_with_interval(original), run.units, value_of(empty))
+    ]
 
 
 def _remark_on_choice(run: RunFolder) -> Remark:
-    seeds, over, also = run.provenance.seeds, "with one reference set", ""
+    seeds, scope, interval_note = run.provenance.seeds, "with one reference set", ""
     if seeds > 1:
-        over = f"each the mean of {seeds} reference sets"
-        also = ", those of the shares, CPR and CMD over reference sets"
+        scope = f"each the mean of {seeds} reference sets"
+        interval_note = ", those of the shares, CPR and CMD over reference sets"
     text = (
         "<b>Sparsities were compared on the test prompts</b> themselves, {}; "
         "intervals of the curves are over prompts{}."
     )
-    return remark("plain", text, over, also)
+    return remark("plain", text, scope, interval_note)

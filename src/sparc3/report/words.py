@@ -20,7 +20,7 @@ class Remark:
 
 
 def remark(kind: str, text: str, *values: object) -> Remark:
-    """A remark of our own markup with values in its braces, which are escaped."""
+    """A remark from our own markup, with values for its braces, which are escaped."""
     return Remark(kind, Markup(text).format(*values))
 
 
@@ -66,7 +66,7 @@ METRICS = {
     "sparsity.row_min": ("Least zeros in a row", ""),
     "sparsity.row_max": ("Most zeros in a row", ""),
 }
-"""Metric → its title, and what it is."""
+"""Metric → its title, and an explanation."""
 METHODS = {
     "lrp": "LRP",
     "cp-lrp": "CP-LRP",
@@ -81,64 +81,64 @@ METHODS = {
     "det0": "Det-0",
     "random": "random",
 }
-"""The bundled methods as their papers write them."""
+"""Bundled method → its name as its paper writes it."""
 _TOXICITIES = ("toxicity.mean", "toxicity.expected_max", "toxicity.probability", "toxicity.rate")
 _SHARES = (*_TOXICITIES, "rur.mean", "ioi.accuracy", "sparsity")
 _SHARE_UNITS = ("share", "fraction", "probability", "proportion", "ratio")
 PERCENT = "\u202f%"
 MINUS = "\u2212"
 HARD = "\u00a0"
-"""A space at which no line breaks."""
+"""A non-breaking space."""
 
 
 def title(metric: str) -> str:
     return METRICS[metric][0] if metric in METRICS else metric.replace(".", " ").replace("_", " ")
 
 
-def explained(metric: str) -> str:
+def explain(metric: str) -> str:
     return METRICS.get(metric, ("", ""))[1]
 
 
 def word_list(run: RunFolder) -> str:
-    """The name of the user's file that says what counts as toxic; "" where another scorer says it."""
+    """The name of the user's file that says what counts as toxic; "" if another scorer does."""
     scorer = str((run.provenance.metrics.get("toxicity") or {}).get("scorer", ""))
     return Path(scorer.partition(":")[2]).name if scorer.startswith("lexicon:") else ""
 
 
-def in_words(metric: str) -> str:
-    """The metric's title in the middle of a sentence."""
+def inline_title(metric: str) -> str:
+    """The metric's title for the middle of a sentence: lower case, unless it starts with an acronym."""
     name = title(metric)
     return name if name[:2].isupper() else name[:1].lower() + name[1:]
 
 
 def method_title(method: str | None) -> str:
-    """A method as a reader meets it: "CP-LRP" of "cp-lrp", "LRP (mean abs)" of "lrp-mean_abs"."""
+    """A method's name for readers: "CP-LRP" for "cp-lrp", "LRP (mean abs)" for "lrp-mean_abs"."""
     method = method or ""
     if method in METHODS:
         return METHODS[method]
-    known = next((name for name in METHODS if method.startswith(f"{name}-")), None)
-    rest = method[len(known) + 1 :].replace("_", " ") if known else ""
-    return f"{METHODS[known]} ({rest})" if known and rest else method
+    base = next((name for name in METHODS if method.startswith(f"{name}-")), None)
+    rest = method[len(base) + 1 :].replace("_", " ") if base else ""
+    return f"{METHODS[base]} ({rest})" if base and rest else method
 
 
 def variant_title(variant: str, run: RunFolder) -> str:
-    """A variant as a reader meets it."""
-    named = Variant.parse(variant)
-    if named.count is None:
+    """A variant's name for readers."""
+    parsed = Variant.parse(variant)
+    if parsed.count is None:
         return "this circuit" if variant == "ablated" else method_title(variant)
-    return f"{method_title(named.method)}, {run.number_of(named.count)}"
+    return f"{method_title(parsed.method)}, {run.write_count(parsed.count)}"
 
 
-# Figures: shares as percent, the rest with as many digits as they deserve, always with their interval.
+# Figures: shares as percent, the rest with as many digits as are meaningful.
 
 
 def is_share(metric: str, unit: str = "") -> bool:
-    """Whether a figure is a part of one and reads as percent."""
+    """Whether a figure is a share of one, which is written as percent."""
     return metric in _SHARES or unit.partition(" ")[0] in _SHARE_UNITS
 
 
 def plain(value: float) -> str:
-    """A number with three to four significant digits, thousands separated, a real minus sign."""
+    """A number with three to four significant digits, thousands separators and a real minus sign."""
     size = abs(value)
     if size >= 1e7 or 0 < size < 1e-4:
         text = f"{value:.2e}"
@@ -154,12 +154,12 @@ def percent(share: float) -> str:
 
 
 def figure(value: float | None, metric: str, unit: str = "") -> str:
-    """A value of a metric; a dash where there is none."""
+    """A value of a metric; a dash for None."""
     if value is None:
         return "–"
     if is_share(metric, unit):
         return percent(value)
-    # The fourth digit of a perplexity says something.
+    # Perplexities of variants often differ only in the fourth digit.
     if metric in ("perplexity", "fluency") and 1 <= value < 100:
         return f"{value:.3f}" if value < 10 else f"{value:.2f}"
     return plain(value)
@@ -170,48 +170,48 @@ def value_of(m: Measurement) -> str:
 
 
 def interval_of(m: Measurement) -> str:
-    """The 95 % interval in brackets, "" where there is none."""
+    """The 95 % interval in brackets; "" without one."""
     ends = [figure(end, m.metric, m.unit).removesuffix(PERCENT) for end in m.ci95 or ()]
-    return _in_brackets(ends)
+    return _bracket(ends)
 
 
-def _in_brackets(ends: list[str]) -> str:
+def _bracket(ends: list[str]) -> str:
     return f"[{f',{HARD}'.join(ends)}]" if ends else ""
 
 
-def with_interval(m: Measurement) -> str:
+def format_with_interval(m: Measurement) -> str:
     return f"{value_of(m)} {interval_of(m)}".strip()
 
 
-def with_small_interval(m: Measurement, class_: str = "") -> Markup:
-    """A figure of a headline, bold where it has a class, its interval small behind it."""
+def format_with_small_interval(m: Measurement, class_: str = "") -> Markup:
+    """A figure for a headline, bold if it has a class, followed by its interval in small print."""
     value = Markup('<b class="{}">{}</b>' if class_ else "{1}").format(class_, value_of(m))
     return Markup("{} <small>{}</small>" if m.ci95 else "{}").format(value, interval_of(m))
 
 
-def signed(value: float, size: str) -> str:
+def add_sign(value: float, size: str) -> str:
     return f"{MINUS if value < 0 else '+'}{size}"
 
 
 def _format_change(d: Difference, unit: str) -> list[str]:
-    """The value of a difference and the ends of its interval, signed; as percentage points of a share, else
-    with decimals that show three digits (two below one) of the largest of them."""
+    """The value of a difference and the ends of its interval, with signs: percentage points for a share, else
+    decimals such that the largest has three significant digits (two below one)."""
     numbers = [d.value, *(d.ci95 or ())]
     largest, scale, digits = max(map(abs, numbers)), 1, 2
     if is_share(d.metric, unit):
         scale, digits = 100, 1
     elif largest != 0 and math.isfinite(largest):
         digits = min(6, max(0, (2 if largest >= 1 else 1) - math.floor(math.log10(largest))))
-    return [signed(x, f"{abs(x) * scale:,.{digits}f}") for x in numbers]
+    return [add_sign(x, f"{abs(x) * scale:,.{digits}f}") for x in numbers]
 
 
 def change(d: Difference, unit: str = "") -> str:
-    """A difference: percentage points of a share, else in the metric's own unit, signed."""
+    """A difference with its sign: percentage points for a share, else in the metric's own unit."""
     return _format_change(d, unit)[0] + (" points" if is_share(d.metric, unit) else "")
 
 
 def change_interval(d: Difference, unit: str = "") -> str:
-    return _in_brackets(_format_change(d, unit)[1:])
+    return _bracket(_format_change(d, unit)[1:])
 
 
 def change_with_interval(d: Difference, unit: str = "") -> str:
@@ -219,10 +219,10 @@ def change_with_interval(d: Difference, unit: str = "") -> str:
 
 
 def relative(share: float | None) -> str:
-    """A share of the original, signed; below one percent with two decimals."""
+    """A relative change with its sign in percent; below one percent with two decimals."""
     if share is None:
         return ""
-    return signed(share, f"{abs(share) * 100:.{1 if abs(share) >= 0.01 else 2}f}") + PERCENT
+    return add_sign(share, f"{abs(share) * 100:.{1 if abs(share) >= 0.01 else 2}f}") + PERCENT
 
 
 def relative_interval(d: Difference) -> str:
@@ -231,7 +231,7 @@ def relative_interval(d: Difference) -> str:
         return ""
     ends = [end * d.relative / d.value for end in d.ci95]
     digits = 1 if max(map(abs, ends)) >= 0.01 else 2
-    return _in_brackets([signed(end, f"{abs(end) * 100:.{digits}f}") for end in ends])
+    return _bracket([add_sign(end, f"{abs(end) * 100:.{digits}f}") for end in ends])
 
 
 def format_p(p: float | None) -> str:

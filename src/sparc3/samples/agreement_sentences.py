@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from ..errors import UserError
-from .ioi_sentences import Row, find_single_token, split_of
+from .ioi_sentences import Row, choose_split, find_single_token
 from .tokens import MaybeTokenizer
 
 VERBS = (("is", "are"), ("was", "were"), ("has", "have"), ("does", "do"))
@@ -44,31 +44,34 @@ def sentences(
     if tokenizer is None:
         raise UserError("source 'agreement' needs the model's tokenizer; use it in a recipe")
     pairs = [
-        (one, many)
+        (singular_token, plural_token)
         for singular, plural in VERBS
-        if (one := find_single_token(tokenizer, singular)) and (many := find_single_token(tokenizer, plural))
+        if (singular_token := find_single_token(tokenizer, singular))
+        and (plural_token := find_single_token(tokenizer, plural))
     ]
     if not pairs:
         raise UserError(
             "source 'agreement' needs a pair of verbs that are single tokens, such as ' is' and ' are', and "
             "this tokenizer has none; write a JSONL of text, target and contrast for this model instead"
         )
-    r = random.Random(f"sparc3-agreement/{split}/{seed}")
+    generator = random.Random(f"sparc3-agreement/{split}/{seed}")
     seen, idle, plural = set(taken), 0, False
     while idle < 1000:
         idle += 1
-        link = r.choice([link for link in LINKS if link != f"that belong{'' if not plural else 's'} to the"])
-        subject, attractor = r.choice(SUBJECTS), r.choice(ATTRACTORS)
-        prompt = f"{r.choice(OPENINGS)} {subject}{'s' * plural} {link} {_other(attractor, plural)}"
-        target, contrast = r.choice(pairs)[:: -1 if plural else 1]
-        if prompt not in seen and split_of(prompt) == split:
+        link = generator.choice(
+            [link for link in LINKS if link != f"that belong{'' if not plural else 's'} to the"]
+        )
+        subject, attractor = generator.choice(SUBJECTS), generator.choice(ATTRACTORS)
+        prompt = f"{generator.choice(OPENINGS)} {subject}{'s' * plural} {link} {_other(attractor, plural)}"
+        target, contrast = generator.choice(pairs)[:: -1 if plural else 1]
+        if prompt not in seen and choose_split(prompt) == split:
             seen.add(prompt)
             idle, plural = 0, not plural
             yield prompt, target, contrast
 
 
 def _other(noun: str, plural: bool) -> str:
-    """The noun in the number that the subject does not have."""
+    """The noun in the opposite number of the subject's."""
     if plural:
         return noun
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"

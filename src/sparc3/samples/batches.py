@@ -1,4 +1,4 @@
-"""From samples to token batches: what is fed in, and which logits are the target y of each sample."""
+"""From samples to token batches: the model's input, and the logits that make up each sample's target y."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import distributed
 from ..errors import UserError, unknown
 from ..models.load import rope_switches
-from ..models.memory import in_batches
+from ..models.memory import run_in_batches
 from ..progress import Progress
 from .reference_set import ReferenceSet, Sample
 from .tokens import MaybeTokenizer, plain_ids, read_sample, token_of_word, tokenize
@@ -26,17 +26,17 @@ OF_WORDS = frozenset(TARGETS[-2:])
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as tokens. y = Σ_n logits[positions[n], tokens[n]], less the same for `against` where it is
-    given; or, with `among`, y = Σ_n Σ_{v in among} p(v | ids[: positions[n] + 1]).
+    """One sample as tokens. y = Σ_n logits[positions[n], tokens[n]], minus the same sum for `against`; or,
+    with `among`, y = Σ_n Σ_{v in among} p(v | ids[: positions[n] + 1]).
 
     Attributes:
-        index: place in the reference set.
+        index: index in the reference set.
         ids: token ids.
-        positions: where logits count.
-        tokens: which logit at each; None: the largest one.
-        against: the logit to subtract at each; None: none.
-        log: whether log-probabilities count instead of logits, or instead of the probability of `among`.
-        among: tokens whose probabilities add up at each position; `tokens` are none then.
+        positions: positions whose logits y sums.
+        tokens: the token whose logit is taken at each position; None for the one with the largest logit.
+        against: the token whose logit is subtracted at each position; None to subtract nothing.
+        log: whether y sums log-probabilities instead of logits, or instead of the probability of `among`.
+        among: tokens whose probabilities are added up at each position; `tokens` is then empty.
     """
 
     index: int
@@ -67,7 +67,7 @@ class Batch:
 
 
 def parse_target(target: str) -> tuple[str, int | None]:
-    """("completion", 3) of "completion:3". Raises UserError for an unknown target or a count that is none."""
+    """("completion", 3) for "completion:3". Raises UserError for an unknown target or an invalid count."""
     name, _, first = target.partition(":")
     if name not in TARGETS:
         raise unknown("target", target, TARGETS)
@@ -91,15 +91,14 @@ def encode(
     """Tokenise every sample and find its target tokens.
 
     Args:
-        context: the longest sample allowed, in tokens.
-        vocabulary: number of token ids the model knows.
-        truncate: cut a longer sample on the right (targets at its end move with the cut) instead of refusing
-            it.
-        words: of the targets words and logwords, as `find_word_tokens` takes them.
+        context: the length of the longest allowed sample, in tokens.
+        vocabulary: number of token ids that the model knows.
+        truncate: cut longer samples on the right (targets at the end move with it) instead of refusing them.
+        words: the words of the targets words and logwords, as for `find_word_tokens`.
 
     Raises:
-        UserError: a text without a tokenizer, an empty sample, one that is too long (the message says how
-            many are), or one that lacks what the target needs; the message names the sample.
+        UserError: a text without a tokenizer, an empty sample, samples that are too long (the message says
+            how many), or one that lacks what the target needs; the message names the sample.
     """
     name, first = parse_target(target)
     among = find_word_tokens(words, tokenizer, vocabulary) if name in OF_WORDS else ()
@@ -130,35 +129,35 @@ def _encode(
     first: int | None,
     among: tuple[int, ...],
 ) -> Encoded:
-    sample, where = samples.samples[index], samples.where(index)
+    sample, label = samples.samples[index], samples.where(index)
     if among:
-        read = read_sample(sample, tokenizer, where)
-        ids = _require_tokens(read.prompt + read.completion, where)
-        start = max(0, len(read.prompt) - 1) if read.completion else 0
+        tokens = read_sample(sample, tokenizer, label)
+        ids = _require_tokens(tokens.prompt + tokens.completion, label)
+        start = max(0, len(tokens.prompt) - 1) if tokens.completion else 0
         return Encoded(index, ids, tuple(range(start, len(ids))), (), log=target == "logwords", among=among)
     if target in ("label", "contrast"):
         keys = ("target",) if target == "label" else ("target", "contrast")
-        ids, labels = _read_labels(sample, keys, tokenizer, where)
+        ids, labels = _read_labels(sample, keys, tokenizer, label)
         return Encoded(index, ids, (len(ids) - 1,), labels[:1], labels[1:] or None)
     if target != "completion":
-        ids = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, where).prompt, where)
+        ids = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, label).prompt, label)
         last = len(ids) - 1
         if target == "predicted":
             return Encoded(index, ids, (last,))
         if len(ids) < 2:
-            raise UserError(f"{where} has one token; target {target} needs at least two")
+            raise UserError(f"{label} has one token; target {target} needs at least two")
         return Encoded(index, ids, tuple(range(last)), ids[1:], log=target == "logprob")
-    _require_key(sample, "completion", where)
-    tokens = read_sample(sample, tokenizer, where)
+    _require_key(sample, "completion", label)
+    tokens = read_sample(sample, tokenizer, label)
     ids, answer = tokens.prompt, tokens.completion[:first]
     if not answer:
-        raise UserError(f'{where}: its "completion" has no token')
+        raise UserError(f'{label} has a "completion" without tokens; give one with text')
     if not ids:
         raise UserError(
-            f"{where}: its text and completion begin with one token that is part of both, so nothing stands "
-            "before the completion; give more text, or a completion that begins with a space"
+            f"{label}: its text and completion begin with a token that belongs to both, so nothing precedes "
+            "the completion; give more text, or a completion that begins with a space"
         )
-    # The last target token is predicted at the position before it, so it is not fed in.
+    # The position before the last target token predicts it, so that token itself is not part of the input.
     return Encoded(index, ids + answer[:-1], tuple(range(len(ids) - 1, len(ids) - 1 + len(answer))), answer)
 
 
@@ -191,76 +190,75 @@ def find_word_tokens(
 
 
 def join_completions(samples: ReferenceSet, tokenizer: MaybeTokenizer) -> tuple[Sample, ...]:
-    """Each sample as the token ids of its text with its completion, if it has one."""
-    made = []
+    """Each sample as the token ids of its text and, if it has one, its completion."""
+    joined = []
     for index, sample in enumerate(samples):
-        tokens = read_sample(sample, tokenizer, where := samples.where(index))
-        made.append(Sample(input_ids=_require_tokens(tokens.prompt + tokens.completion, where)))
-    return tuple(made)
+        tokens = read_sample(sample, tokenizer, label := samples.where(index))
+        joined.append(Sample(input_ids=_require_tokens(tokens.prompt + tokens.completion, label)))
+    return tuple(joined)
 
 
-def _require_tokens(ids: tuple[int, ...], where: str) -> tuple[int, ...]:
+def _require_tokens(ids: tuple[int, ...], label: str) -> tuple[int, ...]:
     if not ids:
-        raise UserError(f"{where} has no token")
+        raise UserError(f"{label} has no tokens; leave it out")
     return ids
 
 
-def _require_key(sample: Sample, key: str, where: str) -> str:
+def _require_key(sample: Sample, key: str, label: str) -> str:
     text = getattr(sample, key)
     if text is None:
-        raise UserError(f'{where} has no "{key}", which this target needs; add it, or choose another target')
+        raise UserError(f'{label} has no "{key}", which this target needs; add it, or choose another target')
     return str(text)
 
 
 def _read_labels(
-    sample: Sample, keys: Sequence[str], tokenizer: MaybeTokenizer, where: str
+    sample: Sample, keys: Sequence[str], tokenizer: MaybeTokenizer, label: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The prompt's ids, and the one token that each key's string is: after the prompt if it is one there,
-    else alone."""
-    texts = [_require_key(sample, key, where) for key in keys]
-    alone = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, where).prompt, where)
+    """The prompt's ids, and for each key the single token of its string: as it follows the prompt, if it is a
+    single token there, or else on its own."""
+    texts = [_require_key(sample, key, label) for key in keys]
+    prompt = _require_tokens(read_sample(replace(sample, completion=None), tokenizer, label).prompt, label)
     if tokenizer is None:
-        raise UserError(f'{where} has a "{keys[0]}" string; give the model\'s tokenizer')
+        raise UserError(f'{label} has a "{keys[0]}" string; give the model\'s tokenizer')
 
     def join(text: str) -> tuple[int, ...]:
         if sample.text is not None:
             return tokenize(sample.text + text, tokenizer)
-        return alone + read_sample(replace(sample, completion=text), tokenizer, where).completion
+        return prompt + read_sample(replace(sample, completion=text), tokenizer, label).completion
 
     joined = [join(text) for text in texts]
-    for head in (alone, tokenize((sample.text or "").rstrip(" "), tokenizer)):
+    # The second head is for a text that ends with a space, which belongs to the next word's token.
+    for head in (prompt, tokenize((sample.text or "").rstrip(" "), tokenizer)):
         if head and all(ids[:-1] == head for ids in joined):
             return head, tuple(ids[-1] for ids in joined)
     labels = []
-    for key, text, whole in zip(keys, texts, joined, strict=True):
+    for key, text, joined_ids in zip(keys, texts, joined, strict=True):
         ids = plain_ids(text, tokenizer)
         if len(ids) != 1:
-            many = len(whole) - len(alone) if whole[: len(alone)] == alone else len(ids)
+            count = len(joined_ids) - len(prompt) if joined_ids[: len(prompt)] == prompt else len(ids)
             raise UserError(
-                f'{where}: "{key}" {text!r} is {many} tokens, not one; choose a word that is a single token '
+                f'{label}: "{key}" {text!r} is {count} tokens, not one; choose a word that is a single token '
                 "(mind the leading space)"
             )
         labels.append(ids[0])
-    return alone, tuple(labels)
+    return prompt, tuple(labels)
 
 
 def _truncate(encoded: Encoded, context: int, target: str) -> Encoded:
-    """The first `context` tokens; a target at the end moves to the new end, targets inside that no longer fit
-    fall away."""
+    """The first `context` tokens. A target at the end moves to the new end; targets inside that no longer fit
+    are dropped."""
     ids = encoded.ids[:context]
     if target in ("predicted", "label", "contrast"):
         return Encoded(encoded.index, ids, (context - 1,), encoded.tokens, encoded.against)
-    kept = tuple(p for p in encoded.positions if p < context)
-    if not kept or encoded.tokens is None:
-        raise UserError(
-            f"sample {encoded.index}: truncation leaves nothing of its completion; shorten its text"
-        )
-    return replace(encoded, ids=ids, positions=kept, tokens=encoded.tokens[: len(kept)])
+    positions = tuple(p for p in encoded.positions if p < context)
+    if not positions or encoded.tokens is None:
+        raise UserError(f"sample {encoded.index}: truncation removes its whole completion; shorten its text")
+    return replace(encoded, ids=ids, positions=positions, tokens=encoded.tokens[: len(positions)])
 
 
 def token_budget(batch_tokens: int | str, device: str) -> int:
-    """Padded tokens of a batch on a device "cpu" or "cuda". auto: what keeps a CPU's caches warm, or a GPU
-    busy.
+    """Padded tokens in a batch on a device "cpu" or "cuda". "auto" is a number that keeps a CPU's caches
+    warm, or a GPU busy.
 
     Raises:
         UserError: neither auto nor a positive number.
@@ -275,8 +273,8 @@ def token_budget(batch_tokens: int | str, device: str) -> int:
 def make_batches(
     encoded: Iterable[Encoded], tokens: int, device: torch.device, switches: Sequence[int] = ()
 ) -> list[Batch]:
-    """Batches of at most `tokens` padded tokens (a longer sample is alone), of samples of like length,
-    longest first. Samples on either side of one of the model's `rope_switches` share no batch."""
+    """Batches of at most `tokens` padded tokens (a longer sample gets its own batch), with samples of similar
+    length, longest first. Samples on different sides of a model's `rope_switches` never share a batch."""
     return [make_batch(group, device) for group in group_by_length(encoded, tokens, switches)]
 
 
@@ -285,13 +283,13 @@ def group_by_length(
 ) -> list[list[Encoded]]:
     """The samples of each batch of `make_batches`.
 
-    Longest first, because what does not fit into memory should fail at the start and not after an hour.
+    Longest first, so that a sample that does not fit into memory fails at the start and not after an hour.
     """
     groups: list[list[Encoded]] = []
     for sample in sorted(encoded, key=lambda e: (-len(e.ids), e.index)):
         first = groups[-1][0].ids if groups else ()
-        together = bisect_left(switches, len(first)) == bisect_left(switches, len(sample.ids))
-        if groups and together and len(first) * (len(groups[-1]) + 1) <= tokens:
+        same_side = bisect_left(switches, len(first)) == bisect_left(switches, len(sample.ids))
+        if groups and same_side and len(first) * (len(groups[-1]) + 1) <= tokens:
             groups[-1].append(sample)
         else:
             groups.append([sample])
@@ -304,7 +302,7 @@ def make_batch(samples: Sequence[Encoded], device: torch.device) -> Batch:
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[rows, longest]; with causal attention no real position sees a padded one."""
+    """Token ids [rows, longest], padded with 0. With causal attention no real position sees the padding."""
     longest = max(map(len, rows))
     return torch.tensor([(*row, *(0,) * (longest - len(row))) for row in rows], device=device)
 
@@ -315,33 +313,41 @@ def run_longest_first(
     work: Callable[[list[Item]], list[Result]],
     *,
     size: int,
-    of: tuple[Any, str],
+    memory_key: tuple[Any, str],
     label: str,
     unit: str,
     progress: bool,
-    apart: Callable[[Item], Hashable] | None = None,
+    separate_by: Callable[[Item], Hashable] | None = None,
 ) -> list[Result]:
     """work() over the items in batches of similar length, longest first, shared among the ranks.
 
     Args:
-        size: items in a batch at the start; halved when they do not fit into memory.
-        of: the model and the kind of work, for which it is remembered what fits.
-        label, unit: what the progress shows.
-        apart: items for which it differs share no batch; by default the side of the model's `rope_switches`.
+        size: items in the first batch; halved when they do not fit into memory.
+        memory_key: the model and the kind of work, for which the size that fits is remembered.
+        label, unit: shown by the progress bar.
+        separate_by: items with different values never share a batch; by default, their side of the model's
+            `rope_switches`.
 
     Returns:
-        one result an item, in the items' order; the same on every rank.
+        one result per item, in the items' order; the same on every rank.
     """
     order = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
-    switches = rope_switches(of[0])
-    differ = apart or (lambda item: bisect_left(switches, length(item)))
-    parts = [list(part) for _, part in groupby(order, lambda i: differ(items[i]))]
+    switches = rope_switches(memory_key[0])
+    group_key = separate_by or (lambda item: bisect_left(switches, length(item)))
+    # groupby joins neighbours only; lengths descend, so that each side of a switch is one part.
+    parts = [list(part) for _, part in groupby(order, lambda i: group_key(items[i]))]
     results: dict[int, Result] = {}
     with Progress(sum(len(distributed.stride(part)) for part in parts), label, unit, show=progress) as bar:
 
         def run_part(share: Sequence[int]) -> list[Result]:
-            return in_batches(share, size, lambda places: work([items[i] for i in places]), bar.update, of=of)
+            return run_in_batches(
+                share,
+                size,
+                lambda indices: work([items[i] for i in indices]),
+                bar.update,
+                memory_key=memory_key,
+            )
 
         for part in parts:
-            results |= zip(part, distributed.in_parallel(part, run_part), strict=True)
+            results |= zip(part, distributed.run_in_parallel(part, run_part), strict=True)
     return [results[i] for i in range(len(items))]

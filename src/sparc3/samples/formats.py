@@ -1,5 +1,5 @@
-"""Formats of sample files: which one a file has, gzip or zstd around it, and reading CSV, TSV, Parquet and
-JSON arrays."""
+"""Formats of sample files: detect the format, unpack gzip and zstd, and read CSV, TSV, Parquet and JSON
+arrays."""
 
 import csv
 import gzip
@@ -22,33 +22,33 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
 PACKED = (".gz", ".zst")
 ZSTD = b"\x28\xb5\x2f\xfd"
-"""How every zstd file begins."""
+"""The first bytes of every zstd file."""
 COLUMNS = ("text", "prompt", "input_ids", "messages", "conversations", "chosen")
-"""A table has one of these columns, unless another is named; `target`, `contrast`, `completion` and
-`continuation` are read beside it."""
+"""A table must have one of these columns, unless another is named. `target`, `contrast`, `completion` and
+`continuation` are read in addition."""
 UNREADABLE = (".bz2", ".xz", ".zip", ".arrow", ".feather", ".xlsx", ".tar")
 START = 65_536
-"""Bytes that are looked at to tell a format by its content."""
+"""Number of bytes from which a format is detected by content."""
 MAX_LINE = 10_000_000
-"""Longest sample that is read, in bytes: more is a mistake or an attack."""
+"""Size of the longest allowed sample, in bytes: a longer one is a mistake or an attack."""
 
 
-def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
-    """The bytes of an open file; of a gzip or zstd file those inside it, in a temporary file that goes when
-    it is closed.
+def unpack(file: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
+    """The open file itself; for gzip or zstd, its unpacked content in a temporary file that is removed when
+    closed.
 
     Raises:
         UserError: the packed file is truncated or damaged, or pyarrow was built without zstd.
     """
-    start = opened.read(len(ZSTD))
-    opened.seek(0)
+    start = file.read(len(ZSTD))
+    file.seek(0)
     kind = "gzip" if start.startswith(GZIP) else "zstd" if start == ZSTD else None
     if kind is None:
-        return opened
+        return file
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it)
     try:
-        with opened, _unpacking(opened, kind, path) as packed:
-            shutil.copyfileobj(packed, unpacked)
+        with file, _open_packed(file, kind, path) as packed_file:
+            shutil.copyfileobj(packed_file, unpacked)
     except (OSError, EOFError, zlib.error) as error:
         unpacked.close()
         reason = " ".join(str(error).split())
@@ -57,39 +57,39 @@ def unpack(opened: BinaryIO, path: str | os.PathLike[str]) -> BinaryIO:
     return cast(BinaryIO, unpacked)
 
 
-def _unpacking(opened: BinaryIO, kind: str, path: str | os.PathLike[str]) -> Any:
+def _open_packed(file: BinaryIO, kind: str, path: str | os.PathLike[str]) -> Any:
     if kind == "gzip":
-        return gzip.GzipFile(fileobj=opened)
+        return gzip.GzipFile(fileobj=file)
     import pyarrow
 
     if not pyarrow.Codec.is_available("zstd"):
-        raise UserError(f"{path}: .zst files are not read, since pyarrow was built without zstd; unpack it")
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(opened), "zstd")
+        raise UserError(f"{path}: pyarrow was built without zstd, so it cannot read .zst files; unpack it")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
 
 
 def plain_name(path: str | os.PathLike[str]) -> str:
-    """The file's name in lower case, without the suffix of what it is packed in."""
+    """The file's name in lower case, without .gz or .zst."""
     name = Path(path).name.lower()
     return next((name.removesuffix(packed) for packed in PACKED if name.endswith(packed)), name)
 
 
-def format_of(opened: BinaryIO, path: str | os.PathLike[str]) -> str:
+def detect_format(file: BinaryIO, path: str | os.PathLike[str]) -> str:
     """The format of a file of samples: "json lines", "json array", "csv", "tsv", "parquet" or "text".
 
-    The name decides where it says it (in any case, `.gz` and `.zst` apart); a name that says nothing leaves
-    it to the content.
+    The suffix decides (in upper or lower case, ignoring `.gz` and `.zst`); without a known suffix, the
+    content does.
 
     Raises:
-        UserError: a format that is not read, named with what to do.
+        UserError: an unsupported format.
     """
     suffix = Path(plain_name(path)).suffix
     if suffix in UNREADABLE:
         raise UserError(
             f"{path}: {suffix} files are not supported; convert it to JSON lines, CSV, Parquet or text"
         )
-    opened.seek(0)
-    start = opened.read(START)
-    opened.seek(0)
+    file.seek(0)
+    start = file.read(START)
+    file.seek(0)
     if suffix in PARQUET or start.startswith(b"PAR1"):
         return "parquet"
     if suffix in DELIMITERS:
@@ -106,59 +106,61 @@ def format_of(opened: BinaryIO, path: str | os.PathLike[str]) -> str:
 
 
 def read_table(
-    opened: BinaryIO, form: str, path: str | os.PathLike[str], column: str | None = None
+    file: BinaryIO, format: str, path: str | os.PathLike[str], column: str | None = None
 ) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a CSV, TSV, Parquet or JSON array file, each with its line (CSV, TSV) or its number from 1.
 
     Args:
-        column: the one that holds the texts, where it is none of COLUMNS.
+        column: the column with the texts, if it is none of COLUMNS.
 
     Raises:
-        UserError: a file that is not as its format has it, without rows, or without a column of texts.
+        UserError: a file that does not follow its format, or has no rows or no column of texts.
     """
     try:
-        if form == "parquet":
+        if format == "parquet":
             import pyarrow.parquet
 
-            rows = list(enumerate(pyarrow.parquet.read_table(opened).to_pylist(), 1))
-        elif form == "json array":
-            rows = list(enumerate(_objects(opened, path), 1))
+            rows = list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
+        elif format == "json array":
+            rows = list(enumerate(_objects(file, path), 1))
         else:
-            rows = list(_records(opened, DELIMITERS["." + form]))
+            rows = list(_records(file, DELIMITERS["." + format]))
     except (ValueError, csv.Error, RecursionError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as {form} ({reason}); check the file") from None
+        raise UserError(f"{path} cannot be read as {format} ({reason}); check the file") from None
     if not rows:
         raise UserError(f"{path} has no rows; give at least one")
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     if column is None and not set(columns) & set(COLUMNS):
-        held = ", ".join(map(str, columns))
+        names = ", ".join(map(str, columns))
         raise UserError(
-            f"{path} has no column named text, prompt or messages, but {held}; name one with the key column"
+            f"{path} has no column named text, prompt or messages, but {names}; name one with the key column"
         )
     return rows
 
 
-def _records(opened: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a table with a header; an empty cell counts as absent. Where the header has none of the
-    delimiter, it may have another: spreadsheets write CSV with semicolons where the comma is decimal."""
-    limit_before = csv.field_size_limit(MAX_LINE)  # of the whole process
+def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a table with a header; an empty cell counts as absent. If the header does not contain the
+    delimiter, others are tried: spreadsheets write semicolons in locales with a decimal comma."""
+    limit_before = csv.field_size_limit(MAX_LINE)  # a limit of the whole process, so it is restored
     try:
-        lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         header = lines.readline()
         lines.seek(0)
-        delimiter = next((each for each in (delimiter, ";", "\t", ",") if each in header), delimiter)
+        delimiter = next(
+            (candidate for candidate in (delimiter, ";", "\t", ",") if candidate in header), delimiter
+        )
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         for row in reader:
             if None in row or None in row.values():
-                raise ValueError(f"line {reader.line_num} has another number of cells than the header")
+                raise ValueError(f"line {reader.line_num} has more or fewer cells than the header")
             yield reader.line_num, {key: cell for key, cell in row.items() if cell != ""}
     finally:
         csv.field_size_limit(limit_before)
 
 
-def _objects(opened: BinaryIO, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    items = json.loads(opened.read().decode("utf-8-sig"))
+def _objects(file: BinaryIO, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    items = json.loads(file.read().decode("utf-8-sig"))
     rows = [{"text": item} if isinstance(item, str) else item for item in items]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -167,7 +169,7 @@ def _objects(opened: BinaryIO, path: str | os.PathLike[str]) -> list[dict[str, A
 
 
 def _is_object(line: bytes) -> bool:
-    """Whether a line is a JSON object; one longer than what was looked at is taken by how it begins."""
+    """Whether a line is a JSON object; for a line longer than START, its beginning decides."""
     if len(line) >= START - 64:
         return line.startswith((b'{"', b'{ "'))
     try:
@@ -177,6 +179,6 @@ def _is_object(line: bytes) -> bool:
 
 
 def _is_list(start: bytes) -> bool:
-    """Whether a text that begins with a bracket begins a JSON array of objects or strings."""
+    """Whether a text that begins with a bracket looks like a JSON array of objects or strings."""
     inner = start[1:].lstrip()
     return inner.startswith((b"{", b'"')) and (len(start) >= START - 64 or start.rstrip().endswith(b"]"))
