@@ -131,9 +131,10 @@ def test_the_recipe_of_yours_runs(
     assert Path("runs/my-model/report.html").is_file()
 
 
-def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path) -> None:
+def test_recipes_in_the_pages_fit_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparc3.recipe.schema import load_recipe
 
+    monkeypatch.chdir(ROOT)  # where data/ is
     found = [block for page in PAGES for block, _ in blocks(page, "yaml")]
     assert found
     for text in found:
