@@ -113,12 +113,12 @@ def test_each_neuron_writes_the_rest_of_its_own_strength(name: str) -> None:
     model = tiny(name).double()
     up = sites_of(model, ["mlp.up"])[0]
     down = down_sites(model)[up.mlp]
-    before, rest = down.stored.clone(), unchanged.fingerprint(model)
+    before, rest = down.stored_weight.clone(), unchanged.fingerprint(model)
     circuit = Circuit("neuron", {up.name: (0, 1, 4)}, strengths={up.name: (-1.0, 0.25, 1.0)})
     with ablated(model, circuit):
         left = torch.ones(before.shape[1], dtype=torch.float64)
         left[[0, 1, 4]] = torch.tensor([2.0, 0.75, 0.0], dtype=torch.float64)
-        assert torch.equal(down.stored, before * left)
+        assert torch.equal(down.stored_weight, before * left)
     unchanged.require_same(unchanged.fingerprint(model), rest)
 
 

@@ -189,6 +189,6 @@ def test_the_command_line_takes_a_file_of_words(
 
 
 def test_the_plan_counts_the_tokens_of_completions() -> None:
-    with_one, without = Lengths(((5, 3), (4, 1))).encoded("words", 32)
+    with_one, without = Lengths(((5, 3), (4, 1))).encode("words", 32)
     assert (len(with_one.ids), with_one.positions) == (8, (4, 5, 6, 7))
     assert (len(without.ids), without.positions) == (4, (0, 1, 2, 3))
