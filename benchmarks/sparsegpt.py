@@ -138,6 +138,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=10, help="blocks of test text that are measured")
+    parser.add_argument("--samples", type=int, help="only so many of the run's calibration samples")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     recipe = load_recipe(str(args.folder / "recipe.yaml"))
@@ -151,7 +152,8 @@ def main() -> None:
     others = dict(beside(args.folder, args.blocks))
     if any(len(o.sums) != len(windows) for o in others.values()):
         parser.error(f"{args.folder} was measured on other text, or on fewer than {args.blocks} blocks")
-    prune_(model, tokenizer, ReferenceSet.load(args.folder / "samples/general.jsonl"), recipe)
+    samples = ReferenceSet.load(args.folder / "samples/general.jsonl").samples[: args.samples]
+    prune_(model, tokenizer, ReferenceSet(samples), recipe)
     zeros = [float((site.weight == 0).double().mean()) for site in sites_of(model, recipe.attribution.sites)]
     print(f"zeros in a matrix: {min(zeros):.4%} to {max(zeros):.4%}")
     nll = negative_log_likelihoods(model, windows, progress=False)
@@ -161,6 +163,7 @@ def main() -> None:
     differences = [difference(o, found, name, "sparsegpt") for name, o in others.items()]
     about = {
         "recipe": recipe.resolve(),
+        "samples": len(samples),
         "zeros": [min(zeros), max(zeros)],
         "nll": {**{n: o.sums for n, o in others.items()}, "sparsegpt": nll},
     }
