@@ -25,8 +25,8 @@ class Place:
     """Some values of a parameter.
 
     Attributes:
-        parameter: as the model holds it.
-        view: makes of it the matrix or vector that the index is of.
+        parameter: the model's own tensor.
+        view: returns the matrix or vector, a view of the parameter, to which the index refers.
         index: indices, or a bool mask.
     """
 
@@ -35,13 +35,14 @@ class Place:
     index: Any
 
     def read(self, parameter: Tensor | None = None) -> Tensor:
-        """A copy of the values, and of no other, of the parameter or of another of its shape. A mask needs no
-        list of places, which would be larger than the matrix."""
+        """A copy of these values only, from the parameter or from another tensor of its shape."""
+        # For a mask, masked_select avoids the list of places that tensor[mask] makes, which would be larger
+        # than the matrix.
         tensor, index = self._within(parameter)
         return tensor.masked_select(index) if _is_mask(index) else tensor[index].clone()
 
     def write_(self, values: Tensor | float, parameter: Tensor | None = None) -> None:
-        """Set the values of the parameter, or of another of its shape."""
+        """Set these values in the parameter, or in another tensor of its shape."""
         tensor, index = self._within(parameter)
         if not _is_mask(index):
             tensor[index] = values
@@ -52,9 +53,9 @@ class Place:
 
     @torch.no_grad()
     def weaken_(self, strength: float, parameter: Tensor | None = None) -> None:
-        """Leave (1 − strength) of the values, computed in float64 and rounded to their dtype: the same bits
-        for any layout."""
-        if strength == 1:
+        """Multiply the values by (1 − strength), in float64, and round them to their dtype, so that every
+        memory layout gives the same bits."""
+        if strength == 1:  # a product would leave −0.0, or NaN
             self.write_(0, parameter)
         else:
             values = self.read(parameter)
@@ -63,8 +64,8 @@ class Place:
     def _within(self, parameter: Tensor | None) -> tuple[Tensor, Any]:
         if parameter is None:
             return self.view(self.parameter), self.index
-        there = tuple(part.to(parameter.device) if isinstance(part, Tensor) else part for part in self._parts)
-        return self.view(parameter), there if isinstance(self.index, tuple) else there[0]
+        parts = tuple(part.to(parameter.device) if isinstance(part, Tensor) else part for part in self._parts)
+        return self.view(parameter), parts if isinstance(self.index, tuple) else parts[0]
 
     @property
     def _parts(self) -> tuple[Any, ...]:
@@ -76,13 +77,13 @@ def _is_mask(index: Any) -> bool:
 
 
 Target = tuple[Place, float]
-"""What a circuit weakens, and the share of it that it takes away; below 0 it adds."""
+"""Values that a circuit weakens, and the share of them that it removes; a negative share adds."""
 
 
 @contextmanager
 def ablated(model: "PreTrainedModel", circuit: Circuit) -> Iterator["PreTrainedModel"]:
-    """Inside, the circuit's units are zero, or weaker or stronger by their strengths; after it every touched
-    value is back, bit for bit.
+    """Inside, the circuit's units are zero, or weaker or stronger by their strengths; afterwards every
+    touched value is back, bit for bit.
 
     Raises:
         UserError: a unit that this model does not have; nothing has been touched then.
@@ -103,46 +104,46 @@ def ablate_(model: "PreTrainedModel", circuit: Circuit) -> None:
 
 @contextmanager
 def _restore_afterwards(places: list[Place]) -> Iterator[None]:
-    """After it, whatever happened inside, the values at the places are as they were, bit for bit."""
+    """Afterwards the values at the places are as they were, bit for bit, even after an exception."""
     with torch.no_grad():
-        kept = [place.read() for place in places]
+        originals = [place.read() for place in places]
     try:
         yield
     finally:
         with torch.no_grad():
-            for place, values in zip(places, kept, strict=True):
+            for place, values in zip(places, originals, strict=True):
                 place.write_(values)
 
 
 def targets_by_name(model: "PreTrainedModel", circuit: Circuit) -> dict[str, list[Target]]:
     """Parameter name → what a circuit weakens in it, in order. Raises UserError as `ablated` does.
 
-    The order matters where an element is weakened twice: a neuron of mlp.down and one of mlp.up that is not
-    set to zero meet in an element of mlp.down.
+    The order matters if an element is weakened twice: a neuron of mlp.down and one of mlp.up that is not set
+    to zero share an element of mlp.down.
     """
-    targets, found = find_targets(model, circuit), dict[str, list[Target]]()
+    targets, by_name = find_targets(model, circuit), dict[str, list[Target]]()
     names = {parameter.data_ptr(): name for name, parameter in reversed(list(named_values(model)))}
     for place, strength in targets:
-        found.setdefault(names[place.parameter.data_ptr()], []).append((place, strength))
-    return found
+        by_name.setdefault(names[place.parameter.data_ptr()], []).append((place, strength))
+    return by_name
 
 
 def find_targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
     """What a circuit weakens: rows of mlp.up and its bias, columns of attn.o that read a head, or a mask of
     weights. Raises UserError as `ablated` does.
 
-    Where it does not set units to zero, the columns of mlp.down that read a neuron of mlp.up, in every
-    family: in a plain MLP a non-linearity stands between mlp.up and the neuron's output, with which a factor
-    does not commute.
+    If it does not set units to zero, they are the columns of mlp.down that read a neuron of mlp.up
+    instead, in every family: in a plain MLP a non-linearity follows mlp.up, with which a factor does not
+        commute.
     """
     require_present(model)
     readers = down_sites(model) if circuit.unit == "neuron" and not circuit.zeroes else {}
     targets: list[Target] = []
     for name, site in circuit.sites(model).items():
         reader = readers[site.mlp] if readers and site.role == "mlp.up" else None
-        if (changed := reader or site).is_quantised:
+        if (edited := reader or site).is_quantised:
             raise UserError(
-                f"{changed.name} holds quantised weights, which cannot be changed in place; ablate the "
+                f"{edited.name} holds quantised weights, which cannot be changed in place; ablate the "
                 "unquantised model"
             )
         for strength, units in circuit.by_strength(name):
@@ -151,37 +152,38 @@ def find_targets(model: "PreTrainedModel", circuit: Circuit) -> list[Target]:
 
 
 def _places(site: Site, reader: Site | None, unit: str, units: Any) -> Iterator[Place]:
-    """Where these units of a site are: in the columns of `reader`, where there is one."""
-    changed = reader or site
-    weight = value_of(changed.module, changed.parameter)
+    """The places of these units of a site: in the columns of `reader`, if there is one."""
+    edited = reader or site
+    weight = value_of(edited.module, edited.parameter)
     if unit == "weight":
-        yield Place(weight, changed.matrix_of, _expand_mask(site, units))
+        yield Place(weight, edited.matrix_of, _expand_mask(site, units))
         return
     indices = torch.tensor(list(units), dtype=torch.long, device=weight.device)
     if reader:
-        yield Place(weight, changed.matrix_of, (slice(None), indices))
+        yield Place(weight, edited.matrix_of, (slice(None), indices))
     elif unit == "head":
         width = site.inp // site.heads
         columns = indices[:, None] * width + torch.arange(width, device=weight.device)
-        yield Place(weight, changed.matrix_of, (slice(None), columns.reshape(-1)))
+        yield Place(weight, edited.matrix_of, (slice(None), columns.reshape(-1)))
     else:
+        # A zero row and bias remove a neuron in a plain MLP too: ReLU, GELU and their kin map 0 to 0.
         rows = site.stored_rows(indices)
-        yield Place(weight, changed.matrix_of, rows)
+        yield Place(weight, edited.matrix_of, rows)
         if getattr(site.module, "bias", None) is not None:
             yield Place(value_of(site.module, "bias"), lambda bias: bias, rows)
 
 
 def _expand_mask(site: Site, mask: Tensor) -> Tensor:
-    """The site's mask [out, in] as one of everything that its module stores."""
+    """The site's mask [out, in], expanded to the shape of all that its module stores."""
     mask = mask.to(site.stored_weight.device)
     if site.rows is None:
         return mask
-    whole = torch.zeros(site.stored_weight.shape, dtype=torch.bool, device=mask.device)
-    whole[site.stored_rows(torch.arange(site.out, device=mask.device))] = mask
-    return whole
+    stored_mask = torch.zeros(site.stored_weight.shape, dtype=torch.bool, device=mask.device)
+    stored_mask[site.stored_rows(torch.arange(site.out, device=mask.device))] = mask
+    return stored_mask
 
 
-# Damping: neurons made quieter instead of silent, in the weights, for a trial.
+# Damping weakens neurons by a factor each instead of removing them (AurA's intervention), for a trial.
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,11 +207,11 @@ class Damping:
 
 @contextmanager
 def damp(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedModel"]:
-    """Inside, each neuron's output is multiplied by its factor; after it every touched value is back, bit for
-    bit, whatever happened inside.
+    """Inside, each neuron's output is multiplied by its factor; afterwards every touched value is back, bit
+    for bit, even after an exception.
 
-    The factor goes into the neuron's column of mlp.down, where it is exact in every family: a non-linearity
-    stands between mlp.up and the neuron's output, and in a plain MLP it does not commute with a factor.
+    The factor goes into the neuron's column of mlp.down, where it is exact in every family: in a plain MLP a
+    non-linearity follows mlp.up, with which a factor does not commute.
 
     Raises:
         UserError: neurons that this model does not have, quantised weights, or weights on the disk; nothing
@@ -220,17 +222,18 @@ def damp(model: "PreTrainedModel", damping: Damping) -> Iterator["PreTrainedMode
     with _restore_afterwards([place for place, _ in columns]):
         with torch.no_grad():
             for place, factor in columns:
+                # bfloat16 weights are multiplied in float32 and rounded once.
                 values = place.read()
-                wide = torch.promote_types(values.dtype, factor.dtype)
-                place.write_((values.to(wide) * factor).to(values.dtype))
+                dtype = torch.promote_types(values.dtype, factor.dtype)
+                place.write_((values.to(dtype) * factor).to(values.dtype))
         yield model
 
 
 def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Place, Tensor]]:
     """The columns of mlp.down to scale, and their factors, of each site with any."""
-    of_mlp = down_sites(model)
-    downs = {site.name: of_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
-    found = []
+    down_by_mlp = down_sites(model)
+    downs = {site.name: down_by_mlp[site.mlp] for site in sites_of(model, ("mlp.up",))}
+    columns = []
     for name, factors in damping.factors.items():
         down = downs.get(name)
         if down is None or down.inp != len(factors):
@@ -247,5 +250,5 @@ def _columns(model: "PreTrainedModel", damping: Damping) -> list[tuple[Place, Te
         if len(index):
             weight = value_of(down.module, down.parameter)
             place = Place(weight, down.matrix_of, (slice(None), index.to(weight.device)))
-            found.append((place, factors[index].float().to(weight.device)))
-    return found
+            columns.append((place, factors[index].float().to(weight.device)))
+    return columns

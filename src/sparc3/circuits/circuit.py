@@ -121,13 +121,14 @@ class Circuit:
         return self if self.zeroes else replace(self, strength=1.0, strengths={})
 
     def by_strength(self, name: str) -> Iterator[tuple[float, Any]]:
-        """(strength, which units of the module have it), as `members` has units; the strongest first."""
+        """(strength, the units of the module that have it) for each strength, the strongest first; units
+        are as in `members`."""
         if not self.strengths:
             yield self.strength, self.members[name]
             return
-        own = dict(zip(self.members[name], self.strengths.get(name, ()), strict=True))
-        for strength in sorted(set(own.values()), reverse=True):
-            yield strength, tuple(unit for unit, theirs in own.items() if theirs == strength)
+        strength_of = dict(zip(self.members[name], self.strengths.get(name, ()), strict=True))
+        for strength in sorted(set(strength_of.values()), reverse=True):
+            yield strength, tuple(unit for unit, value in strength_of.items() if value == strength)
 
     def with_units(self, members: Mapping[str, Any]) -> "Circuit":
         """A circuit of some of its units, or as many others, each at its own strength."""
@@ -135,8 +136,8 @@ class Circuit:
             return replace(self, members=members)
         strengths = {}
         for name, units in members.items():
-            own = dict(zip(self.members[name], self.strengths.get(name, ()), strict=True))
-            strengths[name] = tuple(own[unit] for unit in units)
+            strength_of = dict(zip(self.members[name], self.strengths.get(name, ()), strict=True))
+            strengths[name] = tuple(strength_of[unit] for unit in units)
         return replace(self, members=members, strengths={n: s for n, s in strengths.items() if s})
 
     @property

@@ -1,4 +1,4 @@
-"""Fitting: how much of each neuron to take away, or to add, for the most effect at a given damage."""
+"""Fitting: how much of each neuron to remove, or to add, for the largest effect at a given damage."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -45,16 +45,19 @@ def fit(
     if not damage > 0:
         raise UserError(f"damage must be above 0, such as 0.003 nats a token, but it is {damage}")
     gain = gain_by_damage(effect, sensitivity, without=without)
-    there = sum(int((tensor < 0).sum()) for tensor in gain.values())
-    if not 0 < count <= there:
-        raise UserError(f"{count} neurons were asked for, of {there} with an effect; give from 1 to {there}")
+    available = sum(int((tensor < 0).sum()) for tensor in gain.values())
+    if not 0 < count <= available:
+        raise UserError(
+            f"{count} neurons were asked for, of {available} with an effect; give from 1 to {available}"
+        )
     masks = dict(zip(gain, lowest(list(gain.values()), count), strict=True))
     curvatures = _curvatures(sensitivity, effect)
     e = torch.cat([effect[name].double()[mask] for name, mask in masks.items()])
     h = torch.cat([curvatures[name][mask] for name, mask in masks.items()])
-    strengths = iter(_strengths_at(e, h, damage).tolist())
+    fitted = iter(_strengths_at(e, h, damage).tolist())
     members = {name: tuple(mask.nonzero()[:, 0].tolist()) for name, mask in masks.items()}
-    own = {name: tuple(float(f"{next(strengths):.4g}") for _ in units) for name, units in members.items()}
+    # Four digits, which a reader can check and a file can hold.
+    strengths = {name: tuple(float(f"{next(fitted):.4g}") for _ in units) for name, units in members.items()}
     provenance: dict[str, Any] = {
         "selection": {"count": count, "damage": damage},
         "scores": {**effect.provenance, "fingerprint": effect.fingerprint},
@@ -67,7 +70,7 @@ def fit(
         {name: units for name, units in members.items() if units},
         dict(effect.provenance.get("model") or {}),
         provenance,
-        strengths={name: some for name, some in own.items() if some},
+        strengths={name: values for name, values in strengths.items() if values},
     )
 
 
@@ -81,22 +84,22 @@ def gain_by_damage(effect: Scores, sensitivity: Scores, *, without: Circuit | No
         if without is not None and name in without.members:
             values[name][list(without.members[name])] = 0
     sources = {"undesired": effect.fingerprint, "general": sensitivity.fingerprint}
-    about = {**effect.provenance, "contrast": "fitted", "sources": sources, "version": __version__}
-    return Scores(values, about)
+    provenance = {**effect.provenance, "contrast": "fitted", "sources": sources, "version": __version__}
+    return Scores(values, provenance)
 
 
 def _curvatures(sensitivity: Scores, order: Iterable[str]) -> dict[str, Tensor]:
     """h of each neuron, with the floor, in float64, by sites in this order."""
-    h = {name: sensitivity[name].double().square() for name in order}
-    floor = FLOOR * torch.cat(list(h.values())).mean()
-    return {name: one + floor for name, one in h.items()}
+    squares = {name: sensitivity[name].double().square() for name in order}
+    floor = FLOOR * torch.cat(list(squares.values())).mean()
+    return {name: square + floor for name, square in squares.items()}
 
 
 def _strengths_at(e: Tensor, h: Tensor, damage: float) -> Tensor:
     """μ e / h, cut to −1 … 1, with the largest μ that keeps ½ Σ h s² within the damage."""
     step = e / h
-    low, high = 0.0, 1 / float(step.abs().min())  # at which all are cut
-    for _ in range(100):
+    low, high = 0.0, 1 / float(step.abs().min())  # at the upper end, all strengths are cut
+    for _ in range(100):  # bisection: the cost grows with μ
         middle = (low + high) / 2
         cost = float((0.5 * h * (middle * step).clamp(-1, 1).square()).sum())
         low, high = (low, middle) if cost > damage else (middle, high)

@@ -246,11 +246,11 @@ def _fit(args: argparse.Namespace) -> None:
     from ..circuits.fit import fit
     from ..scores import Scores
 
-    odd = {name: getattr(args, name) for name in ("scores", "matched", "normalize", "fraction")}
-    odd |= {"scope": args.scope != "global", "order": args.order != "lowest", "penalty": args.penalty != 1}
-    odd |= {"strength": args.strength != 1}
-    if given := [name for name, value in odd.items() if value]:
-        raise UserError(f"--damage fits strengths and does not read --{given[0]}; leave it out")
+    unread = {name: getattr(args, name) for name in ("scores", "matched", "normalize", "fraction")}
+    unread |= {"scope": args.scope != "global", "order": args.order != "lowest", "penalty": args.penalty != 1}
+    unread |= {"strength": args.strength != 1}
+    if excess := [name for name, value in unread.items() if value]:
+        raise UserError(f"--damage fits strengths and does not read --{excess[0]}; leave it out")
     if not (args.general and args.undesired and args.count):
         raise UserError("--damage needs --general, --undesired and --count")
     effect = Scores.load(args.undesired)
