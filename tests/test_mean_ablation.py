@@ -157,7 +157,7 @@ def test_a_run_by_means_uses_the_scores_again(finished: dict[str, tuple[Path, Re
     assert "ablation" not in finished["zero"][1].provenance
     later = (folder / "mean.log").read_text().removeprefix((folder / "zero.log").read_text())
     assert "scores/task.0.safetensors exists and fits" in later
-    assert "evaluation/original.json is there" in later
+    assert "evaluation/original.json exists and fits" in later
     before = finished["zero"][1]
     assert results.find("ioi.logit_difference").value == before.find("ioi.logit_difference").value
     for variant in ("empty", "lrp@8"):
