@@ -154,6 +154,7 @@ def recipe_of(**tune: Any) -> dict[str, Any]:
 
 def test_a_search_chooses_the_damage(tmp_path: Path) -> None:
     results = run(recipe_of(), tmp_path / "run")
+    assert "attribution.words" not in (tmp_path / "run/log.txt").read_text()  # it is not another recipe
     found = read_json(tmp_path / "run/tune.json", "sparc3.tune/1")
     assert [one["damage"] for one in found["candidates"]] == [1e-6, 1e-5]
     assert {one["contrast"] for one in found["candidates"]} == {"fitted"}

@@ -19,7 +19,7 @@ from ..models.sites import sites_of
 from ..recipe.schema import Recipe, load_recipe
 from ..report.write import write_report
 from ..results import Results
-from ..storage import write_json
+from ..storage import read_text, write_json, write_text
 from . import compress, discover
 from .check_recipe import Limits, check_lengths, check_samples, check_sizes
 from .gather import find_words, gather_all
@@ -187,7 +187,11 @@ def _load_context(recipe: Recipe, folder: Path, progress: bool) -> RunContext:
     )
     if isinstance(words := recipe.attribution.words, WordsBy):
         options = recipe.attribution.copy_with(words=find_words(tokenizer, words))
-        recipe = recipe.model_copy(update={"attribution": options})
+        found = recipe.model_copy(update={"attribution": options})
+        # A new folder has the recipe as it was given, which is not another one.
+        if distributed.is_main() and read_text(folder / "recipe.yaml") == recipe.to_yaml():
+            write_text(folder / "recipe.yaml", found.to_yaml())
+        recipe = found
     return RunContext(recipe, folder, progress, model, tokenizer, model_info, pending_samples=[])
 
 
