@@ -448,6 +448,8 @@ def test_a_chat_is_shown_turn_by_turn(run: Path) -> None:
         ("user", "用户"),
     )
     ReferenceSet((Sample(turns=turns),)).save(run / "samples" / "evaluation-toxicity.jsonl")
+    # WikiText's rows are empty where it has an empty line.
+    ReferenceSet((Sample(""), Sample("= A title ="))).save(run / "samples" / "evaluation-perplexity.jsonl")
     for name in ("original", "ablated", "gradient@40", "random@40.0"):
         path = run / "evaluation" / f"{name}.json"
         content = json.loads(path.read_text())

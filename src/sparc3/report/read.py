@@ -13,7 +13,7 @@ from ..circuits.circuit import NAMES, Circuit
 from ..errors import DamagedFile, UserError
 from ..results import FORMAT, Budget, Difference, Measurement, Provenance, Results, Search, Variant
 from ..samples.chat import Turn, show
-from ..samples.reference_set import ReferenceSet
+from ..samples.reference_set import Rows, parse_sample
 from ..scores import Scores
 from ..settings import parse_typed
 from ..storage import parse_json, read_json, read_text
@@ -325,14 +325,23 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
             file.stem: sum(1 for line in file.read_bytes().splitlines() if line.strip())
             for file in sorted((folder / "samples").glob("*.jsonl"))
         },
-        chats={
-            show(sample.turns): sample.turns
-            for file in sorted((folder / "samples").glob("evaluation-*.jsonl"))
-            for sample in ReferenceSet.load(file)
-            if sample.turns
-        },
+        chats=_read_chats(folder),
         search=_read_search(folder / "tune.json", provenance.tune, results),
     )
+
+
+def _read_chats(folder: Path) -> dict[str, tuple[Turn, ...]]:
+    """What a prompt is shown as → its turns, of all chats that the run was measured on.
+
+    Rows of text are passed over unread: those of WikiText are empty where it has an empty line.
+    """
+    samples = [
+        parse_sample(row, f"{file}, line {number}")
+        for file in sorted((folder / "samples").glob("evaluation-*.jsonl"))
+        for number, row in Rows(file)
+        if "messages" in row
+    ]
+    return {show(sample.turns): sample.turns for sample in samples if sample.turns}
 
 
 def _read_if_present(path: Path, read: Callable[[Path], T]) -> T | None:
