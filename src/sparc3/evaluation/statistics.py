@@ -83,13 +83,31 @@ DRAWS = 2000
 Array = NDArray[np.float64]
 
 
+BETWEEN_0_AND_1 = (
+    "score in [0, 1]",
+    "share of prompts",
+    "share of continuations",
+    "share of texts",
+    "share of questions",
+    "share of 4-grams",
+    "unique tokens / tokens",
+)
+"""Units of metrics whose figures are from 0 to 1 and come from a sample. Shares of weights count them all."""
+
+
 def measurement(observations: Observations, variant: str) -> Measurement:
-    """The figure of one variant, with a 95 % percentile bootstrap interval over its units."""
+    """The figure of one variant, with a 95 % interval over its units: a percentile bootstrap.
+
+    Where every unit has 0, or every unit has 1, each resample is the sample again, and the bootstrap would be
+    certain of what a few prompts showed. Then it is Wilson's interval of a share.
+    """
     sums, weights = _select_measured(observations)
     ci95 = None
     if len(sums) > 1:
         drawn_sums, drawn_weights = _resample(sums, weights)
         ci95 = _interval(_value(observations, drawn_sums, drawn_weights))
+    if ci95 in ((0.0, 0.0), (1.0, 1.0)) and observations.unit in BETWEEN_0_AND_1:
+        ci95 = share_interval(round(ci95[0]) * len(sums), len(sums))
     o, value = observations, float(_value(observations, sums.sum(), weights.sum())) if len(sums) else None
     return Measurement(o.metric, variant, o.split, value, ci95, len(sums), o.failures, o.unit, o.direction)
 
