@@ -113,7 +113,7 @@ class _GatedProduct(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.function, ctx.factor, ctx.share = function, factor, share
         product = function(gate)
-        if product.data_ptr() == gate.data_ptr():  # the non-linearity returned its argument
+        if product is gate:  # the non-linearity returned its argument
             return product * up
         return product.mul_(up)  # in place, because on a CPU new memory costs as much as what is computed
 
