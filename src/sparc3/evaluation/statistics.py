@@ -142,7 +142,9 @@ def share_interval(count: int, n: int) -> tuple[float, float]:
     """95 % interval of a share, of which `count` of `n` were observed (Wilson 1927)."""
     z = 1.959964  # z₀.₉₇₅
     middle, spread = count + z * z / 2, z * math.sqrt(count * (n - count) / n + z * z / 4)
-    return max(0.0, (middle - spread) / (n + z * z)), min(1.0, (middle + spread) / (n + z * z))
+    low, high = (middle - spread) / (n + z * z), (middle + spread) / (n + z * z)
+    # At the ends exactly 0 and 1: rounding would leave the observed share outside its interval.
+    return (low if count else 0.0), (high if count < n else 1.0)
 
 
 def detectable_change(first: Observations, second: Observations) -> tuple[int, float] | None:
