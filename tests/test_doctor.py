@@ -158,7 +158,7 @@ def test_families_pass_and_are_left_as_they_were(name: str) -> None:
     found = whole.examine_specimen(Specimen(model, samples(3), ()))
     assert not found.failures, found.failures
     require_same(fingerprint(model), before)
-    figures = [finding.value for finding in found.findings if finding.passed]
+    figures = [finding.value for finding in found.findings if finding.is_passed]
     assert len(figures) == 6
     assert figures[2] < (1e-8 if name == "bloom" else 1e-12), "the copy computes in float64 throughout"
 
@@ -202,7 +202,7 @@ def test_what_overflows_in_bfloat16_fails_and_names_the_site() -> None:
             model.model.layers[1].mlp.up_proj.weight.mul_(float("inf"))
 
     found = {finding.name: finding for finding in examined(change=huge).findings}
-    assert found["relevance is finite in bfloat16"].passed is False
+    assert found["relevance is finite in bfloat16"].is_passed is False
     assert "layers" in found["relevance is finite in bfloat16"].note
 
 
@@ -212,13 +212,13 @@ def test_an_unknown_module_in_the_path_is_refused_by_its_place() -> None:
 
 
 def test_no_figure_and_nan_do_not_pass() -> None:
-    assert [Finding("x", value, 1.0).passed for value in (None, float("nan"), 2.0, 1.0)] == [
+    assert [Finding("x", value, 1.0).is_passed for value in (None, float("nan"), 2.0, 1.0)] == [
         False,
         False,
         False,
         True,
     ]
-    assert Finding("x", 2.0).passed is None
+    assert Finding("x", 2.0).is_passed is None
 
 
 def test_second_opinion_leaves_the_model_alone_and_knows_no_names() -> None:

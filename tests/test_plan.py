@@ -267,7 +267,7 @@ def test_a_few_prompts_narrow_the_range(
 ) -> None:
     """On the embedded model: the share that fits is that of a count by hand, and the prompts that a run reads lie in
     the range; without the model or a set that it chooses, the flag is refused."""
-    from sparc3.plan.acceptance import Tried, try_prompts
+    from sparc3.plan.acceptance import TriedPrompts, try_prompts
 
     prompts = tmp_path / "prompts.jsonl"
     rows = [("demo-angry", 150), ("demo-polite", 450)]
@@ -292,16 +292,16 @@ def test_a_few_prompts_narrow_the_range(
     assert len(found) == 10
     assert by_hand <= set(read)
     fitting = sum(value is not None and value >= 0.5 for _, value in score(read[:48]))
-    assert tried == Tried(48, fitting)
+    assert tried == TriedPrompts(48, fitting)
     assert 0 < fitting < 48
-    wide, narrow = prompts_read(spec), prompts_read(spec, Tried(48, 2))
+    wide, narrow = prompts_read(spec), prompts_read(spec, TriedPrompts(48, 2))
     assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
-    low, high = Tried(48, 2).interval
+    low, high = TriedPrompts(48, 2).interval
     assert (low, high) == (pytest.approx(0.0115, abs=1e-3), pytest.approx(0.1397, abs=1e-3))
     whole = request_for(spec.model_copy(update={"source": "realtoxicityprompts"}))
-    large = prompts_read(whole, Tried(48, 2))
+    large = prompts_read(whole, TriedPrompts(48, 2))
     assert large == (math.ceil(20 / high / 256) * 256, math.ceil(20 / low / 256) * 256)
-    assert prompts_read(whole, Tried(48, 0))[1] == 69_609
+    assert prompts_read(whole, TriedPrompts(48, 0))[1] == 69_609
     options = [part for setting in few for part in ("--set", setting)]
     code, out, err = sparc3("plan", "demo", *options, "--hardware", "a100", "--try-prompts", "48")
     assert code == 0, err

@@ -135,7 +135,7 @@ def test_bitsandbytes_weights_are_attributed_and_examined(bits: int, tmp_path: P
         attribute(model, samples(), neuron="abs")
     found = examine(str(tmp_path / "quantised"), device="cpu")
     assert not found.failures
-    passed = {finding.name: finding.value for finding in found.findings if finding.passed}
+    passed = {finding.name: finding.value for finding in found.findings if finding.is_passed}
     assert len(passed) == 5, "16 bits are not tried on weights that are computed with otherwise"
     assert passed["CP-LRP's ledger adds up to the logit"] < (1e-4 if bits == 4 else 0.05)
 

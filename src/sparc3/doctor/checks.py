@@ -46,7 +46,7 @@ class Finding:
     seconds: float = field(default=0.0, compare=False)
 
     @property
-    def passed(self) -> bool | None:
+    def is_passed(self) -> bool | None:
         """Whether the check passed; None for information. A NaN, or no figure at all, does not pass."""
         if self.limit is None:
             return None

@@ -271,7 +271,7 @@ class Examination:
 
     @property
     def failures(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.passed is False]
+        return [finding for finding in self.findings if finding.is_passed is False]
 
     def lines(self) -> Iterator[str]:
         """The tables, as text."""
@@ -285,7 +285,7 @@ class Examination:
         yield f"{'check':50} {'':4} {'figure':>9} {'limit':>6} {'time':>7}"
         for f in self.findings:
             figure, limit = ("-" if x is None else f"{x:.2g}" for x in (f.value, f.limit))
-            verdict = {True: "pass", False: "FAIL", None: ""}[f.passed]
+            verdict = {True: "pass", False: "FAIL", None: ""}[f.is_passed]
             yield f"{f.name:50} {verdict:4} {figure:>9} {limit:>6} {f.seconds:5.1f} s  {f.note}".rstrip()
 
 

@@ -187,7 +187,7 @@ def _explain(error: BaseException, name: str, kind: str, remedy: str) -> UserErr
         link = link.__cause__ or link.__context__
     messages = "\n".join(map(str, chain))
 
-    def occurred(*kinds: type[BaseException]) -> bool:
+    def has_any(*kinds: type[BaseException]) -> bool:
         return any(isinstance(e, kinds) for e in chain)
 
     status_codes = [
@@ -208,7 +208,7 @@ def _explain(error: BaseException, name: str, kind: str, remedy: str) -> UserErr
             f"'{name}' is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN to a "
             "token that may read it"
         )
-    if {401, 403} & set(status_codes) or occurred(errors.LocalTokenNotFoundError):
+    if {401, 403} & set(status_codes) or has_any(errors.LocalTokenNotFoundError):
         return UserError(
             f"you have no access to '{name}' on the hub; log in with `hf auth login`, or set HF_TOKEN to a "
             "token that has it"
@@ -217,7 +217,7 @@ def _explain(error: BaseException, name: str, kind: str, remedy: str) -> UserErr
     if status_codes and status_codes[0] < 500:
         last = (str(error).strip().splitlines() or [""])[-1]
         return UserError(f"the hub refused the request for '{name}' (it answers {status_codes[0]}): {last}")
-    if occurred(errors.LocalEntryNotFoundError, errors.HTTPError):  # type: ignore[attr-defined]
+    if has_any(errors.LocalEntryNotFoundError, errors.HTTPError):  # type: ignore[attr-defined]
         return UserError(f"cannot reach the hub for '{name}'; {remedy}")
     if "cannot be loaded with `safetensors`" in messages:
         return UserError(f"'{name}' only has pickle weights, which sparc3 does not read; {CONVERT}")

@@ -21,7 +21,7 @@ PROMPTS_IN = {"realtoxicityprompts": 99_442}
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedPrompts:
     """The numbers of prompts that were completed, and of those that fit the set's conditions."""
 
     prompts: int
@@ -33,7 +33,7 @@ class Tried:
         return share_interval(self.fitting, self.prompts)
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         low, high = self.interval
         share = f"{self.fitting / self.prompts:.1%}, 95 % interval {low:.1%} to {high:.1%}"
         return f"{self.fitting} of {self.prompts} tried here fit ({share})"
@@ -62,7 +62,7 @@ def require_tryable(recipe: Recipe, count: int) -> None:
         )
 
 
-def try_prompts(recipe: Recipe, count: int) -> dict[str, Tried]:
+def try_prompts(recipe: Recipe, count: int) -> dict[str, TriedPrompts]:
     """Complete the first `count` prompts of each set that the model chooses, on this machine."""
     model, tokenizer = load_model(recipe.model.id, dtype=recipe.model.dtype, device=recipe.model.device)
     tried = {}
@@ -71,11 +71,11 @@ def try_prompts(recipe: Recipe, count: int) -> dict[str, Tried]:
         prompts = prompts_to_complete(request, tokenizer, count)
         completions = score_by_model(spec, model, tokenizer)(prompts)
         fitting = sum(bool(text) and fits(request, value) for text, value in completions)
-        tried[name] = Tried(len(prompts), fitting)
+        tried[name] = TriedPrompts(len(prompts), fitting)
     return tried
 
 
-def prompts_read(spec: Any, tried: Tried | None = None) -> tuple[int, int]:
+def prompts_read(spec: Any, tried: TriedPrompts | None = None) -> tuple[int, int]:
     """The smallest and the largest number of prompts that the model may have to complete until enough of them
     are chosen. If some were tried, they follow from the ends of the interval of the share that fits."""
     count, shares = spec.count or 100, tried.interval if tried else (0.0, 1.0)

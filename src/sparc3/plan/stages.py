@@ -24,7 +24,7 @@ from ..models.load import context_length, rope_switches
 from ..recipe.schema import Recipe
 from ..recipe.sections import SEQUENTIAL
 from ..samples.batches import Encoded, group_by_length, token_budget
-from .acceptance import Tried, prompts_read, sets_by_model
+from .acceptance import TriedPrompts, prompts_read, sets_by_model
 from .lengths import estimate_samples, estimate_tasks, estimate_text
 from .rehearsal import Cost, Rehearsal
 
@@ -91,7 +91,7 @@ class Stages:
         recipe: Recipe,
         rehearsal: Rehearsal,
         tokenizer: "PreTrainedTokenizerBase | None",
-        tried: Mapping[str, Tried] | None = None,
+        tried: Mapping[str, TriedPrompts] | None = None,
     ) -> None:
         self.recipe, self.rehearsal, self.tokenizer, self.tried = recipe, rehearsal, tokenizer, tried or {}
         self.context = context_length(rehearsal.shaped.model)
@@ -157,7 +157,7 @@ class Stages:
             smallest, largest = prompts_read(spec, tried)
             if tried:
                 self.notes.append(
-                    f"choosing {name} taken to need {smallest:,} to {largest:,} prompts: {tried.said}"
+                    f"choosing {name} taken to need {smallest:,} to {largest:,} prompts: {tried.description}"
                 )
             else:
                 self.notes.append(
