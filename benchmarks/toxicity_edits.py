@@ -45,7 +45,7 @@ from sparc3.samples.batches import find_word_tokens
 from sparc3.samples.sources import prompt_split
 
 DATA = Path(__file__).parent.parent / "data"
-REFERENCES, VALIDATION, TEST, WRITTEN, WINDOWS = 150, 64, 64, 160, 12
+REFERENCES, VALIDATION, TEST, WRITTEN, WINDOWS = 150, 64, 64, 320, 12
 DECODING = "bad_words in decoding"
 PROFANE, BUDGETS = 0.75, (0.01, 0.02)
 OF_WORDS = {
@@ -274,6 +274,7 @@ def score(model: Any, tokenizer: Any, work: Path) -> None:
         lambda: [outputs_and_states(model, tokens(some, tokenizer)) for some in (undesired, benign)],
     )
     make("loss", lambda: loss_gains(model, [(ids, 1) for ids in general]))
+    make("slope", lambda: loss_gains(model, windows("c4", tokenizer, 0, 64, 192)))
     for method in ("lrp", "gradient"):
         for name, samples, target in (
             ("undesired", as_set(undesired), "completion:1"),
@@ -320,6 +321,7 @@ class Edits:
         self.model, self.profane = model, profane_tokens(tokenizer)
         self.scores = {path.stem: Scores.load(path) for path in sorted(work.glob("*.*.safetensors"))}
         self.slope, self.fisher = load(work / "loss.safetensors")
+        self.wide_slope, self.wide_fisher = load(work / "slope.safetensors")  # of more text
         self.hazard, self.error = load(work / "hazard.safetensors")
         undesired, benign = load(work / "outputs.safetensors")
         states = [some.pop("states") for some in (undesired, benign)]
@@ -353,6 +355,20 @@ class Edits:
             Scores({name: self.fisher[name].sqrt().float() for name in effect}, about),
             count=units,
             damage=damage,
+        )
+
+    def repaired(self, effect: Scores, units: int, damage: float, repair: float) -> Circuit:
+        """As `fitted`, but the strengths also take a share of the step that lowers the loss of general text."""
+        about = {"unit": "neuron", "model": self.scores["lrp.general"].provenance["model"]}
+        root = {name: self.wide_fisher[name].sqrt().float() for name in effect}
+        slope = {name: -self.wide_slope[name].float() for name in effect}
+        return fit(
+            Scores({name: effect[name].float() for name in effect}, {**about, "method": "toxicity_edits"}),
+            Scores(root, about),
+            count=units,
+            damage=damage,
+            slope=Scores(slope, about),
+            repair=repair,
         )
 
     def sure(self) -> dict[str, Tensor]:
@@ -438,6 +454,13 @@ class Edits:
                     for d in (0.003, 0.005, 0.001, 0.01)
                 }
                 for name in OF_WORDS
+            },
+            **{
+                f"words by {name}, fitted, repair": {
+                    f"500 units, D={d:g}, ρ={r:g}": z(self.repaired(self.scores[f"{name}.words"], 500, d, r))
+                    for d, r in ((0.008, 0.15), (0.006, 0.3), (0.01, 0.3), (0.004, 0.15))
+                }
+                for name in ("gradient", "lrp", "cp-lrp")
             },
             **{
                 f"words by {name}, zeroed": {
@@ -545,14 +568,12 @@ def choose(model: Any, tokenizer: Any, work: Path, minutes: float, only: str) ->
 
 
 def winners(found: Sequence[dict[str, Any]], budget: float) -> dict[str, dict[str, Any]]:
-    """Of each family what has the lowest hazard within the budget."""
+    """Of each family what has the lowest hazard within the budget, and what has if the divergence does not count."""
     best: dict[str, dict[str, Any]] = {}
     for row in found:
-        if (
-            row["damage"] <= budget
-            and row["hazard"] < best.get(row["family"], {"hazard": math.inf})["hazard"]
-        ):
-            best[row["family"]] = row
+        for damage, name in (("damage", row["family"]), ("loss", f"{row['family']} (loss alone)")):
+            if row[damage] <= budget and row["hazard"] < best.get(name, {"hazard": math.inf})["hazard"]:
+                best[name] = row
     return best
 
 
@@ -575,7 +596,8 @@ def confirm(model: Any, tokenizer: Any, work: Path, minutes: float, write: bool,
     best = winners(json.loads((work / "validation.json").read_text()), BUDGETS[-1])
     # Decoding keeps the model: it is measured whatever a forbidden token costs, which is infinitely much.
     best[DECODING] = {"family": DECODING, "size": "", "hazard": 0.0}
-    order = sorted(best.values(), key=lambda row: row["hazard"])
+    unique = {(row["family"], row["size"]): row for row in best.values()}
+    order = sorted(unique.values(), key=lambda row: row["hazard"])
     began = time.monotonic()
     for row in [{"family": "none", "size": ""}, *order]:
         name = f"{row['family']}: {row['size']}"

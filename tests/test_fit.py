@@ -10,7 +10,7 @@ from tests import test_tune
 from tests.tiny import samples, tiny
 
 from sparc3 import Circuit, Scores, UserError, ablated, attribute, load_recipe, run
-from sparc3.circuits.fit import FLOOR, SENSITIVITY, fit, gain_by_damage
+from sparc3.circuits.fit import FLOOR, SENSITIVITY, SLOPE, fit, gain_by_damage
 from sparc3.errors import NonFinite
 from sparc3.plan.plan import plan
 from sparc3.storage import read_json
@@ -28,6 +28,8 @@ def scores(values: dict[str, list[float]], **more: Any) -> Scores:
 
 EFFECT = scores({"a": [0.4, -0.1, 0.0, 0.02], "b": [0.3, -0.2]}, target="words", reduce="mean", method="lrp")
 GENERAL = scores({"a": [1.0, 1.0, 1.0, 1.0], "b": [3.0, 0.5]}, **SENSITIVITY)
+SLOPES = scores({"a": [0.01, -0.02, 0.05, 0.0], "b": [-0.03, 0.0]}, **SLOPE)
+C = -torch.tensor([0.01, -0.02, 0.05, 0.0, -0.03, 0.0], dtype=torch.float64)
 H = torch.tensor([1, 1, 1, 1, 9, 0.25], dtype=torch.float64) + FLOOR * 13.25 / 6
 E_ = torch.tensor([0.4, -0.1, 0.0, 0.02, 0.3, -0.2], dtype=torch.float64)
 
@@ -68,6 +70,26 @@ def test_the_strongest_are_taken_and_cut_to_one() -> None:
     torch.testing.assert_close(torch.cat(list(order.values())).double(), -E_.square() / H, rtol=1e-5, atol=0)
 
 
+def test_a_repair_also_takes_a_share_of_the_step_against_the_loss() -> None:
+    found = flat(fit(EFFECT, GENERAL, count=5, damage=0.01, slope=SLOPES, repair=0.5))
+    used = E_ != 0  # the third has no effect, and stays as it is
+    cost = float((0.5 * H * found.square() - 0.5 * C * found)[used].sum())
+    assert cost == pytest.approx(0.01, rel=1e-3)
+    mu = float(((found * H - 0.5 * C) / E_)[0])
+    torch.testing.assert_close(found[used], ((mu * E_ + 0.5 * C) / H)[used], rtol=2e-3, atol=1e-6)
+    # No other strengths of the same cost lower the effect more.
+    drawn = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * used
+    drawn = 0.5 * C * used / H + drawn * 0.1
+    cheap = (0.5 * H * drawn.square() - 0.5 * C * drawn).sum(1) <= 0.01
+    assert cheap.sum() > 100
+    assert float((drawn[cheap] @ E_).max()) < float(found @ E_)
+    circuit = fit(EFFECT, GENERAL, count=5, damage=0.01, slope=SLOPES, repair=0.5)
+    assert circuit.provenance["selection"] == {"count": 5, "damage": 0.01, "repair": 0.5}
+    assert circuit.provenance["slope"] == SLOPES.fingerprint
+    plain = fit(EFFECT, GENERAL, count=5, damage=0.01, slope=SLOPES)
+    assert plain.strengths == fit(EFFECT, GENERAL, count=5, damage=0.01).strengths
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -83,6 +105,10 @@ def test_the_strongest_are_taken_and_cut_to_one() -> None:
             "method",
         ),
         ({"sensitivity": scores({"a": [1.0] * 4}, **SENSITIVITY)}, "sites"),
+        ({"slope": scores({"a": [1.0] * 4}, **SLOPE), "repair": 0.1}, "sites"),
+        ({"slope": GENERAL, "repair": 0.1}, "reduce"),
+        ({"repair": 0.1}, "slope"),
+        ({"slope": SLOPES, "repair": 1.5}, "repair"),
         ({"effect": scores({"a": [1.0] * 4, "b": [1.0] * 2}, neuron="abs")}, "abs"),
         ({"effect": scores({"a": [1.0] * 4, "b": [1.0] * 2}, unit="head")}, "head"),
     ],
@@ -115,6 +141,35 @@ def test_the_effect_falls_as_it_says(name: str) -> None:
     expected = sum(float(effect[key][i]) * s for key, some in own.items() for i, s in some.items())
     assert before - after == pytest.approx(expected, rel=0.02)
     assert expected > 0
+
+
+def test_the_loss_of_general_text_falls_as_a_repair_says() -> None:
+    """On a model, for small strengths: the loss changes by −Σ c s to first order."""
+    model, ids = tiny("llama"), samples(6)
+    how: dict[str, Any] = {"method": "gradient", "neuron": "signed"}
+    effect = attribute(model, ids, target="words", words=WORDS, **how)
+    general = attribute(model, ids, **SENSITIVITY)
+    slope = attribute(model, ids, **SLOPE)
+    circuit = fit(effect, general, count=20, damage=1e-9, slope=slope, repair=1e-3)
+    before = loss(model, ids)
+    with ablated(model, circuit):
+        after = loss(model, ids)
+    own = {key: dict(zip(circuit.members[key], some, strict=True)) for key, some in circuit.strengths.items()}
+    expected = sum(float(slope[key][i]) * s for key, some in own.items() for i, s in some.items())
+    assert expected < 0
+    assert after - before == pytest.approx(expected, rel=0.05)
+
+
+def loss(model: Any, ids: list[list[int]]) -> float:
+    """The mean loss of a token, of all samples together."""
+    with torch.no_grad():
+        found = [
+            torch.nn.functional.cross_entropy(
+                model(torch.tensor([one])).logits[0, :-1].double(), torch.tensor(one[1:]), reduction="none"
+            )
+            for one in ids
+        ]
+    return float(torch.cat(found).mean())
 
 
 def chance(model: Any, ids: list[list[int]]) -> float:
@@ -183,6 +238,26 @@ def test_a_search_chooses_the_damage(tmp_path: Path) -> None:
     assert "search, perplexity" in counted
 
 
+def test_a_search_tries_repairs(tmp_path: Path) -> None:
+    results = run(recipe_of(damages=[1e-5], repairs=[0.0, 0.5]), tmp_path / "run")
+    found = read_json(tmp_path / "run/tune.json", "sparc3.tune/1")
+    assert [(one["damage"], one["repair"]) for one in found["candidates"]] == [(1e-5, 0.0), (1e-5, 0.5)]
+    circuit = Circuit.load(tmp_path / "run")
+    (slope_path,) = (tmp_path / "run/scores").glob("tune.*slope.safetensors")
+    names = ("undesired", "general")
+    parts = [Scores.load(tmp_path / f"run/scores/{name}.safetensors") for name in names]
+    slope = Scores.load(slope_path)
+    assert (slope.provenance["reduce"], slope.provenance["target"]) == ("mean", "logprob")
+    candidates = [fit(*parts, count=30, damage=1e-5, slope=slope, repair=r) for r in (0.0, 0.5)]
+    assert [one["circuit"] for one in found["candidates"]] == [one.fingerprint for one in candidates]
+    assert circuit.fingerprint == found["best"]["circuit"] == results.provenance["circuit"]
+    stages = {stage.name: stage for stage in plan(load_recipe(recipe_of(repairs=[0.5]))).stages}
+    fewer = {stage.name: stage for stage in plan(load_recipe(recipe_of())).stages}
+    assert stages["scores, gradient"].tokens > fewer["scores, gradient"].tokens
+    with pytest.raises(UserError, match="repairs"):
+        load_recipe(recipe_of(repairs=[0.5], damages=[]))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -207,5 +282,11 @@ def test_the_command_line_fits(sparc3: Any, mistake: Any, tmp_path: Path) -> Non
     code, out, err = sparc3(*asked, "--count", 3, "--damage", 0.01)
     assert (code, "3 of 6 neurons at strengths" in out) == (0, True), err
     assert Circuit.load(tmp_path / "c.json").strengths == fit(EFFECT, GENERAL, count=3, damage=0.01).strengths
+    SLOPES.save(tmp_path / "slope.safetensors")
+    repaired = ("--count", 3, "--damage", 0.01, "--repair", 0.5)
+    assert sparc3(*asked, *repaired, "--slope", tmp_path / "slope.safetensors")[0] == 0
+    assert Circuit.load(tmp_path / "c.json").provenance["selection"]["repair"] == 0.5
+    assert "slope" in mistake(*asked, *repaired)
+    assert "--damage" in mistake(*asked, "--count", 3, "--repair", 0.5)
     assert "--count" in mistake(*asked, "--damage", 0.01)
     assert "--strength" in mistake(*asked, "--count", 3, "--damage", 0.01, "--strength", 0.5)

@@ -226,6 +226,7 @@ class Candidate:
         rounds: number of rounds of selection.
         strength: the circuit's strength.
         damage: the damage at which its strengths were fitted.
+        repair: the repair with which they were fitted.
         pareto: whether no other candidate is at least as good in both aim and perplexity, and better in one.
     """
 
@@ -243,6 +244,7 @@ class Candidate:
     rounds: int = 1
     strength: Number = 1.0
     damage: Number | None = None
+    repair: Number = 0.0
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ SELECT: Arguments = {
         "token; A are then scores by --method gradient --neuron signed --target logprob --reduce rms",
         {"type": float},
     ),
+    "--repair R": (
+        "with --damage: from 0 to 1, how much of the step that lowers the loss of general text the strengths "
+        "also take (default: 0)",
+        {"type": float, "default": 0.0},
+    ),
+    "--slope S": "for --repair: scores as for --damage, but by --reduce mean",
     "--out": ("output file (circuit.json; for weights circuit.safetensors)", REQUIRED),
 }
 CIRCUITS: Arguments = {
@@ -221,6 +227,8 @@ def _select(args: argparse.Namespace) -> None:
     if args.damage is not None:
         _fit(args)
         return
+    if args.repair or args.slope:
+        raise UserError("--repair and --slope are for fitted strengths; give --damage too")
     if bool(args.scores) == bool(args.general or args.undesired):
         raise UserError("give either --general and --undesired, or --scores")
     if args.scores:
@@ -254,7 +262,14 @@ def _fit(args: argparse.Namespace) -> None:
     if not (args.general and args.undesired and args.count):
         raise UserError("--damage needs --general, --undesired and --count")
     effect = Scores.load(args.undesired)
-    circuit = fit(effect, Scores.load(args.general), count=args.count, damage=args.damage)
+    circuit = fit(
+        effect,
+        Scores.load(args.general),
+        count=args.count,
+        damage=args.damage,
+        slope=Scores.load(args.slope) if args.slope else None,
+        repair=args.repair,
+    )
     circuit.save(args.out)
     say(f"{args.out}: {len(circuit)} of {effect.units} {circuit.unit}s{circuit.at_strength}")
 

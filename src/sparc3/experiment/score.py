@@ -15,7 +15,7 @@ from ..attribution.options import AttributionOptions
 from ..circuits.ablate import ablated
 from ..circuits.algebra import union
 from ..circuits.circuit import Circuit
-from ..circuits.fit import SENSITIVITY, gain_by_damage
+from ..circuits.fit import SENSITIVITY, SLOPE, gain_by_damage
 from ..circuits.select import contrast, count_candidates, exclude, select
 from ..errors import NonFinite, UserError
 from ..evaluation.perplexity import Window, negative_log_likelihoods
@@ -44,6 +44,7 @@ class ScoringSpec:
         strength: strength of the circuits selected with it.
         file_prefix: prefix of its files in scores/.
         damage: the damage at which strengths are fitted; None if units are selected.
+        repair: the repair with which strengths are fitted; above 0, the slope of general text is scored too.
     """
 
     options: AttributionOptions
@@ -54,11 +55,17 @@ class ScoringSpec:
     strength: float = 1.0
     seed: int = 0
     damage: float | None = None
+    repair: float = 0.0
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of its scores: of the reference sets, and the slope."""
+        return [*self.targets, *(["slope"] if self.repair else [])]
 
     def options_for(self, name: str) -> AttributionOptions:
-        """The options that a reference set is scored with."""
-        if self.damage is not None and name == "general":
-            return self.options.copy_with(**SENSITIVITY)
+        """The options of these scores."""
+        if self.damage is not None and name in ("general", "slope"):
+            return self.options.copy_with(**(SENSITIVITY if name == "general" else SLOPE))
         return self.options.copy_with(target=self.targets[name])
 
 
@@ -117,15 +124,16 @@ def contrast_parts(
 def load_or_make_parts(
     work: RunContext, spec: ScoringSpec, removed: Circuit | None = None, prefix: str = ""
 ) -> dict[str, Scores]:
-    """The scores of each reference set in `spec`, on the model without the circuit `removed`."""
-    return {name: _load_or_make_scores(work, spec, name, removed, prefix) for name in spec.targets}
+    """The scores that `spec` needs, on the model without the circuit `removed`."""
+    return {name: _load_or_make_scores(work, spec, name, removed, prefix) for name in spec.parts}
 
 
 def _load_or_make_scores(
     work: RunContext, spec: ScoringSpec, name: str, removed: Circuit | None, prefix: str
 ) -> Scores:
-    options, name = spec.options_for(name), set_at_seed(work.recipe, name, spec.seed)
-    samples = work.references[name]
+    options, slope = spec.options_for(name), name == "slope"
+    set_name = set_at_seed(work.recipe, "general" if slope else name, spec.seed)
+    samples, name = work.references[set_name], name if slope else set_name
     inputs = {
         # These two change the memory that it takes, not the scores.
         **options.model_dump(exclude={"batch_tokens", "gradient_checkpointing"}),

@@ -191,6 +191,7 @@ def search_circuit(work: RunContext) -> tuple[ScoringSpec, SelectedCircuit]:
                 rounds=rounds,
                 strength=spec.strength,
                 damage=spec.damage,
+                repair=spec.repair,
             )
             suffix = "" if candidate.within else ", over the budget"
             log.info("tried %s%s", _describe(candidate, trials.aim), suffix)
@@ -242,13 +243,21 @@ def _iterate_ways(
             )
             scores = contrast_parts(work, spec, sets)
             available = count_candidates(scores, recipe.selection.scope)
-            for count, rounds, strength, damage in work_list.circuit_sizes_tried(recipe):
+            for count, rounds, strength, damage, repair in work_list.circuit_sizes_tried(recipe):
                 if count > available:
                     continue
-                size_spec, circuit = replace(spec, strength=strength, damage=damage), None
+                size_spec = replace(spec, strength=strength, damage=damage, repair=repair)
+                circuit: Circuit | None
                 if damage is not None:
-                    effect, sensitivity = sets["undesired"], sets["general"]
-                    circuit = fit(effect, sensitivity, count=count, damage=damage, without=work.protected)
+                    circuit = fit(
+                        sets["undesired"],
+                        sets["general"],
+                        count=count,
+                        damage=damage,
+                        without=work.protected,
+                        slope=scored.get("slope"),
+                        repair=repair,
+                    )
                 else:
                     circuit = select_in_rounds(work, size_spec, scores, count, rounds)
                 if circuit is not None:
@@ -262,8 +271,10 @@ def _make_scoring(work: RunContext, target: str, neuron: str, names: Sequence[st
         own = work.recipe.references[name].target
         targets[name] = own or work_list.target_for_set(target, completed)
     options = work.recipe.attribution.copy_with(neuron=neuron)
-    damages = work_list.damages_tried(work.correct)
-    return ScoringSpec(options, targets, file_prefix="tune.", damage=min(damages, default=None))
+    damages, repairs = work_list.damages_tried(work.correct), work_list.repairs_tried(work.correct)
+    return ScoringSpec(
+        options, targets, file_prefix="tune.", damage=min(damages, default=None), repair=max(repairs)
+    )
 
 
 def _choose_best(candidates: list[Candidate], trials: Trials) -> int:
@@ -317,7 +328,9 @@ def _search_rivals(
     for method in work_list.rival_methods(work.correct):
         scope, rival_sizes = work_list.rival_sizes(work.correct, sites, method, sizes)
         # Only the run's own method fits strengths; the others select.
-        interventions = select_by_method(work, replace(spec, damage=None), method, scope, rival_sizes)
+        interventions = select_by_method(
+            work, replace(spec, damage=None, repair=0.0), method, scope, rival_sizes
+        )
         tried: list[tuple[Trial, Intervention]] = []
         for count, intervention in interventions:
             figures = trials.try_once(intervention)
@@ -347,6 +360,7 @@ def _describe(candidate: Candidate, aim: str) -> str:
     way += [f"{candidate.rounds} rounds"] if candidate.rounds > 1 else []
     way += [f"strength {candidate.strength:g}"] if candidate.strength != 1 else []
     way += [f"damage {candidate.damage:g}"] if candidate.damage is not None else []
+    way += [f"repair {candidate.repair:g}"] if candidate.repair else []
     return (
         f"{candidate.count} by {', '.join(way)}: perplexity {candidate.perplexity_increase:+.2%}, {outcome}"
     )

@@ -37,7 +37,7 @@ def list_variants(
         spec: the contrast that found the circuit; the other methods use the same kind of contrast.
     """
     circuit, scope = selected.circuit, work.correct.selection.scope
-    spec = replace(spec, damage=None)
+    spec = replace(spec, damage=None, repair=0.0)
     comparison = comparison_for(
         work.correct, sites_of(work.model, work.recipe.attribution.sites), len(circuit)
     )

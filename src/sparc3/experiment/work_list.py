@@ -9,7 +9,7 @@ from ..attribution.activations import EXPERTISE_METHODS
 from ..attribution.methods import require_method
 from ..attribution.options import AttributionOptions
 from ..attribution.token_relevance import METHODS as RELEVANCE
-from ..circuits.fit import SENSITIVITY
+from ..circuits.fit import SENSITIVITY, SLOPE
 from ..circuits.select import parse_scope, share_of
 from ..models.sites import Site
 from ..recipe.schema import CompressRecipe, CorrectRecipe, DiscoverRecipe, Recipe
@@ -158,6 +158,8 @@ def _list_search(recipe: CorrectRecipe, completed: Completed) -> Iterator[Attrib
         }
         if damages_tried(recipe):
             first["general"] = Attribution("general", recipe.attribution.copy_with(**SENSITIVITY))
+        if any(repairs_tried(recipe)):
+            first["slope"] = Attribution("general", recipe.attribution.copy_with(**SLOPE))
         yield from first.values()
         for kind in kinds:
             for _, rounds, *_ in circuit_sizes_tried(recipe):
@@ -252,22 +254,28 @@ def counts_tried(recipe: CorrectRecipe) -> list[int]:
     return sorted(set(_require_tune(recipe).counts)) or [recipe.selection.count or 0]
 
 
-def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float, float | None]]:
-    """(number of units, rounds, strength, damage at which strengths are fitted, or None) of every circuit
-    that a search finds by one contrast."""
+def circuit_sizes_tried(recipe: CorrectRecipe) -> list[tuple[int, int, float, float | None, float]]:
+    """(number of units, rounds, strength, damage at which strengths are fitted, or None, and repair) of every
+    circuit that a search finds by one contrast."""
     tune = _require_tune(recipe)
     return [
-        (count, rounds, strength, damage)
+        (count, rounds, strength, damage, repair)
         for count in counts_tried(recipe)
         for rounds in sorted({min(rounds, count) for rounds in tune.rounds})
         for strength in dict.fromkeys(tune.strengths)
         for damage in dict.fromkeys(damages_tried(recipe) or (None,))
+        for repair in dict.fromkeys(repairs_tried(recipe))
     ]
 
 
 def damages_tried(recipe: CorrectRecipe) -> tuple[float, ...]:
     """The damages at which strengths are fitted; empty if units are selected."""
     return _require_tune(recipe).damages
+
+
+def repairs_tried(recipe: CorrectRecipe) -> tuple[float, ...]:
+    """The repairs with which strengths are fitted; 0 for none."""
+    return _require_tune(recipe).repairs
 
 
 def count_candidates_tried(recipe: CorrectRecipe) -> int:

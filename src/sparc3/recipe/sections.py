@@ -186,6 +186,8 @@ class Tune(Strict):
             halves it.
         damages: fit a strength for each neuron instead, at each of these damages to general text, in nats per
             token (docs/method.md, 8).
+        repairs: with damages, how much of the step that lowers the loss of general text the strengths also
+            take, from 0 to 1.
         prompts: number of validation prompts; by default as many as test prompts.
         texts: number of validation texts for perplexity; by default as many as in the test.
         text_source: their source, if the perplexity source has no validation split.
@@ -203,17 +205,16 @@ class Tune(Strict):
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
     damages: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    repairs: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=(0.0,), min_length=1)
     prompts: int | None = Field(default=None, ge=1)
     texts: int | None = Field(default=None, ge=1)
     text_source: SourceName | None = None
 
     @model_serializer(mode="wrap")
-    def _without_damages(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As before there were damages, where there are none: runs of that time go on."""
+    def _without_later_settings(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As before there were damages and repairs, where there are none: runs of that time go on."""
         values: dict[str, Any] = plain(self)
-        if not values.get("damages", True):
-            del values["damages"]
-        return values
+        return {k: v for k, v in values.items() if (k, v) not in (("damages", ()), ("repairs", (0.0,)))}
 
 
 class Selection(Strict):
@@ -281,6 +282,8 @@ class Selection(Strict):
             )
         if tune.damages and self.scope != "global":
             raise ValueError("tune.damages needs scope global")
+        if any(tune.repairs) and not tune.damages:
+            raise ValueError("tune.repairs is for fitted strengths; give tune.damages too, or omit it")
         if bool(tune.counts) == (self.count is not None):
             raise ValueError("tune needs the numbers of units to try: tune.counts, or one count")
 

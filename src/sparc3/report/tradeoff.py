@@ -172,6 +172,7 @@ def _describe_way(candidate: Candidate) -> str:
         f"{candidate.rounds} rounds" if candidate.rounds > 1 else "",
         f"strength {candidate.strength:g}" if candidate.strength != 1 else "",
         f"damage {candidate.damage:g}" if candidate.damage is not None else "",
+        f"repair {candidate.repair:g}" if candidate.repair else "",
     ]
     return ", ".join(filter(None, parts))
 
