@@ -16,6 +16,8 @@ BUDGET = 0.02
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 430, 62, 560, 20, 380
 
 CURVES = {
+    "words by gradient, fitted, repair": ("#b3005e", "m1"),
+    "words by lrp, fitted, repair": ("#e0559b", ""),
     "words by gradient, fitted": ("#0b6e4f", "m1"),
     "words by lrp, fitted": ("#1f5fbf", ""),
     "words by cp-lrp, fitted": ("#6a3fb5", "m3"),
