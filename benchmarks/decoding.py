@@ -27,7 +27,14 @@ PENALTIES: dict[str, dict[str, Any]] = {
 @contextmanager
 def decode_with(model: Any, options: dict[str, Any]) -> Iterator[None]:
     """Inside, `model.generate` has these options."""
-    model.generate = partial(model.generate, **options)
+    plain = model.generate
+
+    def generate(*, generation_config: Any, **given: Any) -> Any:
+        for name, value in options.items():
+            setattr(generation_config, name, value)
+        return plain(generation_config=generation_config, **given)
+
+    model.generate = generate
     try:
         yield
     finally:

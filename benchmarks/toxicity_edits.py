@@ -458,7 +458,14 @@ class Edits:
             **{
                 f"words by {name}, fitted, repair": {
                     f"500 units, D={d:g}, ρ={r:g}": z(self.repaired(self.scores[f"{name}.words"], 500, d, r))
-                    for d, r in ((0.008, 0.15), (0.006, 0.3), (0.01, 0.3), (0.004, 0.15))
+                    for d, r in (
+                        (0.008, 0.15),
+                        (0.006, 0.3),
+                        (0.01, 0.3),
+                        (0.004, 0.15),
+                        (0.018, 0.3),
+                        (0.015, 0.5),
+                    )
                 }
                 for name in ("gradient", "lrp", "cp-lrp")
             },
