@@ -31,6 +31,7 @@ real-all: real
 	$(BIN)/sparc3 run smollm2-toxicity --out real/toxicity $(GENERAL) $(TEXT) $(TOXIC)
 	$(BIN)/sparc3 run smollm2-repetition --out real/repetition $(GENERAL) $(TEXT) $(LOOPS)
 	$(BIN)/sparc3 run smollm2-samples --out real/samples $(GENERAL) $(TEXT)
+	$(BIN)/sparc3 run smollm2-toxicity-words --out real/toxicity-words $(GENERAL) $(TEXT) $(TOXIC) $(SEARCH)
 	$(BIN)/sparc3 run smollm2-tune --out real/tune $(GENERAL) $(TEXT) $(TOXIC) $(MATCHED) $(SEARCH)
 	@ls real/*/report.html
 
