@@ -589,6 +589,12 @@ def test_a_folder_of_tasks_is_read_and_a_changed_task_is_another_measurement(
     before = settings.describe()
     (tmp_path / "rte.yaml").write_text("task: rte\nnum_fewshot: 1\n")
     assert settings.describe() != before
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/rte.yaml").write_text("task: rte\n")
+    (elsewhere,) = parse_metrics(
+        {"harness": {"tasks": ["rte"], "tasks_dir": str(tmp_path / "moved")}}
+    ).values()
+    assert elsewhere.describe() == before, "the place of the folder does not matter"
     (plain,) = parse_metrics({"harness": {"tasks": ["rte"]}}).values()
     assert "tasks_dir" not in plain.describe(), "as it was before there were folders: old runs resume"
     nowhere = tmp_path / "nowhere"

@@ -167,11 +167,16 @@ class HarnessSettings(MetricSettings):
         return value
 
     def describe(self) -> dict[str, Any]:
-        """Includes the folder's content, so that a changed task is measured again."""
+        """With the tasks themselves: a changed task is measured again, a moved folder is not."""
+        plain = self.model_dump(exclude={"tasks_dir"})
         if self.tasks_dir is None:
-            return self.model_dump(exclude={"tasks_dir"})
-        files = sorted(path for path in Path(self.tasks_dir).rglob("*") if path.is_file())
-        return {**self.model_dump(), "tasks_files": {str(path): file_digest(path) for path in files}}
+            return plain
+        folder = Path(self.tasks_dir)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {
+            **plain,
+            "tasks_files": {path.relative_to(folder).as_posix(): file_digest(path) for path in files},
+        }
 
 
 @dataclass(frozen=True)
