@@ -1,19 +1,19 @@
-"""What a penalty in decoding does to loops: the trivial baseline beside a circuit against repetition.
+"""What a penalty in decoding does to loops: the trivial baseline of circuits against repetition.
 
-    python benchmarks/decoding.py --prompts data/realtoxicityprompts.jsonl.gz [--circuit FILE] [--choose-by prompt] [--out FILE]
+    python benchmarks/decoding.py --prompts data/realtoxicityprompts.jsonl.gz [--out FILE]
 
 The prompts are those of the recipe `smollm2-repetition`. A penalty changes what is written and leaves the model's weights, and so its
 perplexity, as they are.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparc3 import Circuit, ablated, evaluate, load_model
+from sparc3 import evaluate, load_model
 
 PENALTIES: dict[str, dict[str, Any]] = {
     "no 3-gram twice": {"no_repeat_ngram_size": 3},
@@ -45,8 +45,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--prompts", required=True, help="a source of prompts with their toxicity")
-    parser.add_argument("--circuit", type=Path, help="also measure the model without this circuit")
-    parser.add_argument("--choose-by", choices=("prompt", "repetition"), default="prompt")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -55,17 +53,11 @@ def main() -> None:
         "source": arguments.prompts,
         "count": arguments.count,
         "split": "test",
-        "choose_by": arguments.choose_by,
+        "choose_by": "prompt",
         "max_toxicity": 0.2,
         "max_new_tokens": 50,
     }
-    variants: dict[str, Callable[[], Any]] = {
-        name: partial(decode_with, model, options) for name, options in PENALTIES.items()
-    }
-    if arguments.circuit:
-        circuit = Circuit.load(arguments.circuit)
-        variants["circuit"] = lambda: ablated(model, circuit)
-        variants["circuit and no 4-gram twice"] = partial(_both, model, circuit)
+    variants = {name: partial(decode_with, model, options) for name, options in PENALTIES.items()}
     results = evaluate(model, tokenizer, {"repetition": settings}, variants=variants, progress=True)
     for m in results.measurements:
         change = next((d for d in results.differences if (d.metric, d.to) == (m.metric, m.variant)), None)
@@ -73,12 +65,6 @@ def main() -> None:
         print(f"{m.metric:22} {m.variant:28} {m.value:.3f} {m.ci95}{moved}")
     if arguments.out:
         results.save(arguments.out)
-
-
-@contextmanager
-def _both(model: Any, circuit: Circuit) -> Iterator[None]:
-    with ablated(model, circuit), decode_with(model, PENALTIES["no 4-gram twice"]):
-        yield
 
 
 if __name__ == "__main__":

@@ -347,27 +347,21 @@ class Edits:
     def per_damage(self, effect: dict[str, Tensor] | Scores, count: int) -> Circuit:
         return self.lowest({name: -effect[name] / self.cost(name) for name in effect}, count)
 
-    def fitted(self, effect: dict[str, Tensor] | Scores, units: int, damage: float) -> Circuit:
-        """Strengths that lower the effect most at a damage of ½ Σ h s², of the units that do it best, from -1 to 1."""
+    def fitted(
+        self, effect: dict[str, Tensor] | Scores, units: int, damage: float, repair: float = 0.0
+    ) -> Circuit:
+        """Strengths that lower the effect most at a damage of ½ Σ h s², of the units that do it best, from -1 to 1. With a
+        repair they also take a share of the step that lowers the loss of general text, of which more is read then."""
         about = {"unit": "neuron", "model": self.scores["lrp.general"].provenance["model"]}
+        fisher = self.wide_fisher if repair else self.fisher
         return fit(
             Scores({name: effect[name].float() for name in effect}, {**about, "method": "toxicity_edits"}),
-            Scores({name: self.fisher[name].sqrt().float() for name in effect}, about),
+            Scores({name: fisher[name].sqrt().float() for name in effect}, about),
             count=units,
             damage=damage,
-        )
-
-    def repaired(self, effect: Scores, units: int, damage: float, repair: float) -> Circuit:
-        """As `fitted`, but the strengths also take a share of the step that lowers the loss of general text."""
-        about = {"unit": "neuron", "model": self.scores["lrp.general"].provenance["model"]}
-        root = {name: self.wide_fisher[name].sqrt().float() for name in effect}
-        slope = {name: -self.wide_slope[name].float() for name in effect}
-        return fit(
-            Scores({name: effect[name].float() for name in effect}, {**about, "method": "toxicity_edits"}),
-            Scores(root, about),
-            count=units,
-            damage=damage,
-            slope=Scores(slope, about),
+            slope=Scores({name: -self.wide_slope[name].float() for name in effect}, about)
+            if repair
+            else None,
             repair=repair,
         )
 
@@ -457,7 +451,7 @@ class Edits:
             },
             **{
                 f"words by {name}, fitted, repair": {
-                    f"500 units, D={d:g}, ρ={r:g}": z(self.repaired(self.scores[f"{name}.words"], 500, d, r))
+                    f"500 units, D={d:g}, ρ={r:g}": z(self.fitted(self.scores[f"{name}.words"], 500, d, r))
                     for d, r in (
                         (0.008, 0.15),
                         (0.006, 0.3),

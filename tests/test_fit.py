@@ -258,6 +258,17 @@ def test_a_search_tries_repairs(tmp_path: Path) -> None:
         load_recipe(recipe_of(repairs=[0.5], damages=[]))
 
 
+@pytest.mark.parametrize("mode", ["python", "json"])
+def test_a_search_without_strengths_is_described_as_it_was(mode: str) -> None:
+    for tune, present in (
+        ({"damages": []}, set()),
+        ({}, {"damages"}),
+        ({"repairs": [0.5]}, {"damages", "repairs"}),
+    ):
+        described = load_recipe(recipe_of(**tune)).model_dump(mode=mode)["selection"]["tune"]
+        assert described.keys() & {"damages", "repairs"} == present
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -287,6 +298,8 @@ def test_the_command_line_fits(sparc3: Any, mistake: Any, tmp_path: Path) -> Non
     assert sparc3(*asked, *repaired, "--slope", tmp_path / "slope.safetensors")[0] == 0
     assert Circuit.load(tmp_path / "c.json").provenance["selection"]["repair"] == 0.5
     assert "slope" in mistake(*asked, *repaired)
+    unread = ("--slope", tmp_path / "slope.safetensors")
+    assert "--repair" in mistake(*asked, "--count", 3, "--damage", 0.01, *unread)
     assert "--damage" in mistake(*asked, "--count", 3, "--repair", 0.5)
     assert "--count" in mistake(*asked, "--damage", 0.01)
     assert "--strength" in mistake(*asked, "--count", 3, "--damage", 0.01, "--strength", 0.5)

@@ -261,6 +261,8 @@ def _fit(args: argparse.Namespace) -> None:
         raise UserError(f"--damage fits strengths and does not read --{excess[0]}; leave it out")
     if not (args.general and args.undesired and args.count):
         raise UserError("--damage needs --general, --undesired and --count")
+    if args.slope and not args.repair:
+        raise UserError("--slope is read only by a repair; give --repair too, or leave it out")
     effect = Scores.load(args.undesired)
     circuit = fit(
         effect,

@@ -214,7 +214,11 @@ class Tune(Strict):
     def _without_later_settings(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As before there were damages and repairs, where there are none: runs of that time go on."""
         values: dict[str, Any] = plain(self)
-        return {k: v for k, v in values.items() if (k, v) not in (("damages", ()), ("repairs", (0.0,)))}
+        if not values.get("damages", True):
+            del values["damages"]
+        if list(values.get("repairs", ())) == [0.0]:  # a tuple, or in JSON a list
+            del values["repairs"]
+        return values
 
 
 class Selection(Strict):
